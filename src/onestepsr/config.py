@@ -1,0 +1,147 @@
+"""Strict configuration: frozen dataclasses to and from plain mappings, YAML and JSON.
+
+A misspelt key is an error that suggests the near name, a value of the wrong type is an error that names the field; nothing
+is ignored and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from onestepsr.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+MAX_CONFIG_BYTES = 1_000_000
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build the dataclass ``cls`` from ``values``; ``where`` is the dotted path shown in errors."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where or cls.__name__}: expected a mapping, got {values!r}")
+    hints = get_type_hints(cls)
+    names = {field.name for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            raise UserError(f"unknown setting '{_join(where, str(key))}': {did_you_mean(str(key), names)}")
+    arguments = {key: _convert(value, hints[key], _join(where, key)) for key, value in values.items()}
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise UserError(f"{where or cls.__name__}: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{where + ': ' if where else ''}{error}") from error
+
+
+def to_mapping(config: Any) -> Any:
+    """The inverse of :func:`from_mapping`: plain dicts, lists and scalars that JSON and YAML can hold."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: to_mapping(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): to_mapping(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_mapping(value) for value in config]
+    if isinstance(config, Path):
+        return str(config)
+    return config
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read one YAML or JSON file whose top level is a mapping."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise UserError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, which is no recipe")
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'} ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping at the top level")
+    return values
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return ``values`` with ``key.path=value`` overrides applied; values are read as YAML scalars or lists."""
+    result = json.loads(json.dumps(to_mapping(values)))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"override '{override}': expected key=value, for example train.steps=1000")
+        *parents, leaf = key.split(".")
+        node = result
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"override '{override}': '{parent}' is not a group of settings")
+        node[leaf] = yaml.safe_load(text)
+    return dict(result)
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, arguments, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin in (tuple, list):
+        return _convert_sequence(value, origin, arguments, where)
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}: expected a mapping, got {value!r}")
+        return {str(key): _convert(item, arguments[1], _join(where, str(key))) for key, item in value.items()}
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_mapping(hint, value, where)
+    return _convert_scalar(value, hint, where)
+
+
+def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    remaining = [choice for choice in choices if choice is not type(None)]
+    for choice in remaining[:-1]:
+        try:
+            return _convert(value, choice, where)
+        except UserError:
+            continue
+    return _convert(value, remaining[-1], where)
+
+
+def _convert_sequence(value: Any, origin: type, arguments: tuple[Any, ...], where: str) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{where}: expected a list, got {value!r}")
+    if origin is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis):
+        if len(value) != len(arguments):
+            raise UserError(f"{where}: expected {len(arguments)} values, got {len(value)}")
+        return tuple(_convert(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, arguments, strict=True)))
+    return origin(_convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value))
+
+
+def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        try:  # YAML reads 5e-5 (no dot) as a string
+            return float(value)
+        except ValueError:
+            pass
+    if hint is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")

@@ -1,0 +1,1 @@
+"""Degradation pipelines and datasets."""

@@ -1,0 +1,1 @@
+"""Losses: functions of tensors and of the networks handed to them."""

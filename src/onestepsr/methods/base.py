@@ -1,0 +1,113 @@
+"""What a training method is: named networks and the optimiser steps taken on them.
+
+A method is data for the one loop in :mod:`onestepsr.train.trainer`, never a subclass of it. Losses see the networks through
+a mapping of callables, because the loop may have wrapped each of them for several processes: a wrapped network is only ever
+called, and never reached through (that would skip gradient synchronisation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from onestepsr.errors import UserError, did_you_mean
+
+Networks = Mapping[str, Callable[..., Any]]
+"""Every network of a method by name, trainable ones possibly wrapped: call them, nothing else."""
+
+Batch = dict[str, Tensor]
+"""``hr`` (N, 3, H, W) and, for super-resolution, ``lr`` (N, 3, H/s, W/s), RGB in [0, 1].
+
+A phase may leave detached tensors here for the phases after it in the same iteration, as Algorithm-style alternation needs
+(D3SR's discriminator judges the latents that the generator phase has just made).
+"""
+
+
+class LossFn(Protocol):
+    """Loss terms of one phase, already weighted: their sum is what is differentiated."""
+
+    def __call__(self, networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        """Return scalar terms by name; ``rng`` is the only source of randomness and lives on the CPU."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One optimiser step on one named network."""
+
+    network: str
+    """Key in :attr:`Method.networks`."""
+    loss: LossFn
+    every: int = 1
+    """Run in every ``every``-th iteration only."""
+    start: int = 0
+    """First iteration in which the phase runs."""
+
+    def runs_at(self, step: int) -> bool:
+        """Whether the phase takes part in iteration ``step`` (0-based)."""
+        return step >= self.start and (step - self.start) % self.every == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Networks, phases and what to show and export, built by a method's ``build`` function."""
+
+    networks: dict[str, nn.Module]
+    """Trainable networks. Parameters with ``requires_grad=False`` stay as they are."""
+    phases: tuple[Phase, ...]
+    frozen: dict[str, nn.Module] = field(default_factory=dict)
+    """Networks without optimiser, without wrapper and in eval mode for ever."""
+    ema: tuple[str, ...] = ()
+    """Names of the networks of which an exponential moving average is kept."""
+    preview: Callable[[Networks, Batch], dict[str, Tensor]] | None = None
+    """Validation pictures by column title, each (N, 3, H, W) in [0, 1], for example LR | SR | HR. No gradients."""
+    export: Callable[[Mapping[str, nn.Module]], Exported] | None = None
+    """Turns unwrapped networks (EMA weights where kept) into what ``export`` writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """Weights to ship: a state dict, the architecture that reads it and its configuration."""
+
+    state_dict: dict[str, Tensor]
+    architecture: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodEntry:
+    """A registered method: the configuration class of its recipe and the function that builds it."""
+
+    name: str
+    summary: str
+    config: type[Any]
+    build: Callable[[Any], Method]
+    needs_lr: bool = True
+    """Whether batches must carry degraded images beside the HR ones."""
+
+
+_METHODS: dict[str, MethodEntry] = {}
+
+
+def register(entry: MethodEntry) -> MethodEntry:
+    """Add a method; a second one of the same name is a defect."""
+    if entry.name in _METHODS:
+        raise ValueError(f"method '{entry.name}' is registered twice")
+    _METHODS[entry.name] = entry
+    return entry
+
+
+def get_method(name: str) -> MethodEntry:
+    """The registered method called ``name``."""
+    if name not in _METHODS:
+        raise UserError(f"unknown method '{name}': {did_you_mean(name, _METHODS)}")
+    return _METHODS[name]
+
+
+def method_names() -> list[str]:
+    """Names of all registered methods."""
+    return sorted(_METHODS)

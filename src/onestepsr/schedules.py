@@ -1,0 +1,72 @@
+"""Noise schedules of the backbones.
+
+:class:`DiffusionSchedule` is the variance-preserving process of Stable Diffusion that D3SR and OSEDiff are built on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def expand_as(values: Tensor, like: Tensor) -> Tensor:
+    """Reshape per-sample ``values`` (N,) or () so that they broadcast over ``like`` (N, ...)."""
+    return values.to(like.device, like.dtype).reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionScheduleConfig:
+    """Betas of a variance-preserving diffusion process; the defaults are Stable Diffusion's "scaled linear" schedule."""
+
+    steps: int = 1000
+    """T, the number of diffusion steps."""
+    beta_start: float = 0.00085
+    """beta of step 0."""
+    beta_end: float = 0.012
+    """beta of step T-1."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0.0 < self.beta_start <= self.beta_end < 1.0:
+            raise ValueError(f"need steps >= 1 and 0 < beta_start <= beta_end < 1, got {self}")
+
+
+class DiffusionSchedule:
+    """``alpha_bar`` of every step and the three conversions that follow from it.
+
+    ``t`` is an integer tensor (N,) or (), or an int, in [0, T-1]; latents are (N, C, H, W). Arithmetic is done in the
+    latents' dtype with coefficients taken from a float32 table.
+    """
+
+    def __init__(self, config: DiffusionScheduleConfig | None = None) -> None:
+        self.config = config or DiffusionScheduleConfig()
+        root = torch.linspace(self.config.beta_start**0.5, self.config.beta_end**0.5, self.config.steps)
+        # The cumulative product is taken in float32 because the published weights were trained with that table.
+        self.alpha_bar = torch.cumprod(1.0 - root**2, dim=0)  # (T,)
+
+    @property
+    def steps(self) -> int:
+        """T, the number of diffusion steps."""
+        return self.config.steps
+
+    def coefficients(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), broadcastable over ``like`` (N, C, H, W)."""
+        index = torch.as_tensor(t, device=self.alpha_bar.device).to("cpu", torch.long)
+        alpha_bar = self.alpha_bar[index]
+        return expand_as(alpha_bar.sqrt(), like), expand_as((1.0 - alpha_bar).sqrt(), like)
+
+    def add_noise(self, z: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        """F(z, t) = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) noise (D3SR, Eq. 4)."""
+        signal, sigma = self.coefficients(t, z)
+        return signal * z + sigma * noise
+
+    def x0_from_eps(self, z_t: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
+        """z_0 = (z_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t) (D3SR, Eq. 1)."""
+        signal, sigma = self.coefficients(t, z_t)
+        return (z_t - sigma * eps) / signal
+
+    def eps_from_x0(self, z_t: Tensor, x0: Tensor, t: Tensor | int) -> Tensor:
+        """The noise that makes ``x0`` into ``z_t``: Eq. 1 solved for eps."""
+        signal, sigma = self.coefficients(t, z_t)
+        return (z_t - signal * x0) / sigma
