@@ -1,0 +1,22 @@
+"""Data sets without end: sample ``i`` of any i >= 0 depends on (seed, i) and the files alone.
+
+Every epoch goes through the photos in a new order, so ``dataset[i]`` with i = 0, 1, 2, ... is the whole training stream
+and a resumed run just continues counting. A sample is ``{"hr": (3, H, W), "lr": (3, H / scale, W / scale)}``, float32
+RGB in [0, 1] on the 256 levels of 8 bit; without LR pictures it is ``{"hr": ...}``.
+"""
+
+from __future__ import annotations
+
+from onestepsr.data.config import DataConfig
+from onestepsr.data.hr_folder import HRFolder, Sample, SampleStream
+from onestepsr.data.pairs import PairsFolder
+from onestepsr.data.pool import Pool
+
+__all__ = ["DataConfig", "HRFolder", "PairsFolder", "Pool", "Sample", "SampleStream", "build_dataset"]
+
+
+def build_dataset(config: DataConfig, seed: int, with_lr: bool = True) -> HRFolder | PairsFolder | Pool:
+    """Open the data set that ``config`` describes; everything that is wrong with folders or sizes is reported here."""
+    kind = HRFolder if config.kind == "hr_folder" else PairsFolder
+    source = kind(config, seed, with_lr)
+    return Pool(source, config, seed) if config.pool_size else source

@@ -1,0 +1,132 @@
+"""Photos as an endless stream of training samples; the pieces that every kind of data set shares."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from onestepsr.data.config import DataConfig
+from onestepsr.data.degradation import degrade
+from onestepsr.data.photos import Photo, PhotoCache, Pixels, scan
+from onestepsr.data.sampling import derived_seed, generator, integer, uniform
+from onestepsr.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Sample = dict[str, Tensor]
+"""``hr`` (3, H, W) and mostly ``lr`` (3, H / scale, W / scale), float32 RGB in [0, 1] on the 256 levels of 8 bit."""
+
+
+class SampleStream(Protocol):
+    """What the data sets have in common."""
+
+    with_lr: bool
+
+    def __len__(self) -> int:
+        """Samples per epoch: the number of photos, pairs or pool entries."""
+        ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample ``index`` of the endless stream."""
+        ...
+
+    def content(self) -> list[Any]:
+        """What the samples depend on besides configuration and seed: the files, as plain values."""
+        ...
+
+
+class HRFolder(Dataset[Sample]):
+    """Random crops of photos, degraded on the fly."""
+
+    def __init__(self, config: DataConfig, seed: int, with_lr: bool) -> None:
+        self.config, self.seed, self.with_lr = config, seed, with_lr
+        self.photos = _large_enough(scan(config.paths), config.crop)
+        self.cache = PhotoCache([photo.path for photo in self.photos], config.cache_bytes)
+        self.recipe = config.recipe()
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = generator(self.seed, "sample", index)
+        pixels = self._photo(epoch_position(len(self), index, self.seed))
+        hr = to_float(random_crop(pixels, self.config, rng))
+        hr = augment({"hr": hr}, self.config, rng)["hr"]
+        if not self.with_lr:
+            return {"hr": hr}
+        return {"hr": hr, "lr": degrade(hr, self.recipe, rng, self.config.scale)}
+
+    def content(self) -> list[Any]:
+        """Name, size and bytes of each photo."""
+        return [[photo.name, photo.width, photo.height, photo.bytes] for photo in self.photos]
+
+    def _photo(self, position: int) -> Pixels:
+        """The photo at ``position``, or the next one that can be decoded and is as large as its header says."""
+        for step in range(len(self)):
+            pixels = self.cache.get((position + step) % len(self))
+            if pixels is not None and min(pixels.shape[:2]) >= self.config.crop:
+                return pixels
+        raise UserError(f"{self.photos[0].path.parent}: none of the {len(self)} photos can be decoded")
+
+
+def epoch_position(length: int, index: int, seed: int) -> int:
+    """Which of ``length`` things comes at place ``index`` when each epoch runs through all of them in a new order."""
+    epoch, place = divmod(index, length)
+    return int(_epoch_order(length, derived_seed(seed, "order", epoch))[place])
+
+
+def random_crop(pixels: Pixels, config: DataConfig, rng: torch.Generator) -> Pixels:
+    """A (crop, crop, 3) window of ``pixels`` (H, W, 3) after shrinking by a factor from ``hr_scale``, antialiased."""
+    height, width = pixels.shape[:2]
+    low = max(config.hr_scale[0], config.crop / min(height, width))
+    factor = uniform(low, max(low, config.hr_scale[1]), rng)
+    side = min(max(config.crop, round(config.crop / factor)), height, width)
+    top, left = integer(height - side + 1, rng), integer(width - side + 1, rng)
+    window = pixels[top : top + side, left : left + side]
+    if side == config.crop:
+        return window
+    picture = Image.fromarray(window).resize((config.crop, config.crop), Image.Resampling.BICUBIC)
+    return np.asarray(picture)
+
+
+def augment(sample: Sample, config: DataConfig, rng: torch.Generator) -> Sample:
+    """Mirror and turn all pictures of ``sample`` alike, as ``config`` allows."""
+    mirror = config.flips and integer(2, rng) == 1
+    turns = integer(4, rng) if config.rotations else 0
+    return {name: _oriented(picture, mirror, turns) for name, picture in sample.items()}
+
+
+def to_float(pixels: Pixels) -> Tensor:
+    """(H, W, 3) uint8 to (3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float() / 255
+
+
+def _oriented(picture: Tensor, mirror: bool, turns: int) -> Tensor:
+    if mirror:
+        picture = picture.flip(-1)
+    return torch.rot90(picture, turns, (-2, -1)).contiguous() if turns else picture
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(length: int, seed: int) -> Tensor:
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+
+
+def _large_enough(photos: list[Photo], crop: int) -> list[Photo]:
+    usable = [photo for photo in photos if min(photo.width, photo.height) >= crop]
+    if not usable:
+        largest = max(photos, key=lambda photo: min(photo.width, photo.height))
+        size = f"{largest.width}x{largest.height}"
+        raise UserError(f"{largest.path}: {size} is the largest photo, expected a short side of at least crop = {crop}")
+    if len(usable) < len(photos):
+        logger.warning(
+            "%d of %d photos are left out: smaller than crop = %d", len(photos) - len(usable), len(photos), crop
+        )
+    return usable
