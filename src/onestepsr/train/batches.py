@@ -1,0 +1,79 @@
+"""Micro-batches of the run: which global sample numbers each process sees in each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from onestepsr.methods.base import Batch
+from onestepsr.train.config import TrainConfig
+from onestepsr.train.randomness import generator
+
+
+class SampleSource(Protocol):
+    """A data set without end: sample ``i`` >= 0 depends on nothing but ``i`` and the data set's own seed."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """``hr`` (3, H, W) and, for super-resolution, ``lr`` (3, H/s, W/s), RGB in [0, 1]."""
+        ...
+
+
+class Share(NamedTuple):
+    """Which process this is, of how many."""
+
+    rank: int = 0
+    processes: int = 1
+
+
+class MicroBatchNumbers(Sampler[list[int]]):
+    """Sample numbers of this process's micro-batches, from iteration ``first_step`` to ``steps``.
+
+    Iteration ``s`` consumes the numbers ``s * batch_size`` to ``(s + 1) * batch_size - 1``, whatever the number of
+    processes and micro-batches; these only decide who takes which.
+    """
+
+    def __init__(self, config: TrainConfig, share: Share, first_step: int) -> None:
+        self.config, self.share, self.first_step = config, share, first_step
+        self.size = config.micro_batch(share.processes)
+
+    def __len__(self) -> int:
+        return max(0, self.config.steps - self.first_step) * self.config.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.config.steps):
+            for micro in range(self.config.accumulation):
+                first = step * self.config.batch_size + (micro * self.share.processes + self.share.rank) * self.size
+                yield list(range(first, first + self.size))
+
+
+def micro_batches(
+    source: SampleSource, config: TrainConfig, share: Share, first_step: int, device: torch.device
+) -> Iterator[Batch]:
+    """Yield this process's micro-batches in order, on ``device``."""
+    # PyTorch gives each worker process one arithmetic thread. The generator keeps the loader off the global one.
+    loader: DataLoader[Any] = DataLoader(
+        source,  # type: ignore[arg-type]
+        batch_sampler=MicroBatchNumbers(config, share, first_step),
+        num_workers=config.num_workers,
+        pin_memory=device.type == "cuda",
+        generator=generator(config.seed, "loader", share.rank),
+    )
+    for batch in loader:
+        yield to_device(batch, device, config.channels_last)
+
+
+def to_device(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
+    """A copy of the mapping with its tensors on ``device`` and images in the chosen memory order."""
+    return {name: place(tensor, device, channels_last) for name, tensor in batch.items()}
+
+
+def place(tensor: Tensor, device: torch.device, channels_last: bool) -> Tensor:
+    """``tensor`` on ``device``; (N, C, H, W) in NHWC memory order when ``channels_last``."""
+    tensor = tensor.to(device, non_blocking=True)
+    if channels_last and tensor.ndim == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor

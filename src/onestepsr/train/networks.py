@@ -1,0 +1,130 @@
+"""The networks of a method made ready for the loop: on their device, wrapped, with optimiser and moving average.
+
+Each trainable network is a wrapper of its own and is only ever called. While one network's phase runs, the parameters
+of the others gather no gradients, yet every network stays differentiable through its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
+
+from onestepsr.methods.base import Method, Networks
+from onestepsr.train.config import TrainConfig
+from onestepsr.train.optimization import MovingAverage, build_optimizer, trainable_parameters
+from onestepsr.train.state import NetworkState
+
+
+class NetworkSet:
+    """All networks of one run."""
+
+    def __init__(self, method: Method, config: TrainConfig, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self.states: dict[str, NetworkState] = {}
+        self.optimizers: dict[str, Any] = {}
+        self._wrapped: dict[str, nn.Module] = {}
+        for name, network in method.networks.items():
+            self._add(name, _place(network, accelerator.device, config.channels_last), name in method.ema, config)
+        frozen = {
+            name: self._freeze(_place(network, accelerator.device, config.channels_last))
+            for name, network in method.frozen.items()
+        }
+        self._frozen: dict[str, Callable[..., Any]] = frozen
+
+    @property
+    def callables(self) -> Networks:
+        """Every network as losses see it."""
+        return {**self._wrapped, **self._frozen}
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The trainable networks themselves, without wrappers."""
+        return {name: state.network for name, state in self.states.items()}
+
+    @contextmanager
+    def training(self, name: str) -> Iterator[None]:
+        """Let gradients reach the parameters of network ``name`` alone."""
+        self._set_gradients(lambda other: other == name)
+        try:
+            yield
+        finally:
+            self._set_gradients(lambda other: True)
+
+    @contextmanager
+    def synchronizing(self, name: str | None) -> Iterator[None]:
+        """Average gradients over processes for network ``name`` alone; for none when several micro-batches add up.
+
+        The wrappers of the other networks are told too, because they would wait for gradients that never come.
+        """
+        with ExitStack() as stack:
+            for other, wrapped in self._wrapped.items():
+                if other != name:
+                    stack.enter_context(self._accelerator.no_sync(wrapped))
+            yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[Networks]:
+        """Averaged weights, eval mode, no gradients, no wrappers; everything is put back afterwards."""
+        modes = {module: module.training for network in self.modules.values() for module in network.modules()}
+        with ExitStack() as stack, torch.no_grad():
+            for state in self.states.values():
+                state.network.eval()
+                if state.average is not None:
+                    stack.enter_context(state.average.swapped_in())
+            try:
+                yield {**self.modules, **self._frozen}
+            finally:
+                for module, mode in modes.items():
+                    module.training = mode
+
+    def update_averages(self, step: int) -> None:
+        """Take the weights after iteration ``step`` into the moving averages."""
+        for state in self.states.values():
+            if state.average is not None:
+                state.average.update(step)
+
+    def _add(self, name: str, network: nn.Module, averaged: bool, config: TrainConfig) -> None:
+        parameters = trainable_parameters(network)
+        optimizer = build_optimizer(parameters, config.optimizer_of(name))
+        self._wrapped[name], self.optimizers[name] = self._accelerator.prepare(network.train(), optimizer)
+        # Taken after wrapping: with several processes that is where the first one's initial weights reach the others.
+        average = MovingAverage(parameters, config.ema_decay) if averaged else None
+        self.states[name] = NetworkState(network, parameters, optimizer, average)
+
+    def _freeze(self, network: nn.Module) -> Callable[..., Any]:
+        network.requires_grad_(False).eval()
+        if self._accelerator.mixed_precision == "no":
+            return network
+
+        def evaluate(*arguments: Any, **options: Any) -> Any:
+            with self._accelerator.autocast():
+                return network(*arguments, **options)
+
+        return convert_outputs_to_fp32(evaluate)  # type: ignore[no-any-return]
+
+    def _set_gradients(self, wanted: Callable[[str], bool]) -> None:
+        for name, state in self.states.items():
+            for parameter in state.parameters.values():
+                parameter.requires_grad_(wanted(name))
+
+
+def parameter_counts(networks: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """Trainable and frozen parameters of each network."""
+    counts: dict[str, tuple[int, int]] = {}
+    for name, network in networks.items():
+        sizes = [(parameter.requires_grad, parameter.numel()) for parameter in network.parameters()]
+        counts[name] = (sum(n for trained, n in sizes if trained), sum(n for trained, n in sizes if not trained))
+    return counts
+
+
+def _place(network: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    network = network.to(device)
+    if channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network

@@ -1,0 +1,241 @@
+"""The one training loop.
+
+An iteration fetches its micro-batches once, then runs the method's phases in order, each of them one optimiser step on
+one network over all the micro-batches. What a phase leaves in a micro-batch, later phases of the same iteration find
+there. An iteration depends on nothing but the seed, the step and the state that checkpoints hold, so a run that was
+killed and resumed ends with the bytes of one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+
+from onestepsr.errors import OneStepSRError
+from onestepsr.methods.base import Batch, Method, Phase
+from onestepsr.train.batches import SampleSource, Share, micro_batches
+from onestepsr.train.checkpoint import Checkpoint, Checkpoints
+from onestepsr.train.config import TrainConfig
+from onestepsr.train.interruption import Interruption
+from onestepsr.train.networks import NetworkSet
+from onestepsr.train.optimization import learning_rate_factor
+from onestepsr.train.randomness import derive_seed, generator
+from onestepsr.train.state import check_fingerprints, collect, fingerprints, restore
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What one iteration did, averaged over processes."""
+
+    step: int
+    """Iterations finished, this one included."""
+    seconds: float
+    """Time since the run began, without the gaps between an interruption and its resumption."""
+    losses: dict[str, float]
+    """Weighted loss terms, ``network.term``."""
+    gradient_norms: dict[str, float]
+    """Before clipping, by network."""
+    learning_rates: dict[str, float]
+    """By network."""
+    images: int
+    """Samples of the iteration, over all processes."""
+
+
+@dataclass(kw_only=True)
+class Hooks:
+    """What the loop calls besides training, in the first process only."""
+
+    on_step: Callable[[StepRecord], None] = lambda record: None
+    """After every iteration."""
+    on_validation: Callable[[int, NetworkSet], None] = lambda step, networks: None
+    """After every ``validation_every`` iterations and after the last one."""
+    validation_every: int = 1000
+    memory: dict[str, Any] = field(default_factory=dict)
+    """Small values of the hooks' own that checkpoints keep and resuming brings back, such as the best score so far."""
+
+
+class Trainer:
+    """Runs a method over a data set from step 0, or from where the newest checkpoint in ``folder`` left off."""
+
+    def __init__(
+        self,
+        method: Method,
+        source: SampleSource,
+        config: TrainConfig,
+        folder: Path,
+        *,
+        identity: Mapping[str, Any] | None = None,
+        hooks: Hooks | None = None,
+    ) -> None:
+        self.method, self.source, self.config = method, source, config
+        self.identity, self.hooks = dict(identity or {}), hooks or Hooks()
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.accelerator = build_accelerator(config)
+        self.micro_batch = config.micro_batch(self.accelerator.num_processes)
+        config.check_networks(method.networks)
+        self.networks = NetworkSet(method, config, self.accelerator)
+        self.step = 0
+        self._seconds_before = 0.0
+        self._started = self._saved = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in this run so far, over all its resumptions."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue from ``checkpoint``."""
+        check_fingerprints(checkpoint, self.networks.modules)
+        restore(self.networks.states, checkpoint)
+        self.step = checkpoint.step
+        self._seconds_before = float(checkpoint.record.get("seconds", 0.0))
+        self.hooks.memory.update(checkpoint.record.get("memory", {}))
+        if self.accelerator.scaler is not None and checkpoint.record.get("scaler"):
+            self.accelerator.scaler.load_state_dict(checkpoint.record["scaler"])
+
+    def run(self) -> None:
+        """Train to the last step; the final state is validated and saved."""
+        accelerator = self.accelerator
+        share = Share(accelerator.process_index, accelerator.num_processes)
+        batches = micro_batches(self.source, self.config, share, self.step, accelerator.device)
+            self.source,
+            self.config,
+            Share(accelerator.process_index, accelerator.num_processes),
+            self.step,
+            accelerator.device,
+        )
+        self._started = self._saved = time.monotonic()
+        with Interruption() as interruption:
+            while self.step < self.config.steps:
+                record = self.iterate([next(batches) for _ in range(self.config.accumulation)])
+                stopping = interruption.requested
+                self._after_iteration(record, stopping=stopping)
+                if stopping:
+                    raise KeyboardInterrupt
+
+    def iterate(self, batches: list[Batch]) -> StepRecord:
+        """One iteration: every phase that takes part in it, then the moving averages."""
+        # For dropout alone: everything else draws from the generators that losses are handed.
+        torch.manual_seed(derive_seed(self.config.seed, "dropout", self.accelerator.process_index, self.step))
+        losses: dict[str, float] = {}
+        norms: dict[str, float] = {}
+        rates: dict[str, float] = {}
+        for index, phase in enumerate(self.method.phases):
+            if phase.runs_at(self.step):
+                terms, norms[phase.network] = self._run_phase(index, phase, batches)
+                losses.update({f"{phase.network}.{name}": value for name, value in terms.items()})
+                rates[phase.network] = self.networks.optimizers[phase.network].param_groups[0]["lr"]
+        self.networks.update_averages(self.step)
+        self.step += 1
+        return StepRecord(
+            step=self.step,
+            seconds=self.seconds,
+            losses=losses,
+            gradient_norms=norms,
+            learning_rates=rates,
+            images=self.config.batch_size,
+        )
+
+    def _run_phase(self, index: int, phase: Phase, batches: list[Batch]) -> tuple[dict[str, float], float]:
+        optimizer = self.networks.optimizers[phase.network]
+        sums: dict[str, Tensor] = {}
+        with self.networks.training(phase.network):
+            for micro, batch in enumerate(batches):
+                last = micro == len(batches) - 1
+                with self.networks.synchronizing(phase.network if last else None):
+                    terms = self._backward(index, phase, batch, micro)
+                for name, value in terms.items():
+                    sums[name] = sums[name] + value if name in sums else value
+            means = self._finite_means(phase, sums)
+            self.accelerator.unscale_gradients(optimizer)
+            norm = self._clip(phase.network)
+            self._step_optimizer(phase.network)
+        return means, norm
+
+    def _backward(self, index: int, phase: Phase, batch: Batch, micro: int) -> dict[str, Tensor]:
+        """Gradients of one micro-batch; returns its loss terms divided by the number of micro-batches."""
+        rng = generator(self.config.seed, "loss", self.accelerator.process_index, self.step, index, micro)
+        terms = phase.loss(self.networks.callables, batch, rng)
+        scaled = {name: value / self.config.accumulation for name, value in terms.items()}
+        self.accelerator.backward(torch.stack(list(scaled.values())).sum())
+        for name, tensor in batch.items():  # a graph kept for the next phase would be a leak, never a gradient
+            batch[name] = tensor.detach()
+        return {name: value.detach() for name, value in scaled.items()}
+
+    def _finite_means(self, phase: Phase, terms: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means over processes, in one exchange; all processes stop together when one of them saw nan or inf."""
+        values = self.accelerator.reduce(torch.stack(list(terms.values())).float(), reduction="mean").tolist()
+        means: dict[str, float] = dict(zip(terms, values, strict=True))
+        for name, value in means.items():
+            if not math.isfinite(value):
+                self._fail(f"loss term '{phase.network}.{name}' is {value}")
+        return means
+
+    def _clip(self, name: str) -> float:
+        limit = math.inf if self.config.gradient_clip is None else self.config.gradient_clip
+        norm = torch.nn.utils.clip_grad_norm_(self.networks.states[name].parameters.values(), limit).item()
+        # The loss scaler of fp16 meets infinities on purpose, skips the step and lowers its scale.
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
+            self._fail(f"the gradient of network '{name}' is {norm}")
+        return norm
+
+    def _step_optimizer(self, name: str) -> None:
+        optimizer = self.networks.optimizers[name]
+        rate = self.config.optimizer_of(name).lr * learning_rate_factor(self.config, self.step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _fail(self, what: str) -> None:
+        latest = self.checkpoints.latest()
+        kept = f"the last good state is {latest.path}" if latest else "no checkpoint had been written yet"
+        raise OneStepSRError(f"step {self.step + 1}: {what}; training stopped, {kept}")
+
+    def _after_iteration(self, record: StepRecord, *, stopping: bool) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        self.hooks.on_step(record)
+        finished = self.step == self.config.steps
+        if finished or self.step % self.hooks.validation_every == 0:
+            self.hooks.on_validation(self.step, self.networks)
+        minutes = (time.monotonic() - self._saved) / 60
+        due = self.step % self.config.checkpoint_steps == 0 or minutes >= self.config.checkpoint_minutes
+        if finished or due or stopping:
+            self.save()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present state."""
+        scaler = self.accelerator.scaler
+        record = {
+            "seconds": self.seconds,
+            "processes": self.accelerator.num_processes,
+            "identity": self.identity,
+            "memory": self.hooks.memory,
+            "frozen_weights": fingerprints(self.networks.modules),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        path = self.checkpoints.save(self.step, collect(self.networks.states), record)
+        self._saved = time.monotonic()
+        return path
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """One accelerator per process; accumulation is the loop's own business."""
+    wrapping = DistributedDataParallelKwargs(
+        # Buffers change in the forward pass of some networks; overwriting them between two passes breaks gradients.
+        broadcast_buffers=False,
+        find_unused_parameters=config.find_unused_parameters,
+    )
+    return Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision, kwargs_handlers=[wrapping])

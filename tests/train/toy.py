@@ -1,0 +1,114 @@
+"""A method small enough for tests that still has what real ones have: two networks, noise, and a tensor handed on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onestepsr.methods.base import Batch, Exported, Method, Networks, Phase
+from onestepsr.train.checkpoint import Checkpoints
+from onestepsr.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from onestepsr.train.randomness import generator
+from onestepsr.train.trainer import Hooks, StepRecord, Trainer
+
+
+class ToyGenerator(nn.Module):
+    """(N, 3, h, w) -> (N, 3, 2h, 2w), with one frozen layer, a buffer that moves, and dropout when asked."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 4, 3, padding=1)
+        self.fixed = nn.Conv2d(4, 4, 1).requires_grad_(False)
+        self.head = nn.Conv2d(4, 12, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, lr: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return F.pixel_shuffle(self.head(self.fixed(self.dropout(F.silu(self.body(lr))))), 2)
+
+
+def generator_phase(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+    sr = networks["generator"](batch["lr"])
+    batch["sr"] = sr  # left attached on purpose: the loop must cut it off
+    noisy = sr + 0.01 * torch.randn(sr.shape, generator=rng)
+    return {"mse": F.mse_loss(sr, batch["hr"]), "adversarial": 0.1 * F.softplus(-networks["judge"](noisy)).mean()}
+
+
+def judge_phase(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+    noise = 0.01 * torch.randn(batch["sr"].shape, generator=rng)
+    real, fake = networks["judge"](batch["hr"] + noise), networks["judge"](batch["sr"] + noise)
+    return {"judge": F.softplus(-real).mean() + F.softplus(fake).mean()}
+
+
+def toy_method(dropout: float = 0.0) -> Method:
+    torch.manual_seed(7)
+    judge = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.SiLU(), nn.Conv2d(4, 1, 3))
+    return Method(
+        networks={"generator": ToyGenerator(dropout), "judge": judge},
+        phases=(Phase(network="generator", loss=generator_phase), Phase(network="judge", loss=judge_phase)),
+        ema=("generator",),
+        preview=lambda networks, batch: {"SR": networks["generator"](batch["lr"]).clamp(0, 1), "HR": batch["hr"]},
+        export=lambda networks: Exported(
+            state_dict=networks["generator"].state_dict(), architecture="toy", config={"width": 4}
+        ),
+    )
+
+
+class ToyImages:
+    """Smooth random pictures (3, 8, 8) and their halves (3, 4, 4)."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        coarse = torch.rand(1, 3, 3, 3, generator=generator(self.seed, "toy", index))
+        hr = F.interpolate(coarse, size=(8, 8), mode="bilinear")[0]
+        return {"hr": hr, "lr": F.avg_pool2d(hr, 2)}
+
+
+def toy_config(**changes: object) -> TrainConfig:
+    values: dict[str, object] = {
+        "steps": 6,
+        "batch_size": 4,
+        "optimizer": OptimizerConfig(lr=3e-3),
+        "schedule": ScheduleConfig(kind="cosine", warmup_steps=2),
+        "device": "cpu",
+        "threads": 1,
+        "checkpoint_steps": 2,
+    }
+    return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    """Everything a run produces: weights, buffers and averages, by full name."""
+    result = {}
+    for name, state in trainer.networks.states.items():
+        result.update({f"{name}.{key}": value.clone() for key, value in state.network.state_dict().items()})
+        if state.average is not None:
+            result.update({f"{name}.average.{key}": value.clone() for key, value in state.average.values.items()})
+    return result
+
+
+def main(folder: str, steps: str) -> None:
+    """A process of its own that resumes where it can and says each finished step: something to kill."""
+
+    def announce(record: StepRecord) -> None:
+        sys.stdout.write(f"{record.step}\n")
+        sys.stdout.flush()
+
+    config = toy_config(steps=int(steps), num_workers=1, accumulation=2, checkpoint_steps=3)
+    trainer = Trainer(toy_method(dropout=0.2), ToyImages(), config, Path(folder), hooks=Hooks(on_step=announce))
+    latest = Checkpoints(Path(folder) / "checkpoints").latest()
+    if latest is not None:
+        trainer.resume(latest)
+    trainer.run()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
