@@ -1,0 +1,95 @@
+"""What travels beside the samples: orientation, EXIF, XMP and print resolution."""
+
+from __future__ import annotations
+
+import logging
+import re
+import struct
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+logger = logging.getLogger(__name__)
+
+_DAMAGED = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, struct.error)
+
+# In a TIFF the metadata shares its directory with the layout of the samples, which must not travel to another file:
+# sizes, bits, compression, photometric, strips, tiles, palette, predictor, extra samples, XMP, IPTC, Photoshop, ICC ...
+_TIFF_STRUCTURE = (
+    *(
+        254,
+        255,
+        256,
+        257,
+        258,
+        259,
+        262,
+        266,
+        273,
+        277,
+        278,
+        279,
+        284,
+        317,
+        320,
+        322,
+        323,
+        324,
+        325,
+        330,
+        332,
+        338,
+        339,
+    ),
+    *(347, 512, 513, 514, 529, 530, 531, 532, 700, 33723, 34377, 34675),
+)
+
+
+def upright(samples: NDArray[Any], orientation: Any) -> NDArray[Any]:
+    """Apply an EXIF orientation (1 to 8; TIFF 6.0, tag 274) to (H, W, ...) samples."""
+    if orientation not in range(2, 9):
+        return samples
+    if orientation >= 5:
+        samples = np.swapaxes(samples, 0, 1)
+    if orientation in (2, 3, 6, 7):
+        samples = samples[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        samples = samples[::-1]
+    return np.ascontiguousarray(samples)
+
+
+def exif_block(exif: Image.Exif) -> bytes | None:
+    """The block without its orientation and without what describes the layout of the old file; None when empty."""
+    if not exif:
+        return None
+    if ExifTags.Base.Orientation in exif:
+        exif[ExifTags.Base.Orientation] = 1
+    for tag in _TIFF_STRUCTURE:
+        if tag in exif:
+            del exif[tag]
+    try:
+        return exif.tobytes() if exif else None
+    except _DAMAGED as error:  # a block that cannot be written again is worth less than the picture
+        logger.warning("EXIF data is damaged and left out (%s)", error)
+        return None
+
+
+def xmp_packet(image: Image.Image) -> bytes | None:
+    """The XMP packet as stored, its orientation set to 1."""
+    value = image.info.get("xmp")
+    value = value.encode() if isinstance(value, str) else value
+    if not isinstance(value, bytes):
+        return None
+    value = re.sub(rb'(tiff:Orientation=")[0-9](")', rb"\g<1>1\2", value)
+    return re.sub(rb"(<tiff:Orientation>)[0-9](</tiff:Orientation>)", rb"\g<1>1\2", value)
+
+
+def resolution(image: Image.Image) -> tuple[float, float] | None:
+    """Dots per inch across and down, where the file states sensible ones."""
+    try:
+        across, down = (float(value) for value in image.info.get("dpi", ()))
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+    return (across, down) if 1 < across < 1e6 and 1 < down < 1e6 else None

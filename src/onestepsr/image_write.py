@@ -1,0 +1,279 @@
+"""Writing pictures: one temporary file in the target's folder, renamed when complete, so that no half picture is ever
+seen."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
+
+from onestepsr.errors import UserError
+from onestepsr.image import EXTENSIONS, Picture, to_eight_bits
+from onestepsr.image_deep import write_png, write_tiff
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "tiff": ".tif", "bmp": ".bmp"}
+"""The ending given to new files of each format."""
+PARTIAL_PREFIX = ".onestepsr-partial-"
+"""Names of unfinished files begin with this; they are never read as inputs."""
+
+_SIDE_LIMITS = {"jpeg": 65_535, "webp": 16_383, "tiff": 2**31 - 1, "png": 2**31 - 1, "bmp": 2**31 - 1}
+_BIG_TIFF_BYTES = 3_900_000_000
+_JPEG_QUALITY = 95
+_WEBP_QUALITY = 95
+_MAX_JPEG_BLOCK = 65_000  # bytes of EXIF or XMP that one JPEG segment can hold
+
+
+def format_of(path: Path) -> str:
+    """The format that a file name's ending stands for: jpeg, png, webp, tiff or bmp."""
+    try:
+        return EXTENSIONS[path.suffix.lower()]
+    except KeyError:
+        known = ", ".join(EXTENSIONS)
+        raise UserError(
+            f"{path}: the ending '{path.suffix}' is no picture format that can be written; accepted: {known}"
+        ) from None
+
+
+def check_size(file_format: str, width: int, height: int, label: str) -> None:
+    """Raise UserError when ``file_format`` cannot hold ``width`` x ``height`` pixels; ``label`` names the file."""
+    limit = _SIDE_LIMITS[file_format]
+    if max(width, height) > limit:
+        larger = "png or tiff" if file_format == "jpeg" else "png, tiff or jpg"
+        raise UserError(
+            f"{label}: {width} x {height} pixels, but {file_format.upper()} holds at most {limit} a side: "
+            f"choose --format {larger}, or a smaller scale"
+        )
+
+
+def write_picture(picture: Picture, path: Path, file_format: str | None = None) -> None:
+    """Write ``picture`` to ``path``, replacing it in one step; the format follows the name's ending unless given.
+
+    PNG and TIFF keep 16 bits, the others are rounded to 8. JPEG (quality 95, no chroma subsampling) and BMP cannot hold
+    transparency: it is laid over white, with a warning. WebP is written with quality 95, or without loss when the
+    picture came from such a WebP. Raises UserError when the format cannot hold the size or the place cannot be written.
+    """
+    chosen = file_format or format_of(path)
+    check_size(chosen, picture.width, picture.height, str(path))
+    with _replacing(path) as stream:
+        _encode(picture, stream, chosen, str(path))
+
+
+def encode_picture(picture: Picture, file_format: str) -> bytes:
+    """The bytes that :func:`write_picture` would write."""
+    check_size(file_format, picture.width, picture.height, "output")
+    stream = io.BytesIO()
+    _encode(picture, stream, file_format, "output")
+    return stream.getvalue()
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError unless a file can be created at ``path``, making missing folders on the way."""
+    with _as_user_error(path):
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, expected a file name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = _partial_path(path)
+        probe.touch()
+        probe.unlink()
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete unfinished files that a killed run left for this very target."""
+    for leftover in path.parent.glob(f"{PARTIAL_PREFIX}{_digest(path)}-*"):
+        leftover.unlink(missing_ok=True)
+
+
+def _digest(path: Path) -> str:
+    # A digest, since the target's own name may already be as long as the file system allows.
+    return hashlib.sha256(path.name.encode()).hexdigest()[:16]
+
+
+def _partial_path(path: Path) -> Path:
+    return path.parent / f"{PARTIAL_PREFIX}{_digest(path)}-{os.getpid()}"
+
+
+@contextmanager
+def _as_user_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    partial = _partial_path(path)
+    with _as_user_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        try:
+            with partial.open("wb") as stream:
+                yield stream
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _encode(picture: Picture, stream: BinaryIO, file_format: str, label: str) -> None:
+    if file_format in ("png", "tiff") and picture.pixels.dtype == np.uint16:
+        _encode_deep(picture, stream, file_format)
+        return
+    if picture.pixels.dtype == np.uint16:
+        logger.info("%s: %s holds 8 bits per channel, the 16 bits are rounded", label, file_format.upper())
+    picture = to_eight_bits(picture)
+    if picture.alpha is not None and file_format in ("jpeg", "bmp"):
+        logger.warning("%s: %s cannot hold transparency, the picture is laid over white", label, file_format.upper())
+        picture = _over_white(picture)
+    samples = picture.pixels[..., 0] if picture.gray else picture.pixels
+    image = Image.fromarray(samples)
+    if picture.alpha is not None:
+        image.putalpha(Image.fromarray(picture.alpha))
+    _SAVERS[file_format](image, stream, picture)
+
+
+def _over_white(picture: Picture) -> Picture:
+    """Composite 8-bit samples over white, row band by row band."""
+    assert picture.alpha is not None
+    result = np.empty(picture.pixels.shape, np.uint8)
+    for top in range(0, picture.height, 256):
+        rows = slice(top, top + 256)
+        share = picture.alpha[rows, :, None].astype(np.uint32)
+        result[rows] = (picture.pixels[rows] * share + 255 * (255 - share) + 127) // 255
+    return replace(picture, pixels=result, alpha=None)
+
+
+def _save_jpeg(image: Image.Image, stream: BinaryIO, picture: Picture) -> None:
+    blocks = {name: data for name, data in _notes(picture).items() if name not in ("exif", "xmp") or _fits(name, data)}
+    image.save(stream, "JPEG", quality=_JPEG_QUALITY, subsampling=0, **blocks)
+
+
+def _fits(name: str, data: bytes) -> bool:
+    if len(data) <= _MAX_JPEG_BLOCK:
+        return True
+    logger.warning("%s data of %d bytes does not fit into a JPEG and is left out", name.upper(), len(data))
+    return False
+
+
+def _save_png(image: Image.Image, stream: BinaryIO, picture: Picture) -> None:
+    notes = _notes(picture)
+    xmp = notes.pop("xmp", None)
+    if xmp is not None:
+        texts = PngInfo()
+        texts.add(b"iTXt", _xmp_chunk(xmp))
+        notes["pnginfo"] = texts
+    image.save(stream, "PNG", **notes)
+
+
+def _xmp_chunk(xmp: bytes) -> bytes:
+    return b"XML:com.adobe.xmp\0\0\0\0\0" + xmp
+
+
+def _save_webp(image: Image.Image, stream: BinaryIO, picture: Picture) -> None:
+    lossless = picture.lossless and picture.format == "webp"
+    notes = {name: value for name, value in _notes(picture).items() if name != "dpi"}
+    image.save(stream, "WEBP", quality=_WEBP_QUALITY, lossless=lossless, **notes)
+
+
+def _save_tiff(image: Image.Image, stream: BinaryIO, picture: Picture) -> None:
+    notes = _notes(picture)
+    exif = _exif(picture) or Image.Exif()
+    if notes.pop("xmp", None) is not None:
+        exif[700] = picture.xmp  # in a TIFF both share one directory
+    notes["exif"] = exif
+    big = picture.pixels.nbytes > _BIG_TIFF_BYTES
+    image.save(stream, "TIFF", compression="tiff_adobe_deflate", big_tiff=big, **notes)
+
+
+def _save_bmp(image: Image.Image, stream: BinaryIO, picture: Picture) -> None:
+    image.save(stream, "BMP", **({"dpi": picture.dpi} if picture.dpi else {}))
+
+
+_SAVERS: dict[str, Callable[[Image.Image, BinaryIO, Picture], None]] = {
+    "jpeg": _save_jpeg,
+    "png": _save_png,
+    "webp": _save_webp,
+    "tiff": _save_tiff,
+    "bmp": _save_bmp,
+}
+
+
+def _exif(picture: Picture) -> Image.Exif | None:
+    """The EXIF block with its picture size brought up to date."""
+    if picture.exif is None:
+        return None
+    exif = Image.Exif()
+    exif.load(picture.exif)
+    inner = exif.get_ifd(ExifTags.IFD.Exif)
+    for tag, side in ((ExifTags.Base.ExifImageWidth, picture.width), (ExifTags.Base.ExifImageHeight, picture.height)):
+        if tag in inner:
+            inner[tag] = side
+    return exif
+
+
+def _notes(picture: Picture) -> dict[str, Any]:
+    exif = _exif(picture)
+    notes = {
+        "icc_profile": picture.icc,
+        "exif": exif.tobytes() if exif else None,
+        "xmp": picture.xmp,
+        "dpi": picture.dpi,
+    }
+    return {name: value for name, value in notes.items() if value is not None}
+
+
+def _encode_deep(picture: Picture, stream: BinaryIO, file_format: str) -> None:
+    planes = [picture.pixels]
+    if picture.alpha is not None:
+        if picture.gray and file_format == "tiff":  # 16-bit grey with alpha is a TIFF that few programs can read
+            planes *= 3
+        planes.append(picture.alpha[..., None])
+    samples = np.concatenate(planes, axis=2) if len(planes) > 1 else picture.pixels
+    if file_format == "png":
+        write_png(stream, samples.astype(np.uint16, copy=False), _png_chunks(picture))
+    else:
+        write_tiff(stream, samples.astype(np.uint16, copy=False), _tiff_tags(picture))
+
+
+def _png_chunks(picture: Picture) -> list[tuple[bytes, bytes]]:
+    chunks: list[tuple[bytes, bytes]] = []
+    exif = _exif(picture)
+    if picture.icc is not None:
+        chunks.append((b"iCCP", b"ICC Profile\0\0" + zlib.compress(picture.icc)))
+    if picture.dpi is not None:
+        across, down = (round(value / 0.0254) for value in picture.dpi)
+        chunks.append((b"pHYs", struct.pack(">IIB", across, down, 1)))
+    if exif is not None:
+        chunks.append((b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
+    if picture.xmp is not None:
+        chunks.append((b"iTXt", _xmp_chunk(picture.xmp)))
+    return chunks
+
+
+def _tiff_tags(picture: Picture) -> dict[int, Any]:
+    tags: dict[int, Any] = {}
+    exif = _exif(picture)
+    for tag in exif or ():
+        nested = tag in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+        assert exif is not None
+        tags[int(tag)] = dict(exif.get_ifd(tag)) if nested else exif[tag]
+    if picture.icc is not None:
+        tags[34675] = picture.icc
+    if picture.xmp is not None:
+        tags[700] = picture.xmp
+    if picture.dpi is not None:
+        tags |= {282: picture.dpi[0], 283: picture.dpi[1], 296: 2}
+    return tags
