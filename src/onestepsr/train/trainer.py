@@ -109,12 +109,6 @@ class Trainer:
         accelerator = self.accelerator
         share = Share(accelerator.process_index, accelerator.num_processes)
         batches = micro_batches(self.source, self.config, share, self.step, accelerator.device)
-            self.source,
-            self.config,
-            Share(accelerator.process_index, accelerator.num_processes),
-            self.step,
-            accelerator.device,
-        )
         self._started = self._saved = time.monotonic()
         with Interruption() as interruption:
             while self.step < self.config.steps:
