@@ -174,6 +174,7 @@ def test_every_truncation_is_a_user_error(kind: str) -> None:
             read_picture(whole[: int(len(whole) * share)], "cut.x")
 
 
+@pytest.mark.filterwarnings("ignore")
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "TIFF", "WEBP"]), st.integers(0, 10_000), st.integers(1, 255))
 def test_a_damaged_byte_gives_a_picture_or_a_user_error(kind: str, position: int, change: int) -> None:

@@ -211,6 +211,9 @@ def _read_bytes(path: Path, label: str) -> bytes:
 def _opened(data: bytes, label: str, max_pixels: int) -> Iterator[Image.Image]:
     image = _open(data, label, max_pixels)
     try:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":  # MPO's second picture is a depth or gain map
+            logger.warning("%s: has %d frames or pages, only the first is used", label, frames)
         yield image
     except _DECODE_ERRORS as error:
         raise UserError(
@@ -238,8 +241,6 @@ def _open(data: bytes, label: str, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         image.close()
         raise UserError(f"{label}: claims {width} x {height} = {width * height:,} pixels, the limit is {max_pixels:,}")
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO's second picture is a depth or gain map
-        logger.warning("%s: has %d frames or pages, only the first is used", label, getattr(image, "n_frames", 1))
     return image
 
 

@@ -1,5 +1,4 @@
-"""Sixteen bits per channel, which Pillow keeps for plain grey only: reading and writing colour PNG and TIFF without
-loss.
+"""What Pillow's codecs lose: 16 bits per channel of colour PNG and TIFF, and the EXIF of a compressed TIFF.
 
 Reading leans on Pillow's own decoders. Its raw mode ``RGB;16B`` unpacks the high byte of big-endian samples, and
 ``RGB;16L`` that of little-endian ones; decoding the same file once with each yields the high and the low byte of every
@@ -143,46 +142,42 @@ def _paeth(left: NDArray[np.uint8], up: NDArray[np.uint8], corner: NDArray[np.ui
     return np.where((to_a <= to_b) & (to_a <= to_c), left, np.where(to_b <= to_c, up, corner))
 
 
-def write_tiff(stream: BinaryIO, samples: NDArray[np.uint16], tags: dict[int, Any]) -> None:
-    """Write (H, W, 1|3|4) uint16 samples as a little-endian TIFF, deflate with horizontal differencing (TIFF 6.0, 14).
+def write_tiff(stream: BinaryIO, samples: NDArray[Any], tags: dict[int, Any]) -> None:
+    """Write (H, W, 1|2|3|4) uint8 or uint16 samples as a little-endian TIFF, deflate with horizontal differencing (TIFF
+    6.0, 14).
 
     ``tags`` are further entries of the directory, a dict as value being a directory of its own (EXIF, GPS).
     """
     height, width = samples.shape[:2]
     if samples.nbytes > _TIFF_LIMIT:
-        raise UserError(f"{width} x {height} pixels of 16 bits do not fit into a TIFF (4 GB): choose --format png")
+        raise UserError(f"{width} x {height} pixels do not fit into a TIFF (4 GB): choose --format png")
     # The directory comes first: its length depends on the number of strips only, so it is written again once they are
     # known.
     count = -(-height // _BAND_ROWS)
     stream.write(struct.pack("<2sHI", b"II", 42, 8))
-    stream.write(_tiff_directory(samples.shape, [0] * count, [0] * count, tags).tobytes(8))
+    stream.write(_tiff_directory(samples, [0] * count, [0] * count, tags).tobytes(8))
     start = stream.tell()
     offsets, lengths = [], []
     for top in range(0, height, _BAND_ROWS):
-        strip = samples[top : top + _BAND_ROWS].astype("<u2")
+        strip = samples[top : top + _BAND_ROWS].astype(samples.dtype.newbyteorder("<"))
         strip[:, 1:] -= strip[:, :-1].copy()
         packed = zlib.compress(strip.tobytes(), 6)
         offsets.append(stream.tell() - start)  # Pillow adds the end of the directory
         lengths.append(len(packed))
         stream.write(packed)
     stream.seek(8)
-    stream.write(_tiff_directory(samples.shape, offsets, lengths, tags).tobytes(8))
+    stream.write(_tiff_directory(samples, offsets, lengths, tags).tobytes(8))
 
 
 def _tiff_directory(
-    shape: tuple[int, ...], offsets: list[int], lengths: list[int], tags: dict[int, Any]
+    samples: NDArray[Any], offsets: list[int], lengths: list[int], tags: dict[int, Any]
 ) -> ImageFileDirectory_v2:
-    height, width, channels = shape
+    height, width, channels = samples.shape
     directory = ImageFileDirectory_v2(b"II*\0\0\0\0\0")
-    entries: dict[int, Any] = {
-        256: width,
-        257: height,
-        258: (16,) * channels,
-        259: 8,
-        _PHOTOMETRIC: 1 if channels == 1 else 2,
-    }
+    entries: dict[int, Any] = {256: width, 257: height, 258: (8 * samples.itemsize,) * channels, 259: 8}
+    entries[_PHOTOMETRIC] = 1 if channels <= 2 else 2  # black is zero, or RGB
     entries |= {273: tuple(offsets), 277: channels, 278: _BAND_ROWS, 279: tuple(lengths), 284: 1, 317: 2}
-    if channels == 4:
+    if channels in (2, 4):
         entries[338] = (2,)  # unassociated alpha
     for tag, value in {**tags, **entries}.items():
         directory[tag] = value

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from onestepsr.errors import UserError
-from onestepsr.image import EXTENSIONS, Picture, to_eight_bits
+from onestepsr.image import EXTENSIONS, Picture, Samples, to_eight_bits
 from onestepsr.image_deep import write_png, write_tiff
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ PARTIAL_PREFIX = ".onestepsr-partial-"
 """Names of unfinished files begin with this; they are never read as inputs."""
 
 _SIDE_LIMITS = {"jpeg": 65_535, "webp": 16_383, "tiff": 2**31 - 1, "png": 2**31 - 1, "bmp": 2**31 - 1}
-_BIG_TIFF_BYTES = 3_900_000_000
 _JPEG_QUALITY = 95
 _WEBP_QUALITY = 95
 _MAX_JPEG_BLOCK = 65_000  # bytes of EXIF or XMP that one JPEG segment can hold
@@ -129,8 +128,11 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _encode(picture: Picture, stream: BinaryIO, file_format: str, label: str) -> None:
-    if file_format in ("png", "tiff") and picture.pixels.dtype == np.uint16:
-        _encode_deep(picture, stream, file_format)
+    if file_format == "tiff":  # 16-bit grey with alpha is a layout that few readers know
+        write_tiff(stream, _planes(picture, grey_alpha=picture.pixels.dtype == np.uint8), _tiff_tags(picture))
+        return
+    if file_format == "png" and picture.pixels.dtype == np.uint16:
+        write_png(stream, _planes(picture), _png_chunks(picture))
         return
     if picture.pixels.dtype == np.uint16:
         logger.info("%s: %s holds 8 bits per channel, the 16 bits are rounded", label, file_format.upper())
@@ -188,16 +190,6 @@ def _save_webp(image: Image.Image, stream: BinaryIO, picture: Picture) -> None:
     image.save(stream, "WEBP", quality=_WEBP_QUALITY, lossless=lossless, **notes)
 
 
-def _save_tiff(image: Image.Image, stream: BinaryIO, picture: Picture) -> None:
-    notes = _notes(picture)
-    exif = _exif(picture) or Image.Exif()
-    if notes.pop("xmp", None) is not None:
-        exif[700] = picture.xmp  # in a TIFF both share one directory
-    notes["exif"] = exif
-    big = picture.pixels.nbytes > _BIG_TIFF_BYTES
-    image.save(stream, "TIFF", compression="tiff_adobe_deflate", big_tiff=big, **notes)
-
-
 def _save_bmp(image: Image.Image, stream: BinaryIO, picture: Picture) -> None:
     image.save(stream, "BMP", **({"dpi": picture.dpi} if picture.dpi else {}))
 
@@ -206,7 +198,6 @@ _SAVERS: dict[str, Callable[[Image.Image, BinaryIO, Picture], None]] = {
     "jpeg": _save_jpeg,
     "png": _save_png,
     "webp": _save_webp,
-    "tiff": _save_tiff,
     "bmp": _save_bmp,
 }
 
@@ -235,17 +226,12 @@ def _notes(picture: Picture) -> dict[str, Any]:
     return {name: value for name, value in notes.items() if value is not None}
 
 
-def _encode_deep(picture: Picture, stream: BinaryIO, file_format: str) -> None:
-    planes = [picture.pixels]
-    if picture.alpha is not None:
-        if picture.gray and file_format == "tiff":  # 16-bit grey with alpha is a TIFF that few programs can read
-            planes *= 3
-        planes.append(picture.alpha[..., None])
-    samples = np.concatenate(planes, axis=2) if len(planes) > 1 else picture.pixels
-    if file_format == "png":
-        write_png(stream, samples.astype(np.uint16, copy=False), _png_chunks(picture))
-    else:
-        write_tiff(stream, samples.astype(np.uint16, copy=False), _tiff_tags(picture))
+def _planes(picture: Picture, grey_alpha: bool = True) -> Samples:
+    """Colour and alpha side by side (H, W, C); grey with alpha as RGBA unless ``grey_alpha``."""
+    if picture.alpha is None:
+        return picture.pixels
+    colour = [picture.pixels] * (3 if picture.gray and not grey_alpha else 1)
+    return np.concatenate([*colour, picture.alpha[..., None]], axis=2)
 
 
 def _png_chunks(picture: Picture) -> list[tuple[bytes, bytes]]:
