@@ -1,0 +1,109 @@
+"""Colour transfer from the input to the output of a network, and BT.601 luma.
+
+A network may shift colours slightly. Two corrections are in use with one-step diffusion (OSEDiff follows StableSR
+here): AdaIN gives each channel the mean and deviation of the input, and the wavelet correction gives the picture the
+low frequencies of the input. Both take tensors (N, C, H, W) in [0, 1] of equal shape: ``content``, the output of the
+network, and ``style``, the input enlarged to the same size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+WAVELET_RADII = (1, 2, 4, 8, 16)
+"""Dilations of the successive blurs of the wavelet correction."""
+WAVELET_REACH = sum(WAVELET_RADII)
+"""How far, in pixels of its input, the wavelet correction looks: what lies further away has no influence."""
+
+_VARIANCE_FLOOR = 1e-5
+_LUMA_STUDIO = (65.481, 128.553, 24.966)
+_LUMA_FULL = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation (floored) of each channel, both (N, C, 1, 1) float64."""
+
+    mean: Tensor
+    deviation: Tensor
+
+
+def statistics(bands: Iterable[Tensor]) -> Statistics:
+    """Statistics over bands (N, C, h_i, W) of one picture, of which only one band need be in memory at a time.
+
+    The variance is unbiased and has 1e-5 added before the root. Sums are float64 about the first band's mean, so that
+    the result does not depend on the bands to any visible degree.
+    """
+    count, shift = 0, torch.zeros(())
+    first = second = torch.zeros((), dtype=torch.float64)
+    for band in bands:
+        values = band.double()
+        if count == 0:
+            shift = values.mean(dim=(2, 3), keepdim=True)
+        values = values - shift
+        first = first + values.sum(dim=(2, 3), keepdim=True)
+        second = second + values.square().sum(dim=(2, 3), keepdim=True)
+        count += values.shape[2] * values.shape[3]
+    variance = (second - first.square() / max(count, 1)).clamp(min=0.0) / max(count - 1, 1)
+    return Statistics(shift + first / max(count, 1), (variance + _VARIANCE_FLOOR).sqrt())
+
+
+def match_statistics(content: Tensor, own: Statistics, wanted: Statistics) -> Tensor:
+    """``content`` (N, C, H, W) moved from its ``own`` statistics to the ``wanted`` ones, clamped to [0, 1]."""
+    gain = (wanted.deviation / own.deviation).to(content)
+    return ((content - own.mean.to(content)) * gain + wanted.mean.to(content)).clamp(0.0, 1.0)
+
+
+def adain(content: Tensor, style: Tensor) -> Tensor:
+    """Adaptive instance normalisation: each channel of ``content`` with the mean and deviation of ``style``."""
+    return match_statistics(content, statistics([content]), statistics([style]))
+
+
+def wavelet(content: Tensor, style: Tensor) -> Tensor:
+    """High frequencies of ``content`` with the low frequencies of ``style``, clamped to [0, 1].
+
+    ``high(content) + low(style)`` equals ``content + low(style - content)``, since the five blurs are linear: one set
+    of blurs instead of two. The result at a pixel depends on the :data:`WAVELET_REACH` pixels around it only.
+    """
+    return (content + low_frequencies(style - content)).clamp(0.0, 1.0)
+
+
+def low_frequencies(values: Tensor) -> Tensor:
+    """What five blurs of growing dilation leave of (N, C, H, W)."""
+    for radius in WAVELET_RADII:
+        values = blur(values, radius)
+    return values
+
+
+def blur(values: Tensor, radius: int) -> Tensor:
+    """Convolve every channel with [1 2 1; 2 4 2; 1 2 1] / 16, dilated by ``radius``, the border repeated."""
+    padded = functional.pad(values, (radius,) * 4, mode="replicate")
+    columns = padded[..., :, : -2 * radius] + padded[..., :, 2 * radius :] + 2 * padded[..., :, radius:-radius]
+    rows = columns[..., : -2 * radius, :] + columns[..., 2 * radius :, :] + 2 * columns[..., radius:-radius, :]
+    return rows / 16
+
+
+def gray(rgb: Tensor) -> Tensor:
+    """Full-range BT.601 luma: (N, 3, H, W) -> (N, 1, H, W), both in [0, 1]."""
+    return _weighted(rgb, _LUMA_FULL)
+
+
+def luma(rgb: Tensor) -> Tensor:
+    """Studio-swing BT.601 luma, not rounded: (N, 3, H, W) in [0, 1] -> (N, 1, H, W) in [16/255, 235/255]."""
+    return (_weighted(rgb, _LUMA_STUDIO) + 16.0) / 255.0
+
+
+def rgb_to_ycbcr(rgb: Tensor) -> Tensor:
+    """Studio-swing BT.601: (N, 3, H, W) in [0, 1] -> Y, Cb, Cr, each times 1/255, Cb and Cr about 128/255."""
+    rows = torch.tensor([_LUMA_STUDIO, (-37.797, -74.203, 112.0), (112.0, -93.786, -18.214)])
+    offset = torch.tensor([16.0, 128.0, 128.0]).reshape(1, 3, 1, 1)
+    return (torch.einsum("oc,nchw->nohw", rows.to(rgb), rgb) + offset.to(rgb)) / 255.0
+
+
+def _weighted(rgb: Tensor, weights: tuple[float, float, float]) -> Tensor:
+    return (rgb * rgb.new_tensor(weights).reshape(1, 3, 1, 1)).sum(dim=1, keepdim=True)

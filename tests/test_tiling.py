@@ -1,0 +1,104 @@
+"""Tiles cover, join without a trace and fit the memory."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from onestepsr import color, tiling
+from onestepsr.errors import UserError
+
+
+def enlarge(x: Tensor, scale: int = 4) -> Tensor:
+    return functional.interpolate(x, scale_factor=scale, mode="nearest")
+
+
+@given(st.integers(1, 500), st.integers(1, 80), st.data())
+def test_plan_covers_without_leaving_the_picture(length: int, tile: int, data: st.DataObject) -> None:
+    overlap = data.draw(st.integers(0, tile - 1))
+    starts = tiling.plan(length, tile, overlap)
+    side = min(tile, length)
+    assert starts[0] == 0
+    assert starts[-1] + side == length
+    for before, after in pairwise(starts):
+        assert 0 < after - before <= tile - overlap
+
+
+def test_plan_of_known_sizes() -> None:
+    assert tiling.plan(40, 16, 4) == [0, 12, 24]
+    assert tiling.plan(41, 16, 4) == [0, 12, 24, 25]
+    assert tiling.plan(16, 16, 4) == [0]
+    with pytest.raises(ValueError, match="overlap < tile"):
+        tiling.plan(10, 4, 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(4, 30), st.sampled_from([1, 2, 4]), st.data())
+def test_tiling_of_the_identity_is_exact(height: int, width: int, tile: int, scale: int, data: st.DataObject) -> None:
+    overlap = data.draw(st.integers(0, tile - 1))
+    margin = data.draw(st.integers(0, 10))
+    x = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(tile))
+    assert torch.equal(
+        tiling.tiled(lambda t: enlarge(t, scale), x, scale, tile, overlap, margin=margin), enlarge(x, scale)
+    )
+
+
+def test_equals_the_whole_when_the_function_looks_no_further_than_the_margin() -> None:
+    x = torch.rand(1, 3, 83, 61, generator=torch.Generator().manual_seed(0))
+
+    def blurred(t: Tensor) -> Tensor:
+        big = functional.interpolate(t, scale_factor=4, mode="bilinear")
+        return color.wavelet(big.flip(1), big)
+
+    whole, parts = blurred(x), tiling.tiled(blurred, x, 4, 40, 18, margin=9)
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
+    assert (tiling.tiled(blurred, x, 4, 40, 18, margin=2) - whole).abs().max() > 1e-4  # a margin too small is visible
+
+
+def test_bands_are_complete_rows_of_bounded_height() -> None:
+    x = torch.rand(1, 1, 100, 70)
+    bands = list(tiling.tiled_rows(enlarge, x, 4, 32, 8, margin=2))
+    assert sum(band.shape[2] for band in bands) == 400
+    assert all(band.shape[3] == 280 and band.shape[2] <= 128 for band in bands)
+
+
+def test_joins_are_smooth() -> None:
+    calls = iter(range(100))
+    steps = tiling.tiled(
+        lambda t: torch.full_like(enlarge(t), float(next(calls))), torch.zeros(1, 1, 8, 60), 4, 24, 12, 2
+    )
+    assert steps[0, 0, 0].diff().abs().max() < 0.06
+    assert tiling.count_tiles(8, 60, 24, 12) == next(calls)
+
+
+def test_tile_follows_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(tiling, "free_memory", lambda device: 1e9)
+    assert tiling.choose_tile(6000.0, cpu) == 304
+    assert tiling.choose_tile(60_000.0, cpu) == 96
+    assert tiling.choose_tile(1.0, cpu) == 320
+    with pytest.raises(UserError, match=r"1\.0 GB free, about .* for the smallest tile \(96 px\)"):
+        tiling.choose_tile(1e6, cpu)
+
+
+def test_container_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiling.free_memory(torch.device("cpu")) > 1e7
+    files = {
+        "/proc/meminfo": "MemTotal: 99 kB\nMemAvailable: 8000000 kB\n",
+        "/proc/self/cgroup": "0::/box\n",
+        "/sys/fs/cgroup/memory.max": "1500000000\n",
+        "/sys/fs/cgroup/memory.current": "500000000\n",
+    }
+    monkeypatch.setattr(tiling, "_read", lambda path: files.get(str(path)))
+    assert tiling.free_memory(torch.device("cpu")) == 1e9
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert tiling.free_memory(torch.device("cpu")) == 8_192_000_000
+    files.clear()
+    assert tiling.free_memory(torch.device("cpu")) > 1e7
