@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import ToyImages, toy_config, toy_method, weights
+from toy_training import ToyImages, killable, toy_config, toy_method, weights
 
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
 
-TOY = Path(__file__).parent / "toy.py"
+TOY = Path(__file__).parent / "toy_training.py"
 
 
 def start(folder: Path, steps: int) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TOY), str(folder), str(steps)]
+    command = [sys.executable, str(TOY), "run", str(folder), str(steps)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
@@ -37,7 +37,6 @@ def assert_identical(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
 
 
 def test_sigkill_and_resume_equal_an_uninterrupted_run(tmp_path: Path) -> None:
-    whole = start(tmp_path / "whole", 16)
     killed = start(tmp_path / "killed", 16)
     assert killed.stdout is not None
     for line in killed.stdout:
@@ -46,9 +45,9 @@ def test_sigkill_and_resume_equal_an_uninterrupted_run(tmp_path: Path) -> None:
             break
     assert killed.wait() == -signal.SIGKILL
     resumed = start(tmp_path / "killed", 16)
+    killable(tmp_path / "whole", 16, Hooks()).run()
     first_line = resumed.communicate()[0].splitlines()[0]
     assert 6 < int(first_line) < 16, "the second process must go on, not start again"
-    whole.communicate()
     assert_identical(tensors_of(tmp_path / "whole", 16), tensors_of(tmp_path / "killed", 16))
 
 

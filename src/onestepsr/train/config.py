@@ -134,10 +134,8 @@ class PreviewConfig:
     """Validation samples, always the first ones."""
     rows: int = 4
     """How many of them the preview picture shows."""
-    batch_size: int = 4
-    """Validation samples per evaluation of the networks."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "images", "batch_size"):
+        for name in ("every", "images", "rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

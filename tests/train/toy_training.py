@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from onestepsr.methods.base import Batch, Exported, Method, Networks, Phase
-from onestepsr.train.checkpoint import Checkpoints
 from onestepsr.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from onestepsr.train.randomness import generator
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
@@ -33,25 +34,40 @@ class ToyGenerator(nn.Module):
         return F.pixel_shuffle(self.head(self.fixed(self.dropout(F.silu(self.body(lr))))), 2)
 
 
+NOISE = 0.01
+
+
 def generator_phase(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
     sr = networks["generator"](batch["lr"])
     batch["sr"] = sr  # left attached on purpose: the loop must cut it off
-    noisy = sr + 0.01 * torch.randn(sr.shape, generator=rng)
+    noisy = sr + NOISE * torch.randn(sr.shape, generator=rng)
     return {"mse": F.mse_loss(sr, batch["hr"]), "adversarial": 0.1 * F.softplus(-networks["judge"](noisy)).mean()}
 
 
 def judge_phase(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-    noise = 0.01 * torch.randn(batch["sr"].shape, generator=rng)
+    noise = NOISE * torch.randn(batch["sr"].shape, generator=rng)
     real, fake = networks["judge"](batch["hr"] + noise), networks["judge"](batch["sr"] + noise)
     return {"judge": F.softplus(-real).mean() + F.softplus(fake).mean()}
 
 
-def toy_method(dropout: float = 0.0) -> Method:
+def plain_phase(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+    return {"mse": F.mse_loss(networks["generator"](batch["lr"]), batch["hr"])}
+
+
+def plain_judge_phase(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+    with torch.no_grad():
+        sr = networks["generator"](batch["lr"])
+    return {"judge": F.softplus(-networks["judge"](batch["hr"])).mean() + F.softplus(networks["judge"](sr)).mean()}
+
+
+def toy_method(dropout: float = 0.0, *, noise: bool = True) -> Method:
+    """Without ``noise`` no loss draws anything, so that runs split differently can be compared."""
     torch.manual_seed(7)
+    losses = (generator_phase, judge_phase) if noise else (plain_phase, plain_judge_phase)
     judge = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.SiLU(), nn.Conv2d(4, 1, 3))
     return Method(
         networks={"generator": ToyGenerator(dropout), "judge": judge},
-        phases=(Phase(network="generator", loss=generator_phase), Phase(network="judge", loss=judge_phase)),
+        phases=(Phase(network="generator", loss=losses[0]), Phase(network="judge", loss=losses[1])),
         ema=("generator",),
         preview=lambda networks, batch: {"SR": networks["generator"](batch["lr"]).clamp(0, 1), "HR": batch["hr"]},
         export=lambda networks: Exported(
@@ -95,20 +111,33 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
     return result
 
 
-def main(folder: str, steps: str) -> None:
-    """A process of its own that resumes where it can and says each finished step: something to kill."""
+def run_and_announce(folder: str, steps: str) -> None:
+    """Resumes where it can and says each finished step: something to kill."""
 
     def announce(record: StepRecord) -> None:
         sys.stdout.write(f"{record.step}\n")
         sys.stdout.flush()
 
-    config = toy_config(steps=int(steps), num_workers=1, accumulation=2, checkpoint_steps=3)
-    trainer = Trainer(toy_method(dropout=0.2), ToyImages(), config, Path(folder), hooks=Hooks(on_step=announce))
-    latest = Checkpoints(Path(folder) / "checkpoints").latest()
+    trainer = killable(Path(folder), int(steps), Hooks(on_step=announce))
+    latest = trainer.checkpoints.latest()
     if latest is not None:
         trainer.resume(latest)
     trainer.run()
 
 
+def killable(folder: Path, steps: int, hooks: Hooks) -> Trainer:
+    """The same run in this process or in one that can be killed."""
+    config = toy_config(steps=steps, num_workers=1, accumulation=2, checkpoint_steps=3)
+    return Trainer(toy_method(dropout=0.2), ToyImages(), config, folder, hooks=hooks)
+
+
+def run_one_rank(folder: str) -> None:
+    """One of several processes: leaves its weights in a file."""
+    trainer = Trainer(toy_method(noise=False), ToyImages(), toy_config(accumulation=2), Path(folder))
+    trainer.run()
+    save_file(weights(trainer), Path(folder) / f"rank{os.environ['RANK']}.safetensors")
+    trainer.accelerator.end_training()
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"run": run_and_announce, "rank": run_one_rank}[sys.argv[1]](*sys.argv[2:])

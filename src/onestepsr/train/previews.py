@@ -1,0 +1,112 @@
+"""Validation: the same few pictures again and again, scored and drawn side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from onestepsr.methods.base import Batch, Networks
+from onestepsr.train.batches import SampleSource, to_device
+from onestepsr.train.config import PreviewConfig
+from onestepsr.train.networks import NetworkSet
+
+GAP = 4
+TITLE_HEIGHT = 18
+FONT_SIZE = 13
+PAPER, INK = (24, 24, 24), (235, 235, 235)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What one validation found."""
+
+    scores: dict[str, float]
+    """Means over the validation pictures; empty when the method shows no pair of "SR" and "HR"."""
+    picture: Path | None
+    """The grid of previews."""
+
+
+class Validator:
+    """Evaluates a method's preview on the first ``images`` samples of a data set."""
+
+    def __init__(
+        self,
+        preview: Callable[[Networks, Batch], dict[str, Tensor]],
+        source: SampleSource,
+        config: PreviewConfig,
+        folder: Path,
+    ) -> None:
+        self.preview, self.source, self.config, self.folder = preview, source, config, folder
+
+    def run(self, step: int, networks: NetworkSet, device: torch.device, channels_last: bool = False) -> Validation:
+        """Score and draw with averaged weights; the picture is ``previews/step_XXXXXX.png`` under ``folder``."""
+        scores: list[dict[str, float]] = []
+        rows: list[dict[str, Tensor]] = []
+        with networks.evaluating() as callables:
+            for index in range(self.config.images):
+                sample = {name: tensor[None] for name, tensor in self.source[index].items()}
+                columns = self.preview(callables, to_device(sample, device, channels_last))
+                columns = {title: image.detach().float().cpu().clamp(0, 1) for title, image in columns.items()}
+                scores.append(score(columns))
+                if index < self.config.rows:
+                    rows.append({title: image[0] for title, image in columns.items()})
+        path = self.folder / "previews" / f"step_{step:06d}.png"
+        write_picture(draw_grid(rows), path)
+        return Validation({name: sum(row[name] for row in scores) / len(scores) for name in scores[0]}, path)
+
+
+def score(columns: Mapping[str, Tensor]) -> dict[str, float]:
+    """PSNR (dB) and SSIM of luma between the columns "SR" and "HR", each (1, 3, H, W) in [0, 1], where both exist."""
+    if "SR" not in columns or "HR" not in columns:
+        return {}
+    from onestepsr.evaluate.metrics import SSIM_WINDOW, psnr_y, ssim_y
+
+    sr, hr = columns["SR"], columns["HR"]
+    result = {"psnr_y": float(psnr_y(sr, hr).mean())}
+    if min(hr.shape[-2:]) >= SSIM_WINDOW:
+        result["ssim_y"] = float(ssim_y(sr, hr).mean())
+    return result
+
+
+def draw_grid(rows: list[dict[str, Tensor]]) -> Image.Image:
+    """One row per picture, one titled column per kind; smaller pictures (3, H, W) are enlarged to the row's largest."""
+    titles = list(rows[0])
+    sizes = [_row_size(row) for row in rows]
+    width = max(size[1] for size in sizes)
+    canvas_width = len(titles) * (width + GAP) + GAP
+    canvas = Image.new("RGB", (canvas_width, TITLE_HEIGHT + sum(size[0] + GAP for size in sizes)), PAPER)
+    font, draw = ImageFont.load_default(FONT_SIZE), ImageDraw.Draw(canvas)
+    for column, title in enumerate(titles):
+        draw.text((GAP + column * (width + GAP), 1), title, fill=INK, font=font)
+    top = TITLE_HEIGHT
+    for row, (height, row_width) in zip(rows, sizes, strict=True):
+        for column, title in enumerate(titles):
+            canvas.paste(_picture(row[title], height, row_width), (GAP + column * (width + GAP), top))
+        top += height + GAP
+    return canvas
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG that appears under its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing")
+    picture.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def _row_size(row: Mapping[str, Tensor]) -> tuple[int, int]:
+    return max(image.shape[-2] for image in row.values()), max(image.shape[-1] for image in row.values())
+
+
+def _picture(image: Tensor, height: int, width: int) -> Image.Image:
+    if image.shape[-2:] != (height, width):  # pixels stay visible: this shows what the network was given
+        image = F.interpolate(image[None], size=(height, width), mode="nearest")[0]
+    levels = (image * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy(), mode=None)
