@@ -46,10 +46,13 @@ class Phase:
     """Run in every ``every``-th iteration only."""
     start: int = 0
     """First iteration in which the phase runs."""
+    stop: int | None = None
+    """First iteration in which it no longer runs."""
 
     def runs_at(self, step: int) -> bool:
         """Whether the phase takes part in iteration ``step`` (0-based)."""
-        return step >= self.start and (step - self.start) % self.every == 0
+        in_range = step >= self.start and (self.stop is None or step < self.stop)
+        return in_range and (step - self.start) % self.every == 0
 
 
 @dataclass(frozen=True, kw_only=True)

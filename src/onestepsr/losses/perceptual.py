@@ -1,0 +1,108 @@
+"""DISTS and the edge-aware DISTS of D3SR. The feature network is an argument; loss and metric share this code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Features = Callable[[Tensor], list[Tensor]]
+"""Image (N, 3, H, W) in [0, 1] to feature maps, the image itself first."""
+
+STABILITY = 1e-6
+"""c1 and c2 of DISTS."""
+
+
+class _Moments(torch.autograd.Function):
+    """E[x], E[x^2] and E[xy] per channel, with a backward that makes one pass: feature maps are large, and autograd's
+    elementwise intermediates would cost more than the networks that made them. ``y`` is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x, y)
+        size = x.shape[2] * x.shape[3]
+        square, product = (torch.einsum("nchw,nchw->nc", x, other) / size for other in (x, y))
+        return x.mean(dim=(2, 3)), square, product
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc,no-untyped-call,untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        x, y = ctx.saved_tensors
+        by_mean, by_square, by_product = (g[..., None, None] / (x.shape[2] * x.shape[3]) for g in grads)
+        return (x * (2 * by_square)).addcmul_(y, by_product).add_(by_mean), None
+
+
+class DISTS(nn.Module):
+    """Deep image structure and texture similarity, as a distance in about [0, 1] (Ding et al., 2020).
+
+    Per feature channel, texture is compared by the similarity of global means and structure by that of the global covariance;
+    ``alpha`` and ``beta`` weigh the channels and are normalised to sum to one together. Without published weights every stage
+    counts alike and every channel of a stage alike.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+
+    def __init__(
+        self, channels: Sequence[int], alpha: Tensor | None = None, beta: Tensor | None = None, *, texture_share: float = 0.5
+    ) -> None:
+        """``channels`` lists the feature maps' widths; ``alpha`` and ``beta`` are (sum of channels,).
+
+        ``texture_share`` is alpha's part of the default weights.
+        """
+        super().__init__()
+        even = torch.cat([torch.full((c,), 1.0 / (c * len(channels))) for c in channels])
+        alpha = texture_share * even if alpha is None else alpha.flatten()
+        beta = (1 - texture_share) * even if beta is None else beta.flatten()
+        if alpha.shape != even.shape or beta.shape != even.shape:
+            raise ValueError(f"DISTS weights need {even.numel()} channels, got {alpha.numel()} and {beta.numel()}")
+        total = alpha.sum() + beta.sum()
+        self.channels = tuple(channels)
+        self.register_buffer("alpha", alpha / total, persistent=False)
+        self.register_buffer("beta", beta / total, persistent=False)
+
+    def compare(self, x_maps: Sequence[Tensor], y_maps: Sequence[Tensor]) -> Tensor:
+        """Distance (N,) of two lists of feature maps (N, C_k, H_k, W_k)."""
+        similarity = torch.zeros(x_maps[0].shape[0], device=x_maps[0].device, dtype=x_maps[0].dtype)
+        alphas, betas = self.alpha.split(self.channels), self.beta.split(self.channels)
+        for x, y, alpha, beta in zip(x_maps, y_maps, alphas, betas, strict=True):
+            x_mean, x_square, product = _Moments.apply(x, y)  # type: ignore[no-untyped-call]
+            y_mean = y.mean(dim=(2, 3))
+            y_square = torch.einsum("nchw,nchw->nc", y, y) / (y.shape[2] * y.shape[3])
+            texture = (2 * x_mean * y_mean + STABILITY) / (x_mean**2 + y_mean**2 + STABILITY)
+            variances = (x_square - x_mean**2) + (y_square - y_mean**2)
+            structure = (2 * (product - x_mean * y_mean) + STABILITY) / (variances + STABILITY)
+            similarity = similarity + (alpha * texture).sum(dim=1) + (beta * structure).sum(dim=1)
+        return 1 - similarity
+
+    def forward(self, features: Features, x: Tensor, y: Tensor) -> Tensor:
+        """Distance (N,) of images (N, 3, H, W) in [0, 1]; gradients flow to ``x`` only."""
+        with torch.no_grad():
+            target = features(y)
+        return self.compare(features(x), target)
+
+
+def sobel_magnitude(x: Tensor, *, per_channel: bool = False, epsilon: float = 1e-6) -> Tensor:
+    """S(x) = sqrt((G_x * x)^2 + (G_y * x)^2) (D3SR, Eq. 6-7), (N, 3, H, W) for (N, 3, H, W), borders replicated.
+
+    The paper does not say how colour enters. By default the channel mean is taken first and the result repeated on three
+    channels; ``per_channel`` filters each channel on its own. ``epsilon`` under the root keeps the gradient finite.
+    """
+    kernel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=x.device, dtype=x.dtype)
+    source = x if per_channel else x.mean(dim=1, keepdim=True)
+    channels = source.shape[1]
+    padded = F.pad(source, (1, 1, 1, 1), mode="replicate")
+    bank = torch.stack([kernel, kernel.T])[:, None].repeat(channels, 1, 1, 1)  # (2 channels, 1, 3, 3)
+    gradient = F.conv2d(padded, bank, groups=channels).unflatten(1, (channels, 2))
+    magnitude = (gradient.square().sum(dim=2) + epsilon).sqrt()
+    return magnitude if per_channel else magnitude.expand(-1, 3, -1, -1)
+
+
+def ea_dists(dists: DISTS, features: Features, x: Tensor, y: Tensor, *, per_channel: bool = False) -> Tensor:
+    """Edge-aware DISTS (N,): DISTS(x, y) + DISTS(S(x), S(y)) (D3SR, Eq. 5); images (N, 3, H, W) in [0, 1]."""
+    edges_x, edges_y = (sobel_magnitude(image, per_channel=per_channel) for image in (x, y))
+    return torch.as_tensor(dists(features, x, y) + dists(features, edges_x, edges_y))

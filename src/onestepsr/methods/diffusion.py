@@ -1,0 +1,99 @@
+"""Pretraining, stage two: an eps-predicting UNet on HR latents, the diffusion prior of a small backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from onestepsr.config import to_mapping
+from onestepsr.errors import UserError
+from onestepsr.methods.base import Batch, Exported, Method, MethodEntry, Networks, Phase, register
+from onestepsr.models.backbones import TinyGeneratorConfig, tiny_generator
+from onestepsr.models.generators import OneStepLatentGenerator
+from onestepsr.models.registry import load_network
+from onestepsr.models.tiny import TinyAutoencoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The autoencoder to build on and the UNet to train."""
+
+    autoencoder: Path
+    """Weights from the ``autoencoder`` method; they stay frozen and set the sizes of the latent."""
+    backbone: TinyGeneratorConfig = field(default_factory=TinyGeneratorConfig)
+    """UNet sizes and schedule (autoencoder sizes are taken from the weights)."""
+
+
+class PromptedUNet(nn.Module):
+    """UNet and learnable prompt as one trainable network; the autoencoder beside them is not part of it."""
+
+    def __init__(self, generator: OneStepLatentGenerator) -> None:
+        super().__init__()
+        self.unet = generator.unet
+        self.prompt = generator.prompt
+
+    def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
+        """Predicted noise for latents (N, C, h, w) at steps (N,)."""
+        return cast(Tensor, self.unet(z_t, t, self.prompt))
+
+
+def build(config: DiffusionConfig) -> Method:
+    """One network, one phase: mean squared error of the predicted noise at uniformly drawn steps."""
+    autoencoder = load_network(config.autoencoder)
+    if not isinstance(autoencoder, TinyAutoencoder):
+        raise UserError(f"{config.autoencoder}: holds a {type(autoencoder).__name__}, expected a tiny autoencoder")
+    sizes = {name: getattr(autoencoder.config, name) for name in AUTOENCODER_SIZES}
+    backbone = replace(config.backbone, model=replace(config.backbone.model, **sizes))
+    generator = tiny_generator(backbone)
+    generator.autoencoder.load_state_dict(autoencoder.state_dict())
+    schedule = generator.schedule
+
+    def loss(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        with torch.no_grad():
+            z = generator.encode(batch["hr"])
+        t = torch.randint(schedule.steps, (z.shape[0],), generator=rng).to(z.device)
+        noise = torch.randn(z.shape, generator=rng).to(z)
+        eps = networks["unet"](schedule.add_noise(z, noise, t), t)
+        return {"eps": (eps - noise).square().mean()}
+
+    def preview(networks: Networks, batch: Batch) -> dict[str, Tensor]:
+        """Noise HR latents to an intermediate step and denoise them in one evaluation."""
+        z = generator.encode(batch["hr"])
+        rng = torch.Generator().manual_seed(0)
+        t = torch.full((z.shape[0],), backbone.timestep, device=z.device)
+        z_t = schedule.add_noise(z, torch.randn(z.shape, generator=rng).to(z), t)
+        denoised = schedule.x0_from_eps(z_t, networks["unet"](z_t, t), t)
+        columns = {"noised": generator.decode(z_t), "denoised": generator.decode(denoised), "HR": batch["hr"]}
+        return {title: image.clamp(0, 1) for title, image in columns.items()}
+
+    def export(networks: Mapping[str, nn.Module]) -> Exported:
+        trained = networks["unet"].state_dict()
+        state = {f"autoencoder.{key}": value for key, value in generator.autoencoder.state_dict().items()} | trained
+        return Exported(state_dict=state, architecture="tiny-latent-diffusion", config=to_mapping(backbone))
+
+    return Method(
+        networks={"unet": PromptedUNet(generator)},
+        frozen={"autoencoder": generator.autoencoder},
+        phases=(Phase(network="unet", loss=loss),),
+        ema=("unet",),
+        preview=preview,
+        export=export,
+    )
+
+
+AUTOENCODER_SIZES = ("luma_channels", "chroma_channels", "encoder_width", "decoder_width")
+
+register(
+    MethodEntry(
+        name="diffusion",
+        summary="eps-predicting UNet on HR latents (pretraining, stage 2)",
+        config=DiffusionConfig,
+        build=build,
+        needs_lr=False,
+    )
+)

@@ -1,0 +1,134 @@
+"""Generators: LR image in, SR image out, in one network evaluation. The only inference recipes of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onestepsr.schedules import DiffusionSchedule
+
+
+class LatentAutoencoder(Protocol):
+    """What a generator needs of an autoencoder; images are (N, 3, H, W) in [-1, 1], latents (N, C, H/factor, W/factor)."""
+
+    factor: int
+    """Pixels per latent cell along each axis."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Scaled latent of an image whose sides are multiples of ``factor``."""
+        ...
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Image of a scaled latent."""
+        ...
+
+
+class NoisePredictor(Protocol):
+    """What a generator needs of a diffusion UNet."""
+
+    size_multiple: int
+    """Latent sides must be multiples of this."""
+
+    def __call__(self, z_t: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+        """Predicted noise, shaped like ``z_t`` (N, C, h, w), at integer steps ``t`` (N,)."""
+        ...
+
+
+def pad_to(x: Tensor, height: int, width: int) -> Tensor:
+    """Pad (N, C, h, w) at the bottom and right to (N, C, height, width): reflected, repeated where too small to reflect."""
+    while x.shape[-2] < height or x.shape[-1] < width:
+        rows = min(height - x.shape[-2], x.shape[-2] - 1)
+        columns = min(width - x.shape[-1], x.shape[-1] - 1)
+        if rows > 0 or columns > 0:
+            x = F.pad(x, (0, max(columns, 0), 0, max(rows, 0)), mode="reflect")
+        else:  # one pixel along every axis that is still too short: nothing to reflect
+            x = F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode="replicate")
+    return x
+
+
+class OneStepLatentGenerator(nn.Module):
+    """z_L = E(enlarged LR), one UNet evaluation at T_L, z_H by Eq. 1 of D3SR, SR = D(z_H). No noise is added.
+
+    Public tensors are RGB in [0, 1]; [-1, 1] and latents exist only in here.
+    """
+
+    prompt: nn.Parameter
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        unet: nn.Module,
+        prompt: Tensor,
+        *,
+        timestep: int,
+        scale: int = 4,
+        schedule: DiffusionSchedule | None = None,
+    ) -> None:
+        """``prompt`` (1, L, C) is the learnable condition, ``timestep`` the fixed step T_L of the UNet evaluation."""
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.unet = unet
+        self.prompt = nn.Parameter(prompt.detach().clone())
+        self.schedule = schedule or DiffusionSchedule()
+        if not 0 <= timestep < self.schedule.steps:
+            raise ValueError(f"timestep T_L must be 0..{self.schedule.steps - 1}, got {timestep}")
+        self.timestep = timestep
+        self.scale = scale
+
+    @property
+    def _latent_autoencoder(self) -> LatentAutoencoder:
+        return cast(LatentAutoencoder, self.autoencoder)
+
+    @property
+    def lr_multiple(self) -> int:
+        """LR sides are padded to multiples of this before encoding."""
+        cells = self._latent_autoencoder.factor * cast(NoisePredictor, self.unet).size_multiple
+        return max(1, cells // self.scale)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latent (N, C, H/f, W/f) of an image (N, 3, H, W) in [0, 1] whose sides are multiples of f."""
+        return self._latent_autoencoder.encode(x * 2 - 1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Image (N, 3, H, W) in about [0, 1], not clamped, of a latent."""
+        return self._latent_autoencoder.decode(z) * 0.5 + 0.5
+
+    def step(self, z_l: Tensor) -> Tensor:
+        """Latent estimate of the HR image: z_H = (z_L - sqrt(1 - alpha_bar) eps(z_L; T_L)) / sqrt(alpha_bar) (D3SR, Eq. 1)."""
+        t = torch.full((z_l.shape[0],), self.timestep, device=z_l.device, dtype=torch.long)
+        predict = cast(Callable[..., Tensor], self.unet)
+        return self.schedule.x0_from_eps(z_l, predict(z_l, t, self.prompt), self.timestep)
+
+    def enlarge(self, lr: Tensor) -> Tensor:
+        """The LR image at output size: bicubic (a = -0.75), not clamped."""
+        return F.interpolate(lr, scale_factor=float(self.scale), mode="bicubic", align_corners=False)
+
+    def restore(self, lr: Tensor) -> tuple[Tensor, Tensor]:
+        """SR image (N, 3, s h, s w), not clamped, and its latent, for LR (N, 3, h, w) with sides multiples of ``lr_multiple``."""
+        z_h = self.step(self.encode(self.enlarge(lr)))
+        return self.decode(z_h), z_h
+
+    def forward(self, lr: Tensor) -> Tensor:
+        """SR image (N, 3, s h, s w) in about [0, 1], not clamped, of LR (N, 3, h, w) in [0, 1] of any size from 1x1 on."""
+        height, width, multiple = lr.shape[-2], lr.shape[-1], self.lr_multiple
+        padded = pad_to(lr, -(-height // multiple) * multiple, -(-width // multiple) * multiple)
+        return self.restore(padded)[0][..., : self.scale * height, : self.scale * width]
+
+
+class TrainableGenerator(nn.Module):
+    """A generator as training calls it: ``forward`` also returns the latent that the discriminator judges.
+
+    A network that is synchronised over processes may only be used through ``forward``, hence this view.
+    """
+
+    def __init__(self, generator: OneStepLatentGenerator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, lr: Tensor) -> tuple[Tensor, Tensor]:
+        """SR image (N, 3, s h, s w) and latent z_H for LR (N, 3, h, w) in [0, 1] with sides multiples of ``lr_multiple``."""
+        return self.generator.restore(lr)

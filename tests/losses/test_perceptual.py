@@ -1,0 +1,99 @@
+"""DISTS against the published code, EA-DISTS against its formula, and what any distance must satisfy."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from onestepsr.losses.perceptual import DISTS, ea_dists, sobel_magnitude
+from onestepsr.models.features import HannPool, OrientedFeatures, VGG16Features, oriented_filters
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "dists.npz"
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return {key: torch.tensor(value) for key, value in np.load(GOLDEN).items()}
+
+
+@pytest.fixture(scope="module")
+def oriented():
+    features = OrientedFeatures()
+    return features, DISTS(features.channels)
+
+
+def fill_from_keys(module: torch.nn.Module) -> None:
+    """Weights that depend on key and shape alone, as the golden numbers were made with."""
+    import hashlib
+
+    for key, tensor in module.state_dict().items():
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+        values = np.random.Generator(np.random.PCG64(seed)).standard_normal(tuple(tensor.shape))
+        values = values / math.sqrt(np.prod(tensor.shape[1:])) if tensor.ndim >= 2 else 0.1 * values
+        tensor.copy_(torch.from_numpy(values.astype(np.float32)))
+
+
+@torch.no_grad()
+def test_dists_equals_published_code(golden):
+    features = VGG16Features()
+    fill_from_keys(features)
+    dists = DISTS(features.channels, golden["alpha"], golden["beta"])
+    assert dists(features, golden["x"], golden["y"]).item() == pytest.approx(golden["score_xy"].item(), abs=5e-6)
+    assert dists(features, golden["x"], golden["x"]).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_hann_window_is_the_published_one(golden):
+    assert torch.allclose(HannPool().window[0, 0], golden["l2pool_kernel"], atol=1e-7)
+
+
+def test_oriented_filters_ignore_constants_and_stay_bounded():
+    bank = oriented_filters(3, 5)
+    assert bank.sum(dim=(1, 2, 3)).abs().max() < 1e-6
+    assert torch.allclose(bank.abs().sum(dim=(1, 2, 3)), torch.ones(6))
+
+
+def test_distance_grows_with_blur_and_with_noise(oriented):
+    features, dists = oriented
+    rng = torch.Generator().manual_seed(0)
+    x = F.interpolate(torch.rand(1, 3, 24, 24, generator=rng), size=(96, 96), mode="bicubic")
+    noise = torch.randn(x.shape, generator=rng)
+    noisy = [ea_dists(dists, features, x + level * noise, x).item() for level in (0.0, 0.02, 0.05, 0.1)]
+    blurred = [ea_dists(dists, features, F.avg_pool2d(x, k, 1, k // 2), x).item() for k in (1, 3, 5, 9)]
+    assert noisy[0] == pytest.approx(0, abs=1e-5)
+    assert noisy == sorted(noisy)
+    assert blurred == sorted(blurred)
+
+
+def test_gradient_is_finite_even_at_the_target(oriented):
+    features, dists = oriented
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for start in (x.clone(), torch.zeros_like(x)):
+        start.requires_grad_()
+        ea_dists(dists, features, start, x).sum().backward()
+        assert start.grad.isfinite().all()
+
+
+def test_sobel_magnitude_of_a_step_and_a_ramp():
+    step = torch.zeros(1, 3, 8, 8)
+    step[..., 4:] = 1.0
+    edges = sobel_magnitude(step)
+    assert edges.shape == step.shape
+    assert torch.allclose(edges[0, 0, :, 3:5], torch.full((8, 2), 4.0), atol=1e-5)
+    assert edges[..., :3].max() < 2e-3
+    ramp = torch.arange(8.0).reshape(1, 1, 8, 1).expand(1, 3, 8, 8) / 8
+    assert torch.allclose(sobel_magnitude(ramp)[..., 1:-1, :], torch.tensor(1.0), atol=1e-5)
+
+
+def test_edges_per_channel_see_colour_edges_that_the_mean_hides():
+    x = torch.zeros(1, 3, 8, 8)
+    x[:, 0, :, :4], x[:, 1, :, 4:] = 1.0, 1.0
+    assert sobel_magnitude(x).max() < 2e-3
+    assert sobel_magnitude(x, per_channel=True)[:, :2].max() > 3.9
+
+
+def test_weights_must_fit_the_features():
+    with pytest.raises(ValueError, match="7 channels"):
+        DISTS((3, 4), alpha=torch.ones(6), beta=torch.ones(7))

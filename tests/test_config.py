@@ -1,0 +1,85 @@
+"""Strict configuration: what is accepted, what is refused and how it is said."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from onestepsr.config import apply_overrides, from_mapping, read_mapping, to_mapping
+from onestepsr.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    rate: float = 1.0
+    sizes: tuple[int, ...] = (1, 2)
+    pair: tuple[float, float] = (0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    mode: Literal["a", "b"] = "a"
+    folder: Path | None = None
+    inner: Inner = field(default_factory=Inner)
+    named: dict[str, Inner] = field(default_factory=dict)
+    flag: bool = False
+
+    def __post_init__(self):
+        if self.inner.rate < 0:
+            raise ValueError("rate must not be negative")
+
+
+def test_round_trip_keeps_everything():
+    values = {"mode": "b", "folder": "x/y", "inner": {"rate": 2, "sizes": [3]}, "named": {"g": {"rate": 0.5}}, "flag": True}
+    config = from_mapping(Outer, values)
+    assert config.inner == Inner(rate=2.0, sizes=(3,))
+    assert from_mapping(Outer, to_mapping(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mod": "a"}, "did you mean 'mode'"),
+        ({"inner": {"rat": 1}}, "'inner.rat': did you mean 'rate'"),
+        ({"mode": "c"}, "mode: 'c' is not one of 'a', 'b'"),
+        ({"inner": {"rate": "fast"}}, "inner.rate: expected float, got 'fast'"),
+        ({"flag": 1}, "flag: expected bool"),
+        ({"inner": {"sizes": [True]}}, r"inner.sizes\[0\]: expected int"),
+        ({"inner": {"pair": [1.0]}}, "inner.pair: expected 2 values, got 1"),
+        ({"inner": 3}, "inner: expected a mapping"),
+        ({"inner": {"rate": -1.0}}, "rate must not be negative"),
+    ],
+)
+def test_mistakes_are_named(values, message):
+    with pytest.raises(UserError, match=message):
+        from_mapping(Outer, values)
+
+
+def test_exponents_without_a_dot_are_numbers():
+    assert from_mapping(Inner, {"rate": "5e-5"}).rate == 5e-5
+
+
+def test_overrides_reach_into_groups_and_leave_the_source_alone():
+    source = {"inner": {"rate": 1.0}}
+    changed = apply_overrides(source, ["inner.rate=3", "inner.sizes=[4, 5]", "folder=null"])
+    assert changed == {"inner": {"rate": 3, "sizes": [4, 5]}, "folder": None}
+    assert source == {"inner": {"rate": 1.0}}
+
+
+@pytest.mark.parametrize("override", ["rate", "=3"])
+def test_malformed_overrides_are_refused(override):
+    with pytest.raises(UserError, match="expected key=value"):
+        apply_overrides({}, [override])
+
+
+def test_files_that_are_no_mapping_are_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("- 1\n- 2\n")
+    with pytest.raises(UserError, match="expected a mapping"):
+        read_mapping(path)
+    path.write_text("a: [1")
+    with pytest.raises(UserError, match="not valid YAML"):
+        read_mapping(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_mapping(tmp_path / "missing.yaml")
