@@ -1,0 +1,100 @@
+"""The command: checks, dry run, a whole small run, and its resumption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from onestepsr.apps import train as command
+from onestepsr.errors import UserError
+from onestepsr.train.checkpoint import Checkpoints
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    rng = np.random.default_rng(0)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(2):
+        coarse = Image.fromarray(rng.integers(0, 255, (12, 12, 3), dtype=np.uint8))
+        coarse.resize((96, 96), Image.Resampling.BICUBIC).save(photos / f"{number}.png")
+    values = {
+        "method": "autoencoder",
+        "out": str(tmp_path / "run"),
+        "data": {"paths": [str(photos)], "crop": 32, "hr_scale": [1.0, 1.0]},
+        "validation": {"every": 2, "images": 1, "rows": 1},
+        "train": {
+            "steps": 3,
+            "batch_size": 2,
+            "device": "cpu",
+            "log_every": 1,
+            "threads": 1,
+            "optimizer": {"lr": 1e-3},
+        },
+    }
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def invoke(*arguments: str) -> str:
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.callback()(lambda: None)
+    command.register(app)
+    result = CliRunner().invoke(app, ["train", *arguments], catch_exceptions=False, standalone_mode=False)
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def test_dry_run_shows_everything_and_writes_nothing(recipe: str, tmp_path: Path) -> None:
+    shown = invoke("autoencoder", "train.steps=7", "--recipe", recipe, "--dry-run")
+    assert "autoencoder" in shown
+    assert "photos: 2" in shown
+    assert "MB" in shown
+    resolved = yaml.safe_load(shown[shown.index("method:") :])
+    assert resolved["train"]["steps"] == 7
+    assert resolved["train"]["optimizer"]["betas"] == [0.9, 0.999], "defaults are spelt out"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_start_to_model_and_on(recipe: str, tmp_path: Path) -> None:
+    invoke("autoencoder", "--recipe", recipe)
+    out = tmp_path / "run"
+    with safe_open(out / "model.safetensors", "pt") as model:
+        assert model.metadata()["architecture"] == "tiny-autoencoder"
+        assert model.metadata()["step"] == "3"
+    assert (out / "best.safetensors").is_file()
+    assert sorted(path.name for path in (out / "previews").iterdir()) == ["step_000002.png", "step_000003.png"]
+    assert yaml.safe_load((out / "config.yaml").read_text())["train"]["steps"] == 3
+
+    with pytest.raises(UserError, match=r"exists already; add --resume"):
+        invoke("autoencoder", "--recipe", recipe)
+    with pytest.raises(UserError, match=r"train\.seed"):
+        invoke("autoencoder", "train.seed=5", "--recipe", recipe, "--resume")
+
+    invoke("autoencoder", "train.steps=5", "--recipe", recipe, "--resume")
+    latest = Checkpoints(out / "checkpoints").latest()
+    assert latest is not None
+    assert latest.step == 5
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3, 4, 5]
+    assert not list(out.rglob("*writing*")), "nothing half-written stays behind"
+
+
+def test_resume_without_a_run_starts_one(recipe: str, tmp_path: Path) -> None:
+    invoke("autoencoder", "train.steps=1", "--recipe", recipe, "--resume", "--out", str(tmp_path / "2024"))
+    assert (tmp_path / "2024" / "model.safetensors").is_file()
+
+
+def test_what_is_missing_is_said() -> None:
+    with pytest.raises(UserError, match="METHOD and --recipe"):
+        invoke("autoencoder")
