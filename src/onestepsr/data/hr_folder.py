@@ -78,6 +78,8 @@ class HRFolder(Dataset[Sample]):
 
 def epoch_position(length: int, index: int, seed: int) -> int:
     """Which of ``length`` things comes at place ``index`` when each epoch runs through all of them in a new order."""
+    if index < 0:
+        raise IndexError(f"sample {index}: the stream starts at 0")
     epoch, place = divmod(index, length)
     return int(_epoch_order(length, derived_seed(seed, "order", epoch))[place])
 

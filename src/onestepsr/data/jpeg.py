@@ -11,8 +11,8 @@ import math
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 import torch.nn.functional as F
+from torch import Tensor
 
 LUMA_TABLE = (
     (16, 11, 10, 16, 24, 40, 51, 61),

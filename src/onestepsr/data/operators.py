@@ -6,8 +6,8 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor
 import torch.nn.functional as F
+from torch import Tensor
 
 ResizeMode = Literal["area", "bilinear", "bicubic"]
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import get_worker_info
 
 from onestepsr.errors import UserError
+from onestepsr.image import EXTENSIONS, read_picture, to_eight_bits
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"})
-MAX_PIXELS = 300_000_000
 ORIENTATION_TAG = 0x0112
-UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)
+UNREADABLE_HEADER = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 logger = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
@@ -44,7 +44,7 @@ def find_images(folder: Path, *, recursive: bool = True) -> list[Path]:
     paths = folder.rglob("*") if recursive else folder.iterdir()
     found = sorted((path for path in paths if _is_image(path)), key=lambda path: path.relative_to(folder).as_posix())
     if not found:
-        raise UserError(f"{folder}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))})")
+        raise UserError(f"{folder}: no pictures in it (looked for {', '.join(EXTENSIONS)})")
     return found
 
 
@@ -69,28 +69,23 @@ def scan(folders: Iterable[Path]) -> list[Photo]:
 
 
 def read_size(path: Path) -> tuple[int, int] | None:
-    """(width, height) as displayed, from the header alone; None if the file is no picture or beyond the size limit."""
+    """(width, height) as displayed, from the header alone; None if the file is no picture or beyond Pillow's limit."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
             width, height = image.size
-            turned = image.getexif().get(ORIENTATION_TAG, 1) >= 5
-    except UNREADABLE:
-        return None
-    if width * height > MAX_PIXELS:
+            # Asking a PNG for EXIF that does not stand in its header would decode the whole picture.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            turned = has_exif and image.getexif().get(ORIENTATION_TAG, 1) >= 5
+    except UNREADABLE_HEADER:
         return None
     return (height, width) if turned else (width, height)
 
 
-def read_pixels(path: Path) -> Pixels | None:
-    """Decode to RGB uint8 (H, W, 3), upright; None if that fails."""
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return None
-            upright = ImageOps.exif_transpose(image)
-            return np.asarray(upright.convert("RGB"))
-    except UNREADABLE:
-        return None
+def read_pixels(path: Path) -> Pixels:
+    """Decode to RGB uint8 (H, W, 3), upright, in the file's own colour space, without alpha; UserError if it fails."""
+    pixels = to_eight_bits(read_picture(path)).pixels
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
 
 class PhotoCache:
@@ -110,11 +105,13 @@ class PhotoCache:
             return self._pixels[index]
         if index in self._broken:
             return None
-        pixels = read_pixels(self.paths[index])
-        if pixels is None:
+        try:
+            pixels = read_pixels(self.paths[index])
+        except UserError as error:
             self._broken.add(index)
-            logger.warning("%s: cannot be decoded, another photo takes its place", self.paths[index])
-        elif self.used + pixels.nbytes <= self._share():
+            logger.warning("left out: %s", error)
+            return None
+        if self.used + pixels.nbytes <= self._share():
             self._pixels[index] = pixels
             self.used += pixels.nbytes
         return pixels
@@ -125,4 +122,4 @@ class PhotoCache:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()

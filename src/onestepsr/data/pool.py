@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,6 +75,7 @@ class Pool(Dataset[Sample]):
             shapes = {name: tuple(picture.shape) for name, picture in self.source[0].items()}
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                _require_space(self.folder, self.size * sum(int(np.prod(shape)) for shape in shapes.values()))
                 self._arrays = {name: self._map(name, np.uint8, shape) for name, shape in shapes.items()}
                 self._arrays["made"] = self._map("made", np.uint64, ())
             except OSError as error:
@@ -87,6 +90,15 @@ class Pool(Dataset[Sample]):
         with path.open("ab"):
             os.truncate(path, length)
         return np.memmap(path, dtype=kind, mode="r+", shape=full_shape)
+
+
+def _require_space(folder: Path, length: int) -> None:
+    """The arrays start as holes: running out of room later would kill the process, so it is checked beforehand."""
+    taken = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+    free = shutil.disk_usage(folder).free
+    if length - taken > free:
+        needed = f"{(length - taken) / 1e9:.1f} GB"
+        raise UserError(f"{folder}: the pool needs {needed} more, {free / 1e9:.1f} GB are free; lower data.pool_size")
 
 
 def _fingerprint(source: SampleStream, config: DataConfig, seed: int) -> str:

@@ -36,12 +36,12 @@ def camera() -> DegradationConfig:
     There is only the second round, whose resize aims at the LR size: noise and compression act at the LR size.
     """
     kernels = KernelConfig(
-        sizes=(9, 11, 13),
+        sizes=(13, 15, 17, 19),
         sinc_probability=0.0,
         gaussian=(0.6, 0.3),
         generalized=(0.05, 0.0),
         plateau=(0.05, 0.0),
-        sigma=(0.3, 2.4),
+        sigma=(0.4, 3.0),
         beta_generalized=(0.7, 2.0),
     )
     only = StageConfig(

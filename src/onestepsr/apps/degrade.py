@@ -1,0 +1,175 @@
+"""``onestepsr degrade``: make LR/HR pairs from a folder of photos, with a record of what was done to each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from onestepsr.errors import UserError
+
+if TYPE_CHECKING:
+    from onestepsr.data.degradation import Degradation, Recipe
+
+RECORD = "degradation.json"
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One photo and where its pair goes."""
+
+    name: str
+    """Path relative to the photo folder; with the seed, all that the degradation depends on."""
+    source: Path
+    lr: Path
+    hr: Path
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command("degrade", no_args_is_help=True)(degrade_command)
+
+
+def degrade_command(
+    hr_dir: Annotated[Path, typer.Argument(help="Folder of high-resolution photos.")],
+    out_dir: Annotated[Path, typer.Argument(help="Receives LR/, HR/ (cropped to fit) and degradation.json.")],
+    *,
+    recipe: Annotated[
+        str,
+        typer.Option(help="real_esrgan, resshift, camera, bicubic, mixed, or a YAML/JSON file with settings."),
+    ] = "real_esrgan",
+    scale: Annotated[int, typer.Option(min=1, max=16, help="HR size divided by LR size.")] = 4,
+    seed: Annotated[int, typer.Option(help="The same seed and file name give the same degradation.")] = 0,
+    recursive: Annotated[bool, typer.Option("--recursive", help="Include sub-folders.")] = False,
+    skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Keep pairs that are there already.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pairs that are there already.")] = False,
+    crop_multiple: Annotated[
+        int | None,
+        typer.Option(min=1, help="Crop HR sides to multiples of this, itself a multiple of the scale (the default)."),
+    ] = None,
+) -> None:
+    """Make low-resolution versions of photos, as training and test sets are made."""
+    multiple = scale if crop_multiple is None else crop_multiple
+    if multiple % scale:
+        raise UserError(f"--crop-multiple {multiple}: expected a multiple of the scale, {scale}")
+    if skip_existing and overwrite:
+        raise UserError("--skip-existing and --overwrite: choose one of them")
+    jobs = plan(hr_dir, out_dir, recursive)
+    header = {"schema": SCHEMA, "recipe": recipe, "scale": scale, "seed": seed, "crop_multiple": multiple}
+    _check_existing(jobs, out_dir, header, skip_existing, overwrite)
+    failures = run(jobs, out_dir, header, skip_existing)
+    typer.echo(f"{len(jobs) - len(failures)} pairs in {out_dir} (LR, HR, {RECORD})")
+    if failures:
+        raise UserError(f"{len(failures)} of {len(jobs)} photos failed, the first: {next(iter(failures.values()))}")
+
+
+def plan(hr_dir: Path, out_dir: Path, recursive: bool) -> list[Job]:
+    """What to make from ``hr_dir``; two photos that would give the same output name are an error."""
+    from onestepsr.data.photos import find_images
+
+    if out_dir.resolve() == hr_dir.resolve() or (recursive and hr_dir.resolve() in out_dir.resolve().parents):
+        raise UserError(f"{out_dir}: lies in the folder of photos; choose another place")
+    jobs: dict[Path, Job] = {}
+    for path in find_images(hr_dir, recursive=recursive):
+        relative = path.relative_to(hr_dir)
+        target = relative.with_suffix(".png")
+        if target in jobs:
+            raise UserError(f"{path}: gives the same output as {jobs[target].source.name}; rename one of them")
+        jobs[target] = Job(
+            name=relative.as_posix(), source=path, lr=out_dir / "LR" / target, hr=out_dir / "HR" / target
+        )
+    return list(jobs.values())
+
+
+def run(jobs: list[Job], out_dir: Path, header: dict[str, Any], skip_existing: bool) -> dict[str, str]:
+    """Make all pairs and the record; returns the error of each photo that failed, by name."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from onestepsr.data.degradation import draw_degradation
+    from onestepsr.data.sampling import generator
+
+    recipe = load_recipe(header["recipe"])
+    # What is drawn does not depend on the photo, so the record is complete before the first picture is written.
+    drawn = {job.name: draw_degradation(recipe, generator(header["seed"], "degrade", job.name)) for job in jobs}
+    write_record(out_dir, header, drawn)
+    failures: dict[str, str] = {}
+    for job in track(jobs, "Degrading", console=Console(stderr=True), transient=True):
+        if skip_existing and job.lr.exists() and job.hr.exists():
+            continue
+        try:
+            make_pair(job, drawn[job.name], header)
+        except UserError as error:
+            failures[job.name] = str(error)
+    if failures:
+        write_record(out_dir, header, {name: entry for name, entry in drawn.items() if name not in failures})
+    return failures
+
+
+def load_recipe(name: str) -> Recipe:
+    """A preset by name, or the settings in a YAML or JSON file."""
+    from onestepsr.config import from_mapping, read_mapping
+    from onestepsr.data.degradation import DegradationConfig
+    from onestepsr.data.presets import get_preset
+
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml", ".json"):
+        return from_mapping(DegradationConfig, read_mapping(path))
+    return get_preset(name)
+
+
+def make_pair(job: Job, drawn: Degradation, header: dict[str, Any]) -> None:
+    """Degrade one photo and write its LR and cropped HR picture as PNG."""
+    from onestepsr.data.degradation import apply_degradation
+    from onestepsr.data.photos import read_pixels
+    from onestepsr.data.sampling import generator
+    from onestepsr.image import from_array, samples_to_tensor, tensor_to_samples
+    from onestepsr.image_write import write_picture
+
+    scale, multiple = header["scale"], header["crop_multiple"]
+    pixels = read_pixels(job.source)
+    height, width = (side // multiple * multiple for side in pixels.shape[:2])
+    if not height or not width:
+        raise UserError(f"{job.source}: {pixels.shape[1]}x{pixels.shape[0]}, expected sides of at least {multiple}")
+    cropped = pixels[:height, :width]
+    noise = generator(header["seed"], "degrade noise", job.name)
+    lr = apply_degradation(samples_to_tensor(cropped)[0], drawn, noise, scale)
+    for path, samples in ((job.hr, cropped), (job.lr, tensor_to_samples(lr, cropped.dtype.type))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_picture(from_array(samples), path)
+
+
+def write_record(out_dir: Path, header: dict[str, Any], drawn: dict[str, Degradation]) -> None:
+    """Write degradation.json in one step."""
+    from onestepsr.config import to_mapping
+
+    record = {**header, "images": {name: to_mapping(entry) for name, entry in drawn.items()}}
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        partial = out_dir / f".{RECORD}.{os.getpid()}"
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, out_dir / RECORD)
+    except OSError as error:
+        raise UserError(f"{out_dir}: cannot be written ({error.strerror})") from error
+
+
+def _check_existing(jobs: list[Job], out_dir: Path, header: dict[str, Any], skip: bool, overwrite: bool) -> None:
+    """Refuse to overwrite unasked, and to add to pairs that were made with other settings."""
+    existing = [job.lr for job in jobs if job.lr.exists() or job.hr.exists()]
+    if existing and not (skip or overwrite):
+        raise UserError(f"{existing[0]}: exists; give --skip-existing or --overwrite")
+    record = out_dir / RECORD
+    if not (existing and skip and record.exists()):
+        return
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{record}: cannot be read ({error}); remove it or give --overwrite") from error
+    for name, value in header.items():
+        if before.get(name) != value:
+            raise UserError(f"{record}: these pairs were made with {name} {before.get(name)}, now it is {value}")
