@@ -1,0 +1,46 @@
+# Two commands for everyone: `make demo` and `make test`. Both make their own virtual environment in .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PINNED := -c constraints.txt
+SOURCES := $(shell find src -type f -not -path '*/__pycache__/*' -not -path '*.egg-info/*')
+
+# The environment holds either the installed package (demo) or an editable one with the tools (test). Stamps say which, so
+# that repeated calls do nothing and the two commands may follow each other in any order.
+INSTALLED := .venv/.installed
+EDITABLE := .venv/.editable
+
+.PHONY: demo test lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/onestepsr upscale examples/ -o outputs/demo --overwrite
+	@echo
+	@echo "Done: compare the pictures in examples/ with those in outputs/demo/ (four times the size)."
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(EDITABLE)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis outputs/demo
+
+$(INSTALLED): pyproject.toml constraints.txt $(SOURCES) | $(BIN)/pip
+	rm -rf build
+	$(BIN)/pip install $(PINNED) .
+	rm -rf build $(EDITABLE)
+	touch $@
+
+$(EDITABLE): pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install $(PINNED) -e '.[test]'
+	touch $(INSTALLED) $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "onestepsr needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo "No virtual environment could be made; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
