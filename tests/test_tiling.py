@@ -72,7 +72,7 @@ def test_bands_are_complete_rows_of_bounded_height() -> None:
 def test_joins_are_smooth() -> None:
     calls = iter(range(100))
     steps = tiling.tiled(
-        lambda t: torch.full_like(enlarge(t), float(next(calls))), torch.zeros(1, 1, 8, 60), 4, 24, 12, 2
+        lambda t: torch.full_like(enlarge(t), float(next(calls))), torch.zeros(1, 1, 8, 60), 4, 24, 12, margin=2
     )
     assert steps[0, 0, 0].diff().abs().max() < 0.06
     assert tiling.count_tiles(8, 60, 24, 12) == next(calls)

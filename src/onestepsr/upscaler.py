@@ -1,0 +1,342 @@
+"""The public upscaler: any picture in, an enlarged picture of exactly the wanted size out.
+
+The network enlarges by a fixed factor (4). Other factors are reached from its output: shrunk with an antialiased
+Lanczos filter below 4, enlarged bicubically above, so the network always works at the scale it was trained for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from onestepsr.color import Statistics, gray, match_statistics, statistics, wavelet
+from onestepsr.errors import OneStepSRError, UserError
+from onestepsr.image import Picture, from_array, from_pil, read_picture, samples_to_tensor, tensor_to_samples, to_pil
+from onestepsr.image_profile import MatrixProfile, matrix_profile
+from onestepsr.image_resample import fill_transparent, resize
+from onestepsr.tiling import MARGIN, OVERLAP, choose_tile, count_tiles, tiled_rows
+
+logger = logging.getLogger(__name__)
+
+ColorFix = Literal["wavelet", "adain", "none"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SCALE_RANGE = (1, 8)
+"""Smallest and largest factor between input and output along either axis."""
+SMALLEST_TILE = 16
+"""Smallest side of a tile that can be asked for, in input pixels."""
+DEFAULT_MEMORY_PER_PIXEL = 6000.0
+"""Peak bytes per input pixel assumed of a generator that does not tell, at 4 bytes per number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscaleOptions:
+    """How a picture is upscaled; the defaults suit photographs."""
+
+    scale: float = 4.0
+    """Output side / input side, 1 to 8; ignored when ``width`` or ``height`` is given."""
+    width: int | None = None
+    """Output columns; with ``height`` absent the aspect ratio is kept."""
+    height: int | None = None
+    """Output rows."""
+    tile: int | Literal["auto", "off"] = "auto"
+    """Tile side in input pixels; "auto" follows the free memory, "off" runs the whole picture at once."""
+    overlap: int = OVERLAP
+    """Overlap of neighbouring tiles in input pixels, at most a third of a tile."""
+    color_fix: ColorFix = "wavelet"
+    """Which colour statistics of the input the output is given; "none" leaves the network's colours."""
+    seed: int | None = None
+    """For generators that draw noise; None is 0. Others ignore it."""
+
+    def __post_init__(self) -> None:
+        if self.color_fix not in get_args(ColorFix):
+            raise UserError(f"color fix '{self.color_fix}': accepted: {', '.join(get_args(ColorFix))}")
+        if isinstance(self.tile, str) and self.tile not in ("auto", "off"):
+            raise UserError(f"tile '{self.tile}': accepted: auto, off or a number of input pixels")
+        if isinstance(self.tile, int) and self.tile < SMALLEST_TILE:
+            raise UserError(f"tile {self.tile}: accepted: auto, off or {SMALLEST_TILE} input pixels and more")
+        if self.overlap < 0:
+            raise UserError(f"overlap {self.overlap}: accepted: 0 input pixels and more")
+
+
+def target_size(width: int, height: int, options: UpscaleOptions) -> tuple[int, int]:
+    """Output (width, height): input x factor, rounded half up, at least 1. Raises UserError beyond 1x to 8x."""
+    low, high = SCALE_RANGE
+    wide, tall = options.width, options.height
+    if wide is None and tall is None:
+        if not low <= options.scale <= high:  # also refuses NaN
+            raise UserError(f"scale {options.scale:g}: accepted: {low} to {high}")
+        factor = Fraction(str(options.scale))  # the decimal number that was written, not its binary neighbour
+        return _round(width * factor), _round(height * factor)
+    for name, new, old in (("width", wide, width), ("height", tall, height)):
+        if new is not None and not low * old <= new <= high * old:
+            raise UserError(f"{name} {new}: the input has {old}, accepted: {low * old} to {high * old}")
+    return (
+        wide if wide is not None else _round(Fraction(cast(int, tall) * width, height)),
+        tall if tall is not None else _round(Fraction(cast(int, wide) * height, width)),
+    )
+
+
+def _round(value: Fraction) -> int:
+    return max(1, math.floor(value + Fraction(1, 2)))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called ``name``; "auto" is the first CUDA GPU, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{name}': not available here; accepted: auto, cpu, cuda, cuda:N, mps") from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format called ``name``.
+
+    "auto" is float16 on a CUDA GPU (its 11 bits matter more to a picture than bfloat16's range; should it overflow, the
+    picture is repeated in float32), bfloat16 on a CPU with instructions for it (AMX or AVX-512 BF16), else float32.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.float16
+        return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"dtype '{name}': accepted: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _cpu_has_bfloat16() -> bool:
+    if platform.system() != "Linux":
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").partition("flags")[2]
+    except OSError:
+        return False
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(flags.partition("\n")[0].split())
+
+
+class Upscaler:
+    """A generator ready to enlarge pictures. It is moved to the device and number format, not copied.
+
+    The generator is a module in eval mode with an int attribute ``scale`` that maps float RGB (N, 3, h, w) in [0, 1] of
+    any size to (N, 3, h * scale, w * scale) in about [0, 1]. It may have ``memory_per_pixel(dtype)``, peak bytes per
+    input pixel, and may take a keyword ``rng``, a ``torch.Generator`` for the noise it draws.
+    """
+
+    def __init__(
+        self, generator: nn.Module, device: str = "auto", dtype: str = "auto", name: str = "generator"
+    ) -> None:
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.name = name
+        self.scale = int(cast(int, generator.scale))
+        self._may_fall_back = dtype == "auto"
+        self._takes_rng = "rng" in inspect.signature(generator.forward).parameters
+        self.generator = generator.eval().requires_grad_(False)
+        self._move(self.dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path = "d3sr-tiny", device: str = "auto", dtype: str = "auto"
+    ) -> Upscaler:
+        """Load a model by alias or from a file; raises UnknownModel or UserError in one line."""
+        from onestepsr.models.registry import load_generator
+
+        target = resolve_device(device)
+        number_format = resolve_dtype(dtype, target)
+        generator = load_generator(name_or_path, device=target, dtype=number_format)
+        return cls(generator, device, dtype, str(name_or_path))
+
+    def __call__(
+        self,
+        source: str | Path | Image.Image | NDArray[Any],
+        scale: float = 4.0,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        tile: int | Literal["auto", "off"] = "auto",
+        color_fix: ColorFix = "wavelet",
+        seed: int | None = None,
+    ) -> Image.Image:
+        """Enlarge a file, a Pillow image or (H, W[, C]) uint8/uint16 samples; see :class:`UpscaleOptions`.
+
+        The result is a Pillow image with the input's profile and EXIF in ``info``. Pillow has no 16-bit colour, so that
+        such input comes back with 8 bits: :meth:`upscale_picture` keeps it.
+        """
+        options = UpscaleOptions(scale=scale, width=width, height=height, tile=tile, color_fix=color_fix, seed=seed)
+        if isinstance(source, np.ndarray):
+            picture = from_array(source)
+        elif isinstance(source, Image.Image):
+            picture = from_pil(source)
+        else:
+            picture = read_picture(Path(source))
+        return to_pil(self.upscale_picture(picture, options))
+
+    def upscale_picture(
+        self,
+        picture: Picture,
+        options: UpscaleOptions | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Picture:
+        """Enlarge ``picture``, all its metadata kept; ``progress(done, total)`` is called after every tile.
+
+        Grey stays grey and bit depth stays. Alpha is resampled on its own: a network trained on photographs would draw
+        texture into it. Wide-gamut RGB goes through the network as sRGB and returns to its own space before the colour
+        fix, which takes low frequencies from the unclipped input.
+        """
+        options = options or UpscaleOptions()
+        width, height = target_size(picture.width, picture.height, options)
+        try:
+            samples = self._enlarge(picture, options, progress)
+        except _NonFiniteError:
+            if not self._may_fall_back or self.dtype == torch.float32:
+                raise
+            logger.warning("%s overflows in %s: repeating in float32", self.name, self.dtype)
+            self.dtype = torch.float32
+            self._move(self.dtype)
+            samples = self._enlarge(picture, options, progress)
+        alpha = picture.alpha
+        if alpha is not None:
+            alpha = resize(alpha[..., None], height, width)[..., 0]
+        return replace(picture, pixels=resize(samples, height, width), alpha=alpha)
+
+    def plan_tile(self, height: int, width: int, options: UpscaleOptions) -> int:
+        """Tile side in input pixels for a picture of this size."""
+        if options.tile == "off":
+            return max(height, width)
+        if options.tile != "auto":
+            return options.tile
+        side = choose_tile(self.memory_per_pixel(), self.device, options.overlap)
+        return max(height, width) if height * width <= side * side else side
+
+    def memory_per_pixel(self) -> float:
+        """Peak bytes that the generator needs per input pixel, plus 200 for the colour fix and the joining of tiles."""
+        tell = getattr(self.generator, "memory_per_pixel", None)
+        own = float(tell(self.dtype)) if callable(tell) else DEFAULT_MEMORY_PER_PIXEL * self.dtype.itemsize / 4
+        return own + 200 * self.scale**2 / 16
+
+    def _move(self, dtype: torch.dtype) -> None:
+        self.generator = cast(Any, self.generator).to(
+            device=self.device, dtype=dtype, memory_format=torch.channels_last
+        )
+
+    def _enlarge(
+        self, picture: Picture, options: UpscaleOptions, progress: Callable[[int, int], None] | None
+    ) -> NDArray[Any]:
+        """The network's output at its own scale, colour-fixed, as samples of the picture's kind."""
+        pixels = picture.pixels if picture.alpha is None else fill_transparent(picture.pixels, picture.alpha)
+        source = torch.from_numpy(np.require(pixels, requirements="CW")).permute(2, 0, 1)[None]  # (1, C, H, W), a view
+        tile = self.plan_tile(picture.height, picture.width, options)
+        step = _TileStep(self, None if picture.gray else matrix_profile(picture.icc), options, progress)
+        overlap = min(options.overlap, tile // 3)
+        step.total = count_tiles(picture.height, picture.width, tile, overlap)
+        shape = (picture.height * self.scale, picture.width * self.scale, pixels.shape[2])
+
+        def rows(fn: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+            return tiled_rows(fn, source, self.scale, tile, overlap, margin=min(MARGIN, overlap // 3))
+
+        with torch.inference_mode():
+            if options.color_fix != "adain":
+                return _stored(rows(step), shape, pixels.dtype.type)
+            # AdaIN needs statistics of the whole output: it is kept with 16 bits until they are known.
+            fine = _stored(rows(step), shape, np.uint16)
+            wanted = statistics(rows(lambda t: enlarge(_to_float(t), self.scale)))
+            return _stored(_matched(fine, statistics(_bands(fine)), wanted), shape, pixels.dtype.type)
+
+
+class _NonFiniteError(OneStepSRError):
+    """The network's output is not finite."""
+
+
+class _TileStep:
+    """One tile of stored samples (1, C, h, w) to colour-fixed float32 output (1, C, h * scale, w * scale)."""
+
+    def __init__(
+        self,
+        owner: Upscaler,
+        profile: MatrixProfile | None,
+        options: UpscaleOptions,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.owner, self.profile, self.options, self.progress = owner, profile, options, progress
+        self.done = self.total = 0
+
+    def __call__(self, tile: Tensor) -> Tensor:
+        lr = _to_float(tile)
+        if self.owner.device.type == "cuda":  # elsewhere than on CUDA and the CPU only the network is sure to run
+            lr = lr.to(self.owner.device)
+        output = self._run(lr if self.profile is None else self.profile.to_srgb(lr)).to(lr.device).clamp(0.0, 1.0)
+        if self.profile is not None:
+            output = self.profile.from_srgb(output)
+        if tile.shape[1] == 1:
+            output = gray(output)
+        if self.options.color_fix == "wavelet":
+            output = wavelet(output, enlarge(lr, self.owner.scale))
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+        return output
+
+    def _run(self, lr: Tensor) -> Tensor:
+        rgb = (
+            lr.expand(-1, 3, -1, -1)
+            .to(self.owner.device, self.owner.dtype)
+            .contiguous(memory_format=torch.channels_last)
+        )
+        extra: dict[str, Any] = {}
+        if self.owner._takes_rng:  # every tile its own noise, the same in every run
+            extra["rng"] = torch.Generator().manual_seed((self.options.seed or 0) * 1_000_003 + self.done)
+        output = self.owner.generator(rgb, **extra).float()
+        expected = (1, 3, *(side * self.owner.scale for side in lr.shape[-2:]))
+        if output.shape != expected:
+            raise OneStepSRError(
+                f"{self.owner.name}: gave {tuple(output.shape)} for {tuple(lr.shape)}, expected {expected}"
+            )
+        if not torch.isfinite(output).all():
+            raise _NonFiniteError(
+                f"{self.owner.name}: values that are not finite in {self.owner.dtype}; try --dtype float32"
+            )
+        return cast(Tensor, output)
+
+
+def enlarge(values: Tensor, scale: int) -> Tensor:
+    """Bicubic enlargement (a = -0.5, as Pillow) of (N, C, H, W), clamped to [0, 1]."""
+    height, width = (side * scale for side in values.shape[-2:])
+    return functional.interpolate(values, (height, width), mode="bicubic", antialias=True).clamp(0.0, 1.0)
+
+
+def _to_float(tile: Tensor) -> Tensor:
+    return samples_to_tensor(tile[0].permute(1, 2, 0).numpy())
+
+
+def _stored(bands: Iterable[Tensor], shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Round bands of rows (1, C, h, W) one after the other into one array (H, W, C)."""
+    result, top = np.empty(shape, dtype), 0
+    for band in bands:
+        result[top : top + band.shape[2]] = tensor_to_samples(band, dtype)
+        top += band.shape[2]
+    return result
+
+
+def _bands(samples: NDArray[Any], rows: int = 256) -> Iterator[Tensor]:
+    return (samples_to_tensor(samples[top : top + rows]) for top in range(0, samples.shape[0], rows))
+
+
+def _matched(samples: NDArray[Any], own: Statistics, wanted: Statistics) -> Iterator[Tensor]:
+    return (match_statistics(band, own, wanted) for band in _bands(samples))

@@ -1,0 +1,216 @@
+"""Exact geometry, tiles against the whole, colours, alpha, grey, depth, number formats, memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+from torch import Tensor, nn
+from torch.nn import functional
+
+from onestepsr import upscaler as module
+from onestepsr.errors import OneStepSRError, UserError
+from onestepsr.image import Picture
+from onestepsr.upscaler import UpscaleOptions, Upscaler, resolve_device, resolve_dtype, target_size
+from test_image_profile import DISPLAY_P3, SRGB_CURVE, matrix_icc
+
+
+class Bicubic(nn.Module):
+    """Enlarges; optionally shifts the colours, as a network may."""
+
+    scale = 4
+
+    def __init__(self, tint: float = 0.0) -> None:
+        super().__init__()
+        self.tint = nn.Parameter(torch.tensor([tint, 0.0, -tint]).reshape(1, 3, 1, 1))
+
+    def forward(self, lr: Tensor) -> Tensor:
+        height, width = (4 * side for side in lr.shape[-2:])
+        return (
+            functional.interpolate(lr.float(), (height, width), mode="bicubic", antialias=True).to(lr.dtype) + self.tint
+        )
+
+
+class SmallConvolution(nn.Module):
+    """Two random convolutions that reach four input pixels."""
+
+    scale = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.SiLU(), nn.Conv2d(8, 48, 5, padding=2))
+
+    def forward(self, lr: Tensor) -> Tensor:
+        return functional.pixel_shuffle(self.body(lr), 4) + functional.interpolate(lr, scale_factor=4)
+
+
+class Noisy(Bicubic):
+    def forward(self, lr: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        big = super().forward(lr)
+        return big + 0.1 * torch.randn(big.shape, generator=rng)
+
+
+class Broken(Bicubic):
+    def forward(self, lr: Tensor) -> Tensor:
+        return super().forward(lr) / (0.0 if lr.dtype != torch.float32 else 1.0)
+
+
+def photo(height: int, width: int, seed: int = 0, dtype: type = np.uint8) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(70, 185, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    return smooth if dtype == np.uint8 else smooth.astype(np.uint16) * 257
+
+
+@pytest.fixture(scope="module")
+def upscaler() -> Upscaler:
+    return Upscaler(SmallConvolution(), "cpu", "float32")
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5), (5, 1), (37, 211)])
+def test_exactly_four_times(upscaler: Upscaler, height: int, width: int) -> None:
+    for color_fix in ("wavelet", "adain", "none"):
+        assert upscaler(photo(height, width), color_fix=color_fix).size == (4 * width, 4 * height)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 30), st.decimals(1, 8, places=3))
+def test_any_scale_is_exact(upscaler: Upscaler, height: int, width: int, scale: object) -> None:
+    size = upscaler(photo(height, width), scale=float(scale)).size
+    assert size == tuple(int(side * scale + type(scale)("0.5")) for side in (width, height))
+
+
+def test_target_sizes() -> None:
+    assert target_size(100, 50, UpscaleOptions(scale=1.005)) == (101, 50)
+    assert target_size(100, 50, UpscaleOptions(width=250)) == (250, 125)
+    assert target_size(3, 100, UpscaleOptions(height=150)) == (5, 150)
+    assert target_size(100, 50, UpscaleOptions(width=300, height=100)) == (300, 100)
+    for wrong in ({"scale": 9.0}, {"scale": 0.5}, {"scale": float("nan")}, {"width": 99}, {"height": 401}):
+        with pytest.raises(UserError, match="accepted"):
+            target_size(100, 50, UpscaleOptions(**wrong))
+    for wrong in ({"tile": 8}, {"tile": "big"}, {"color_fix": "x"}, {"overlap": -1}):
+        with pytest.raises(UserError, match="accepted"):
+            UpscaleOptions(**wrong)
+
+
+@pytest.mark.parametrize("color_fix", ["wavelet", "adain", "none"])
+@pytest.mark.parametrize("tile", [40, 64, 97])
+def test_tiles_equal_the_whole(upscaler: Upscaler, color_fix: str, tile: int) -> None:
+    picture = Picture(pixels=photo(110, 150))
+    whole = upscaler.upscale_picture(picture, UpscaleOptions(color_fix=color_fix, tile="off"))
+    seen: list[tuple[int, int]] = []
+    options = UpscaleOptions(color_fix=color_fix, tile=tile)
+    parts = upscaler.upscale_picture(picture, options, lambda done, total: seen.append((done, total)))
+    assert np.abs(parts.pixels.astype(int) - whole.pixels).max() <= 1
+    assert seen[-1][0] == seen[-1][1] == len(seen) > 1
+
+
+@pytest.mark.parametrize("color_fix", ["wavelet", "adain"])
+def test_colour_fix_removes_a_tint(color_fix: str) -> None:
+    samples = photo(40, 56)
+    tinted = Upscaler(Bicubic(0.04), "cpu", "float32")
+    plain = np.asarray(Upscaler(Bicubic(), "cpu", "float32")(samples, color_fix="none")).astype(int)
+    assert np.abs(np.asarray(tinted(samples, color_fix="none")).astype(int) - plain).max() >= 9
+    assert np.abs(np.asarray(tinted(samples, color_fix=color_fix)).astype(int) - plain).max() <= 3
+
+
+def test_scale_one_gives_the_picture_back() -> None:
+    samples = photo(40, 56)
+    back = np.asarray(Upscaler(Bicubic(), "cpu", "float32")(samples, scale=1))
+    assert np.abs(back.astype(int) - samples).mean() < 1
+
+
+def test_wide_gamut_keeps_its_space_and_colours(upscaler: Upscaler) -> None:
+    saturated = np.empty((24, 24, 3), np.uint8)
+    saturated[:] = (10, 250, 20)  # outside sRGB
+    for dtype, step in ((np.uint8, 1), (np.uint16, 257)):
+        picture = Picture(pixels=saturated.astype(dtype) * dtype(step), icc=matrix_icc(DISPLAY_P3, SRGB_CURVE))
+        result = Upscaler(Bicubic(), "cpu", "float32").upscale_picture(picture)
+        assert result.icc == picture.icc
+        assert np.abs(result.pixels.astype(int) - picture.pixels[0, 0].astype(int)).max() <= step
+
+
+def test_srgb_profile_changes_nothing(upscaler: Upscaler) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    samples = photo(20, 20)
+    with_profile = upscaler.upscale_picture(Picture(pixels=samples, icc=srgb))
+    assert np.array_equal(with_profile.pixels, upscaler.upscale_picture(Picture(pixels=samples)).pixels)
+
+
+def test_grey_stays_grey_and_sixteen_bits_stay(upscaler: Upscaler) -> None:
+    assert upscaler(photo(9, 12)[..., 0]).mode == "L"
+    deep = photo(16, 16, dtype=np.uint16)
+    fine = upscaler.upscale_picture(Picture(pixels=deep)).pixels
+    assert fine.dtype == np.uint16
+    coarse = upscaler.upscale_picture(Picture(pixels=(deep // 257).astype(np.uint8))).pixels
+    assert np.abs(fine / 257 - coarse).max() <= 0.51
+    assert len(np.unique(fine)) > 256
+
+
+def test_transparency_leaves_no_fringe() -> None:
+    pixels = np.zeros((32, 32, 3), np.uint8)  # black is stored where nothing is visible
+    alpha = np.zeros((32, 32), np.uint8)
+    pixels[8:24, 8:24], alpha[8:24, 8:24] = (250, 200, 60), 255
+    result = Upscaler(Bicubic(), "cpu", "float32").upscale_picture(Picture(pixels=pixels, alpha=alpha))
+    assert result.alpha is not None
+    visible = result.pixels[result.alpha > 0].astype(int)
+    assert np.abs(visible - (250, 200, 60)).max() <= 1
+    assert result.alpha[64, 64] == 255
+    assert result.alpha[0, 0] == 0
+
+
+def test_path_pil_and_array_agree_and_metadata_stays(upscaler: Upscaler, tmp_path: Path) -> None:
+    samples = photo(10, 14)
+    Image.fromarray(samples).save(tmp_path / "a.png", icc_profile=b"kept")
+    from_path = upscaler(tmp_path / "a.png")
+    assert from_path.info["icc_profile"] == b"kept"
+    for other in (samples, Image.fromarray(samples), str(tmp_path / "a.png")):
+        assert np.array_equal(np.asarray(upscaler(other)), np.asarray(from_path))
+
+
+def test_seed_decides_the_noise() -> None:
+    noisy = Upscaler(Noisy(), "cpu", "float32")
+    samples = photo(40, 40)
+    first, again, other = (np.asarray(noisy(samples, seed=seed, tile=32)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_values_that_are_not_finite(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OneStepSRError, match=r"broken: values that are not finite in torch\.bfloat16; try --dtype"):
+        Upscaler(Broken(), "cpu", "bfloat16", "broken")(photo(8, 8))
+    monkeypatch.setattr(module, "_cpu_has_bfloat16", lambda: True)
+    automatic = Upscaler(Broken(), "cpu", "auto", "broken")
+    assert automatic.dtype == torch.bfloat16
+    assert automatic(photo(8, 8)).size == (32, 32)
+    assert automatic.dtype == torch.float32
+    assert "repeating in float32" in caplog.text
+
+
+def test_bfloat16_is_near_float32(upscaler: Upscaler) -> None:
+    half = Upscaler(SmallConvolution(), "cpu", "bfloat16")
+    difference = np.asarray(half(photo(20, 20))).astype(int) - np.asarray(upscaler(photo(20, 20)))
+    assert np.abs(difference).max() <= 6
+
+
+def test_devices_and_number_formats() -> None:
+    with pytest.raises(UserError, match="device 'gpu': not available"):
+        resolve_device("gpu")
+    with pytest.raises(UserError, match="dtype 'int8': accepted: auto, float32"):
+        resolve_dtype("int8", torch.device("cpu"))
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.float16
+
+
+def test_wrong_output_size_is_named() -> None:
+    class Wrong(Bicubic):
+        def forward(self, lr: Tensor) -> Tensor:
+            return lr
+
+    with pytest.raises(OneStepSRError, match=r"wrong: gave \(1, 3, 6, 6\)"):
+        Upscaler(Wrong(), "cpu", "float32", "wrong")(photo(6, 6))
