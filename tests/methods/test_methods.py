@@ -1,0 +1,173 @@
+"""The methods as the trainer sees them: phases, gradients, what stays frozen, what is exported."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from onestepsr.config import to_mapping
+from onestepsr.errors import UserError
+from onestepsr.methods import autoencoder, d3sr, diffusion
+from onestepsr.methods.base import MethodEntry, Phase, get_method, method_names, register
+from onestepsr.methods.catalog import load_methods
+from onestepsr.models import registry
+from onestepsr.models.backbones import TinyGeneratorConfig, tiny_generator
+from onestepsr.models.lora import LoraConfig
+from onestepsr.models.tiny import TinyConfig
+
+SMALL = TinyConfig(encoder_width=8, decoder_width=8, widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_width=16)
+
+
+def pair() -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return {"hr": torch.rand(2, 3, 32, 32, generator=rng), "lr": torch.rand(2, 3, 8, 8, generator=rng)}
+
+
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    torch.manual_seed(0)
+    config = TinyGeneratorConfig(model=SMALL)
+    generator = tiny_generator(config)
+    torch.nn.init.normal_(generator.unet.conv_out.weight, std=0.1)
+    path = tmp_path / "backbone.safetensors"
+    registry.save_model(
+        path, architecture="tiny-latent-diffusion", config=to_mapping(config), state_dict=generator.state_dict()
+    )
+    return path
+
+
+def all_networks(method):
+    return {**method.networks, **method.frozen}
+
+
+def with_gradient(network):
+    return {name for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+
+
+def trainable(network):
+    return {name for name, p in network.named_parameters() if p.requires_grad}
+
+
+def run_phase(method, phase, batch):
+    for network in method.networks.values():
+        network.zero_grad()
+    terms = phase.loss(all_networks(method), batch, rng())
+    sum(terms.values()).backward()
+    return terms
+
+
+def test_every_method_is_registered():
+    load_methods()
+    assert {"autoencoder", "diffusion", "d3sr"} <= set(method_names())
+    with pytest.raises(UserError, match="did you mean 'd3sr'"):
+        get_method("d3rs")
+    with pytest.raises(ValueError, match="registered twice"):
+        register(MethodEntry(name="d3sr", summary="", config=d3sr.D3SRConfig, build=d3sr.build))
+
+
+def test_phases_start_stop_and_skip():
+    phase = Phase(network="x", loss=lambda *_: {}, every=2, start=3, stop=8)
+    assert [step for step in range(12) if phase.runs_at(step)] == [3, 5, 7]
+
+
+def test_autoencoder_trains_all_of_itself():
+    torch.manual_seed(0)
+    method = autoencoder.build(autoencoder.AutoencoderConfig(model=SMALL))
+    network = method.networks["autoencoder"].train()
+    torch.nn.init.normal_(network.decoder.conv_out.weight, std=0.1)
+    torch.nn.init.normal_(network.encoder[-1].weight, std=0.1)
+    terms = run_phase(method, method.phases[0], pair())
+    assert set(terms) == {"l1", "kl"}
+    assert with_gradient(network) == trainable(network)
+
+
+def test_diffusion_trains_unet_and_prompt_and_exports_a_whole_backbone(tmp_path):
+    torch.manual_seed(0)
+    source = autoencoder.build(autoencoder.AutoencoderConfig(model=SMALL))
+    exported = source.export(source.networks)
+    path = tmp_path / "autoencoder.safetensors"
+    registry.save_model(
+        path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict
+    )
+    other_sizes = TinyGeneratorConfig(model=replace(SMALL, luma_channels=9))
+    method = diffusion.build(diffusion.DiffusionConfig(autoencoder=path, backbone=other_sizes))
+    torch.nn.init.normal_(method.networks["unet"].unet.conv_out.weight, std=0.1)
+    assert set(run_phase(method, method.phases[0], pair())) == {"eps"}
+    assert with_gradient(method.networks["unet"]) == trainable(method.networks["unet"])
+    whole = method.export(method.networks)
+    registry.save_model(path, architecture=whole.architecture, config=whole.config, state_dict=whole.state_dict)
+    assert registry.load_generator(path)(torch.rand(1, 3, 5, 7)).shape == (1, 3, 20, 28)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_d3sr_phases_touch_only_what_they_train(backbone, tuning):
+    torch.manual_seed(0)
+    settings = d3sr.DiscriminatorConfig(tuning=tuning, lora=LoraConfig(rank=2, alpha=2.0))
+    config = d3sr.D3SRConfig(
+        backbone=backbone, tuning=tuning, lora=LoraConfig(rank=2, alpha=2.0), discriminator=settings
+    )
+    method = d3sr.build(config)
+    generator_phase, discriminator_phase = (p for p in method.phases if p.runs_at(0))
+    batch = pair()
+    assert set(run_phase(method, generator_phase, batch)) == {"mse", "ea_dists", "adversarial"}
+    generator = method.networks["generator"]
+    names = trainable(generator)
+    assert not any("autoencoder" in name for name in names)
+    assert "generator.prompt" in names
+    assert all("lora" in name for name in names if ".unet." in name) == (tuning == "lora")
+    assert any("unet" in name for name in with_gradient(generator))
+    assert with_gradient(generator) <= names
+    assert set(run_phase(method, discriminator_phase, batch)) == {"discriminator"}
+    assert not with_gradient(generator)
+    assert with_gradient(method.networks["discriminator"])
+
+
+def test_discriminator_joins_when_it_is_told_to(backbone):
+    settings = d3sr.DiscriminatorConfig(start=5)
+    method = d3sr.build(d3sr.D3SRConfig(backbone=backbone, discriminator=settings))
+    early = [p for p in method.phases if p.runs_at(4)]
+    assert [p.network for p in early] == ["generator"]
+    assert "adversarial" not in run_phase(method, early[0], pair())
+    assert [p.network for p in method.phases if p.runs_at(5)] == ["generator", "discriminator"]
+    without = d3sr.build(d3sr.D3SRConfig(backbone=backbone, adversarial_weight=0.0))
+    assert set(without.networks) == {"generator"}
+
+
+def test_decoder_trains_only_on_request(backbone):
+    method = d3sr.build(d3sr.D3SRConfig(backbone=backbone, tuning="full", train_decoder=True))
+    names = {name for name in trainable(method.networks["generator"]) if "autoencoder" in name}
+    assert names
+    assert all(".decoder" in name for name in names)
+
+
+def test_exported_generator_equals_the_trained_one_with_adapters_merged(backbone, tmp_path):
+    torch.manual_seed(0)
+    method = d3sr.build(d3sr.D3SRConfig(backbone=backbone, timestep=250, lora=LoraConfig(rank=2, alpha=2.0)))
+    for name, parameter in method.networks["generator"].named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    exported = method.export(method.networks)
+    path = tmp_path / "model.safetensors"
+    registry.save_model(
+        path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict
+    )
+    lr = pair()["lr"]
+    loaded = registry.load_generator(path)
+    with torch.no_grad():
+        assert torch.allclose(loaded(lr), method.networks["generator"].eval()(lr)[0], atol=1e-4)
+    assert loaded.timestep == 250
+    assert method.preview is not None
+    assert set(method.preview(all_networks(method), pair())) == {"LR (bicubic)", "SR", "HR"}
+
+
+def test_what_is_missing_or_wrong_is_said(backbone, tmp_path):
+    with pytest.raises(UserError, match="vgg16_weights"):
+        d3sr.build(d3sr.D3SRConfig(backbone=backbone, perceptual=d3sr.PerceptualConfig(features="vgg16")))
+    with pytest.raises(UserError, match="expected a tiny autoencoder"):
+        diffusion.build(diffusion.DiffusionConfig(autoencoder=backbone))
+    with pytest.raises(ValueError, match="negative"):
+        d3sr.D3SRConfig(backbone=backbone, mse_weight=-1.0)
