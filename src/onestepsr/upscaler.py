@@ -241,7 +241,9 @@ class Upscaler:
     ) -> NDArray[Any]:
         """The network's output at its own scale, colour-fixed, as samples of the picture's kind."""
         pixels = picture.pixels if picture.alpha is None else fill_transparent(picture.pixels, picture.alpha)
-        source = torch.from_numpy(np.require(pixels, requirements="CW")).permute(2, 0, 1)[None]  # (1, C, H, W), a view
+        source = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[
+            None
+        ]  # (1, C, H, W), a view
         tile = self.plan_tile(picture.height, picture.width, options)
         step = _TileStep(self, None if picture.gray else matrix_profile(picture.icc), options, progress)
         overlap = min(options.overlap, tile // 3)

@@ -1,0 +1,153 @@
+"""Which files the ``upscale`` command reads and where each result goes: everything that is decided before any work."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onestepsr.errors import UserError
+
+STREAM = "-"
+"""The input or output that stands for stdin or stdout."""
+FORMATS = {"jpg": ".jpg", "png": ".png", "webp": ".webp", "tiff": ".tif"}
+"""Values of ``--format`` besides "keep", and the file ending of each."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Naming:
+    """How outputs are named."""
+
+    out: Path | None
+    """``-o``: a file for one input file, else a folder."""
+    file_format: str
+    """``--format``."""
+    suffix: str
+    """Added to the stem of outputs that lie beside their input, such as "_x4"."""
+
+
+def plan_jobs(inputs: Sequence[str], naming: Naming, recursive: bool) -> list[Job]:
+    """Expand files, folders and glob patterns into jobs, in a fixed order, each input once.
+
+    Raises UserError for what does not exist, an empty folder, two inputs with one output and an output that is an
+    input.
+    """
+    if naming.file_format != "keep" and naming.file_format not in FORMATS:
+        raise UserError(f"format '{naming.file_format}': accepted: keep, {', '.join(FORMATS)}")
+    jobs: dict[Path, Job] = {}
+    single = len(inputs) == 1 and Path(inputs[0]).is_file()
+    for text in inputs:
+        for job in _expand(text, naming, recursive, single):
+            jobs.setdefault(job.source.resolve(), job)
+    _check_distinct(list(jobs.values()))
+    return list(jobs.values())
+
+
+def _expand(text: str, naming: Naming, recursive: bool, single: bool) -> Iterator[Job]:
+    path = Path(text)
+    if path.is_dir():
+        yield from _expand_folder(path, naming, recursive)
+    elif path.exists():
+        yield Job(path, _target_of_file(path, naming, single))
+    elif glob.has_magic(text):
+        matches = [Path(match) for match in sorted(glob.glob(text, recursive=True)) if _is_picture(Path(match))]
+        if not matches:
+            raise UserError(f"{text}: no picture matches this pattern")
+        for match in matches:
+            yield Job(match, _target_of_file(match, naming, False))
+    else:
+        raise UserError(f"{text}: no such file or folder")
+
+
+def _expand_folder(folder: Path, naming: Naming, recursive: bool) -> Iterator[Job]:
+    root = naming.out or folder.resolve().with_name(folder.resolve().name + naming.suffix)
+    _check_folder(root)
+    files = [path for path in _walk(folder, recursive) if not _is_within(path, root) or _is_within(folder, root)]
+    if not files:
+        hint = "" if recursive else " (subfolders are read with --recursive)"
+        raise UserError(f"{folder}: the folder holds no pictures{hint}; accepted: JPEG, PNG, WebP, TIFF and BMP")
+    for path in files:
+        yield Job(path, (root / path.relative_to(folder)).with_suffix(_ending(path, naming.file_format)))
+
+
+def _walk(folder: Path, recursive: bool) -> Iterator[Path]:
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+    for path in entries:
+        if path.name.startswith("."):  # hidden, and unfinished files of a run that was killed
+            continue
+        if path.is_dir():
+            if recursive and not path.is_symlink():
+                yield from _walk(path, recursive)
+        elif _is_picture(path):
+            yield path
+
+
+def _is_picture(path: Path) -> bool:
+    from onestepsr.image import EXTENSIONS
+
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+
+
+def _target_of_file(path: Path, naming: Naming, single: bool) -> Path:
+    ending = _ending(path, naming.file_format)
+    if naming.out is None:
+        return path.with_name(path.stem + naming.suffix + ending)
+    if single and not naming.out.is_dir() and not str(naming.out).endswith(os.sep) and naming.out.suffix:
+        return _target_file(naming)
+    _check_folder(naming.out)
+    return naming.out / (path.stem + ending)
+
+
+def _target_file(naming: Naming) -> Path:
+    from onestepsr.image_write import format_of
+
+    assert naming.out is not None
+    chosen = format_of(naming.out)
+    wanted = naming.file_format
+    if wanted != "keep" and chosen != format_of(Path("a" + FORMATS[wanted])):
+        raise UserError(f"{naming.out}: the ending does not agree with --format {wanted}")
+    return naming.out
+
+
+def _check_folder(path: Path) -> None:
+    from onestepsr.image import EXTENSIONS
+
+    if path.is_file() or (path.suffix.lower() in EXTENSIONS and not path.is_dir()):
+        raise UserError(f"{path}: several pictures need a folder as output, not a file")
+
+
+def _ending(path: Path, file_format: str) -> str:
+    from onestepsr.image import EXTENSIONS
+
+    if file_format != "keep":
+        return FORMATS[file_format]
+    return path.suffix if path.suffix.lower() in EXTENSIONS else ".png"
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _check_distinct(jobs: list[Job]) -> None:
+    sources = {job.source.resolve() for job in jobs}
+    seen: dict[Path, Path] = {}
+    for job in jobs:
+        target = job.target.resolve()
+        if target in sources:
+            raise UserError(f"{job.target}: this output is also an input; choose another place with -o")
+        if target in seen:
+            raise UserError(f"{job.target}: both {seen[target]} and {job.source} would be written there")
+        seen[target] = job.source
