@@ -1,0 +1,207 @@
+"""``onestepsr doctor``: what this machine and this installation can do, for bug reports and for choosing options."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from onestepsr.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA = 1
+PACKAGES = ("onestepsr", "torch", "diffusers", "peft", "accelerate", "safetensors", "numpy", "pillow")
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+"""Names in /proc/cpuinfo of the instructions that matter for speed, x86 and ARM."""
+DEVELOPMENT_EXTRAS = ("test",)
+PROBE_SECONDS = 0.15
+"""Time given to each number format; one convolution that takes longer is measured once."""
+CHANNELS = 64
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("doctor")(doctor_command)
+
+
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+) -> None:
+    """Show versions, hardware, measured speed, models and optional parts of this installation."""
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps(findings, indent=1))
+    else:
+        show(findings)
+
+
+def examine() -> dict[str, Any]:
+    """Everything the command shows, as plain data."""
+    import torch
+
+    from onestepsr.upscaler import resolve_device, resolve_dtype
+
+    device = resolve_device("auto")
+    return {
+        "schema": SCHEMA,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": examine_cpu(),
+        "devices": examine_devices(),
+        "chosen": {"device": str(device), "dtype": _name(resolve_dtype("auto", device))},
+        "threads": torch.get_num_threads(),
+        "tflops": {_name(dtype): measure_convolution(device, dtype) for dtype in _probed(device)},
+        "models": examine_models(),
+        "extras": examine_extras(),
+    }
+
+
+def examine_cpu() -> dict[str, Any]:
+    """Model, instruction sets that matter, cores this process may use and free memory in GB."""
+    import torch
+
+    from onestepsr.tiling import free_memory
+
+    described = _cpuinfo()
+    flags = set((described.get("flags") or described.get("Features") or "").split())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "model": described.get("model name") or platform.processor() or platform.machine(),
+        "features": [name for name in FEATURES if name in flags],
+        "cores": cores,
+        "free_memory_gb": round(free_memory(torch.device("cpu")) / 1e9, 1),
+    }
+
+
+def examine_devices() -> list[dict[str, Any]]:
+    """Accelerators that PyTorch can use."""
+    import torch
+
+    found: list[dict[str, Any]] = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = round(properties.total_memory / 1e9, 1)
+        found.append({"device": f"cuda:{index}", "model": properties.name, "memory_gb": memory})
+    if torch.backends.mps.is_available():
+        found.append({"device": "mps", "model": "Apple GPU", "memory_gb": None})
+    return found
+
+
+def measure_convolution(device: torch.device, dtype: torch.dtype) -> float:
+    """Best throughput of a 3 x 3 convolution of 64 channels, in TFLOP/s: the operation that our networks mostly are."""
+    import torch
+    from torch.nn import functional
+
+    side = 64 if device.type == "cpu" else 1024
+    image = torch.randn(1, CHANNELS, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    weight = torch.randn(CHANNELS, CHANNELS, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    operations = 2 * CHANNELS * CHANNELS * 9 * side * side
+    best, begun = float("inf"), time.perf_counter()
+    with torch.inference_mode():
+        while time.perf_counter() - begun < PROBE_SECONDS:
+            started = time.perf_counter()
+            # Reading one number waits for the device to finish.
+            float(functional.conv2d(image, weight, padding=1)[0, 0, 0, 0])
+            best = min(best, time.perf_counter() - started)
+    return round(operations / best / 1e12, 4)
+
+
+def examine_models() -> list[dict[str, str]]:
+    """Every named model, and whether its weights are present and unaltered."""
+    from onestepsr.models.registry import list_models, verify
+
+    found = []
+    for spec in list_models():
+        try:
+            state = "verified" if verify(spec.id) else "needs no weights"
+        except UserError as error:
+            state = str(error)
+        found.append({"id": spec.id, "summary": spec.summary, "licence": spec.licence, "state": state})
+    return found
+
+
+def examine_extras() -> dict[str, dict[str, Any]]:
+    """The optional parts that the package declares: which distributions are missing and what installs them."""
+    found: dict[str, dict[str, Any]] = {}
+    for requirement in importlib.metadata.requires("onestepsr") or []:
+        name = re.match(r"[\w.-]+", requirement)
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
+        if name is None or extra is None or extra[1] in DEVELOPMENT_EXTRAS:
+            continue
+        entry = found.setdefault(extra[1], {"missing": [], "install": f"pip install 'onestepsr[{extra[1]}]'"})
+        if _version(name[0]) is None:
+            entry["missing"].append(name[0])
+    return found
+
+
+def show(findings: Mapping[str, Any]) -> None:
+    """Print the findings, one aligned line each: to be pasted into bug reports, so never wrapped."""
+    rows = _rows(findings)
+    width = max(len(title) for title, _ in rows)
+    for title, text in rows:
+        typer.echo(f"{title:<{width}}  {text}")
+
+
+def _rows(findings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    cpu, chosen = findings["cpu"], findings["chosen"]
+    rows = [(name, version or "missing") for name, version in findings["versions"].items()]
+    rows += [
+        ("platform", findings["platform"]),
+        (
+            "cpu",
+            f"{cpu['model']}, {cpu['cores']} cores, {', '.join(cpu['features']) or 'no known vector instructions'}",
+        ),
+        ("free memory", f"{cpu['free_memory_gb']} GB"),
+    ]
+    rows += [(entry["device"], _device_text(entry)) for entry in findings["devices"]]
+    speeds = ", ".join(f"{dtype} {speed:.3g}" for dtype, speed in findings["tflops"].items())
+    rows += [
+        ("speed", f"{speeds} TFLOP/s (3 x 3 convolution on {chosen['device']}, {findings['threads']} threads)"),
+        ("default", f"--device {chosen['device']} --dtype {chosen['dtype']}"),
+    ]
+    rows += [(f"model {model['id']}", f"{model['state']} ({model['licence']})") for model in findings["models"]]
+    for name, entry in findings["extras"].items():
+        missing = f"{', '.join(entry['missing'])} missing: {entry['install']}"
+        rows.append((f"extra {name}", missing if entry["missing"] else "present"))
+    return rows
+
+
+def _device_text(entry: Mapping[str, Any]) -> str:
+    return entry["model"] if entry["memory_gb"] is None else f"{entry['model']}, {entry['memory_gb']} GB"
+
+
+def _probed(device: torch.device) -> list[torch.dtype]:
+    import torch
+
+    return [torch.float32, torch.bfloat16] + ([] if device.type == "cpu" else [torch.float16])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Key and value of the first processor in /proc/cpuinfo; empty where there is none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}

@@ -1,0 +1,70 @@
+"""The doctor command tells what is there, and never fails because something is not."""
+
+import json
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from onestepsr import __version__
+from onestepsr.apps import doctor
+from onestepsr.models.registry import list_models
+
+app = typer.Typer()
+app.callback()(lambda: None)
+doctor.register(app)
+
+
+@pytest.fixture(autouse=True)
+def short_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.001)
+
+
+def test_json_holds_everything() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0
+    findings = json.loads(result.stdout)
+    assert findings["schema"] == 1
+    assert findings["versions"]["onestepsr"] == __version__
+    assert findings["versions"]["torch"] == torch.__version__
+    assert findings["cpu"]["cores"] >= 1
+    assert findings["cpu"]["free_memory_gb"] > 0
+    assert set(findings["tflops"]) >= {"float32", "bfloat16"}
+    assert all(speed > 0 for speed in findings["tflops"].values())
+    assert [model["id"] for model in findings["models"]] == [spec.id for spec in list_models()]
+
+
+def test_text_has_one_line_for_each_finding() -> None:
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    for title in ("python", "torch", "cpu", "free memory", "speed", "default", "extra metrics"):
+        assert sum(line.startswith(f"{title} ") for line in lines) == 1
+
+
+def test_missing_parts_are_named_with_their_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = [
+        "torch>=2",
+        "no-such-distribution>=1; extra == 'iqa'",
+        "numpy; extra == 'metrics'",
+        "x; extra == 'test'",
+    ]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _name: requirements)
+    extras = doctor.examine_extras()
+    assert extras["iqa"] == {"missing": ["no-such-distribution"], "install": "pip install 'onestepsr[iqa]'"}
+    assert extras["metrics"]["missing"] == []
+    assert "test" not in extras
+
+
+def test_unknown_processor_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_cpuinfo", dict)
+    cpu = doctor.examine_cpu()
+    assert cpu["features"] == []
+    assert cpu["model"]
+
+
+def test_instructions_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_cpuinfo", lambda: {"model name": "Some CPU", "flags": "fpu avx2 amx_bf16"})
+    assert doctor.examine_cpu()["features"] == ["avx2", "amx_bf16"]
+    assert doctor.examine_cpu()["model"] == "Some CPU"
