@@ -31,7 +31,13 @@ class Outer:
 
 
 def test_round_trip_keeps_everything():
-    values = {"mode": "b", "folder": "x/y", "inner": {"rate": 2, "sizes": [3]}, "named": {"g": {"rate": 0.5}}, "flag": True}
+    values = {
+        "mode": "b",
+        "folder": "x/y",
+        "inner": {"rate": 2, "sizes": [3]},
+        "named": {"g": {"rate": 0.5}},
+        "flag": True,
+    }
     config = from_mapping(Outer, values)
     assert config.inner == Inner(rate=2.0, sizes=(3,))
     assert from_mapping(Outer, to_mapping(config)) == config

@@ -1,7 +1,7 @@
 """Strict configuration: frozen dataclasses to and from plain mappings, YAML and JSON.
 
-A misspelt key is an error that suggests the near name, a value of the wrong type is an error that names the field; nothing
-is ignored and nothing is guessed.
+A misspelt key is an error that suggests the near name, a value of the wrong type is an error that names the field;
+nothing is ignored and nothing is guessed.
 """
 
 from __future__ import annotations

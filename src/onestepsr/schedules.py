@@ -18,7 +18,8 @@ def expand_as(values: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionScheduleConfig:
-    """Betas of a variance-preserving diffusion process; the defaults are Stable Diffusion's "scaled linear" schedule."""
+    """Betas of a variance-preserving diffusion process; the defaults are Stable Diffusion's "scaled linear"
+    schedule."""
 
     steps: int = 1000
     """T, the number of diffusion steps."""

@@ -34,6 +34,8 @@ def test_verify_checks_every_model():
     assert "d3sr-tiny: ok" in result.stdout
 
 
-@pytest.mark.parametrize(("arguments", "error"), [(["info", "nope"], UnknownModel), (["verify", "d3sr-tny"], UserError)])
+@pytest.mark.parametrize(
+    ("arguments", "error"), [(["info", "nope"], UnknownModel), (["verify", "d3sr-tny"], UserError)]
+)
 def test_unknown_models_are_user_errors(arguments, error):
     assert isinstance(run(app, ["models", *arguments]).exception, error)

@@ -7,7 +7,9 @@ from onestepsr.models.backbones import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.generators import TrainableGenerator, pad_to
 from onestepsr.models.tiny import TinyConfig
 
-SMALL = TinyConfig(encoder_width=8, decoder_width=8, widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_width=16)
+SMALL = TinyConfig(
+    encoder_width=8, decoder_width=8, widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_width=16
+)
 
 
 @pytest.fixture(scope="module")

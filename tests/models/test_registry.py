@@ -12,7 +12,9 @@ from onestepsr.models import registry
 from onestepsr.models.backbones import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.tiny import TinyAutoencoder, TinyConfig
 
-SMALL = TinyConfig(encoder_width=8, decoder_width=8, widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_width=16)
+SMALL = TinyConfig(
+    encoder_width=8, decoder_width=8, widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_width=16
+)
 CONFIG = TinyGeneratorConfig(model=SMALL, timestep=120)
 
 
@@ -69,12 +71,14 @@ def test_files_that_are_no_weights_of_ours_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     for content in (b"", b"garbage that is no safetensors header"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="not a safetensors file|cannot be read"):
+        with pytest.raises(UserError, match=r"not a safetensors file|cannot be read"):
             registry.load_generator(path)
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="not onestepsr weights"):
         registry.load_generator(path)
-    save_file({"x": torch.zeros(1)}, path, metadata={"format": "onestepsr", "architecture": "nope", "config": json.dumps({})})
+    save_file(
+        {"x": torch.zeros(1)}, path, metadata={"format": "onestepsr", "architecture": "nope", "config": json.dumps({})}
+    )
     with pytest.raises(UserError, match="unknown architecture 'nope'"):
         registry.load_generator(path)
 
@@ -98,5 +102,13 @@ def test_unknown_names_suggest_a_known_one(tmp_path):
 def test_bundled_models_are_whole():
     for spec in registry.list_models():
         assert registry.verify(spec.id) == spec.sha256
-        assert spec.path.stat().st_size < 40 * 2**20
+        assert not spec.bundled or spec.path.stat().st_size < 40 * 2**20
         assert registry.load_generator(spec.id).scale == spec.scale
+
+
+def test_bicubic_needs_no_weights():
+    lr = torch.rand(1, 3, 4, 6)
+    expected = torch.nn.functional.interpolate(lr, scale_factor=4.0, mode="bicubic")
+    assert torch.equal(registry.load_generator("bicubic")(lr), expected)
+    with pytest.raises(UserError, match="no weights file"):
+        registry.resolve("bicubic")

@@ -6,7 +6,13 @@ import torch
 from onestepsr.models.tiny import TinyAutoencoder, TinyConfig, TinyUNet, block_dct, timestep_embedding
 
 SMALL = TinyConfig(
-    encoder_width=8, decoder_width=8, widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_width=16, prompt_width=8
+    encoder_width=8,
+    decoder_width=8,
+    widths=(8, 16),
+    down_blocks=(1, 1),
+    up_blocks=(1, 1),
+    time_width=16,
+    prompt_width=8,
 )
 
 
@@ -14,7 +20,9 @@ SMALL = TinyConfig(
 def picture() -> torch.Tensor:
     rng = torch.Generator().manual_seed(0)
     coarse = torch.rand(2, 3, 3, 3, generator=rng)
-    return torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bicubic", align_corners=True).clamp(0, 1) * 2 - 1
+    return (
+        torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bicubic", align_corners=True).clamp(0, 1) * 2 - 1
+    )
 
 
 def test_block_dct_is_orthonormal():

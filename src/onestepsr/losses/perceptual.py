@@ -29,7 +29,7 @@ class _Moments(torch.autograd.Function):
         return x.mean(dim=(2, 3)), square, product
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc,no-untyped-call,untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         x, y = ctx.saved_tensors
         by_mean, by_square, by_product = (g[..., None, None] / (x.shape[2] * x.shape[3]) for g in grads)
@@ -39,16 +39,21 @@ class _Moments(torch.autograd.Function):
 class DISTS(nn.Module):
     """Deep image structure and texture similarity, as a distance in about [0, 1] (Ding et al., 2020).
 
-    Per feature channel, texture is compared by the similarity of global means and structure by that of the global covariance;
-    ``alpha`` and ``beta`` weigh the channels and are normalised to sum to one together. Without published weights every stage
-    counts alike and every channel of a stage alike.
+    Per feature channel, texture is compared by the similarity of global means and structure by that of the global
+    covariance; ``alpha`` and ``beta`` weigh the channels and are normalised to sum to one together. Without published
+    weights every stage counts alike and every channel of a stage alike.
     """
 
     alpha: Tensor
     beta: Tensor
 
     def __init__(
-        self, channels: Sequence[int], alpha: Tensor | None = None, beta: Tensor | None = None, *, texture_share: float = 0.5
+        self,
+        channels: Sequence[int],
+        alpha: Tensor | None = None,
+        beta: Tensor | None = None,
+        *,
+        texture_share: float = 0.5,
     ) -> None:
         """``channels`` lists the feature maps' widths; ``alpha`` and ``beta`` are (sum of channels,).
 
@@ -68,7 +73,7 @@ class DISTS(nn.Module):
     def compare(self, x_maps: Sequence[Tensor], y_maps: Sequence[Tensor]) -> Tensor:
         """Distance (N,) of two lists of feature maps (N, C_k, H_k, W_k)."""
         similarity = torch.zeros(x_maps[0].shape[0], device=x_maps[0].device, dtype=x_maps[0].dtype)
-        alphas, betas = self.alpha.split(self.channels), self.beta.split(self.channels)
+        alphas, betas = (torch.split(weights, list(self.channels)) for weights in (self.alpha, self.beta))
         for x, y, alpha, beta in zip(x_maps, y_maps, alphas, betas, strict=True):
             x_mean, x_square, product = _Moments.apply(x, y)  # type: ignore[no-untyped-call]
             y_mean = y.mean(dim=(2, 3))
@@ -89,16 +94,17 @@ class DISTS(nn.Module):
 def sobel_magnitude(x: Tensor, *, per_channel: bool = False, epsilon: float = 1e-6) -> Tensor:
     """S(x) = sqrt((G_x * x)^2 + (G_y * x)^2) (D3SR, Eq. 6-7), (N, 3, H, W) for (N, 3, H, W), borders replicated.
 
-    The paper does not say how colour enters. By default the channel mean is taken first and the result repeated on three
-    channels; ``per_channel`` filters each channel on its own. ``epsilon`` under the root keeps the gradient finite.
+    The paper does not say how colour enters. By default the channel mean is taken first and the result repeated on
+    three channels; ``per_channel`` filters each channel on its own. ``epsilon`` under the root keeps the gradient
+    finite.
     """
     kernel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=x.device, dtype=x.dtype)
     source = x if per_channel else x.mean(dim=1, keepdim=True)
     channels = source.shape[1]
     padded = F.pad(source, (1, 1, 1, 1), mode="replicate")
     bank = torch.stack([kernel, kernel.T])[:, None].repeat(channels, 1, 1, 1)  # (2 channels, 1, 3, 3)
-    gradient = F.conv2d(padded, bank, groups=channels).unflatten(1, (channels, 2))
-    magnitude = (gradient.square().sum(dim=2) + epsilon).sqrt()
+    gradient = F.conv2d(padded, bank, groups=channels).reshape(len(x), channels, 2, *x.shape[2:])
+    magnitude: Tensor = (gradient.square().sum(dim=2) + epsilon).sqrt()
     return magnitude if per_channel else magnitude.expand(-1, 3, -1, -1)
 
 

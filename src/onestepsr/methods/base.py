@@ -1,15 +1,15 @@
 """What a training method is: named networks and the optimiser steps taken on them.
 
-A method is data for the one loop in :mod:`onestepsr.train.trainer`, never a subclass of it. Losses see the networks through
-a mapping of callables, because the loop may have wrapped each of them for several processes: a wrapped network is only ever
-called, and never reached through (that would skip gradient synchronisation).
+A method is data for the one loop in :mod:`onestepsr.train.trainer`, never a subclass of it. Losses see the networks
+through a mapping of callables, because the loop may have wrapped each of them for several processes: a wrapped network
+is only ever called, and never reached through (that would skip gradient synchronisation).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +22,16 @@ Networks = Mapping[str, Callable[..., Any]]
 Batch = dict[str, Tensor]
 """``hr`` (N, 3, H, W) and, for super-resolution, ``lr`` (N, 3, H/s, W/s), RGB in [0, 1].
 
-A phase may leave detached tensors here for the phases after it in the same iteration, as Algorithm-style alternation needs
-(D3SR's discriminator judges the latents that the generator phase has just made).
+A phase may leave detached tensors here for the phases after it in the same iteration, as Algorithm-style alternation
+needs (D3SR's discriminator judges the latents that the generator phase has just made).
 """
 
 
-class LossFn(Protocol):
-    """Loss terms of one phase, already weighted: their sum is what is differentiated."""
+LossFn = Callable[[Networks, Batch, torch.Generator], dict[str, Tensor]]
+"""Scalar loss terms of one phase by name, already weighted: their sum is what is differentiated.
 
-    def __call__(self, networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        """Return scalar terms by name; ``rng`` is the only source of randomness and lives on the CPU."""
-        ...
+The generator is the only source of randomness and lives on the CPU.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

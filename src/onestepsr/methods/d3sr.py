@@ -1,7 +1,8 @@
-"""D3SR, also called DFOSD: distillation-free one-step super-resolution with a diffusion discriminator (arXiv 2410.04224).
+"""D3SR, also called DFOSD: distillation-free one-step super-resolution with a diffusion discriminator (arXiv
+2410.04224).
 
-Generator: MSE + lambda_2 EA-DISTS + lambda_1 adversarial (Eq. 8 and 2). Discriminator: Eq. 3. No teacher. Every iteration updates
-the generator, then the discriminator with the pair of latents that the generator's phase has made.
+Generator: MSE + lambda_2 EA-DISTS + lambda_1 adversarial (Eq. 8 and 2). Discriminator: Eq. 3. No teacher. Every
+iteration updates the generator, then the discriminator with the pair of latents that the generator's phase has made.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from onestepsr.config import to_mapping
 from onestepsr.errors import UserError
 from onestepsr.losses.adversarial import bce_discriminator_loss, bce_generator_loss
 from onestepsr.losses.perceptual import DISTS, ea_dists
-from onestepsr.methods.base import Batch, Exported, Method, MethodEntry, Networks, Phase, register
+from onestepsr.methods.base import Batch, Exported, LossFn, Method, MethodEntry, Networks, Phase, register
 from onestepsr.models.backbones import TinyGeneratorConfig
 from onestepsr.models.discriminators import NoiseAwareDiscriminator
 from onestepsr.models.features import OrientedFeatures, VGG16Features
@@ -38,7 +39,8 @@ class PerceptualConfig:
     """The feature network behind EA-DISTS and how the distance is read."""
 
     features: Literal["oriented", "vgg16"] = "oriented"
-    """``vgg16`` is the paper's and needs ``vgg16_weights``; ``oriented`` is a fixed filter pyramid that needs nothing."""
+    """``vgg16`` is the paper's and needs ``vgg16_weights``; ``oriented`` is a fixed filter pyramid that needs
+    nothing."""
     vgg16_weights: Path | None = None
     """Safetensors file with torchvision's VGG-16 keys."""
     texture_share: float = 0.5
@@ -80,7 +82,8 @@ class D3SRConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters, used with ``tuning: lora``."""
     train_decoder: bool = False
-    """Also train the autoencoder's decoder. The paper freezes it; a small decoder gains from knowing the generator's latents."""
+    """Also train the autoencoder's decoder. The paper freezes it; a small decoder gains from knowing the generator's
+    latents."""
     mse_weight: float = 1.0
     """Weight of the squared error of images in [-1, 1]."""
     ea_dists_weight: float = 1.0
@@ -121,7 +124,9 @@ class SpatialLoss:
         return terms
 
 
-def noised(schedule: DiffusionSchedule, z: Tensor, config: DiscriminatorConfig, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def noised(
+    schedule: DiffusionSchedule, z: Tensor, config: DiscriminatorConfig, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """F(z, t) with t drawn per sample from the configured range (Eq. 4), and t (N,)."""
     t = torch.randint(config.t_min, config.t_max + 1, (z.shape[0],), generator=rng).to(z.device)
     noise = torch.randn(z.shape, generator=rng).to(z)
@@ -194,7 +199,8 @@ def _build_spatial_loss(config: D3SRConfig) -> SpatialLoss:
 
 
 def _phases(config: D3SRConfig, generator: OneStepLatentGenerator, spatial: SpatialLoss) -> tuple[Phase, ...]:
-    """Generator on the spatial loss until the discriminator starts; from then on generator and discriminator in turn."""
+    """Generator on the spatial loss until the discriminator starts; from then on generator and discriminator in
+    turn."""
     alone = _generator_loss(config, generator, spatial, adversarial=False)
     if not config.adversarial_weight:
         return (Phase(network="generator", loss=alone),)
@@ -210,7 +216,7 @@ def _phases(config: D3SRConfig, generator: OneStepLatentGenerator, spatial: Spat
 
 def _generator_loss(
     config: D3SRConfig, generator: OneStepLatentGenerator, spatial: SpatialLoss, *, adversarial: bool
-) -> Callable[[Networks, Batch, torch.Generator], dict[str, Tensor]]:
+) -> LossFn:
     schedule = generator.schedule
 
     def loss(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
@@ -226,9 +232,7 @@ def _generator_loss(
     return loss
 
 
-def _discriminator_loss(
-    config: D3SRConfig, schedule: DiffusionSchedule
-) -> Callable[[Networks, Batch, torch.Generator], dict[str, Tensor]]:
+def _discriminator_loss(config: D3SRConfig, schedule: DiffusionSchedule) -> LossFn:
     def loss(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         pair = torch.cat([batch["z_hr"], batch["z_sr"]])  # one evaluation for both halves
         z_t, t = noised(schedule, pair, config.discriminator, rng)

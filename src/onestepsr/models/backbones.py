@@ -23,8 +23,8 @@ class TinyGeneratorConfig:
     schedule: DiffusionScheduleConfig = field(default_factory=DiffusionScheduleConfig)
     """Noise schedule the UNet was pretrained with."""
     timestep: int = 399
-    """T_L, the step at which the UNet is evaluated. The paper says only that it lies between 0 and T; a related release of the
-    same group fixes 399."""
+    """T_L, the step at which the UNet is evaluated. The paper says only that it lies between 0 and T; a related
+    release of the same group fixes 399."""
     scale: int = 4
     """Upscaling factor."""
 
@@ -44,7 +44,9 @@ def tiny_generator(config: TinyGeneratorConfig) -> OneStepLatentGenerator:
     return OneStepLatentGenerator(
         TinyAutoencoder(config.model),
         TinyUNet(config.model),
-        torch.randn(1, config.model.prompt_tokens, config.model.prompt_width, generator=torch.Generator().manual_seed(0)),
+        torch.randn(
+            1, config.model.prompt_tokens, config.model.prompt_width, generator=torch.Generator().manual_seed(0)
+        ),
         timestep=config.timestep,
         scale=config.scale,
         schedule=DiffusionSchedule(config.schedule),

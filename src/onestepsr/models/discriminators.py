@@ -9,19 +9,21 @@ from torch import Tensor, nn
 
 
 class NoiseAwareDiscriminator(nn.Module):
-    """The discriminator of D3SR (section 3.2): a diffusion UNet's down and middle blocks, then an MLP on the middle features.
+    """The discriminator of D3SR (section 3.2): a diffusion UNet's down and middle blocks, then an MLP on the middle
+    features.
 
-    It is told the diffusion step of the noised latent that it sees, as any diffusion UNet is, and gives one realism logit for
-    every spatial region of the middle block. Adding the noise is the loss's business.
+    It is told the diffusion step of the noised latent that it sees, as any diffusion UNet is, and gives one realism
+    logit for every spatial region of the middle block. Adding the noise is the loss's business.
     """
 
     def __init__(
         self, encoder: nn.Module, prompt: Tensor, *, features: int, hidden: tuple[int, ...] = (128,), slope: float = 0.2
     ) -> None:
-        """``encoder(z_t, t, prompt)`` returns the middle features (N, ``features``, h', w') first; ``prompt`` is (1, L, C).
+        """``encoder(z_t, t, prompt)`` returns the middle features (N, ``features``, h', w') first; ``prompt`` is (1,
+        L, C).
 
-        The paper leaves the MLP open: ``hidden`` gives the widths between features and logit, leaky ReLU (``slope``) follows
-        each. One hidden layer as wide as the middle block is the smallest that is not linear.
+        The paper leaves the MLP open: ``hidden`` gives the widths between features and logit, leaky ReLU (``slope``)
+        follows each. One hidden layer as wide as the middle block is the smallest that is not linear.
         """
         super().__init__()
         self.encoder = encoder

@@ -38,7 +38,8 @@ class HannPool(nn.Module):
 
 
 class VGG16Features(nn.Module):
-    """VGG-16 up to relu5_3 with Hann pooling: the features of DISTS. State-dict keys are torchvision's ``features.N``."""
+    """VGG-16 up to relu5_3 with Hann pooling: the features of DISTS. State-dict keys are torchvision's
+    ``features.N``."""
 
     mean: Tensor
     std: Tensor
@@ -91,14 +92,15 @@ class VGG16Features(nn.Module):
 class OrientedFeatures(nn.Module):
     """A fixed feature network of ours for machines without VGG weights: oriented band-pass filters on a pyramid.
 
-    Per octave, luma is filtered by odd and even oriented derivative filters (edges and lines in ``orientations`` directions; three
-    span every direction), both half-waves are kept apart as ReLU networks do, and the next octave sees the blurred image at
-    half the size. Nothing is learnt, so nothing can be missing; it measures texture energy and edge position by scale and
-    direction, and knows nothing of objects.
+    Per octave, luma is filtered by odd and even oriented derivative filters (edges and lines in ``orientations``
+    directions; three span every direction), both half-waves are kept apart as ReLU networks do, and the next octave
+    sees the blurred image at half the size. Nothing is learnt, so nothing can be missing; it measures texture energy
+    and edge position by scale and direction, and knows nothing of objects.
     """
 
     bank: Tensor
     luma: Tensor
+    blur: Tensor
     channels: tuple[int, ...]
 
     def __init__(self, *, octaves: int = 4, orientations: int = 3, size: int = 5) -> None:

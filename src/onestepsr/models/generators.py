@@ -13,7 +13,8 @@ from onestepsr.schedules import DiffusionSchedule
 
 
 class LatentAutoencoder(Protocol):
-    """What a generator needs of an autoencoder; images are (N, 3, H, W) in [-1, 1], latents (N, C, H/factor, W/factor)."""
+    """What a generator needs of an autoencoder; images are (N, 3, H, W) in [-1, 1], latents (N, C, H/factor,
+    W/factor)."""
 
     factor: int
     """Pixels per latent cell along each axis."""
@@ -39,7 +40,8 @@ class NoisePredictor(Protocol):
 
 
 def pad_to(x: Tensor, height: int, width: int) -> Tensor:
-    """Pad (N, C, h, w) at the bottom and right to (N, C, height, width): reflected, repeated where too small to reflect."""
+    """Pad (N, C, h, w) at the bottom and right to (N, C, height, width): reflected, repeated where too small to
+    reflect."""
     while x.shape[-2] < height or x.shape[-1] < width:
         rows = min(height - x.shape[-2], x.shape[-2] - 1)
         columns = min(width - x.shape[-1], x.shape[-1] - 1)
@@ -98,7 +100,8 @@ class OneStepLatentGenerator(nn.Module):
         return self._latent_autoencoder.decode(z) * 0.5 + 0.5
 
     def step(self, z_l: Tensor) -> Tensor:
-        """Latent estimate of the HR image: z_H = (z_L - sqrt(1 - alpha_bar) eps(z_L; T_L)) / sqrt(alpha_bar) (D3SR, Eq. 1)."""
+        """Latent estimate of the HR image: z_H = (z_L - sqrt(1 - alpha_bar) eps(z_L; T_L)) / sqrt(alpha_bar) (D3SR,
+        Eq. 1)."""
         t = torch.full((z_l.shape[0],), self.timestep, device=z_l.device, dtype=torch.long)
         predict = cast(Callable[..., Tensor], self.unet)
         return self.schedule.x0_from_eps(z_l, predict(z_l, t, self.prompt), self.timestep)
@@ -108,15 +111,27 @@ class OneStepLatentGenerator(nn.Module):
         return F.interpolate(lr, scale_factor=float(self.scale), mode="bicubic", align_corners=False)
 
     def restore(self, lr: Tensor) -> tuple[Tensor, Tensor]:
-        """SR image (N, 3, s h, s w), not clamped, and its latent, for LR (N, 3, h, w) with sides multiples of ``lr_multiple``."""
+        """SR image (N, 3, s h, s w), not clamped, and its latent, for LR (N, 3, h, w) with sides multiples of
+        ``lr_multiple``."""
         z_h = self.step(self.encode(self.enlarge(lr)))
         return self.decode(z_h), z_h
 
     def forward(self, lr: Tensor) -> Tensor:
-        """SR image (N, 3, s h, s w) in about [0, 1], not clamped, of LR (N, 3, h, w) in [0, 1] of any size from 1x1 on."""
+        """SR image (N, 3, s h, s w) in about [0, 1], not clamped, of LR (N, 3, h, w) in [0, 1] of any size from 1x1
+        on."""
         height, width, multiple = lr.shape[-2], lr.shape[-1], self.lr_multiple
         padded = pad_to(lr, -(-height // multiple) * multiple, -(-width // multiple) * multiple)
         return self.restore(padded)[0][..., : self.scale * height, : self.scale * width]
+
+
+class BicubicGenerator(nn.Module):
+    """No network at all: bicubic enlargement, the baseline that every result is compared with."""
+
+    scale = 4
+
+    def forward(self, lr: Tensor) -> Tensor:
+        """Enlarged image (N, 3, 4h, 4w) of LR (N, 3, h, w) in [0, 1]; bicubic (a = -0.75), not clamped."""
+        return F.interpolate(lr, scale_factor=float(self.scale), mode="bicubic", align_corners=False)
 
 
 class TrainableGenerator(nn.Module):
@@ -130,5 +145,6 @@ class TrainableGenerator(nn.Module):
         self.generator = generator
 
     def forward(self, lr: Tensor) -> tuple[Tensor, Tensor]:
-        """SR image (N, 3, s h, s w) and latent z_H for LR (N, 3, h, w) in [0, 1] with sides multiples of ``lr_multiple``."""
+        """SR image (N, 3, s h, s w) and latent z_H for LR (N, 3, h, w) in [0, 1] with sides multiples of
+        ``lr_multiple``."""
         return self.generator.restore(lr)

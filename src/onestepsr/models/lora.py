@@ -26,11 +26,14 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(f"LoRA rank must be at least 1 and alpha positive, got rank {self.rank}, alpha {self.alpha}")
+            raise ValueError(
+                f"LoRA rank must be at least 1 and alpha positive, got rank {self.rank}, alpha {self.alpha}"
+            )
 
 
 def add_lora(module: nn.Module, config: LoraConfig) -> list[str]:
-    """Freeze ``module`` and put trainable adapters on its matching linear and convolution layers; returns their names."""
+    """Freeze ``module`` and put trainable adapters on its matching linear and convolution layers; returns their
+    names."""
     module.requires_grad_(False)
     names = [
         name
@@ -38,7 +41,9 @@ def add_lora(module: nn.Module, config: LoraConfig) -> list[str]:
         if isinstance(child, (nn.Linear, nn.Conv2d)) and re.fullmatch(config.targets, name)
     ]
     if not names:
-        raise UserError(f"LoRA targets '{config.targets}' match no linear or convolution layer of {type(module).__name__}")
+        raise UserError(
+            f"LoRA targets '{config.targets}' match no linear or convolution layer of {type(module).__name__}"
+        )
     settings = PeftLoraConfig(
         r=config.rank, lora_alpha=config.alpha, target_modules=names, init_lora_weights="gaussian", bias="none"
     )

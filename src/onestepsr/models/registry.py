@@ -1,7 +1,8 @@
 """Models by name or path: where their weights are, how to build them, and whether a file is what it says.
 
-Weights are safetensors files whose metadata names the architecture and carries its configuration as JSON. An architecture is
-a function from that configuration to a network; a model is an alias for weights with a licence and a checksum.
+Weights are safetensors files whose metadata names the architecture and carries its configuration as JSON. An
+architecture is a function from that configuration to a network; a model is an alias for weights with a licence and a
+checksum.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from onestepsr.errors import UnknownModel, UserError, did_you_mean
 from onestepsr.models.backbones import build_tiny_autoencoder, build_tiny_generator
-from onestepsr.models.generators import OneStepLatentGenerator
+from onestepsr.models.generators import BicubicGenerator, OneStepLatentGenerator
 
 FORMAT = "onestepsr"
 MAX_WEIGHT_BYTES = 20 * 2**30
@@ -46,9 +46,9 @@ class ModelSpec:
     """One line: method, backbone, data."""
     licence: str
     """SPDX identifier of the weights' licence."""
-    bundled: str
-    """File name of the weights inside the package."""
-    sha256: str
+    bundled: str = ""
+    """File name of the weights inside the package; empty for a model without weights."""
+    sha256: str = ""
     """Checksum of that file."""
     scale: int = 4
     """Factor of the network itself."""
@@ -56,10 +56,25 @@ class ModelSpec:
     @property
     def path(self) -> Path:
         """Where the weights lie on this machine."""
+        if not self.bundled:
+            raise UserError(f"model '{self.id}' has no weights file")
         return Path(str(resources.files("onestepsr") / "weights" / self.bundled))
 
 
-_MODELS: dict[str, ModelSpec] = {}
+BICUBIC = "bicubic"
+_MODELS: dict[str, ModelSpec] = {
+    spec.id: spec
+    for spec in (
+        ModelSpec(
+            id=DEFAULT_MODEL,
+            summary="D3SR on the tiny backbone, trained by this project on 1,380 photos; runs on any CPU",
+            licence="Apache-2.0",
+            bundled="d3sr-tiny.safetensors",
+            sha256="",
+        ),
+        ModelSpec(id=BICUBIC, summary="no network: bicubic enlargement, for comparison", licence="Apache-2.0"),
+    )
+}
 
 
 def list_models() -> list[ModelSpec]:
@@ -75,11 +90,15 @@ def get_model(name: str) -> ModelSpec:
 
 
 def verify(name: str) -> str:
-    """Check that a named model's weights are present and unaltered; returns their SHA-256."""
+    """Check that a named model's weights are present and unaltered; returns their SHA-256 (empty without weights)."""
     spec = get_model(name)
+    if not spec.bundled:
+        return ""
     found = file_sha256(spec.path)
     if found != spec.sha256:
-        raise UserError(f"{spec.path}: checksum {found[:12]}… is not the expected {spec.sha256[:12]}…: install the package again")
+        raise UserError(
+            f"{spec.path}: checksum {found[:12]}… is not the expected {spec.sha256[:12]}…: install the package again"
+        )
     return found
 
 
@@ -136,15 +155,26 @@ def save_model(
     extra: Mapping[str, str] | None = None,
 ) -> None:
     """Write weights with their configuration; the file appears under its name only when it is complete."""
-    metadata = {"format": FORMAT, "architecture": architecture, "config": json.dumps(config, sort_keys=True), **(extra or {})}
+    metadata = {
+        "format": FORMAT,
+        "architecture": architecture,
+        "config": json.dumps(config, sort_keys=True),
+        **(extra or {}),
+    }
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, temporary, metadata=metadata)
+        temporary.chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def load_network(name_or_path: str | Path) -> nn.Module:
@@ -166,10 +196,13 @@ def load_network(name_or_path: str | Path) -> nn.Module:
 
 def load_generator(
     name_or_path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> OneStepLatentGenerator:
-    """The generator called ``name_or_path`` (alias or safetensors file), ready for inference."""
-    network = load_network(name_or_path)
-    if not isinstance(network, OneStepLatentGenerator):
+) -> nn.Module:
+    """The generator called ``name_or_path`` (alias or safetensors file), ready for inference.
+
+    It maps LR (N, 3, h, w) in [0, 1] of any size to SR (N, 3, s h, s w), where s is its attribute ``scale``.
+    """
+    network = BicubicGenerator().eval() if str(name_or_path) == BICUBIC else load_network(name_or_path)
+    if not isinstance(network, (OneStepLatentGenerator, BicubicGenerator)):
         raise UserError(f"{name_or_path}: a {type(network).__name__} is no generator; it cannot upscale by itself")
-    network.requires_grad_(False)
-    return network.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    network.requires_grad_(False).to(device=device, dtype=dtype)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]

@@ -1,15 +1,16 @@
 """A small latent-diffusion backbone of our own: a miniature of Stable Diffusion's parts that trains and runs on a CPU.
 
-Autoencoder (KL, factor 4) and time-conditioned UNet predicting eps, with cross-attention over a prompt embedding. Two choices
-make it fast on a CPU: every residual block is free of normalisation, and every spatial operation is a dense convolution. One
-choice makes it good at once: the autoencoder's linear path starts as an orthonormal block DCT of luma and chroma, so that
-reconstruction is nearly lossless before the first training step.
+Autoencoder (KL, factor 4) and time-conditioned UNet predicting eps, with cross-attention over a prompt embedding. Two
+choices make it fast on a CPU: every residual block is free of normalisation, and every spatial operation is a dense
+convolution. One choice makes it good at once: the autoencoder's linear path starts as an orthonormal block DCT of luma
+and chroma, so that reconstruction is nearly lossless before the first training step.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +64,8 @@ FACTOR = 4
 def block_dct(luma: int, chroma: int) -> Tensor:
     """Orthonormal DCT-II of 4x4 blocks in an orthonormal luma-chroma space: (luma + 2 chroma, 48).
 
-    Rows are latent channels; columns follow ``pixel_unshuffle`` of an RGB image (channel, row, column). Coefficients are taken
-    in order of growing frequency. Because the rows are orthonormal, the transpose decodes.
+    Rows are latent channels; columns follow ``pixel_unshuffle`` of an RGB image (channel, row, column). Coefficients
+    are taken in order of growing frequency. Because the rows are orthonormal, the transpose decodes.
     """
     k = torch.arange(FACTOR, dtype=torch.float64)
     one_dim = torch.cos(math.pi / FACTOR * (k[None, :] + 0.5) * k[:, None]) * math.sqrt(2 / FACTOR)
@@ -78,7 +79,8 @@ def block_dct(luma: int, chroma: int) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(act(conv(x) + shift)): two 3x3 convolutions without normalisation; ``shift`` comes from the time embedding."""
+    """x + conv(act(conv(x) + shift)): two 3x3 convolutions without normalisation; ``shift`` comes from the time
+    embedding."""
 
     def __init__(self, channels: int, time_width: int = 0) -> None:
         super().__init__()
@@ -100,8 +102,8 @@ class ResidualBlock(nn.Module):
 class TinyAutoencoder(nn.Module):
     """KL autoencoder of factor 4 whose linear path starts as a block DCT.
 
-    :meth:`encode` and :meth:`decode` work on latents of zero mean and unit variance per channel; the statistics behind that
-    are tracked while training, as a batch norm would, and play the part of Stable Diffusion's latent scale.
+    :meth:`encode` and :meth:`decode` work on latents of zero mean and unit variance per channel; the statistics behind
+    that are tracked while training, as a batch norm would, and play the part of Stable Diffusion's latent scale.
     """
 
     latent_mean: Tensor
@@ -115,7 +117,10 @@ class TinyAutoencoder(nn.Module):
         width = self.config.encoder_width
         self.encoder_linear = nn.Conv2d(pixels, latent, 1, bias=False)
         self.encoder = nn.Sequential(
-            nn.Conv2d(pixels, width, 3, padding=1), nn.SiLU(), ResidualBlock(width), nn.Conv2d(width, latent, 3, padding=1)
+            nn.Conv2d(pixels, width, 3, padding=1),
+            nn.SiLU(),
+            ResidualBlock(width),
+            nn.Conv2d(width, latent, 3, padding=1),
         )
         self.log_variance = nn.Parameter(torch.full((latent,), -6.0))
         self.decoder_linear = nn.Conv2d(latent, pixels, 3, padding=1, bias=False)
@@ -137,8 +142,8 @@ class TinyAutoencoder(nn.Module):
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and log-variance, in units of the latent statistics.
 
-        ``x`` is (N, 3, H, W) in [-1, 1] with H and W multiples of 4; the mean is (N, C, H/4, W/4), the log-variance (C,):
-        one learnt noise level per channel, which is all that a nearly lossless autoencoder needs.
+        ``x`` is (N, 3, H, W) in [-1, 1] with H and W multiples of 4; the mean is (N, C, H/4, W/4), the log-variance
+        (C,): one learnt noise level per channel, which is all that a nearly lossless autoencoder needs.
         """
         patches = F.pixel_unshuffle(x, FACTOR).contiguous(memory_format=torch.channels_last)
         raw = self.encoder_linear(patches) + self.encoder(patches)
@@ -180,8 +185,9 @@ class TinyAutoencoder(nn.Module):
 class TinyDecoder(nn.Module):
     """The decoder's residual branch: latent resolution, twice that, then pixels.
 
-    Convolutions in front of a pixel shuffle carry no bias: biases there are constants per position of the 4x4 lattice, which
-    shows as a grid. Full-resolution feature maps are avoided because they cost more than the rest of the network together.
+    Convolutions in front of a pixel shuffle carry no bias: biases there are constants per position of the 4x4 lattice,
+    which shows as a grid. Full-resolution feature maps are avoided because they cost more than the rest of the network
+    together.
     """
 
     def __init__(self, latent: int, width: int) -> None:
@@ -223,7 +229,7 @@ class PromptAttention(nn.Module):
         q = self._split(self.to_q(x.permute(0, 2, 3, 1).reshape(n, height * width, c)))
         attended = F.scaled_dot_product_attention(q, self._split(self.to_k(prompt)), self._split(self.to_v(prompt)))
         out = self.to_out(attended.transpose(1, 2).reshape(n, height, width, c))
-        return x + out.permute(0, 3, 1, 2)
+        return x + torch.as_tensor(out).permute(0, 3, 1, 2)
 
     def _split(self, tokens: Tensor) -> Tensor:
         n, length, c = tokens.shape
@@ -238,7 +244,8 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class TinyUNetEncoder(nn.Module):
-    """Time embedding, downsampling blocks and middle block: the half of the UNet that a diffusion discriminator reuses."""
+    """Time embedding, downsampling blocks and middle block: the half of the UNet that a diffusion discriminator
+    reuses."""
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
@@ -252,8 +259,7 @@ class TinyUNetEncoder(nn.Module):
             for width, count in zip(config.widths, config.down_blocks, strict=True)
         )
         self.downsamplers = nn.ModuleList(
-            nn.Conv2d(fine, coarse, 3, stride=2, padding=1)
-            for fine, coarse in zip(config.widths[:-1], config.widths[1:], strict=True)
+            nn.Conv2d(fine, coarse, 3, stride=2, padding=1) for fine, coarse in pairwise(config.widths)
         )
         deepest = config.widths[-1]
         self.mid_block1 = ResidualBlock(deepest, config.time_width)
@@ -292,9 +298,7 @@ class TinyUNet(nn.Module):
             nn.ModuleList(ResidualBlock(width, time_width) for _ in range(count))
             for width, count in zip(widths, self.config.up_blocks, strict=True)
         )
-        self.upsamplers = nn.ModuleList(
-            nn.Conv2d(coarse, fine, 1) for fine, coarse in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.upsamplers = nn.ModuleList(nn.Conv2d(coarse, fine, 1) for fine, coarse in pairwise(widths))
         self.conv_out = nn.Conv2d(widths[0], self.config.latent_channels, 3, padding=1)
         self.skip_gain = nn.Linear(time_width, self.config.latent_channels)
         for module in (self.conv_out, self.skip_gain):
