@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from toy_training import ToyImages, killable, toy_config, toy_method, weights
 
+from onestepsr.train.checkpoint import Checkpoints
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
 
 TOY = Path(__file__).parent / "toy_training.py"
@@ -21,7 +22,19 @@ TOY = Path(__file__).parent / "toy_training.py"
 def start(folder: Path, steps: int) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TOY), "run", str(folder), str(steps)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True)
+
+
+def stop_at(step: int, process: subprocess.Popen[str], number: signal.Signals) -> int:
+    """Signal the whole process group, data workers included, after ``step``; returns the exit status."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) == step:
+            os.killpg(process.pid, number)
+            break
+    process.communicate(timeout=300)
+    return process.returncode
 
 
 def tensors_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -36,19 +49,18 @@ def assert_identical(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
         assert torch.equal(value, right[key]), key
 
 
-def test_sigkill_and_resume_equal_an_uninterrupted_run(tmp_path: Path) -> None:
-    killed = start(tmp_path / "killed", 16)
-    assert killed.stdout is not None
-    for line in killed.stdout:
-        if int(line) == 8:  # two steps past the checkpoint of step 6
-            os.kill(killed.pid, signal.SIGKILL)
-            break
-    assert killed.wait() == -signal.SIGKILL
-    resumed = start(tmp_path / "killed", 16)
-    killable(tmp_path / "whole", 16, Hooks()).run()
-    first_line = resumed.communicate()[0].splitlines()[0]
-    assert 6 < int(first_line) < 16, "the second process must go on, not start again"
-    assert_identical(tensors_of(tmp_path / "whole", 16), tensors_of(tmp_path / "killed", 16))
+def test_killed_and_asked_to_leave_equals_an_uninterrupted_run(tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    assert stop_at(8, start(folder, 30), signal.SIGKILL) == -signal.SIGKILL
+    assert [path.name for path in sorted((folder / "checkpoints").glob("step*"))][-1] == "step_000000006"
+    assert stop_at(13, start(folder, 30), signal.SIGTERM) == -signal.SIGINT
+    latest = Checkpoints(folder / "checkpoints").latest()
+    assert latest is not None
+    assert latest.step >= 13, "a request to leave is answered with a checkpoint"
+    first_line = start(folder, 30).communicate(timeout=300)[0].splitlines()[0]
+    assert int(first_line) == latest.step + 1, "the last process must go on, not start again"
+    killable(tmp_path / "whole", 30, Hooks()).run()
+    assert_identical(tensors_of(tmp_path / "whole", 30), tensors_of(folder, 30))
 
 
 def run(folder: Path, stop_at: int | None = None, resume: bool = False, **changes: object) -> Trainer:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from toy_training import ToyImages, generator_phase, toy_config, toy_method, weights
 
@@ -171,3 +173,39 @@ def test_optimizer_settings_for_no_network_are_refused(tmp_path: Path) -> None:
     config = toy_config(optimizers={"generater": OptimizerConfig()})
     with pytest.raises(UserError, match=r"optimizers\.generater.*did you mean 'generator'"):
         Trainer(toy_method(), ToyImages(), config, tmp_path)
+
+
+@pytest.fixture
+def other_precision() -> Iterator[None]:
+    """Accelerate keeps one precision per process; this forgets it before and after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("other_precision")
+def test_bf16_computes_in_bf16_and_keeps_float32(tmp_path: Path) -> None:
+    inside: list[torch.dtype] = []
+
+    class Teacher(torch.nn.Conv2d):
+        def forward(self, image: Tensor) -> Tensor:
+            inside.append(super().forward(image).dtype)
+            return super().forward(image)
+
+    def with_teacher(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        sr = networks["generator"](batch["lr"])
+        distance = networks["teacher"](sr) - networks["teacher"](batch["hr"])
+        assert sr.dtype == distance.dtype == torch.float32
+        return {"distance": distance.square().mean()}
+
+    teacher = Teacher(3, 2, 1)
+    phases = (Phase(network="generator", loss=with_teacher),)
+    method = dataclasses.replace(toy_method(), phases=phases, frozen={"teacher": teacher})
+    before = teacher.weight.clone()
+    config = toy_config(steps=2, mixed_precision="bf16")
+    trainer = Trainer(method, ToyImages(), config, tmp_path)
+    trainer.run()
+    assert set(inside) == {torch.bfloat16}
+    assert all(value.dtype == torch.float32 for value in weights(trainer).values())
+    assert torch.equal(teacher.weight, before)
+    assert not teacher.training

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -52,8 +53,8 @@ class MicroBatchNumbers(Sampler[list[int]]):
 
 def micro_batches(
     source: SampleSource, config: TrainConfig, share: Share, first_step: int, device: torch.device
-) -> Iterator[Batch]:
-    """Yield this process's micro-batches in order, on ``device``."""
+) -> Generator[Batch, None, None]:
+    """Yield this process's micro-batches in order, on ``device``; close it to end the worker processes."""
     # PyTorch gives each worker process one arithmetic thread. The generator keeps the loader off the global one.
     loader: DataLoader[Any] = DataLoader(
         source,  # type: ignore[arg-type]
@@ -61,6 +62,7 @@ def micro_batches(
         num_workers=config.num_workers,
         pin_memory=device.type == "cuda",
         generator=generator(config.seed, "loader", share.rank),
+        worker_init_fn=_leave_signals_to_the_loop,
     )
     for batch in loader:
         yield to_device(batch, device, config.channels_last)
@@ -77,3 +79,12 @@ def place(tensor: Tensor, device: torch.device, channels_last: bool) -> Tensor:
     if channels_last and tensor.ndim == 4:
         return tensor.contiguous(memory_format=torch.channels_last)
     return tensor
+
+
+def _leave_signals_to_the_loop(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; a worker that died of them would end the run.
+
+    Workers leave when the generator of batches is closed, or by themselves when the training process is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

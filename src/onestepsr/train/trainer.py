@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ class Trainer:
         share = Share(accelerator.process_index, accelerator.num_processes)
         batches = micro_batches(self.source, self.config, share, self.step, accelerator.device)
         self._started = self._saved = time.monotonic()
-        with Interruption() as interruption:
+        # Closed explicitly: that is what tells data workers to leave, however the loop ends.
+        with Interruption() as interruption, closing(batches):
             while self.step < self.config.steps:
                 record = self.iterate([next(batches) for _ in range(self.config.accumulation)])
                 stopping = interruption.requested
