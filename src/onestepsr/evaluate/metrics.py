@@ -79,8 +79,9 @@ def grid_artifact(image: Tensor) -> Tensor:
     """How strongly fine detail depends on the position inside the 4 x 4 output cell; 0 is best, no reference needed.
 
     |Y - 5x5 mean of Y| is averaged for each of the 16 positions of the lattice; the value is the standard deviation of
-    the 16 averages over their mean. Photos score about 0.02; checkerboards of transposed convolutions and grids of
-    sub-pixel layers score several times that. Needs at least 8 x 8 pixels.
+    the 16 averages over their mean. Photos score about 0.02, plain bicubic x4 enlargements 0.05 to 0.15 (they are
+    smoother between the input's samples than at them); checkerboards of transposed convolutions and grids of sub-pixel
+    layers score in that range and above. Needs at least 8 x 8 pixels.
     """
     _check_image(image)
     if min(image.shape[-2:]) < 2 * LATTICE:
