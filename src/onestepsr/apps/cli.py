@@ -28,7 +28,7 @@ app = typer.Typer(
 def _root(
     version: bool = typer.Option(False, "--version", is_eager=True, help="Print the version and exit."),
     verbose: bool = typer.Option(False, "--verbose", help="Log what is decided and why."),
-    debug: bool = typer.Option(False, "--debug", help="Show a traceback when something fails."),  # noqa: ARG001
+    debug: bool = typer.Option(False, "--debug", help="Show a traceback when something fails."),
 ) -> None:
     if version:
         typer.echo(f"onestepsr {__version__}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from onestepsr.config import to_mapping
 from onestepsr.errors import UserError
 from onestepsr.losses.adversarial import bce_discriminator_loss, bce_generator_loss
+from onestepsr.losses.lattice import lattice_loss
 from onestepsr.losses.perceptual import DISTS, ea_dists
 from onestepsr.methods.base import Batch, Exported, LossFn, Method, MethodEntry, Networks, Phase, register
 from onestepsr.models.backbones import TinyGeneratorConfig
@@ -90,22 +91,26 @@ class D3SRConfig:
     """lambda_2."""
     adversarial_weight: float = 0.5
     """lambda_1; 0 leaves the discriminator out altogether."""
+    lattice_weight: float = 0.0
+    """Weight of the penalty on patterns locked to the latent grid, in [-1, 1]; not in the paper, whose decoder does not
+    make them."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     """Feature network of EA-DISTS."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """The noise-aware discriminator."""
 
     def __post_init__(self) -> None:
-        if min(self.mse_weight, self.ea_dists_weight, self.adversarial_weight) < 0:
+        if min(self.mse_weight, self.ea_dists_weight, self.adversarial_weight, self.lattice_weight) < 0:
             raise ValueError("loss weights must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpatialLoss:
-    """L_spatial = MSE + lambda_2 EA-DISTS (Eq. 8)."""
+    """L_spatial = MSE + lambda_2 EA-DISTS (Eq. 8), and the lattice penalty where it is asked for."""
 
     mse_weight: float
     ea_dists_weight: float
+    lattice_weight: float
     features: nn.Module
     dists: DISTS
     edges: bool
@@ -121,6 +126,8 @@ class SpatialLoss:
             else:
                 distance = self.dists(features, sr, hr)
             terms["ea_dists"] = self.ea_dists_weight * distance.mean()
+        if self.lattice_weight:
+            terms["lattice"] = self.lattice_weight * 4 * lattice_loss(sr, hr)
         return terms
 
 
@@ -191,6 +198,7 @@ def _build_spatial_loss(config: D3SRConfig) -> SpatialLoss:
     return SpatialLoss(
         mse_weight=config.mse_weight,
         ea_dists_weight=config.ea_dists_weight,
+        lattice_weight=config.lattice_weight,
         features=features,
         dists=DISTS(features.channels, texture_share=settings.texture_share),
         edges=settings.edges,

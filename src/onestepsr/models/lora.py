@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from peft import LoraConfig as PeftLoraConfig
-from peft import inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from onestepsr.errors import UserError
@@ -44,6 +41,9 @@ def add_lora(module: nn.Module, config: LoraConfig) -> list[str]:
         raise UserError(
             f"LoRA targets '{config.targets}' match no linear or convolution layer of {type(module).__name__}"
         )
+    from peft import LoraConfig as PeftLoraConfig  # imported here: it takes seconds, and inference never needs it
+    from peft import inject_adapter_in_model
+
     settings = PeftLoraConfig(
         r=config.rank, lora_alpha=config.alpha, target_modules=names, init_lora_weights="gaussian", bias="none"
     )
@@ -53,6 +53,8 @@ def add_lora(module: nn.Module, config: LoraConfig) -> list[str]:
 
 def merge_lora(module: nn.Module) -> nn.Module:
     """Fold every adapter into its layer and put the plain layer back, in place; the output stays the same."""
+    from peft.tuners.lora import LoraLayer
+
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoraLayer):

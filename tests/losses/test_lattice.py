@@ -1,0 +1,27 @@
+"""The lattice penalty: loud for a grid, quiet for texture and for an even shift."""
+
+import pytest
+import torch
+
+from onestepsr.losses.lattice import lattice_loss
+
+
+def test_grid_is_penalised_far_more_than_noise_of_the_same_energy():
+    hr = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    grid = torch.zeros_like(hr)
+    grid[..., ::4, ::4] = 0.4
+    noise = torch.randn(hr.shape, generator=torch.Generator().manual_seed(1)) * grid.std()
+    assert lattice_loss(hr + grid, hr) > 10 * lattice_loss(hr + noise, hr)
+
+
+def test_even_shift_and_identity_cost_nothing():
+    hr = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert lattice_loss(hr, hr) == 0
+    assert lattice_loss(hr + 0.2, hr).item() == pytest.approx(0, abs=1e-10)
+
+
+def test_value_of_a_known_grid():
+    hr = torch.zeros(1, 1, 32, 32)
+    sr = hr.clone()
+    sr[..., ::4, ::4] = 1.0  # one of 16 positions: deviations 15/16 once and -1/16 fifteen times
+    assert lattice_loss(sr, hr).item() == pytest.approx((15 / 16) ** 2 / 16 + 15 / 16 * (1 / 16) ** 2)
