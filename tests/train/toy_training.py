@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from onestepsr.data.sampling import generator
 from onestepsr.methods.base import Batch, Exported, Method, Networks, Phase
 from onestepsr.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from onestepsr.train.randomness import generator
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
 
 

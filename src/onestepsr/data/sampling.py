@@ -1,4 +1,4 @@
-"""Random numbers for data: generators derived from names and numbers, and the few draws that are needed.
+"""Random numbers: generators derived from names and numbers, and the few draws that data needs.
 
 A sample's randomness depends on (seed, purpose, index) and on nothing else, so any number of loader workers, any order
 and any restart give the same sample.

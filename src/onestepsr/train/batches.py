@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from onestepsr.data.sampling import generator
 from onestepsr.methods.base import Batch
 from onestepsr.train.config import TrainConfig
-from onestepsr.train.randomness import generator
 
 
 class SampleSource(Protocol):

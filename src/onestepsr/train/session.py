@@ -12,12 +12,12 @@ import yaml
 
 from onestepsr.config import to_mapping
 from onestepsr.data.datasets import Pool, build_dataset
+from onestepsr.data.sampling import derived_seed
 from onestepsr.errors import UserError
 from onestepsr.methods.base import Method, get_method
 from onestepsr.train.checkpoint import Checkpoint, Checkpoints
 from onestepsr.train.networks import NetworkSet, parameter_counts
 from onestepsr.train.previews import Validator
-from onestepsr.train.randomness import derive_seed
 from onestepsr.train.recipes import RunConfig, check_resumable
 from onestepsr.train.report import Reporter
 from onestepsr.train.trainer import Hooks, Trainer
@@ -66,7 +66,7 @@ def prepare(run: RunConfig, *, resume: bool) -> Plan:
     source = build_dataset(run.data, run.train.seed, entry.needs_lr)
     held_out = run.validation.data
     validation = source if held_out is None else build_dataset(held_out, VALIDATION_SEED, entry.needs_lr)
-    torch.manual_seed(derive_seed(run.train.seed, "initial weights"))
+    torch.manual_seed(derived_seed(run.train.seed, "initial weights"))
     method = entry.build(run.config)
     run.train.check_networks(method.networks)
     return Plan(run=run, method=method, source=source, validation_source=validation, checkpoint=checkpoint)

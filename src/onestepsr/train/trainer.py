@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
+from onestepsr.data.sampling import derived_seed, generator
 from onestepsr.errors import OneStepSRError
 from onestepsr.methods.base import Batch, Method, Phase
 from onestepsr.train.batches import SampleSource, Share, micro_batches
@@ -29,7 +30,6 @@ from onestepsr.train.config import TrainConfig
 from onestepsr.train.interruption import Interruption
 from onestepsr.train.networks import NetworkSet
 from onestepsr.train.optimization import learning_rate_factor
-from onestepsr.train.randomness import derive_seed, generator
 from onestepsr.train.state import check_fingerprints, collect, fingerprints, restore
 
 
@@ -123,7 +123,7 @@ class Trainer:
     def iterate(self, batches: list[Batch]) -> StepRecord:
         """One iteration: every phase that takes part in it, then the moving averages."""
         # For dropout alone: everything else draws from the generators that losses are handed.
-        torch.manual_seed(derive_seed(self.config.seed, "dropout", self.accelerator.process_index, self.step))
+        torch.manual_seed(derived_seed(self.config.seed, "dropout", self.accelerator.process_index, self.step))
         losses: dict[str, float] = {}
         norms: dict[str, float] = {}
         rates: dict[str, float] = {}
