@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any, NoReturn
 
-import click
 import typer
 
 from onestepsr import __version__
 from onestepsr.errors import OneStepSRError
 
 USAGE_ERROR = 2
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="onestepsr",
@@ -24,15 +25,20 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"onestepsr {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", is_eager=True, help="Print the version and exit."),
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+    ),
     verbose: bool = typer.Option(False, "--verbose", help="Log what is decided and why."),
     debug: bool = typer.Option(False, "--debug", help="Show a traceback when something fails."),
 ) -> None:
-    if version:
-        typer.echo(f"onestepsr {__version__}")
-        raise typer.Exit
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
 
 
@@ -53,24 +59,32 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         code = app(args=arguments, prog_name="onestepsr", standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except OneStepSRError as error:
-        if debug:
-            raise
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(USAGE_ERROR)
-    except BrokenPipeError:
-        sys.exit(0)
-    except Exception as error:
-        if debug:
-            raise
-        typer.echo(f"error: {type(error).__name__}: {error} (add --debug for the traceback)", err=True)
-        sys.exit(1)
+        _fail(error, str(error), USAGE_ERROR, debug)
+    except Exception as error:  # noqa: BLE001  (the last resort: whatever it is, it ends in one line)
+        if hasattr(error, "format_message"):  # wrong usage, in the words of the command-line library
+            _explain_usage(error)
+        _fail(error, f"{type(error).__name__}: {error} (add --debug for the traceback)", 1, debug)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: Exception, line: str, code: int, debug: bool) -> NoReturn:
+    if debug:
+        raise error
+    typer.echo(f"error: {line}", err=True)
+    sys.exit(code)
+
+
+def _explain_usage(error: Any) -> NoReturn:
+    """One line; the whole help where a command was called with nothing at all."""
+    message = error.format_message()
+    if "\n" in message.strip() or not message:
+        error.show()
+    else:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "onestepsr"
+        typer.echo(f"error: {message} (see {command} --help)", err=True)
+    sys.exit(USAGE_ERROR)
