@@ -70,7 +70,7 @@ _MODELS: dict[str, ModelSpec] = {
             summary="D3SR on the tiny backbone, trained by this project on 1,380 photos; runs on any CPU",
             licence="Apache-2.0",
             bundled="d3sr-tiny.safetensors",
-            sha256="",
+            sha256="70e8ffa1273dabe01b8586e1fee670e2071b10d71b188e3014a02f68ea67517d",
         ),
         ModelSpec(id=BICUBIC, summary="no network: bicubic enlargement, for comparison", licence="Apache-2.0"),
     )
@@ -85,7 +85,7 @@ def list_models() -> list[ModelSpec]:
 def get_model(name: str) -> ModelSpec:
     """The model called ``name``; :class:`UnknownModel` otherwise."""
     if name not in _MODELS:
-        raise UnknownModel(f"unknown model '{name}': {did_you_mean(name, _MODELS)}, or a path to a .safetensors file")
+        raise UnknownModel(f"unknown model '{name}', and no .safetensors file: {did_you_mean(name, _MODELS)}")
     return _MODELS[name]
 
 
