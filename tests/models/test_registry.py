@@ -44,6 +44,19 @@ def test_save_and_load_give_the_same_network(saved):
     assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
 
 
+def test_equal_weights_give_equal_files(saved):
+    path, generator = saved
+    extra = {str(i): "x" * i for i in range(12)}
+    contents = set()
+    for _ in range(4):
+        registry.save_model(
+            path, architecture="any", config=to_mapping(CONFIG), state_dict=generator.state_dict(), extra=extra
+        )
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+    assert registry.read_weights(path)[0] == "any"
+
+
 def test_non_finite_weights_are_named(saved):
     path, generator = saved
     state = generator.state_dict()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from onestepsr.errors import UnknownModel, UserError, did_you_mean
@@ -70,7 +70,7 @@ _MODELS: dict[str, ModelSpec] = {
             summary="D3SR on the tiny backbone, trained by this project on 1,380 photos; runs on any CPU",
             licence="Apache-2.0",
             bundled="d3sr-tiny.safetensors",
-            sha256="70e8ffa1273dabe01b8586e1fee670e2071b10d71b188e3014a02f68ea67517d",
+            sha256="745bfa1cf7f88366707c1e3a22f86f8ebecc2bd8f6931d248702243c313e3001",
         ),
         ModelSpec(id=BICUBIC, summary="no network: bicubic enlargement, for comparison", licence="Apache-2.0"),
     )
@@ -154,7 +154,7 @@ def save_model(
     state_dict: Mapping[str, Tensor],
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """Write weights with their configuration; the file appears under its name only when it is complete."""
+    """Write weights with their configuration; equal weights give equal files, complete or not there at all."""
     metadata = {
         "format": FORMAT,
         "architecture": architecture,
@@ -164,17 +164,18 @@ def save_model(
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
+        temporary.write_bytes(_in_fixed_order(save(tensors, metadata=metadata)))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _in_fixed_order(blob: bytes) -> bytes:
+    """The same safetensors file with a sorted header: the library writes metadata in an order that changes by the run."""
+    length = int.from_bytes(blob[:8], "little")
+    header = json.dumps(json.loads(blob[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors start at a multiple of eight bytes
+    return len(header).to_bytes(8, "little") + header + blob[8 + length :]
 
 
 def load_network(name_or_path: str | Path) -> nn.Module:
