@@ -171,7 +171,7 @@ def save_model(
 
 
 def _in_fixed_order(blob: bytes) -> bytes:
-    """The same safetensors file with a sorted header: the library writes metadata in an order that changes by the run."""
+    """The same safetensors file with a sorted header; the library's order of metadata changes from run to run."""
     length = int.from_bytes(blob[:8], "little")
     header = json.dumps(json.loads(blob[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # tensors start at a multiple of eight bytes
