@@ -214,3 +214,23 @@ def test_wrong_output_size_is_named() -> None:
 
     with pytest.raises(OneStepSRError, match=r"wrong: gave \(1, 3, 6, 6\)"):
         Upscaler(Wrong(), "cpu", "float32", "wrong")(photo(6, 6))
+
+
+class Cells(nn.Module):
+    """Gives every cell of 4x4 input pixels its mean: what it says depends on where the cells lie."""
+
+    scale = 4
+    lr_multiple = 4
+
+    def forward(self, lr: Tensor) -> Tensor:
+        means = functional.avg_pool2d(lr, 4)
+        return functional.interpolate(means, scale_factor=16.0, mode="nearest")
+
+
+@pytest.mark.parametrize("tile", [16, 18, 21])
+def test_tiles_start_where_the_networks_cells_do(tile: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (45, 37, 3), dtype=np.uint8)
+    upscaler = Upscaler(Cells().eval(), device="cpu", dtype="float32")
+    whole = np.asarray(upscaler(pixels, tile="off", color_fix="none"))
+    assert whole.shape == (180, 148, 3)
+    assert np.array_equal(np.asarray(upscaler(pixels, tile=tile, color_fix="none")), whole)

@@ -241,17 +241,18 @@ class Upscaler:
     ) -> NDArray[Any]:
         """The network's output at its own scale, colour-fixed, as samples of the picture's kind."""
         pixels = picture.pixels if picture.alpha is None else fill_transparent(picture.pixels, picture.alpha)
-        source = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[
-            None
-        ]  # (1, C, H, W), a view
-        tile = self.plan_tile(picture.height, picture.width, options)
-        step = _TileStep(self, None if picture.gray else matrix_profile(picture.icc), options, progress)
-        overlap = min(options.overlap, tile // 3)
-        step.total = count_tiles(picture.height, picture.width, tile, overlap)
         shape = (picture.height * self.scale, picture.width * self.scale, pixels.shape[2])
+        # A network with strided layers sees a tile as it sees the whole only if the tile starts where its cells do.
+        multiple = int(getattr(self.generator, "lr_multiple", 1))
+        source = _padded(pixels, multiple)
+        tile = _aligned(self.plan_tile(picture.height, picture.width, options), multiple)
+        overlap = min(options.overlap, tile // 3) // multiple * multiple
+        step = _TileStep(self, None if picture.gray else matrix_profile(picture.icc), options, progress)
+        step.total = count_tiles(source.shape[2], source.shape[3], tile, overlap)
 
         def rows(fn: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-            return tiled_rows(fn, source, self.scale, tile, overlap, margin=min(MARGIN, overlap // 3))
+            margin = min(MARGIN, overlap // 3)
+            return _cropped(tiled_rows(fn, source, self.scale, tile, overlap, margin=margin), shape[0], shape[1])
 
         with torch.inference_mode():
             if options.color_fix != "adain":
@@ -260,6 +261,26 @@ class Upscaler:
             fine = _stored(rows(step), shape, np.uint16)
             wanted = statistics(rows(lambda t: enlarge(_to_float(t), self.scale)))
             return _stored(_matched(fine, statistics(_bands(fine)), wanted), shape, pixels.dtype.type)
+
+
+def _padded(pixels: NDArray[Any], multiple: int) -> Tensor:
+    """Samples (H, W, C) as (1, C, h, w), reflected at the bottom and right up to multiples of ``multiple``."""
+    height, width = pixels.shape[:2]
+    if height % multiple or width % multiple:
+        pixels = np.pad(pixels, ((0, -height % multiple), (0, -width % multiple), (0, 0)), mode="reflect")
+    return torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]
+
+
+def _aligned(tile: int, multiple: int) -> int:
+    return -(-tile // multiple) * multiple
+
+
+def _cropped(bands: Iterator[Tensor], height: int, width: int) -> Iterator[Tensor]:
+    """The first ``height`` rows and ``width`` columns of consecutive bands (1, C, rows, columns)."""
+    left = height
+    for band in bands:
+        yield band[:, :, :left, :width]
+        left -= band.shape[2]
 
 
 class _NonFiniteError(OneStepSRError):
