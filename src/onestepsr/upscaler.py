@@ -136,7 +136,8 @@ class Upscaler:
 
     The generator is a module in eval mode with an int attribute ``scale`` that maps float RGB (N, 3, h, w) in [0, 1] of
     any size to (N, 3, h * scale, w * scale) in about [0, 1]. It may have ``memory_per_pixel(dtype)``, peak bytes per
-    input pixel, and may take a keyword ``rng``, a ``torch.Generator`` for the noise it draws.
+    input pixel, and ``lr_multiple``, at multiples of which tiles start; it may take a keyword ``rng``, a
+    ``torch.Generator`` for the noise it draws.
     """
 
     def __init__(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from onestepsr.errors import UserError
+from onestepsr.files import replacing
 
 if TYPE_CHECKING:
     from onestepsr.data.degradation import Degradation, Recipe
@@ -151,9 +151,8 @@ def write_record(out_dir: Path, header: dict[str, Any], drawn: dict[str, Degrada
     record = {**header, "images": {name: to_mapping(entry) for name, entry in drawn.items()}}
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        partial = out_dir / f".{RECORD}.{os.getpid()}"
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, out_dir / RECORD)
+        with replacing(out_dir / RECORD) as partial:
+            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out_dir}: cannot be written ({error.strerror})") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onestepsr.errors import UserError
+from onestepsr.files import replacing
 
 if TYPE_CHECKING:
     from onestepsr.evaluate.catalog import MetricSpec
@@ -101,11 +101,8 @@ def show_table(metrics: Sequence[MetricSpec], summaries: Mapping[str, Summary]) 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` under ``path`` in one step."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written ({error.strerror})") from error
-    finally:
-        partial.unlink(missing_ok=True)

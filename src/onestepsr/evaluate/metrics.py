@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onestepsr.color import luma
 from onestepsr.errors import UserError
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """A full-reference metric: (SR, HR) -> (N,)."""
 
-STUDIO_WEIGHTS = (65.481 / 255, 128.553 / 255, 24.966 / 255)
-STUDIO_OFFSET = 16 / 255
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 MSE_FLOOR = 1e-8
@@ -33,9 +32,7 @@ STRONG_EDGE = 64 / 255
 
 def studio_luma(image: Tensor) -> Tensor:
     """Y of ITU-R BT.601 in studio range: (N, 3, H, W) in [0, 1] -> (N, 1, H, W) in [16/255, 235/255], float64."""
-    values = _float64(image)
-    weights = torch.tensor(STUDIO_WEIGHTS, dtype=torch.float64, device=values.device).view(1, 3, 1, 1)
-    return (values * weights).sum(dim=1, keepdim=True) + STUDIO_OFFSET
+    return luma(_float64(image))
 
 
 def as_eight_bit(image: Tensor) -> Tensor:

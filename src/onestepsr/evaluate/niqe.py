@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from onestepsr.color import gray
 from onestepsr.errors import UserError
 from onestepsr.evaluate.metrics import studio_luma
 
@@ -128,8 +129,7 @@ def niqe_features(luma: Tensor) -> Tensor:
 
 def _full_range_luma(image: Tensor) -> Tensor:
     # float32 as in IQA-PyTorch, so that most ties of the rounding that follows fall the same way.
-    weights = torch.tensor((0.299, 0.587, 0.114), device=image.device).view(1, 3, 1, 1)
-    return (image.detach().float() * weights).sum(dim=1, keepdim=True)
+    return gray(image.detach().float())
 
 
 def _normalised(plane: Tensor) -> Tensor:

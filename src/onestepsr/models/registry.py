@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -22,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from onestepsr.errors import UnknownModel, UserError, did_you_mean
+from onestepsr.files import replacing
 from onestepsr.models.backbones import build_tiny_autoencoder, build_tiny_generator
 from onestepsr.models.generators import BicubicGenerator, OneStepLatentGenerator
 
@@ -33,7 +33,7 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "tiny-autoencoder": build_tiny_autoencoder,
     "tiny-latent-diffusion": build_tiny_generator,
 }
-"""Builders of networks with uninitialised meaning: their weights are loaded right after."""
+"""Builders of freshly initialised networks; their weights are loaded right after."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +162,8 @@ def save_model(
         **(extra or {}),
     }
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(_in_fixed_order(save(tensors, metadata=metadata)))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _in_fixed_order(blob: bytes) -> bytes:

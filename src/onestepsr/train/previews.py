@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from onestepsr.files import replacing
 from onestepsr.methods.base import Batch, Networks
 from onestepsr.train.batches import SampleSource, to_device
 from onestepsr.train.config import PreviewConfig
@@ -96,9 +96,8 @@ def draw_grid(rows: list[dict[str, Tensor]]) -> Image.Image:
 def write_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG that appears under its name only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def _row_size(row: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from onestepsr.files import replacing
 from onestepsr.train.config import TrainConfig
 from onestepsr.train.trainer import StepRecord
 
@@ -39,9 +39,8 @@ class JsonLines:
             return
         with self.path.open(encoding="utf-8") as file:
             kept = [line for line in file if _step_of(line) <= step]
-        temporary = self.path.with_name(f".{self.path.name}.writing")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
 
 class Averages:

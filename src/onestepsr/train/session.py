@@ -14,6 +14,7 @@ from onestepsr.config import to_mapping
 from onestepsr.data.datasets import Pool, build_dataset
 from onestepsr.data.sampling import derived_seed
 from onestepsr.errors import UserError
+from onestepsr.files import replacing
 from onestepsr.methods.base import Method, get_method
 from onestepsr.train.checkpoint import Checkpoint, Checkpoints
 from onestepsr.train.networks import NetworkSet, parameter_counts
@@ -154,9 +155,8 @@ def _find_checkpoint(run: RunConfig, resume: bool) -> Checkpoint | None:
 
 def _write_config(run: RunConfig) -> None:
     run.out.mkdir(parents=True, exist_ok=True)
-    temporary = run.out / f".{CONFIG}.writing"
-    temporary.write_text(config_text(run), encoding="utf-8")
-    os.replace(temporary, run.out / CONFIG)
+    with replacing(run.out / CONFIG) as temporary:
+        temporary.write_text(config_text(run), encoding="utf-8")
 
 
 def config_text(run: RunConfig) -> str:
