@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from onestepsr.config import apply_overrides, from_mapping, read_mapping, to_mapping
+from onestepsr.config import apply_overrides, from_mapping, merged, read_mapping, to_mapping
 from onestepsr.errors import UserError
 
 
@@ -73,10 +73,14 @@ def test_overrides_reach_into_groups_and_leave_the_source_alone():
     assert source == {"inner": {"rate": 1.0}}
 
 
-@pytest.mark.parametrize("override", ["rate", "=3"])
-def test_malformed_overrides_are_refused(override):
-    with pytest.raises(UserError, match="expected key=value"):
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("rate", "expected key=value"), ("=3", "expected key=value"), ("paths=[a-{0..9}.tar]", "not valid YAML; quote")],
+)
+def test_malformed_overrides_are_refused(override, message):
+    with pytest.raises(UserError, match=message) as caught:
         apply_overrides({}, [override])
+    assert "\n" not in str(caught.value)
 
 
 def test_files_that_are_no_mapping_are_refused(tmp_path):
@@ -89,3 +93,25 @@ def test_files_that_are_no_mapping_are_refused(tmp_path):
         read_mapping(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_mapping(tmp_path / "missing.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    precision: Literal["no", "bf16"] | None = None
+    blend: Literal["on", "off"] = "on"
+    sure: bool | Literal["yes", "no"] = True
+
+
+def test_words_that_yaml_takes_for_truth_values_are_words():
+    values = apply_overrides({}, ["precision=no", "blend=off", "sure=no"])
+    assert values["precision"] is False, "YAML 1.1"
+    assert from_mapping(Words, values) == Words(precision="no", blend="off", sure=False)
+    with pytest.raises(UserError, match="precision: True is not one of 'no', 'bf16'"):
+        from_mapping(Words, {"precision": True})
+
+
+def test_merging_goes_key_by_key_and_replaces_everything_else():
+    base = {"a": {"x": 1, "y": [1, 2], "z": {"deep": 1}}, "b": "word", "c": 3}
+    result = merged(base, {"a": {"y": [3], "z": {"more": 2}}, "b": {"now": "a mapping"}, "c": None})
+    assert result == {"a": {"x": 1, "y": [3], "z": {"deep": 1, "more": 2}}, "b": {"now": "a mapping"}, "c": None}
+    assert base["a"]["y"] == [1, 2], "the base stays as it was"

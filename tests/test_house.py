@@ -12,7 +12,7 @@ from onestepsr.train.recipes import load_run, recipe_names
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "src" / "onestepsr"
-COMMANDS = ("upscale", "train", "evaluate", "degrade", "models", "doctor")
+COMMANDS = ("upscale", "train", "ablate", "evaluate", "benchmark", "degrade", "models", "doctor")
 HEAVY = ("torch", "diffusers", "peft", "accelerate", "transformers", "PIL", "numpy")
 MAX_LINES = 420
 

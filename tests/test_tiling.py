@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ def enlarge(x: Tensor, scale: int = 4) -> Tensor:
     return functional.interpolate(x, scale_factor=scale, mode="nearest")
 
 
+@settings(deadline=None)
 @given(st.integers(1, 500), st.integers(1, 80), st.data())
 def test_plan_covers_without_leaving_the_picture(length: int, tile: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, tile - 1))
@@ -75,7 +77,7 @@ def test_joins_are_smooth() -> None:
         lambda t: torch.full_like(enlarge(t), float(next(calls))), torch.zeros(1, 1, 8, 60), 4, 24, 12, margin=2
     )
     assert steps[0, 0, 0].diff().abs().max() < 0.06
-    assert tiling.count_tiles(8, 60, 24, 12) == next(calls)
+    assert len(tiling.places(8, 60, 24, 12)) == next(calls)
 
 
 def test_tile_follows_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,3 +104,14 @@ def test_container_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert tiling.free_memory(torch.device("cpu")) == 8_192_000_000
     files.clear()
     assert tiling.free_memory(torch.device("cpu")) > 1e7
+
+
+@pytest.mark.parametrize("name", ["a", "c"])
+def test_averaged_tiles_equal_published_code(name: str) -> None:
+    golden = np.load(Path(__file__).parent / "golden" / "published_tiling.npz")
+    tile, stride, scale = golden[f"{name}.cfg"].tolist()
+    x = torch.from_numpy(golden[f"{name}.in"])
+    assert tiling.places(*x.shape[2:], tile, tile - stride) == [tuple(place) for place in golden[f"{name}.starts_yx"]]
+    count = iter(range(100))
+    joined = tiling.averaged(lambda t: enlarge(t, scale) + 0.1 * next(count), x, scale, tile, tile - stride)
+    assert (joined - torch.from_numpy(golden[f"{name}.out"])).abs().max() < 1e-6

@@ -19,6 +19,8 @@ from onestepsr.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 MAX_CONFIG_BYTES = 1_000_000
+YAML_WORDS = {False: ("no", "off", "false"), True: ("yes", "on", "true")}
+"""What YAML 1.1 reads as a truth value when it stands without quotes: ``mixed_precision: no`` means the word."""
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -68,6 +70,16 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` on top: mappings are merged key by key, everything else is replaced whole."""
+    result = dict(base)
+    for key, value in changes.items():
+        below = result.get(key)
+        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
+        result[key] = merged(below, value) if nested else value  # type: ignore[arg-type]
+    return result
+
+
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return ``values`` with ``key.path=value`` overrides applied; values are read as YAML scalars or lists."""
     result = json.loads(json.dumps(to_mapping(values)))
@@ -81,7 +93,10 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise UserError(f"override '{override}': '{parent}' is not a group of settings")
-        node[leaf] = yaml.safe_load(text)
+        try:
+            node[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"override '{override}': not valid YAML; quote text that holds any of {{}}[]:,") from error
     return dict(result)
 
 
@@ -96,9 +111,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(value, arguments, where)
     if origin is Literal:
-        if value not in arguments:
-            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}")
-        return value
+        return _convert_choice(value, arguments, where)
     if origin in (tuple, list):
         return _convert_sequence(value, origin, arguments, where)
     if origin in (dict, Mapping):
@@ -108,6 +121,15 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_mapping(hint, value, where)
     return _convert_scalar(value, hint, where)
+
+
+def _convert_choice(value: Any, choices: tuple[Any, ...], where: str) -> Any:
+    """One of ``choices``; the words that YAML takes for a truth value are still the words."""
+    words = YAML_WORDS.get(value, ()) if isinstance(value, bool) and value not in choices else (value,)
+    for word in words:
+        if word in choices:
+            return word
+    raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, choices))}")
 
 
 def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:

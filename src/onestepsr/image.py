@@ -62,7 +62,7 @@ _FORMAT_NAMES = {
     "BMP": "bmp",
 }
 # What Pillow's decoders raise on damaged files; anything else is a defect and must surface.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -215,7 +215,7 @@ def _opened(data: bytes, label: str, max_pixels: int) -> Iterator[Image.Image]:
         if frames > 1 and image.format != "MPO":  # MPO's second picture is a depth or gain map
             logger.warning("%s: has %d frames or pages, only the first is used", label, frames)
         yield image
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise UserError(
             f"{label}: truncated or damaged {image.format} file ({_first_line(error)}); {ACCEPTED}"
         ) from error
@@ -233,7 +233,7 @@ def _open(data: bytes, label: str, max_pixels: int) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
         except Image.DecompressionBombError as error:
             raise UserError(f"{label}: claims more than {max_pixels:,} pixels, the limit") from error
-        except _DECODE_ERRORS as error:
+        except DECODE_ERRORS as error:
             raise UserError(f"{label}: not a picture that can be read, or its header is damaged; {ACCEPTED}") from error
         finally:
             Image.MAX_IMAGE_PIXELS = before

@@ -42,7 +42,9 @@ class DiffusionSchedule:
 
     def __init__(self, config: DiffusionScheduleConfig | None = None) -> None:
         self.config = config or DiffusionScheduleConfig()
-        root = torch.linspace(self.config.beta_start**0.5, self.config.beta_end**0.5, self.config.steps)
+        ends = (self.config.beta_start**0.5, self.config.beta_end**0.5)
+        # On the CPU also while networks are built on the meta device: the table must hold values.
+        root = torch.linspace(*ends, self.config.steps, device="cpu")
         # The cumulative product is taken in float32 because the published weights were trained with that table.
         self.alpha_bar = torch.cumprod(1.0 - root**2, dim=0)  # (T,)
 
@@ -53,8 +55,7 @@ class DiffusionSchedule:
 
     def coefficients(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), broadcastable over ``like`` (N, C, H, W)."""
-        index = torch.as_tensor(t, device=self.alpha_bar.device).to("cpu", torch.long)
-        alpha_bar = self.alpha_bar[index]
+        alpha_bar = self.alpha_bar.to(t.device)[t.long()] if isinstance(t, Tensor) else self.alpha_bar[t]
         return expand_as(alpha_bar.sqrt(), like), expand_as((1.0 - alpha_bar).sqrt(), like)
 
     def add_noise(self, z: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:

@@ -8,6 +8,7 @@ equal results.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -80,9 +81,26 @@ def tiled_rows(
         del band
 
 
-def count_tiles(height: int, width: int, tile: int, overlap: int = OVERLAP) -> int:
-    """How often ``fn`` is called for a picture of this size."""
-    return len(plan(height, tile, overlap)) * len(plan(width, tile, overlap))
+def places(height: int, width: int, tile: int, overlap: int = OVERLAP) -> list[tuple[int, int]]:
+    """Row and column where each tile of a picture of this size starts, in the order in which ``fn`` is called."""
+    return list(itertools.product(plan(height, tile, overlap), plan(width, tile, overlap)))
+
+
+def averaged(fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, tile: int, overlap: int) -> Tensor:
+    """:func:`tiled` as ResShift and SinSR join tiles, for comparison: the plain mean where they overlap, seams and all.
+
+    Their own settings are tiles of 512 that overlap by 64, or of 256 by 32.
+    """
+    height, width = x.shape[-2:]
+    total, count = torch.zeros(1), torch.zeros(1, 1, height * scale, width * scale)
+    for top, left in places(height, width, tile, overlap):
+        piece = fn(x[..., top : top + tile, left : left + tile]).to("cpu", torch.float32)
+        if total.ndim == 1:
+            total = piece.new_zeros((*piece.shape[:2], *count.shape[2:]))
+        window = (..., slice(top * scale, (top + tile) * scale), slice(left * scale, (left + tile) * scale))
+        total[window] += piece
+        count[window] += 1
+    return total / count
 
 
 def _row_of_tiles(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -28,7 +27,8 @@ from onestepsr.errors import OneStepSRError, UserError
 from onestepsr.image import Picture, from_array, from_pil, read_picture, samples_to_tensor, tensor_to_samples, to_pil
 from onestepsr.image_profile import MatrixProfile, matrix_profile
 from onestepsr.image_resample import fill_transparent, resize
-from onestepsr.tiling import MARGIN, OVERLAP, choose_tile, count_tiles, tiled_rows
+from onestepsr.machine import instructions
+from onestepsr.tiling import MARGIN, OVERLAP, choose_tile, places, tiled_rows
 
 logger = logging.getLogger(__name__)
 
@@ -122,13 +122,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_has_bfloat16() -> bool:
-    if platform.system() != "Linux":
-        return False
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").partition("flags")[2]
-    except OSError:
-        return False
-    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(flags.partition("\n")[0].split())
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(instructions())
 
 
 class Upscaler:
@@ -136,8 +130,9 @@ class Upscaler:
 
     The generator is a module in eval mode with an int attribute ``scale`` that maps float RGB (N, 3, h, w) in [0, 1] of
     any size to (N, 3, h * scale, w * scale) in about [0, 1]. It may have ``memory_per_pixel(dtype)``, peak bytes per
-    input pixel, and ``lr_multiple``, at multiples of which tiles start; it may take a keyword ``rng``, a
-    ``torch.Generator`` for the noise it draws.
+    input pixel, ``lr_multiple``, at multiples of which tiles start, and ``largest_tile``, the side that "auto" stays
+    below; it may take a keyword ``rng``, a ``torch.Generator`` for the noise it draws, and ``origin``, the row and
+    column of a tile in the picture, by which the noise of a place is the same in every tile.
     """
 
     def __init__(
@@ -148,7 +143,8 @@ class Upscaler:
         self.name = name
         self.scale = int(cast(int, generator.scale))
         self._may_fall_back = dtype == "auto"
-        self._takes_rng = "rng" in inspect.signature(generator.forward).parameters
+        parameters = inspect.signature(generator.forward).parameters
+        self._takes_rng, self._takes_origin = "rng" in parameters, "origin" in parameters
         self.generator = generator.eval().requires_grad_(False)
         self._move(self.dtype)
 
@@ -224,6 +220,7 @@ class Upscaler:
         if options.tile != "auto":
             return options.tile
         side = choose_tile(self.memory_per_pixel(), self.device, options.overlap)
+        side = min(side, int(getattr(self.generator, "largest_tile", side)))
         return max(height, width) if height * width <= side * side else side
 
     def memory_per_pixel(self) -> float:
@@ -247,9 +244,9 @@ class Upscaler:
         multiple = int(getattr(self.generator, "lr_multiple", 1))
         source = _padded(pixels, multiple)
         tile = _aligned(self.plan_tile(picture.height, picture.width, options), multiple)
-        overlap = min(options.overlap, tile // 3) // multiple * multiple
+        overlap = _whole_cells(options.overlap, tile, multiple)
         step = _TileStep(self, None if picture.gray else matrix_profile(picture.icc), options, progress)
-        step.total = count_tiles(source.shape[2], source.shape[3], tile, overlap)
+        step.places = places(source.shape[2], source.shape[3], tile, overlap)
 
         def rows(fn: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
             margin = min(MARGIN, overlap // 3)
@@ -276,6 +273,14 @@ def _aligned(tile: int, multiple: int) -> int:
     return -(-tile // multiple) * multiple
 
 
+def _whole_cells(overlap: int, tile: int, multiple: int) -> int:
+    """The overlap in multiples of ``multiple``: at most a third of a tile, except that one is better than a seam."""
+    cells = min(overlap, tile // 3) // multiple
+    if cells == 0 and overlap > 0 and tile >= 2 * multiple:
+        cells = 1
+    return cells * multiple
+
+
 def _cropped(bands: Iterator[Tensor], height: int, width: int) -> Iterator[Tensor]:
     """The first ``height`` rows and ``width`` columns of consecutive bands (1, C, rows, columns)."""
     left = height
@@ -299,7 +304,8 @@ class _TileStep:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.owner, self.profile, self.options, self.progress = owner, profile, options, progress
-        self.done = self.total = 0
+        self.places: list[tuple[int, int]] = []  # row and column of every tile, in the order of the calls
+        self.done = 0
 
     def __call__(self, tile: Tensor) -> Tensor:
         lr = _to_float(tile)
@@ -314,7 +320,7 @@ class _TileStep:
             output = wavelet(output, enlarge(lr, self.owner.scale))
         self.done += 1
         if self.progress is not None:
-            self.progress(self.done, self.total)
+            self.progress(self.done, len(self.places))
         return output
 
     def _run(self, lr: Tensor) -> Tensor:
@@ -324,8 +330,11 @@ class _TileStep:
             .contiguous(memory_format=torch.channels_last)
         )
         extra: dict[str, Any] = {}
-        if self.owner._takes_rng:  # every tile its own noise, the same in every run
-            extra["rng"] = torch.Generator().manual_seed((self.options.seed or 0) * 1_000_003 + self.done)
+        if self.owner._takes_origin:  # the place decides the noise
+            extra["origin"] = self.places[self.done]
+        if self.owner._takes_rng:  # otherwise every tile has its own, the same in every run
+            own = 0 if self.owner._takes_origin else self.done
+            extra["rng"] = torch.Generator().manual_seed((self.options.seed or 0) * 1_000_003 + own)
         output = self.owner.generator(rgb, **extra).float()
         expected = (1, 3, *(side * self.owner.scale for side in lr.shape[-2:]))
         if output.shape != expected:

@@ -7,7 +7,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from onestepsr import __version__
+from onestepsr import __version__, machine
 from onestepsr.apps import doctor
 from onestepsr.models.registry import list_models
 
@@ -58,13 +58,16 @@ def test_missing_parts_are_named_with_their_remedy(monkeypatch: pytest.MonkeyPat
 
 
 def test_unknown_processor_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_cpuinfo", dict)
+    monkeypatch.setattr(machine, "processor", dict)
+    monkeypatch.setattr(doctor, "processor", dict)
     cpu = doctor.examine_cpu()
     assert cpu["features"] == []
     assert cpu["model"]
 
 
 def test_instructions_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_cpuinfo", lambda: {"model name": "Some CPU", "flags": "fpu avx2 amx_bf16"})
+    described = {"model name": "Some CPU", "flags": "fpu avx2 amx_bf16"}
+    for module in (machine, doctor):
+        monkeypatch.setattr(module, "processor", lambda: described)
     assert doctor.examine_cpu()["features"] == ["avx2", "amx_bf16"]
     assert doctor.examine_cpu()["model"] == "Some CPU"

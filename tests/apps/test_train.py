@@ -58,8 +58,10 @@ def invoke(*arguments: str) -> str:
 def test_dry_run_shows_everything_and_writes_nothing(recipe: str, tmp_path: Path) -> None:
     shown = invoke("autoencoder", "train.steps=7", "--recipe", recipe, "--dry-run")
     assert "autoencoder" in shown
-    assert "photos: 2" in shown
-    assert "MB" in shown
+    assert "photos: 2 in " in shown
+    assert "crops of 32 x 32, without low-resolution versions" in shown
+    assert "batch: 2 = 1 processes x 1 micro-batches x 2" in shown
+    assert "memory per device: 0.0" in shown
     resolved = yaml.safe_load(shown[shown.index("method:") :])
     assert resolved["train"]["steps"] == 7
     assert resolved["train"]["optimizer"]["betas"] == [0.9, 0.999], "defaults are spelt out"
@@ -88,6 +90,17 @@ def test_a_run_from_start_to_model_and_on(recipe: str, tmp_path: Path) -> None:
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3, 4, 5]
     assert not list(out.rglob("*writing*")), "nothing half-written stays behind"
+
+
+@pytest.mark.parametrize(("best", "kept"), [("ssim_y", True), ("null", False)])
+def test_the_best_model_is_chosen_by_the_score_that_is_named(
+    recipe: str, tmp_path: Path, best: str, kept: bool
+) -> None:
+    invoke("autoencoder", "data.crop=64", f"validation.best={best}", "train.steps=1", "--recipe", recipe)
+    assert (tmp_path / "run" / "best.safetensors").is_file() == kept
+    latest = Checkpoints(tmp_path / "run" / "checkpoints").latest()
+    assert latest is not None
+    assert set(latest.record["memory"]) == ({f"best_{best}"} if kept else set())
 
 
 def test_resume_without_a_run_starts_one(recipe: str, tmp_path: Path) -> None:

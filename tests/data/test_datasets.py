@@ -8,7 +8,8 @@ from torch.utils.data import DataLoader
 
 from onestepsr.config import from_mapping
 from onestepsr.data.datasets import DataConfig, build_dataset
-from onestepsr.data.hr_folder import epoch_position, random_crop
+from onestepsr.data.hr_folder import random_crop
+from onestepsr.data.order import epoch_position
 from onestepsr.data.sampling import generator
 from onestepsr.errors import UserError
 

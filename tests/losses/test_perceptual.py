@@ -1,6 +1,5 @@
 """DISTS against the published code, EA-DISTS against its formula, and what any distance must satisfy."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from onestepsr.losses.perceptual import DISTS, ea_dists, sobel_magnitude
+from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists, sobel_magnitude
 from onestepsr.models.features import HannPool, OrientedFeatures, VGG16Features, oriented_filters
+from weights_by_name import fill_by_name
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dists.npz"
 
@@ -25,21 +25,10 @@ def oriented():
     return features, DISTS(features.channels)
 
 
-def fill_from_keys(module: torch.nn.Module) -> None:
-    """Weights that depend on key and shape alone, as the golden numbers were made with."""
-    import hashlib
-
-    for key, tensor in module.state_dict().items():
-        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
-        values = np.random.Generator(np.random.PCG64(seed)).standard_normal(tuple(tensor.shape))
-        values = values / math.sqrt(np.prod(tensor.shape[1:])) if tensor.ndim >= 2 else 0.1 * values
-        tensor.copy_(torch.from_numpy(values.astype(np.float32)))
-
-
 @torch.no_grad()
 def test_dists_equals_published_code(golden):
     features = VGG16Features()
-    fill_from_keys(features)
+    fill_by_name(features)
     dists = DISTS(features.channels, golden["alpha"], golden["beta"])
     assert dists(features, golden["x"], golden["y"]).item() == pytest.approx(golden["score_xy"].item(), abs=5e-6)
     assert dists(features, golden["x"], golden["x"]).item() == pytest.approx(0.0, abs=1e-6)
@@ -97,3 +86,37 @@ def test_edges_per_channel_see_colour_edges_that_the_mean_hides():
 def test_weights_must_fit_the_features():
     with pytest.raises(ValueError, match="7 channels"):
         DISTS((3, 4), alpha=torch.ones(6), beta=torch.ones(7))
+
+
+@torch.no_grad()
+def test_lpips_is_its_formula():
+    """Equation 1 of the paper, written position by position."""
+    features = VGG16Features(pooling="max")
+    fill_by_name(features)
+    rng = torch.Generator().manual_seed(3)
+    weights = [torch.rand(c, generator=rng) for c in features.channels[1:]]
+    x, y = (torch.rand(1, 3, 32, 48, generator=rng) for _ in range(2))
+    expected = 0.0
+    for fx, fy, w in zip(features(x)[1:], features(y)[1:], weights, strict=True):
+        unit = [f[0].double() / f[0].double().norm(dim=0) for f in (fx, fy)]
+        squared = ((unit[0] - unit[1]) ** 2 * w.double()[:, None, None]).sum(dim=0)
+        expected += float(squared.mean())
+    distance = LPIPS(features.channels[1:], weights)
+    assert float(distance(features, x, y)) == pytest.approx(expected, rel=1e-5)
+    assert float(distance(features, x, x)) == 0.0
+
+
+def test_lpips_has_a_finite_gradient_where_features_vanish():
+    features = OrientedFeatures()
+    distance = LPIPS(features.channels[1:], epsilon=0.02)
+    flat = torch.full((1, 3, 32, 32), 0.5, requires_grad=True)
+    distance(features, flat, torch.rand(1, 3, 32, 32)).sum().backward()
+    assert flat.grad is not None
+    assert flat.grad.isfinite().all()
+
+
+def test_vgg_with_max_pooling_sees_the_largest():
+    features = VGG16Features(pooling="max")
+    x = torch.rand(1, 3, 17, 33)
+    maps = features(x)
+    assert [tuple(m.shape[1:]) for m in maps[1:4]] == [(64, 17, 33), (128, 8, 16), (256, 4, 8)]

@@ -8,10 +8,11 @@ import torch
 from onestepsr.config import to_mapping
 from onestepsr.errors import UserError
 from onestepsr.methods import autoencoder, d3sr, diffusion
-from onestepsr.methods.base import MethodEntry, Phase, get_method, method_names, register
+from onestepsr.methods.base import MethodEntry, Phase, SampleRandom, get_method, method_names, register
 from onestepsr.methods.catalog import load_methods
+from onestepsr.methods.spatial import PerceptualConfig
 from onestepsr.models import registry
-from onestepsr.models.backbones import TinyGeneratorConfig, tiny_generator
+from onestepsr.models.architectures import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.lora import LoraConfig
 from onestepsr.models.tiny import TinyConfig
 
@@ -25,8 +26,8 @@ def pair() -> dict[str, torch.Tensor]:
     return {"hr": torch.rand(2, 3, 32, 32, generator=rng), "lr": torch.rand(2, 3, 8, 8, generator=rng)}
 
 
-def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(1)
+def random_of(samples: int) -> SampleRandom:
+    return SampleRandom("test", samples=range(samples))
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def trainable(network):
 def run_phase(method, phase, batch):
     for network in method.networks.values():
         network.zero_grad()
-    terms = phase.loss(all_networks(method), batch, rng())
+    terms = phase.loss(all_networks(method), batch, random_of(2))
     sum(terms.values()).backward()
     return terms
 
@@ -74,6 +75,20 @@ def test_every_method_is_registered():
 def test_phases_start_stop_and_skip():
     phase = Phase(network="x", loss=lambda *_: {}, every=2, start=3, stop=8)
     assert [step for step in range(12) if phase.runs_at(step)] == [3, 5, 7]
+
+
+def test_a_sample_draws_the_same_numbers_in_whatever_company():
+    whole = SampleRandom(3, "loss", samples=range(4))
+    parts = [SampleRandom(3, "loss", samples=range(start, start + 2)) for start in (0, 2)]
+    z = torch.zeros(4, 2, 3)
+    for draw in (lambda random, like: random.normal(like), lambda random, _: random.integers(0, 1000)):
+        halves = [draw(random, half) for random, half in zip(parts, z.chunk(2), strict=True)]
+        assert torch.equal(draw(whole, z), torch.cat(halves))
+    later = SampleRandom(3, "loss", samples=[7]).integers(5, 900)
+    assert not torch.equal(later, SampleRandom(4, "loss", samples=[7]).integers(5, 900))
+    noise = SampleRandom(0, samples=range(2)).normal(torch.zeros(2, 50_000))
+    assert noise.mean().abs() < 0.02
+    assert abs(float(noise.std()) - 1) < 0.02
 
 
 def test_autoencoder_trains_all_of_itself():
@@ -139,6 +154,24 @@ def test_discriminator_joins_when_it_is_told_to(backbone):
     assert set(without.networks) == {"generator"}
 
 
+@pytest.mark.parametrize("kind", ["noise_aware", "vanilla", "diffusion_gan"])
+@pytest.mark.parametrize("distance", ["ea_dists", "dists", "lpips"])
+def test_every_row_of_tables_five_and_six_trains(backbone, kind, distance):
+    settings = d3sr.DiscriminatorConfig(kind=kind, lora=LoraConfig(rank=2, alpha=2.0))
+    perceptual = PerceptualConfig(distance=distance)
+    config = d3sr.D3SRConfig(backbone=str(backbone), tuning="full", discriminator=settings, perceptual=perceptual)
+    method = d3sr.build(config)
+    batch = pair()
+    for phase in method.phases:
+        terms = run_phase(method, phase, batch)
+        assert all(torch.isfinite(value) for value in terms.values())
+        gradients = with_gradient(method.networks[phase.network])
+        assert gradients
+    assert batch["z_hr"].shape == batch["z_sr"].shape
+    assert not batch["z_hr"].requires_grad
+    assert not batch["z_sr"].requires_grad
+
+
 def test_decoder_trains_only_on_request(backbone):
     method = d3sr.build(d3sr.D3SRConfig(backbone=backbone, tuning="full", train_decoder=True))
     names = {name for name in trainable(method.networks["generator"]) if "autoencoder" in name}
@@ -167,9 +200,12 @@ def test_exported_generator_equals_the_trained_one_with_adapters_merged(backbone
 
 
 def test_what_is_missing_or_wrong_is_said(backbone, tmp_path):
-    with pytest.raises(UserError, match="vgg16_weights"):
-        d3sr.build(d3sr.D3SRConfig(backbone=backbone, perceptual=d3sr.PerceptualConfig(features="vgg16")))
+    nowhere = PerceptualConfig(features="vgg16", vgg16_weights=str(tmp_path / "none.pth"))
+    with pytest.raises(UserError, match=r"none\.pth"):
+        d3sr.build(d3sr.D3SRConfig(backbone=backbone, perceptual=nowhere))
     with pytest.raises(UserError, match="expected a tiny autoencoder"):
         diffusion.build(diffusion.DiffusionConfig(autoencoder=backbone))
+    with pytest.raises(ValueError, match="nothing ties"):
+        d3sr.D3SRConfig(backbone=backbone, mse_weight=0.0, perceptual_weight=0.0)
     with pytest.raises(ValueError, match="negative"):
         d3sr.D3SRConfig(backbone=backbone, mse_weight=-1.0)

@@ -10,7 +10,7 @@ SMALL = TinyConfig(widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_wi
 
 def build() -> NoiseAwareDiscriminator:
     torch.manual_seed(0)
-    return NoiseAwareDiscriminator(TinyUNet(SMALL).encoder, torch.randn(1, 8, 8), features=16, hidden=(12,))
+    return NoiseAwareDiscriminator(TinyUNet(SMALL).encoder, torch.randn(1, 8, 8), hidden=(12,))
 
 
 def test_one_logit_per_region_of_the_middle_block():

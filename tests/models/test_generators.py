@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from onestepsr.models.backbones import TinyGeneratorConfig, tiny_generator
+from onestepsr.models.architectures import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.generators import TrainableGenerator, pad_to
 from onestepsr.models.tiny import TinyConfig
 

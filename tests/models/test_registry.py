@@ -1,6 +1,8 @@
 """Weight files: what is written is what is read, and every kind of damage is one clear line."""
 
+import hashlib
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -8,10 +10,11 @@ from safetensors.torch import save_file
 
 from onestepsr.config import to_mapping
 from onestepsr.errors import UnknownModel, UserError
-from onestepsr.models import registry
-from onestepsr.models.backbones import TinyGeneratorConfig, tiny_generator
+from onestepsr.models import catalog, registry, sources
+from onestepsr.models.architectures import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.tiny import TinyAutoencoder, TinyConfig
 
+KINDS = get_args(catalog.Kind)
 SMALL = TinyConfig(
     encoder_width=8, decoder_width=8, widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_width=16
 )
@@ -113,7 +116,7 @@ def test_unknown_names_suggest_a_known_one(tmp_path):
 
 
 def test_bundled_models_are_whole():
-    for spec in registry.list_models():
+    for spec in registry.list_models("upscaler"):
         assert registry.verify(spec.id) == spec.sha256
         assert not spec.bundled or spec.path.stat().st_size < 40 * 2**20
         assert registry.load_generator(spec.id).scale == spec.scale
@@ -125,3 +128,74 @@ def test_bicubic_needs_no_weights():
     assert torch.equal(registry.load_generator("bicubic")(lr), expected)
     with pytest.raises(UserError, match="no weights file"):
         registry.resolve("bicubic")
+
+
+def test_every_alias_says_what_it_is_and_where_it_comes_from():
+    specs = registry.list_models()
+    assert [spec.kind for spec in specs] == sorted((spec.kind for spec in specs), key=KINDS.index)
+    assert {spec.id for spec in specs if spec.kind != "upscaler"} == {
+        "sd21-base",
+        "sdxl-base",
+        "vgg16",
+        "dists",
+        "lpips-vgg",
+    }
+    for spec in specs:
+        assert spec.download is None or (spec.licence_url and spec.use and spec.download.sha256)
+    assert all("Attachment A" in spec.download.notice for spec in registry.list_models("backbone"))
+
+
+@pytest.fixture
+def small_alias(tmp_path, monkeypatch):
+    """An alias of a few bytes, in an empty cache, without a network."""
+    monkeypatch.setenv(sources.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(sources.OFFLINE, "1")
+    monkeypatch.delenv(sources.MIRROR, raising=False)
+    sha = hashlib.sha256(b"weights").hexdigest()
+    spec = catalog.ModelSpec(
+        id="small",
+        kind="backbone",
+        summary="s",
+        licence="MIT",
+        use="train with it",
+        file="small.bin",
+        sources=(sources.Source(url="http://127.0.0.1:9/small.bin", sha256=sha, bytes=7),),
+    )
+    monkeypatch.setitem(catalog._MODELS, "small", spec)
+    return spec
+
+
+def test_an_alias_resolves_to_its_file_in_the_cache(small_alias, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"single-file checkpoint instead of 'small'"):
+        registry.resolve("small")
+    with pytest.raises(UserError, match="'onestepsr models download small' fetches it"):
+        registry.verify("small")
+    assert small_alias.state == "not downloaded (7 bytes)"
+    (tmp_path / "small.bin").write_bytes(b"weights")
+    monkeypatch.setenv(sources.MIRROR, str(tmp_path))
+    assert registry.resolve("small") == tmp_path / "cache" / "small" / "small.bin" == small_alias.path
+    assert registry.verify("small") == hashlib.sha256(b"weights").hexdigest()
+    small_alias.path.write_bytes(b"changed")
+    with pytest.raises(UserError, match="fetches it again"):
+        registry.verify("small")
+
+
+def test_what_is_no_upscaler_is_refused_before_any_download(small_alias, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="'small' is a backbone, no upscaler: train with it"):
+        registry.load_generator("small")
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").write_bytes(b"a file of that name is what is meant")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        registry.load_generator("small")
+
+
+@pytest.mark.parametrize("name", ["missing.safetensors", "missing.ckpt", "missing/sd21"])
+def test_a_missing_file_is_called_a_missing_file(name):
+    with pytest.raises(UnknownModel, match="no such weights file"):
+        registry.resolve(name)
+
+
+def test_a_folder_is_no_weights_file(tmp_path):
+    with pytest.raises(UnknownModel, match="a folder, no weights file"):
+        registry.resolve(tmp_path)

@@ -51,6 +51,18 @@ def test_statistics_normalise_the_latent(picture):
     assert torch.allclose(autoencoder.decode(z), before, atol=1e-4)
 
 
+def test_statistics_stay_where_the_encoder_is_frozen(picture):
+    autoencoder = TinyAutoencoder(SMALL).train()
+    autoencoder(picture)
+    tracked = autoencoder.latent_mean.clone()
+    autoencoder(0.5 * picture)
+    assert not torch.equal(autoencoder.latent_mean, tracked), "they follow an encoder that is trained"
+    tracked = autoencoder.latent_mean.clone()
+    autoencoder.encoder_linear.requires_grad_(False)
+    autoencoder(picture)
+    assert torch.equal(autoencoder.latent_mean, tracked)
+
+
 def test_noise_samples_the_posterior(picture):
     autoencoder = TinyAutoencoder(SMALL).eval()
     noise = torch.ones(2, SMALL.latent_channels, 8, 8)

@@ -7,7 +7,7 @@ import yaml
 
 from onestepsr.config import to_mapping
 from onestepsr.errors import UserError
-from onestepsr.train.recipes import check_resumable, load_run, read_recipe
+from onestepsr.train.recipes import check_resumable, load_run, read_recipe, recipe_names
 from onestepsr.train.session import config_text
 
 RECIPE = {
@@ -85,3 +85,131 @@ def test_resuming_allows_length_and_logging_but_nothing_else(recipe: str) -> Non
     ]:
         with pytest.raises(UserError, match=name):
             check_resumable(saved, load_run("autoencoder", recipe, [override]))
+
+
+def write(path: Path, values: dict[str, object]) -> str:
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def test_a_recipe_extends_another(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    write(tmp_path / "middle.yaml", {"extends": "small.yaml", "out": "runs/middle", "train": {"steps": 11}})
+    last = write(
+        tmp_path / "more" / "last.yaml",
+        {"extends": "../middle.yaml", "train": {"optimizer": {"lr": 1.0}, "mixed_precision": False}},
+    )
+    base, run = load_run("autoencoder", recipe), load_run("autoencoder", last, ["train.seed=3"])
+    assert run.out == Path("runs/last"), "an output folder is not inherited"
+    assert (run.train.steps, run.train.seed, run.train.mixed_precision) == (11, 3, "no")
+    assert (run.train.optimizer.lr, run.train.optimizer.betas) == (1.0, (0.5, 0.9)), "mappings are merged"
+    assert run.train.optimizer_of("autoencoder").lr == 1.0, "the common optimiser is completed after merging"
+    assert run.data == base.data
+
+
+def test_a_packaged_recipe_can_be_extended(tmp_path: Path) -> None:
+    mine = write(tmp_path / "mine.yaml", {"extends": "autoencoder-tiny", "data": {"crop": 64}})
+    base, run = load_run("autoencoder", "autoencoder-tiny"), load_run("autoencoder", mine)
+    assert (base.data.crop, run.data.crop) == (128, 64)
+    assert run.train == base.train
+
+
+def test_wrong_ways_to_extend_are_named(tmp_path: Path) -> None:
+    circle = write(tmp_path / "a.yaml", {"extends": "b.yaml"})
+    write(tmp_path / "b.yaml", {"extends": "a.yaml"})
+    cases = {
+        circle: r"a\.yaml: extends itself \(a\.yaml -> b\.yaml -> a\.yaml\)",
+        write(tmp_path / "c.yaml", {"extends": "autoencoder-tyni"}): "did you mean 'autoencoder-tiny'",
+        write(tmp_path / "d.yaml", {"extends": ["autoencoder-tiny"]}): "extends: expected the name or path of one",
+        write(tmp_path / "e.yaml", {"extends": "autoencoder-tiny", "trian": {}}): "'trian': did you mean 'train'",
+    }
+    for path, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            load_run("autoencoder", path)
+
+
+PACKAGED_METHODS = {name: str(read_recipe(name)["method"]) for name in recipe_names()}
+PAPER = {
+    "config.backbone": "sd21-base",
+    "config.tuning": "lora",
+    "config.lora.rank": 16,
+    "config.lora.alpha": 16.0,
+    "config.train_decoder": False,
+    "config.discriminator.tuning": "lora",
+    "config.discriminator.lora.rank": 16,
+    "config.discriminator.lora.alpha": 16.0,
+    "config.perceptual.features": "vgg16",
+    "data.crop": 512,
+    "data.scale": 4,
+    "data.degradation": "real_esrgan",
+    "train.steps": 100_000,
+    "train.batch_size": 16,
+    "train.optimizer.kind": "adamw",
+    "train.optimizer.lr": 5e-5,
+    "train.schedule.kind": "constant",
+}
+"""What the paper fixes (section 4.1), and every recipe of Stable Diffusion's size keeps."""
+ROWS: dict[str, dict[str, object]] = {
+    "d3sr-sd21-sd21": {},
+    "d3sr-sd21-sdxl": {"config.discriminator.backbone": "sdxl-base", "train.accumulation": 2},
+    "d3sr-sd21-24gb": {
+        "config.discriminator.backbone": "sdxl-base",
+        "config.gradient_checkpointing": True,
+        "train.accumulation": 8,
+    },
+    "d3sr-sd21-table4-own": {"data.paths": ["data/own"]},
+    "d3sr-sd21-table4-lsdir-ffhq": {"data.paths": ["data/LSDIR", "data/FFHQ-10k"]},
+    "d3sr-sd21-table5-mse": {"config.perceptual_weight": 0.0},
+    "d3sr-sd21-table5-lpips": {"config.perceptual.distance": "lpips"},
+    "d3sr-sd21-table5-dists": {"config.perceptual.distance": "dists"},
+    "d3sr-sd21-table5-ea-dists": {},
+    "d3sr-sd21-table6-none": {"config.adversarial_weight": 0.0},
+    "d3sr-sd21-table6-vanilla": {"config.discriminator.kind": "vanilla"},
+    "d3sr-sd21-table6-diffusion-gan": {"config.discriminator.kind": "diffusion_gan"},
+    "d3sr-sd21-table6-nad-sd21": {},
+    "d3sr-sd21-table6-nad-sdxl": {"config.discriminator.backbone": "sdxl-base", "train.accumulation": 2},
+}
+"""What each of them changes of the first: a row of a table differs in what the table compares, and in nothing else but
+the number of micro-batches, which changes no result."""
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_packaged_recipe_is_valid(name: str) -> None:
+    run = load_run(PACKAGED_METHODS[name], name)
+    assert run.out == Path("runs") / name
+    run.train.micro_batch(1)
+
+
+def flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
+    result: dict[str, object] = {}
+    for key, value in values.items():
+        result.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return result
+
+
+def test_rows_of_the_tables_differ_in_what_is_compared() -> None:
+    assert set(ROWS) == {name for name in recipe_names() if name.startswith("d3sr-sd21-")}
+    base = flat(to_mapping(load_run("d3sr", "d3sr-sd21-sd21")))
+    assert {name: base[name] for name in PAPER} == PAPER
+    for name, changes in ROWS.items():
+        values = flat(to_mapping(load_run("d3sr", name)))
+        assert {key: value for key, value in values.items() if value != base[key] and key != "out"} == changes, name
+    assert all(load_run("d3sr", "d3sr-sd21-sdxl").train.micro_batch(processes) for processes in (1, 2, 4, 8))
+
+
+def test_a_run_of_an_older_version_is_continued_where_its_settings_are_known(recipe: str) -> None:
+    run = load_run("autoencoder", recipe)
+    saved = to_mapping(run)
+    del saved["train"]["frozen_dtype"], saved["validation"]["best"]
+    check_resumable(saved, run)
+    saved["train"]["no_longer_there"] = 1
+    with pytest.raises(UserError, match=r"settings unknown to this version: .*no_longer_there"):
+        check_resumable(saved, run)
+
+
+def test_micro_batches_may_follow_the_number_of_processes(recipe: str) -> None:
+    saved = to_mapping(load_run("autoencoder", recipe))
+    split = load_run("autoencoder", recipe, ["train.accumulation=4"])
+    with pytest.raises(UserError, match=r"train\.accumulation: .* started with 1, now it is 4"):
+        check_resumable(saved, split)
+    check_resumable(saved, split, other_processes=True)

@@ -12,8 +12,9 @@ from PIL import Image
 from rich.console import Console
 from toy_training import ToyImages, toy_config, toy_method
 
+from onestepsr.errors import UserError
 from onestepsr.train.config import PreviewConfig
-from onestepsr.train.previews import PAPER, TITLE_HEIGHT, Validator, draw_grid
+from onestepsr.train.previews import PAPER, TITLE_HEIGHT, Validator, draw_grid, is_better, perceptual_distance
 from onestepsr.train.report import JsonLines, Reporter
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
 
@@ -26,6 +27,7 @@ def record(step: int, loss: float) -> StepRecord:
         gradient_norms={"generator": 2.0},
         learning_rates={"generator": 1e-3},
         images=4,
+        peak_memory={"peak_memory_mb": 12.5},
     )
 
 
@@ -52,7 +54,7 @@ def test_losses_are_averaged_between_log_lines(tmp_path: Path) -> None:
     assert [line["step"] for line in logged] == [2, 4, 5, 5]
     assert [line["losses"]["generator.mse"] for line in logged[:3]] == [1.5, 3.5, 5.0]
     assert 0 < logged[0]["images_per_second"] <= 400
-    assert logged[0]["peak_memory_mb"] > 10
+    assert logged[0]["peak_memory_mb"] == 12.5
     assert logged[3] == {"kind": "validation", "step": 5, "scores": {"psnr_y": 30.0}}
     assert text.getvalue().count("\n") == 4, "one line per log record, no bar, when nobody watches"
 
@@ -86,3 +88,19 @@ def test_validation_uses_averages_and_changes_nothing(tmp_path: Path, images: in
     assert validator.run(3, trainer.networks, torch.device("cpu")).scores != found[0].scores
     with Image.open(tmp_path / "previews" / "step_000003.png") as picture:
         assert picture.height == TITLE_HEIGHT + min(images, 2) * 12
+
+
+def test_better_means_more_for_similarities_and_less_for_distances() -> None:
+    assert is_better("psnr_y", 20.0, None)
+    assert is_better("psnr_y", 21.0, 20.0)
+    assert not is_better("ssim_y", 0.5, 0.5)
+    assert is_better("dists", 0.1, 0.2)
+    assert not is_better("lpips", 0.3, 0.2)
+
+
+def test_a_perceptual_score_needs_its_published_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ONESTEPSR_OFFLINE", "1")
+    monkeypatch.setenv("ONESTEPSR_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="vgg16"):
+        perceptual_distance(PreviewConfig(best="dists"))
+    assert perceptual_distance(PreviewConfig(best="ssim_y")) is None

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor
 from toy_training import ToyImages, generator_phase, toy_config, toy_method, weights
 
 from onestepsr.errors import OneStepSRError, UserError
-from onestepsr.methods.base import Batch, Networks, Phase
+from onestepsr.methods.base import Batch, Networks, Phase, SampleRandom
 from onestepsr.train.batches import MicroBatchNumbers, Share
 from onestepsr.train.config import OptimizerConfig, ScheduleConfig
 from onestepsr.train.optimization import MovingAverage, learning_rate_factor
@@ -34,8 +32,8 @@ def test_a_phase_changes_its_own_network_only(tmp_path: Path) -> None:
 
 
 def test_the_other_network_is_differentiable_through_its_input(tmp_path: Path) -> None:
-    def only_adversarial(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        return {"adversarial": generator_phase(networks, batch, rng)["adversarial"]}
+    def only_adversarial(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        return {"adversarial": generator_phase(networks, batch, random)["adversarial"]}
 
     method = dataclasses.replace(toy_method(), phases=(Phase(network="generator", loss=only_adversarial),))
     records: list[StepRecord] = []
@@ -56,7 +54,7 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
     results = []
     for accumulation in (1, 2, 4):
         config = toy_config(batch_size=8, accumulation=accumulation)
-        trainer = Trainer(toy_method(noise=False), ToyImages(), config, tmp_path / str(accumulation))
+        trainer = Trainer(toy_method(), ToyImages(), config, tmp_path / str(accumulation))
         trainer.run()
         results.append({name: value for name, value in weights(trainer).items() if not name.endswith("calls")})
     for name, value in results[0].items():
@@ -74,7 +72,7 @@ def test_every_sample_is_seen_once_whatever_the_split() -> None:
 
 
 def test_phases_run_when_they_say(tmp_path: Path) -> None:
-    method = toy_method(noise=False)
+    method = toy_method()
     late = dataclasses.replace(method.phases[1], start=2, every=2)
     records: list[StepRecord] = []
     method = dataclasses.replace(method, phases=(method.phases[0], late))
@@ -121,8 +119,8 @@ def test_a_number_gone_wrong_stops_the_run_and_keeps_the_checkpoint(tmp_path: Pa
     method = toy_method()
     seen = {"step": 0}
 
-    def explode(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        terms = generator_phase(networks, batch, rng)
+    def explode(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        terms = generator_phase(networks, batch, random)
         return {**terms, "mse": terms["mse"] * (bad if seen["step"] == 4 else 1.0)}
 
     phases = (Phase(network="generator", loss=explode), method.phases[1])
@@ -175,15 +173,6 @@ def test_optimizer_settings_for_no_network_are_refused(tmp_path: Path) -> None:
         Trainer(toy_method(), ToyImages(), config, tmp_path)
 
 
-@pytest.fixture
-def other_precision() -> Iterator[None]:
-    """Accelerate keeps one precision per process; this forgets it before and after."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("other_precision")
 def test_bf16_computes_in_bf16_and_keeps_float32(tmp_path: Path) -> None:
     inside: list[torch.dtype] = []
 
@@ -192,7 +181,7 @@ def test_bf16_computes_in_bf16_and_keeps_float32(tmp_path: Path) -> None:
             inside.append(super().forward(image).dtype)
             return super().forward(image)
 
-    def with_teacher(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+    def with_teacher(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         sr = networks["generator"](batch["lr"])
         distance = networks["teacher"](sr) - networks["teacher"](batch["hr"])
         assert sr.dtype == distance.dtype == torch.float32

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from onestepsr.data.sampling import generator
-from onestepsr.methods.base import Batch, Exported, Method, Networks, Phase
+from onestepsr.methods.base import Batch, Exported, Method, Networks, Phase, SampleRandom
 from onestepsr.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
 
@@ -37,37 +37,26 @@ class ToyGenerator(nn.Module):
 NOISE = 0.01
 
 
-def generator_phase(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+def generator_phase(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
     sr = networks["generator"](batch["lr"])
     batch["sr"] = sr  # left attached on purpose: the loop must cut it off
-    noisy = sr + NOISE * torch.randn(sr.shape, generator=rng)
+    noisy = sr + NOISE * random.normal(sr)
     return {"mse": F.mse_loss(sr, batch["hr"]), "adversarial": 0.1 * F.softplus(-networks["judge"](noisy)).mean()}
 
 
-def judge_phase(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-    noise = NOISE * torch.randn(batch["sr"].shape, generator=rng)
+def judge_phase(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+    noise = NOISE * random.normal(batch["sr"])
     real, fake = networks["judge"](batch["hr"] + noise), networks["judge"](batch["sr"] + noise)
     return {"judge": F.softplus(-real).mean() + F.softplus(fake).mean()}
 
 
-def plain_phase(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-    return {"mse": F.mse_loss(networks["generator"](batch["lr"]), batch["hr"])}
-
-
-def plain_judge_phase(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-    with torch.no_grad():
-        sr = networks["generator"](batch["lr"])
-    return {"judge": F.softplus(-networks["judge"](batch["hr"])).mean() + F.softplus(networks["judge"](sr)).mean()}
-
-
-def toy_method(dropout: float = 0.0, *, noise: bool = True) -> Method:
-    """Without ``noise`` no loss draws anything, so that runs split differently can be compared."""
+def toy_method(dropout: float = 0.0) -> Method:
+    """Generator and judge; without dropout, runs that are split differently can be compared."""
     torch.manual_seed(7)
-    losses = (generator_phase, judge_phase) if noise else (plain_phase, plain_judge_phase)
     judge = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.SiLU(), nn.Conv2d(4, 1, 3))
     return Method(
         networks={"generator": ToyGenerator(dropout), "judge": judge},
-        phases=(Phase(network="generator", loss=losses[0]), Phase(network="judge", loss=losses[1])),
+        phases=(Phase(network="generator", loss=generator_phase), Phase(network="judge", loss=judge_phase)),
         ema=("generator",),
         preview=lambda networks, batch: {"SR": networks["generator"](batch["lr"]).clamp(0, 1), "HR": batch["hr"]},
         export=lambda networks: Exported(
@@ -133,7 +122,7 @@ def killable(folder: Path, steps: int, hooks: Hooks) -> Trainer:
 
 def run_one_rank(folder: str) -> None:
     """One of several processes: leaves its weights in a file."""
-    trainer = Trainer(toy_method(noise=False), ToyImages(), toy_config(accumulation=2), Path(folder))
+    trainer = Trainer(toy_method(), ToyImages(), toy_config(accumulation=2), Path(folder))
     trainer.run()
     save_file(weights(trainer), Path(folder) / f"rank{os.environ['RANK']}.safetensors")
     trainer.accelerator.end_training()

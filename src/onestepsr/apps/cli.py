@@ -43,9 +43,9 @@ def _root(
 
 
 def _register_commands() -> None:
-    from onestepsr.apps import degrade, doctor, evaluate, models, train, upscale
+    from onestepsr.apps import ablate, benchmark, degrade, doctor, evaluate, models, train, upscale
 
-    for module in (upscale, train, evaluate, degrade, models, doctor):
+    for module in (upscale, train, ablate, evaluate, benchmark, degrade, models, doctor):
         module.register(app)
 
 

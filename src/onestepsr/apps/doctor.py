@@ -9,12 +9,12 @@ import platform
 import re
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from onestepsr.errors import UserError
+from onestepsr.machine import instructions, processor
 
 if TYPE_CHECKING:
     import torch
@@ -72,11 +72,10 @@ def examine_cpu() -> dict[str, Any]:
 
     from onestepsr.tiling import free_memory
 
-    described = _cpuinfo()
-    flags = set((described.get("flags") or described.get("Features") or "").split())
+    flags = instructions()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "model": described.get("model name") or platform.processor() or platform.machine(),
+        "model": processor().get("model name") or platform.processor() or platform.machine(),
         "features": [name for name in FEATURES if name in flags],
         "cores": cores,
         "free_memory_gb": round(free_memory(torch.device("cpu")) / 1e9, 1),
@@ -113,17 +112,17 @@ def measure_convolution(device: torch.device, dtype: torch.dtype) -> float:
             # Reading one number waits for the device to finish.
             float(functional.conv2d(image, weight, padding=1)[0, 0, 0, 0])
             best = min(best, time.perf_counter() - started)
-    return round(operations / best / 1e12, 4)
+    return float(f"{operations / best / 1e12:.3g}")
 
 
 def examine_models() -> list[dict[str, str]]:
-    """Every named model, and whether its weights are present and unaltered."""
-    from onestepsr.models.registry import list_models, verify
+    """Every named model and where its weights stand; only bundled ones are read, for downloads may be gigabytes."""
+    from onestepsr.models.catalog import list_models, verify
 
     found = []
     for spec in list_models():
         try:
-            state = "verified" if verify(spec.id) else "needs no weights"
+            state = "verified" if spec.bundled and verify(spec.id) else spec.state
         except UserError as error:
             state = str(error)
         found.append({"id": spec.id, "summary": spec.summary, "licence": spec.licence, "state": state})
@@ -195,13 +194,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpuinfo() -> dict[str, str]:
-    """Key and value of the first processor in /proc/cpuinfo; empty where there is none."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}

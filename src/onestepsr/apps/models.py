@@ -1,15 +1,25 @@
-"""``onestepsr models``: which models there are, what a weights file holds, whether it is unaltered."""
+"""``onestepsr models``: which models there are, where their weights come from, and whether a file is unaltered."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from onestepsr.errors import UserError
+
+if TYPE_CHECKING:
+    from onestepsr.models.catalog import ModelSpec
+
+SCHEMA = 1
+PARTS = ("generator", "discriminator")
+DTYPES = ("float32", "bfloat16", "float16")
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
-models = typer.Typer(help="List, describe and verify models.", no_args_is_help=True)
+models = typer.Typer(help="List, describe, download, verify and convert models.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -19,16 +29,20 @@ def register(app: typer.Typer) -> None:
 
 @models.command(name="list")
 def list_command(as_json: JsonFlag = False) -> None:
-    """Name every model, the default one first."""
-    from onestepsr.models.registry import list_models
+    """Name every model by kind, the default upscaler first, and say where its weights stand."""
+    from onestepsr.models.catalog import list_models
 
     specs = list_models()
     if as_json:
-        rows = [{"id": s.id, "summary": s.summary, "licence": s.licence, "scale": s.scale} for s in specs]
-        typer.echo(json.dumps({"schema": 1, "models": rows}, indent=2))
+        typer.echo(json.dumps({"schema": SCHEMA, "models": [_row(spec) for spec in specs]}, indent=2))
         return
-    for spec in specs:
-        typer.echo(f"{spec.id}  x{spec.scale}  {spec.licence}  {spec.summary}")
+    for kind in dict.fromkeys(spec.kind for spec in specs):
+        typer.echo(f"{kind}s:")
+        chosen = [spec for spec in specs if spec.kind == kind]
+        width = max(len(spec.id) for spec in specs)
+        for spec in chosen:
+            factor = f"x{spec.scale}, " if kind == "upscaler" else ""
+            typer.echo(f"  {spec.id:<{width}}  {spec.summary} [{factor}{spec.licence}, {spec.state}]")
 
 
 @models.command()
@@ -36,10 +50,10 @@ def info(
     model: Annotated[str, typer.Argument(help="Name of a model, or path of a .safetensors file of ours.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Describe MODEL: architecture, parameters, configuration, licence and where its weights are."""
+    """Describe MODEL without downloading it: what it is for, licence, file, addresses, parameters, configuration."""
     described = _describe(model)
     if as_json:
-        typer.echo(json.dumps({"schema": 1, **described}, indent=2))
+        typer.echo(json.dumps({"schema": SCHEMA, **described}, indent=2))
         return
     import yaml
 
@@ -47,30 +61,139 @@ def info(
 
 
 @models.command()
-def verify(names: Annotated[list[str] | None, typer.Argument(help="Models to check; all by default.")] = None) -> None:
-    """Check the weights of models against their SHA-256, and that they load."""
+def download(names: Annotated[list[str], typer.Argument(help="Models to fetch, for example sd21-base vgg16.")]) -> None:
+    """Bring the weights of models into the cache; what is there is read through, and replaced if damaged.
+
+    A download that was interrupted goes on where it stopped. ONESTEPSR_CACHE names the cache, ONESTEPSR_MIRROR a folder
+    or an address to ask first, and ONESTEPSR_OFFLINE=1 forbids the network.
+    """
+    from onestepsr.models.catalog import get_model
+
+    specs = [get_model(name) for name in dict.fromkeys(names)]
+    _for_each(specs, _download)
+
+
+@models.command()
+def verify(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Models to check; by default all whose weights are on this machine.")
+    ] = None,
+) -> None:
+    """Check the weights of models against their SHA-256, and that upscalers load."""
+    from onestepsr.models.catalog import get_model, list_models
+
+    if names:
+        specs = [get_model(name) for name in dict.fromkeys(names)]
+    else:
+        specs = [spec for spec in list_models() if spec.download is None or spec.path.exists()]
+    _for_each(specs, _verify)
+
+
+@models.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Backbone: diffusers folder, single-file checkpoint, name, or a file of ours.")
+    ],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    *,
+    part: Annotated[
+        str,
+        typer.Option(help="generator: the whole backbone; discriminator: the half UNet that one is made of."),
+    ] = "generator",
+    dtype: Annotated[str, typer.Option(help="Number format: float32, bfloat16 or float16.")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET if it exists.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write the backbone SOURCE as one weights file of ours, TARGET, and load that as a proof."""
+    if part not in PARTS:
+        raise UserError(f"--part '{part}': accepted: {', '.join(PARTS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype '{dtype}': accepted: {', '.join(DTYPES)}")
+    import torch
+
+    from onestepsr.models.convert import convert as write
+
+    done = write(source, target, part=part, dtype=getattr(torch, dtype), overwrite=overwrite)  # type: ignore[arg-type]
+    if as_json:
+        document = {"schema": SCHEMA, "file": str(done.file), "architecture": done.architecture}
+        typer.echo(json.dumps(document | {"parameters": done.parameters, "bytes": done.bytes}, indent=2))
+        return
+    typer.echo(f"{done.file}: {done.architecture}, {done.parameters:,} parameters, {done.bytes:,} bytes")
+
+
+def _for_each(specs: list[ModelSpec], action: Callable[[ModelSpec], str]) -> None:
+    """Act on every model and print what comes; one that fails leaves the others, a lone one is the command's error."""
+    failed = 0
+    for spec in specs:
+        try:
+            typer.echo(f"{spec.id}: {action(spec)}")
+        except UserError as error:
+            if len(specs) == 1:
+                raise
+            typer.echo(f"failed: {error}", err=True)
+            failed += 1
+    if failed:
+        typer.echo(f"{failed} of {len(specs)} models failed", err=True)
+        raise typer.Exit(1)
+
+
+def _download(spec: ModelSpec) -> str:
+    from onestepsr.models.sources import obtain
+
+    if spec.download is None:
+        return f"{spec.state}, nothing to download"
+    return str(obtain(spec.download, replace=True))
+
+
+def _verify(spec: ModelSpec) -> str:
     from onestepsr.models import registry
 
-    for name in names or [spec.id for spec in registry.list_models()]:
-        checksum = registry.verify(name)
-        registry.load_generator(name)
-        typer.echo(f"{name}: ok, {f'sha256 {checksum}' if checksum else 'no weights'}")
+    checksum = registry.verify(spec.id)
+    if spec.kind == "upscaler":
+        registry.load_generator(spec.id)
+    return f"ok, {f'sha256 {checksum}' if checksum else 'no weights'}"
+
+
+def _row(spec: ModelSpec) -> dict[str, Any]:
+    scale = spec.scale if spec.kind == "upscaler" else None
+    row = {"id": spec.id, "kind": spec.kind, "summary": spec.summary, "licence": spec.licence, "scale": scale}
+    return row | {"state": spec.state}
 
 
 def _describe(model: str) -> dict[str, Any]:
+    from onestepsr.models.catalog import list_models
+
+    described: dict[str, Any] = {"model": model}
+    spec = {spec.id: spec for spec in list_models()}.get(model)
+    if spec is not None:
+        described |= {"kind": spec.kind, "summary": spec.summary, "licence": spec.licence}
+        described |= {"licence_url": spec.licence_url, "notice": spec.notice} if spec.licence_url else {}
+        described |= {"use": spec.use} if spec.use else {}
+        described |= {"state": spec.state}
+    if spec is not None and not spec.bundled:
+        return described | _describe_download(spec)
+    return described | _describe_weights(model)
+
+
+def _describe_download(spec: ModelSpec) -> dict[str, Any]:
+    wanted = spec.download
+    if wanted is None:
+        return {}
+    file = {"file": str(wanted.path), "bytes": wanted.bytes, "sha256": wanted.sha256}
+    return file | {"sources": [source.url for source in wanted.sources]}
+
+
+def _describe_weights(model: str) -> dict[str, Any]:
+    from onestepsr.files import file_sha256
     from onestepsr.models import registry
 
     path = registry.resolve(model)
     architecture, config, tensors = registry.read_weights(path)
-    described: dict[str, Any] = {"model": model}
-    specs = {spec.id: spec for spec in registry.list_models()}
-    if model in specs:
-        described |= {"summary": specs[model].summary, "licence": specs[model].licence}
-    return described | {
+    return {
         "architecture": architecture,
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "file": str(path),
         "bytes": path.stat().st_size,
-        "sha256": registry.file_sha256(path),
+        "sha256": file_sha256(path),
         "config": config,
     }

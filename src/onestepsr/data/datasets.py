@@ -7,16 +7,35 @@ RGB in [0, 1] on the 256 levels of 8 bit; without LR pictures it is ``{"hr": ...
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from onestepsr.data.config import DataConfig
-from onestepsr.data.hr_folder import HRFolder, Sample, SampleStream
-from onestepsr.data.pairs import PairsFolder
+from onestepsr.data.hr_folder import HRFolder, HRStream, Sample, SampleStream
+from onestepsr.data.pairs import PairsFolder, PairStream
 from onestepsr.data.pool import Pool
+from onestepsr.data.shards import HRShards, PairShards
 
-__all__ = ["DataConfig", "HRFolder", "PairsFolder", "Pool", "Sample", "SampleStream", "build_dataset"]
+__all__ = [
+    "DataConfig",
+    "HRFolder",
+    "HRShards",
+    "PairShards",
+    "PairsFolder",
+    "Pool",
+    "Sample",
+    "SampleStream",
+    "build_dataset",
+]
+
+KINDS: dict[str, Callable[[DataConfig, int, bool], HRStream | PairStream]] = {
+    "hr_folder": HRFolder,
+    "pairs": PairsFolder,
+    "shards": HRShards,
+    "shard_pairs": PairShards,
+}
 
 
-def build_dataset(config: DataConfig, seed: int, with_lr: bool = True) -> HRFolder | PairsFolder | Pool:
-    """Open the data set that ``config`` describes; everything that is wrong with folders or sizes is reported here."""
-    kind = HRFolder if config.kind == "hr_folder" else PairsFolder
-    source = kind(config, seed, with_lr)
+def build_dataset(config: DataConfig, seed: int, with_lr: bool = True) -> HRStream | PairStream | Pool:
+    """Open the data set that ``config`` describes; everything that is wrong with files or sizes is reported here."""
+    source = KINDS[config.kind](config, seed, with_lr)
     return Pool(source, config, seed) if config.pool_size else source

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+from abc import abstractmethod
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,11 +14,15 @@ from torch.utils.data import Dataset
 
 from onestepsr.data.config import DataConfig
 from onestepsr.data.degradation import degrade
-from onestepsr.data.photos import Photo, PhotoCache, Pixels, scan
-from onestepsr.data.sampling import derived_seed, generator, integer, uniform
+from onestepsr.data.order import epoch_position
+from onestepsr.data.photos import Photo, PhotoCache, PhotoFiles, PhotoSource, Pixels, scan
+from onestepsr.data.sampling import generator, integer, uniform
 from onestepsr.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+MAX_REPLACEMENTS = 1000
+"""So many photos in a row that cannot be decoded are the end of the run."""
 
 Sample = dict[str, Tensor]
 """``hr`` (3, H, W) and mostly ``lr`` (3, H / scale, W / scale), float32 RGB in [0, 1] on the 256 levels of 8 bit."""
@@ -42,46 +46,63 @@ class SampleStream(Protocol):
         ...
 
 
-class HRFolder(Dataset[Sample]):
-    """Random crops of photos, degraded on the fly."""
+class HRStream(Dataset[Sample]):
+    """Random crops of photos from any source, degraded on the fly."""
 
-    def __init__(self, config: DataConfig, seed: int, with_lr: bool) -> None:
+    def __init__(self, config: DataConfig, seed: int, with_lr: bool, source: PhotoSource) -> None:
         self.config, self.seed, self.with_lr = config, seed, with_lr
-        self.photos = _large_enough(scan(config.paths), config.crop)
-        self.cache = PhotoCache([photo.path for photo in self.photos], config.cache_bytes)
+        self.cache = PhotoCache(source, config.cache_bytes)
         self.recipe = config.recipe()
 
+    @abstractmethod
     def __len__(self) -> int:
-        return len(self.photos)
+        """Number of photos."""
+
+    @abstractmethod
+    def position(self, index: int) -> int:
+        """Which photo sample ``index`` shows."""
+
+    @abstractmethod
+    def content(self) -> list[Any]:
+        """The files, as plain values."""
 
     def __getitem__(self, index: int) -> Sample:
         rng = generator(self.seed, "sample", index)
-        pixels = self._photo(epoch_position(len(self), index, self.seed))
+        pixels = self._photo(self.position(index))
         hr = to_float(random_crop(pixels, self.config, rng))
         hr = augment({"hr": hr}, self.config, rng)["hr"]
         if not self.with_lr:
             return {"hr": hr}
         return {"hr": hr, "lr": degrade(hr, self.recipe, rng, self.config.scale)}
 
-    def content(self) -> list[Any]:
-        """Name, size and bytes of each photo."""
-        return [[photo.name, photo.width, photo.height, photo.bytes] for photo in self.photos]
-
     def _photo(self, position: int) -> Pixels:
         """The photo at ``position``, or the next one that can be decoded and is as large as its header says."""
-        for step in range(len(self)):
+        tries = min(len(self), MAX_REPLACEMENTS)
+        for step in range(tries):
             pixels = self.cache.get((position + step) % len(self))
             if pixels is not None and min(pixels.shape[:2]) >= self.config.crop:
                 return pixels
-        raise UserError(f"{self.photos[0].path.parent}: none of the {len(self)} photos can be decoded")
+        _, name = self.cache.source.fetch(position)
+        raise UserError(f"{name}: none of the {tries} photos from this one on can be decoded")
 
 
-def epoch_position(length: int, index: int, seed: int) -> int:
-    """Which of ``length`` things comes at place ``index`` when each epoch runs through all of them in a new order."""
-    if index < 0:
-        raise IndexError(f"sample {index}: the stream starts at 0")
-    epoch, place = divmod(index, length)
-    return int(_epoch_order(length, derived_seed(seed, "order", epoch))[place])
+class HRFolder(HRStream):
+    """Photos that lie in folders as files of their own."""
+
+    def __init__(self, config: DataConfig, seed: int, with_lr: bool) -> None:
+        self.photos = _large_enough(scan(config.paths), config.crop)
+        super().__init__(config, seed, with_lr, PhotoFiles(self.photos))
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def position(self, index: int) -> int:
+        """A new order of all photos in each epoch."""
+        return epoch_position(len(self), index, self.seed)
+
+    def content(self) -> list[Any]:
+        """Name, size and bytes of each photo."""
+        return [[photo.name, photo.width, photo.height, photo.bytes] for photo in self.photos]
 
 
 def random_crop(pixels: Pixels, config: DataConfig, rng: torch.Generator) -> Pixels:
@@ -114,11 +135,6 @@ def _oriented(picture: Tensor, mirror: bool, turns: int) -> Tensor:
     if mirror:
         picture = picture.flip(-1)
     return torch.rot90(picture, turns, (-2, -1)).contiguous() if turns else picture
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(length: int, seed: int) -> Tensor:
-    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
 
 
 def _large_enough(photos: list[Photo], crop: int) -> list[Photo]:

@@ -1,7 +1,8 @@
-"""LR and HR pictures in two folders, matched by name."""
+"""LR and HR pictures in two folders, matched by name; what every set of pairs shares."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from onestepsr.data.config import DataConfig
-from onestepsr.data.hr_folder import Sample, augment, epoch_position, to_float
-from onestepsr.data.photos import Photo, PhotoCache, Pixels, scan
+from onestepsr.data.hr_folder import MAX_REPLACEMENTS, Sample, augment, to_float
+from onestepsr.data.order import epoch_position
+from onestepsr.data.photos import Photo, PhotoCache, PhotoFiles, PhotoSource, Pixels, scan
 from onestepsr.data.sampling import generator, integer
 from onestepsr.errors import UserError
 
@@ -26,42 +28,58 @@ class Pair:
     lr: Photo
 
 
-class PairsFolder(Dataset[Sample]):
-    """Aligned random crops of matched pictures; whole pictures where ``crop`` is 0."""
+class PairStream(Dataset[Sample]):
+    """Aligned random crops of matched pictures from any source; whole pictures where ``crop`` is 0.
 
-    def __init__(self, config: DataConfig, seed: int, with_lr: bool) -> None:
+    ``source`` numbers the HR picture of pair ``n`` with ``2 n`` and the LR picture with ``2 n + 1``.
+    """
+
+    def __init__(self, config: DataConfig, seed: int, with_lr: bool, source: PhotoSource) -> None:
         self.config, self.seed, self.with_lr = config, seed, with_lr
-        self.pairs = [
-            pair
-            for hr_folder, lr_folder in zip(config.paths, config.lr_paths, strict=True)
-            for pair in match_pairs(hr_folder, lr_folder)
-        ]
-        check_sizes(self.pairs, config)
-        paths = [photo.path for pair in self.pairs for photo in (pair.hr, pair.lr)]
-        self.cache = PhotoCache(paths, config.cache_bytes)
+        self.cache = PhotoCache(source, config.cache_bytes)
 
+    @abstractmethod
     def __len__(self) -> int:
-        return len(self.pairs)
+        """Number of pairs."""
+
+    @abstractmethod
+    def position(self, index: int) -> int:
+        """Which pair sample ``index`` shows a crop of."""
+
+    @abstractmethod
+    def content(self) -> list[Any]:
+        """The files, as plain values."""
 
     def __getitem__(self, index: int) -> Sample:
         rng = generator(self.seed, "sample", index)
-        position = epoch_position(len(self), index, self.seed) if self.config.crop else index % len(self)
-        hr, lr = self._pixels(2 * position), self._pixels(2 * position + 1)
+        hr, lr = self._pair(self.position(index)) if self.config.crop else self._whole(index % len(self))
         sample = {"hr": to_float(hr), "lr": to_float(lr)}
         if self.config.crop:
             sample = augment(self._crop(sample, rng), self.config, rng)
         return sample if self.with_lr else {"hr": sample["hr"]}
 
-    def content(self) -> list[Any]:
-        """Name, size and bytes of each file."""
-        photos = [photo for pair in self.pairs for photo in (pair.hr, pair.lr)]
-        return [[photo.name, photo.width, photo.height, photo.bytes] for photo in photos]
+    def _pair(self, position: int) -> tuple[Pixels, Pixels]:
+        """The pair at ``position``, or the next one that can be decoded and has the sizes that its headers say."""
+        tries = min(len(self), MAX_REPLACEMENTS)
+        for step in range(tries):
+            number = (position + step) % len(self)
+            hr, lr = self.cache.get(2 * number), self.cache.get(2 * number + 1)
+            if hr is not None and lr is not None and self._usable(hr, lr):
+                return hr, lr
+        _, name = self.cache.source.fetch(2 * position)
+        raise UserError(f"{name}: none of the {tries} pairs from this one on can be decoded")
 
-    def _pixels(self, number: int) -> Pixels:
-        pixels = self.cache.get(number)
-        if pixels is None:
-            raise UserError(f"{self.cache.paths[number]}: cannot be decoded")
-        return pixels
+    def _whole(self, position: int) -> tuple[Pixels, Pixels]:
+        """Exactly the pair at ``position``: whole pictures are for validation, where a replacement would mislead."""
+        hr, lr = self.cache.get(2 * position), self.cache.get(2 * position + 1)
+        if hr is None or lr is None:
+            _, name = self.cache.source.fetch(2 * position + (hr is not None))
+            raise UserError(f"{name}: cannot be decoded")
+        return hr, lr
+
+    def _usable(self, hr: Pixels, lr: Pixels) -> bool:
+        scale = self.config.scale
+        return hr.shape[:2] == (lr.shape[0] * scale, lr.shape[1] * scale) and min(hr.shape[:2]) >= self.config.crop
 
     def _crop(self, sample: Sample, rng: Any) -> Sample:
         side, scale = self.config.crop // self.config.scale, self.config.scale
@@ -69,6 +87,33 @@ class PairsFolder(Dataset[Sample]):
         top, left = integer(height - side + 1, rng), integer(width - side + 1, rng)
         hr = sample["hr"][:, top * scale : (top + side) * scale, left * scale : (left + side) * scale]
         return {"hr": hr.contiguous(), "lr": sample["lr"][:, top : top + side, left : left + side].contiguous()}
+
+
+class PairsFolder(PairStream):
+    """Pairs that lie in two folders as files of the same name."""
+
+    def __init__(self, config: DataConfig, seed: int, with_lr: bool) -> None:
+        self.pairs = [
+            pair
+            for hr_folder, lr_folder in zip(config.paths, config.lr_paths, strict=True)
+            for pair in match_pairs(hr_folder, lr_folder)
+        ]
+        check_sizes(self.pairs, config)
+        super().__init__(config, seed, with_lr, PhotoFiles(self._photos()))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def position(self, index: int) -> int:
+        """A new order of all pairs in each epoch."""
+        return epoch_position(len(self), index, self.seed)
+
+    def content(self) -> list[Any]:
+        """Name, size and bytes of each file."""
+        return [[photo.name, photo.width, photo.height, photo.bytes] for photo in self._photos()]
+
+    def _photos(self) -> list[Photo]:
+        return [photo for pair in self.pairs for photo in (pair.hr, pair.lr)]
 
 
 def match_pairs(hr_folder: Path, lr_folder: Path) -> list[Pair]:

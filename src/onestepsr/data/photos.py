@@ -3,48 +3,60 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from torch.utils.data import get_worker_info
 
+from onestepsr.data.progress import tracked
 from onestepsr.errors import UserError
-from onestepsr.image import EXTENSIONS, read_picture, to_eight_bits
+from onestepsr.image import DECODE_ERRORS, EXTENSIONS, read_picture, to_eight_bits
 
 ORIENTATION_TAG = 0x0112
-UNREADABLE_HEADER = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 logger = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Photo:
-    """One file whose header could be read."""
+    """One file whose header could be read. There may be a million of these, so the path is put together on demand."""
 
-    path: Path
+    folder: Path
     name: str
-    """Path relative to the folder it was found in, with forward slashes."""
+    """Path relative to ``folder``, with forward slashes."""
     width: int
     """In pixels, as displayed (orientation applied)."""
     height: int
     bytes: int
     """Length of the file."""
 
+    @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return self.folder / self.name
+
 
 def find_images(folder: Path, *, recursive: bool = True) -> list[Path]:
     """Every picture file in ``folder``, sorted by relative name; an absent or empty folder is an error."""
+    return [folder / name for name in find_names(folder, recursive=recursive)]
+
+
+def find_names(folder: Path, *, recursive: bool = True) -> list[str]:
+    """As :func:`find_images`, but the names relative to ``folder``, with forward slashes."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-    paths = folder.rglob("*") if recursive else folder.iterdir()
-    found = sorted((path for path in paths if _is_image(path)), key=lambda path: path.relative_to(folder).as_posix())
+        raise UserError(f"{folder}: {_not_a_folder(folder)}")
+    found = sorted(_walk(folder, "", recursive))
     if not found:
-        raise UserError(f"{folder}: no pictures in it (looked for {', '.join(EXTENSIONS)})")
+        hint = "; for tar files set data.kind to shards" if any(folder.glob("*.tar")) else ""
+        raise UserError(f"{folder}: no pictures in it (looked for {', '.join(EXTENSIONS)}){hint}")
     return found
 
 
@@ -53,14 +65,14 @@ def scan(folders: Iterable[Path]) -> list[Photo]:
     photos: list[Photo] = []
     unreadable: list[Path] = []
     for folder in folders:
-        for path in find_images(folder):
+        for name in tracked(find_names(folder), f"reading the headers in {folder}"):
+            path = folder / name
             size = read_size(path)
             if size is None:
                 unreadable.append(path)
                 continue
-            name = path.relative_to(folder).as_posix()
             length = path.stat().st_size
-            photos.append(Photo(path=path, name=name, width=size[0], height=size[1], bytes=length))
+            photos.append(Photo(folder=folder, name=name, width=size[0], height=size[1], bytes=length))
     if unreadable:
         logger.warning("%d unreadable pictures are left out, the first is %s", len(unreadable), unreadable[0])
     if not photos:
@@ -68,51 +80,85 @@ def scan(folders: Iterable[Path]) -> list[Photo]:
     return photos
 
 
-def read_size(path: Path) -> tuple[int, int] | None:
-    """(width, height) as displayed, from the header alone; None if the file is no picture or beyond Pillow's limit."""
+def read_size(source: Path | IO[bytes], fatal: Container[int] = ()) -> tuple[int, int] | None:
+    """(width, height) as displayed, from the header alone; None if it is no picture or beyond Pillow's limit.
+
+    Raises OSError only for the numbers in ``fatal``.
+    """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(source) as image:
             warnings.simplefilter("ignore")
             width, height = image.size
             # Asking a PNG for EXIF that does not stand in its header would decode the whole picture.
             has_exif = image.format != "PNG" or "exif" in image.info
             turned = has_exif and image.getexif().get(ORIENTATION_TAG, 1) >= 5
-    except UNREADABLE_HEADER:
+    except DECODE_ERRORS as error:
+        if isinstance(error, OSError) and error.errno in fatal:
+            raise
         return None
     return (height, width) if turned else (width, height)
 
 
-def read_pixels(path: Path) -> Pixels:
-    """Decode to RGB uint8 (H, W, 3), upright, in the file's own colour space, without alpha; UserError if it fails."""
-    pixels = to_eight_bits(read_picture(path)).pixels
+def read_pixels(source: Path | bytes, name: str | None = None) -> Pixels:
+    """Decode a file, or its bytes (called ``name`` in messages), to RGB uint8 (H, W, 3); UserError if it fails.
+
+    Upright, in the file's own colour space, without alpha.
+    """
+    pixels = to_eight_bits(read_picture(source, name)).pixels
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name (without folders) counts as a picture: accepted ending, not hidden."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+
+
+class PhotoSource(Protocol):
+    """Where encoded photos come from."""
+
+    def fetch(self, number: int) -> tuple[Path | bytes, str]:
+        """Photo ``number`` as :func:`read_pixels` takes it, and its name for messages."""
+        ...
+
+
+class PhotoFiles:
+    """Photos that are files of their own."""
+
+    def __init__(self, photos: Sequence[Photo]) -> None:
+        self.photos = photos
+
+    def fetch(self, number: int) -> tuple[Path, str]:
+        """The file's path, and the same as text."""
+        path = self.photos[number].path
+        return path, str(path)
+
+
 class PhotoCache:
-    """Decoded photos by index. The first ones read stay in memory until ``limit`` bytes are used.
+    """Decoded photos by number. The first ones read stay in memory until ``limit`` bytes are used.
 
     Loader workers are separate processes, so each keeps its share of the limit.
     """
 
-    def __init__(self, paths: Sequence[Path], limit: int) -> None:
-        self.paths, self.limit, self.used = paths, limit, 0
+    def __init__(self, source: PhotoSource, limit: int) -> None:
+        self.source, self.limit, self.used = source, limit, 0
         self._pixels: dict[int, Pixels] = {}
         self._broken: set[int] = set()
 
-    def get(self, index: int) -> Pixels | None:
-        """Photo ``index`` as uint8 (H, W, 3), or None (with one log line) if it cannot be decoded."""
-        if index in self._pixels:
-            return self._pixels[index]
-        if index in self._broken:
+    def get(self, number: int) -> Pixels | None:
+        """Photo ``number`` as uint8 (H, W, 3), or None (with one log line) if it cannot be decoded."""
+        if number in self._pixels:
+            return self._pixels[number]
+        if number in self._broken:
             return None
+        encoded, name = self.source.fetch(number)
         try:
-            pixels = read_pixels(self.paths[index])
+            pixels = read_pixels(encoded, name)
         except UserError as error:
-            self._broken.add(index)
+            self._broken.add(number)
             logger.warning("left out: %s", error)
             return None
         if self.used + pixels.nbytes <= self._share():
-            self._pixels[index] = pixels
+            self._pixels[number] = pixels
             self.used += pixels.nbytes
         return pixels
 
@@ -121,5 +167,24 @@ class PhotoCache:
         return self.limit // (worker.num_workers if worker else 1)
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+def _not_a_folder(path: Path) -> str:
+    if not path.exists():
+        return "no such folder"
+    return "not a folder" + ("; for tar files set data.kind to shards" if path.suffix == ".tar" else "")
+
+
+def _walk(folder: Path | str, prefix: str, recursive: bool) -> Iterator[str]:
+    """Relative names of the pictures below ``folder``; links to files count, links to folders are not followed."""
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        if not prefix:
+            raise UserError(f"{folder}: cannot be listed ({error.strerror})") from error
+        logger.warning("left out: %s cannot be listed (%s)", folder, error.strerror)
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            if recursive:
+                yield from _walk(entry.path, f"{prefix}{entry.name}/", recursive)
+        elif is_image_name(entry.name) and entry.is_file():
+            yield prefix + entry.name

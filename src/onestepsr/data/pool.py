@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 
 from onestepsr.config import to_mapping
 from onestepsr.data.config import DataConfig
-from onestepsr.data.hr_folder import Sample, SampleStream, augment, epoch_position
+from onestepsr.data.hr_folder import Sample, SampleStream, augment
+from onestepsr.data.order import epoch_position
 from onestepsr.data.sampling import generator
 from onestepsr.errors import UserError
 
@@ -106,6 +107,8 @@ def _fingerprint(source: SampleStream, config: DataConfig, seed: int) -> str:
     settings = to_mapping(config)
     for name in ("cache_dir", "cache_bytes", "paths", "lr_paths"):
         del settings[name]
+    if config.kind not in ("shards", "shard_pairs"):
+        del settings["shuffle_block"]
     settings["with_lr"] = source.with_lr
     settings["degradation"] = to_mapping(config.recipe())
     values = {"format": FORMAT, "seed": seed, "settings": settings, "files": source.content()}

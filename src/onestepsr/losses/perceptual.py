@@ -1,14 +1,19 @@
-"""DISTS and the edge-aware DISTS of D3SR. The feature network is an argument; loss and metric share this code."""
+"""DISTS, the edge-aware DISTS of D3SR, and LPIPS.
+
+The feature network is an argument; loss and metric share this code.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from onestepsr.errors import UserError
 
 Features = Callable[[Tensor], list[Tensor]]
 """Image (N, 3, H, W) in [0, 1] to feature maps, the image itself first."""
@@ -89,6 +94,65 @@ class DISTS(nn.Module):
         with torch.no_grad():
             target = features(y)
         return self.compare(features(x), target)
+
+
+def read_dists_weights(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """``alpha`` and ``beta`` (1475,) of the published DISTS weights file."""
+    if not {"alpha", "beta"} <= tensors.keys():
+        raise UserError(f"no DISTS weights: expected tensors 'alpha' and 'beta', found {sorted(tensors)[:4]}")
+    return tensors["alpha"].flatten().float(), tensors["beta"].flatten().float()
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual image patch similarity, a distance (Zhang et al., "The Unreasonable Effectiveness of Deep
+    Features as a Perceptual Metric", 2018, Eq. 1).
+
+    Feature vectors are scaled to unit length at every position, their squared differences weighted per channel,
+    averaged over positions and summed over layers. Without published weights every channel counts alike: each layer
+    then gives its mean squared difference times the number of channels.
+    """
+
+    weights: Tensor
+
+    def __init__(
+        self, channels: Sequence[int], weights: Sequence[Tensor] | None = None, *, epsilon: float = 1e-10
+    ) -> None:
+        """``channels`` are the widths of the feature maps, image excluded; ``weights`` one (C_k,) for each of them.
+
+        Vectors much shorter than ``epsilon`` stay short: features that vanish on flat regions need a larger one.
+        """
+        super().__init__()
+        self.epsilon = epsilon
+        given = [torch.ones(c) for c in channels] if weights is None else [w.flatten().float() for w in weights]
+        if [w.numel() for w in given] != list(channels):
+            raise ValueError(f"LPIPS weights need {list(channels)} channels, got {[w.numel() for w in given]}")
+        self.channels = tuple(channels)
+        self.register_buffer("weights", torch.cat(given), persistent=False)
+
+    def forward(self, features: Features, x: Tensor, y: Tensor) -> Tensor:
+        """Distance (N,) of images (N, 3, H, W) in [0, 1]; gradients flow to ``x`` only."""
+        with torch.no_grad():
+            targets = [self._unit(target) for target in features(y)[1:]]
+        distance = torch.zeros(x.shape[0], device=x.device, dtype=x.dtype)
+        weights = torch.split(self.weights, list(self.channels))
+        for feature, target, weight in zip(features(x)[1:], targets, weights, strict=True):
+            difference = (self._unit(feature) - target).square()  # (N, C, H, W)
+            distance = distance + (difference.mean(dim=(2, 3)) * weight).sum(dim=1)
+        return distance
+
+    def _unit(self, feature: Tensor) -> Tensor:
+        # The square of epsilon under the root, and not epsilon beside it: the gradient stays finite at zero.
+        return feature / (feature.square().sum(dim=1, keepdim=True) + self.epsilon**2).sqrt()
+
+
+def read_lpips_weights(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Channel weights of the five layers, from the published file of LPIPS 0.1 on VGG-16 (keys
+    ``linK.model.1.weight``)."""
+    names = [f"lin{k}.model.1.weight" for k in range(5)]
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise UserError(f"no LPIPS weights: tensor '{missing[0]}' is missing, found {sorted(tensors)[:4]}")
+    return [tensors[name].flatten().float() for name in names]
 
 
 def sobel_magnitude(x: Tensor, *, per_channel: bool = False, epsilon: float = 1e-6) -> Tensor:

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from onestepsr.config import to_mapping
-from onestepsr.methods.base import Batch, Exported, Method, MethodEntry, Networks, Phase, register
+from onestepsr.methods.base import Batch, Exported, Method, MethodEntry, Networks, Phase, SampleRandom, register
 from onestepsr.models.tiny import TinyAutoencoder, TinyConfig
 
 
@@ -27,11 +26,11 @@ class AutoencoderConfig:
 def build(config: AutoencoderConfig) -> Method:
     """One network, one phase: L1 reconstruction through a sampled posterior, plus KL."""
 
-    def loss(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+    def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         x = batch["hr"] * 2 - 1
         n, _, height, width = x.shape
-        shape = (n, config.model.latent_channels, height // TinyAutoencoder.factor, width // TinyAutoencoder.factor)
-        noise = torch.randn(shape, generator=rng).to(x)
+        sides = (height // TinyAutoencoder.factor, width // TinyAutoencoder.factor)
+        noise = random.normal(x.new_empty(n, config.model.latent_channels, *sides))
         reconstruction, mean, log_variance = networks["autoencoder"](x, noise)
         kl = 0.5 * (mean.square().mean(dim=(0, 2, 3)) + log_variance.exp() - 1 - log_variance).mean()
         return {"l1": (reconstruction - x).abs().mean(), "kl": config.kl_weight * kl}
@@ -52,6 +51,7 @@ def build(config: AutoencoderConfig) -> Method:
         ema=("autoencoder",),
         preview=preview,
         export=export,
+        hr_multiple=TinyAutoencoder.factor,
     )
 
 

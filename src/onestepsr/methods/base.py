@@ -7,13 +7,14 @@ is only ever called, and never reached through (that would skip gradient synchro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from onestepsr.data.sampling import generator
 from onestepsr.errors import UserError, did_you_mean
 
 Networks = Mapping[str, Callable[..., Any]]
@@ -27,10 +28,40 @@ needs (D3SR's discriminator judges the latents that the generator phase has just
 """
 
 
-LossFn = Callable[[Networks, Batch, torch.Generator], dict[str, Tensor]]
+class SampleRandom:
+    """The random numbers of one phase in one iteration: every sample of the batch has a stream of its own.
+
+    A sample draws the same numbers whichever process and micro-batch it falls to, so that a run over several processes,
+    or with accumulated micro-batches, computes what one process would.
+    """
+
+    def __init__(self, *path: int | str, samples: Sequence[int]) -> None:
+        """``path`` names the purpose, such as (seed, "loss", step, phase); ``samples`` are global sample numbers."""
+        self._streams = [generator(*path, number) for number in samples]
+
+    def __len__(self) -> int:
+        """N, the number of samples."""
+        return len(self._streams)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal noise of the shape (N, ...), device and type of ``like``; drawn on the CPU."""
+        drawn = [torch.randn(like.shape[1:], generator=stream) for stream in self._streams]
+        return torch.stack(drawn).to(like.device, like.dtype)
+
+    def integers(self, low: int, high: int) -> Tensor:
+        """Integers (N,) from ``low`` to ``high`` - 1, on the CPU."""
+        return torch.cat([torch.randint(low, high, (1,), generator=stream) for stream in self._streams])
+
+    def uniform(self) -> Tensor:
+        """Numbers (N,) from U[0, 1), on the CPU."""
+        return torch.cat([torch.rand(1, generator=stream) for stream in self._streams])
+
+
+LossFn = Callable[[Networks, Batch, SampleRandom], dict[str, Tensor]]
 """Scalar loss terms of one phase by name, already weighted: their sum is what is differentiated.
 
-The generator is the only source of randomness and lives on the CPU.
+Each term is a mean over samples, and :class:`SampleRandom` is the only source of randomness: that is what makes the
+number of processes and micro-batches a matter of memory alone.
 """
 
 
@@ -69,6 +100,10 @@ class Method:
     """Validation pictures by column title, each (N, 3, H, W) in [0, 1], for example LR | SR | HR. No gradients."""
     export: Callable[[Mapping[str, nn.Module]], Exported] | None = None
     """Turns unwrapped networks (EMA weights where kept) into what ``export`` writes."""
+    scale: int | None = None
+    """Factor between the sides of ``hr`` and ``lr`` that the networks are made for; none where they take any."""
+    hr_multiple: int = 1
+    """Sides of ``hr`` must be multiples of this."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,7 @@ iteration updates the generator, then the discriminator with the pair of latents
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
@@ -17,65 +16,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestepsr.config import to_mapping
 from onestepsr.errors import UserError
 from onestepsr.losses.adversarial import bce_discriminator_loss, bce_generator_loss
-from onestepsr.losses.lattice import lattice_loss
-from onestepsr.losses.perceptual import DISTS, ea_dists
-from onestepsr.methods.base import Batch, Exported, LossFn, Method, MethodEntry, Networks, Phase, register
-from onestepsr.models.backbones import TinyGeneratorConfig
-from onestepsr.models.discriminators import NoiseAwareDiscriminator
-from onestepsr.models.features import OrientedFeatures, VGG16Features
+from onestepsr.methods.base import Batch, Exported, LossFn, Method, MethodEntry, Networks, Phase, SampleRandom, register
+from onestepsr.methods.noising import LatentNoise, NoiseConfig, latent_noise
+from onestepsr.methods.spatial import PerceptualConfig, SpatialLoss, SpatialWeights
+from onestepsr.models.architectures import describe
+from onestepsr.models.backbones import half_of, load_backbone, load_discriminator_backbone
+from onestepsr.models.discriminators import DiffusionEncoder, NoiseAwareDiscriminator
 from onestepsr.models.generators import OneStepLatentGenerator, TrainableGenerator
-from onestepsr.models.lora import LoraConfig, add_lora, merge_lora
-from onestepsr.models.registry import load_network
-from onestepsr.models.tiny import TinyUNet
-from onestepsr.schedules import DiffusionSchedule
+from onestepsr.models.lora import LoraConfig, add_lora, merged_state_dict
+from onestepsr.models.stable_diffusion_config import PromptConfig, SDXLConditioning
 
 Tuning = Literal["lora", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerceptualConfig:
-    """The feature network behind EA-DISTS and how the distance is read."""
+class DiscriminatorConfig(NoiseConfig):
+    """The diffusion discriminator: its backbone, its training, and what it is shown."""
 
-    features: Literal["oriented", "vgg16"] = "oriented"
-    """``vgg16`` is the paper's and needs ``vgg16_weights``; ``oriented`` is a fixed filter pyramid that needs
-    nothing."""
-    vgg16_weights: Path | None = None
-    """Safetensors file with torchvision's VGG-16 keys."""
-    texture_share: float = 0.5
-    """Part of the texture term in DISTS where no published channel weights exist; the rest is structure."""
-    per_channel_edges: bool = False
-    """Take Sobel edges per colour channel instead of on the channel mean."""
-    edges: bool = True
-    """Whether the edge term is there at all; without it EA-DISTS is DISTS (Table 5)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiscriminatorConfig:
-    """The noise-aware discriminator."""
-
+    backbone: str | None = None
+    """Weights of the diffusion backbone whose down and middle blocks it is made of; null takes the generator's own."""
     tuning: Tuning = "lora"
     """``lora`` keeps the diffusion features frozen under adapters, as in the paper; ``full`` trains everything."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters, used with ``tuning: lora``."""
     hidden: tuple[int, ...] = (128,)
     """Widths of the MLP between middle features and logit; the paper leaves them open."""
-    t_min: int = 0
-    """Smallest step to which latents are noised before they are judged."""
-    t_max: int = 999
-    """Largest such step; the paper draws from all of [0, T]."""
     start: int = 0
     """First iteration with a discriminator; before it the generator trains on the spatial loss alone."""
+    sdxl: SDXLConditioning = field(default_factory=SDXLConditioning)
+    """How a Stable Diffusion XL backbone is conditioned; other backbones have no use for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class D3SRConfig:
     """Backbone, tuning and loss weights. The paper gives neither T_L nor the weights; all of them are fields here."""
 
-    backbone: Path
-    """Weights of a pretrained latent-diffusion backbone, from the ``diffusion`` method or an earlier generator."""
+    backbone: str
+    """Pretrained latent-diffusion backbone: a name, a diffusers folder, a single-file checkpoint, or weights of ours
+    from the ``diffusion`` method or an earlier generator; ``random:NAME`` needs no file and knows nothing."""
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    """How the learnable prompt embedding starts on a backbone that brings none."""
+    prompt_file: Path | None = None
+    """Safetensors file with a prompt embedding (L, C) to start from instead."""
     timestep: int = 399
     """T_L, the fixed step of the UNet evaluation."""
     tuning: Tuning = "lora"
@@ -85,193 +69,165 @@ class D3SRConfig:
     train_decoder: bool = False
     """Also train the autoencoder's decoder. The paper freezes it; a small decoder gains from knowing the generator's
     latents."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: about a third slower, far less memory."""
     mse_weight: float = 1.0
     """Weight of the squared error of images in [-1, 1]."""
-    ea_dists_weight: float = 1.0
-    """lambda_2."""
+    perceptual_weight: float = 1.0
+    """lambda_2, the weight of the perceptual distance; 0 leaves it out (Table 5)."""
     adversarial_weight: float = 0.5
-    """lambda_1; 0 leaves the discriminator out altogether."""
+    """lambda_1; 0 leaves the discriminator out altogether (Table 6)."""
     lattice_weight: float = 0.0
     """Weight of the penalty on patterns locked to the latent grid, in [-1, 1]; not in the paper, whose decoder does not
     make them."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
-    """Feature network of EA-DISTS."""
+    """The perceptual distance, EA-DISTS in the paper."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """The noise-aware discriminator."""
 
     def __post_init__(self) -> None:
-        if min(self.mse_weight, self.ea_dists_weight, self.adversarial_weight, self.lattice_weight) < 0:
+        if min(self.mse_weight, self.perceptual_weight, self.adversarial_weight, self.lattice_weight) < 0:
             raise ValueError("loss weights must not be negative")
+        if not self.mse_weight + self.perceptual_weight:
+            raise ValueError("mse_weight and perceptual_weight are both 0: nothing ties the output to the photo")
 
-
-@dataclass(frozen=True, kw_only=True)
-class SpatialLoss:
-    """L_spatial = MSE + lambda_2 EA-DISTS (Eq. 8), and the lattice penalty where it is asked for."""
-
-    mse_weight: float
-    ea_dists_weight: float
-    lattice_weight: float
-    features: nn.Module
-    dists: DISTS
-    edges: bool
-    per_channel_edges: bool
-
-    def __call__(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
-        """Weighted terms for images (N, 3, H, W) in [0, 1]; a term of weight 0 is not computed."""
-        terms = {"mse": self.mse_weight * 4 * F.mse_loss(sr, hr)}  # 4: the error is counted in [-1, 1]
-        if self.ea_dists_weight:
-            features = cast(Callable[[Tensor], list[Tensor]], self.features)
-            if self.edges:
-                distance = ea_dists(self.dists, features, sr, hr, per_channel=self.per_channel_edges)
-            else:
-                distance = self.dists(features, sr, hr)
-            terms["ea_dists"] = self.ea_dists_weight * distance.mean()
-        if self.lattice_weight:
-            terms["lattice"] = self.lattice_weight * 4 * lattice_loss(sr, hr)
-        return terms
-
-
-def noised(
-    schedule: DiffusionSchedule, z: Tensor, config: DiscriminatorConfig, rng: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """F(z, t) with t drawn per sample from the configured range (Eq. 4), and t (N,)."""
-    t = torch.randint(config.t_min, config.t_max + 1, (z.shape[0],), generator=rng).to(z.device)
-    noise = torch.randn(z.shape, generator=rng).to(z)
-    return schedule.add_noise(z, noise, t), t
+    @property
+    def spatial_weights(self) -> SpatialWeights:
+        """The weights of the spatial loss."""
+        return SpatialWeights(mse=self.mse_weight, perceptual=self.perceptual_weight, lattice=self.lattice_weight)
 
 
 def build(config: D3SRConfig) -> Method:
     """Generator phase, then discriminator phase."""
     generator = _prepare_generator(config)
-    spatial = _build_spatial_loss(config)
+    spatial = SpatialLoss(config.spatial_weights, config.perceptual)
     networks: dict[str, nn.Module] = {"generator": TrainableGenerator(generator)}
+    phases: tuple[Phase, ...] = (Phase(network="generator", loss=_spatial_phase(spatial)),)
     if config.adversarial_weight:
-        networks["discriminator"] = _prepare_discriminator(generator, config)
-    frozen: dict[str, nn.Module] = {"features": spatial.features, "dists": spatial.dists}
-    if config.tuning == "lora":
+        discriminator, noise = _prepare_discriminator(generator, config)
+        networks["discriminator"] = discriminator
+        phases = _adversarial_phases(config, spatial, noise)
+    if config.tuning == "lora":  # after the discriminator has copied the plain UNet
         add_lora(generator.unet, config.lora)
     return Method(
         networks=networks,
-        frozen=frozen,
-        phases=_phases(config, generator, spatial),
+        frozen=spatial.frozen,
+        phases=phases,
         ema=("generator",),
         preview=_preview,
-        export=_exporter(config),
+        export=_export,
+        scale=generator.scale,
+        hr_multiple=generator.scale * generator.lr_multiple,
     )
 
 
 def _prepare_generator(config: D3SRConfig) -> OneStepLatentGenerator:
-    generator = load_network(config.backbone)
-    if not isinstance(generator, OneStepLatentGenerator):
-        raise UserError(f"{config.backbone}: holds a {type(generator).__name__}, expected a latent-diffusion backbone")
+    generator = load_backbone(config.backbone, prompt=config.prompt, prompt_file=config.prompt_file)
+    last = generator.schedule.steps - 1
+    if not 0 <= config.timestep <= last:
+        raise UserError(f"config.timestep: {config.timestep}, but {config.backbone} knows steps from 0 to {last}")
     generator.timestep = config.timestep
-    generator.autoencoder.requires_grad_(False)
-    if config.train_decoder:
-        for name, parameter in generator.autoencoder.named_parameters():
-            parameter.requires_grad_(name.startswith("decoder"))
+    for name, parameter in generator.autoencoder.named_parameters():
+        parameter.requires_grad_(config.train_decoder and _belongs_to_decoder(name))
+    if config.gradient_checkpointing:
+        _checkpoint_gradients(generator.unet, generator.autoencoder)
     return generator
 
 
-def _prepare_discriminator(generator: OneStepLatentGenerator, config: D3SRConfig) -> NoiseAwareDiscriminator:
-    """Down and middle blocks start from the same diffusion prior as the generator."""
-    unet = cast(TinyUNet, generator.unet)
-    encoder = copy.deepcopy(unet.encoder)
+def _belongs_to_decoder(name: str) -> bool:
+    return any(part.startswith("decoder") or part == "post_quant_conv" for part in name.split("."))
+
+
+def _checkpoint_gradients(*networks: nn.Module) -> None:
+    for network in networks:
+        enable = getattr(network, "enable_gradient_checkpointing", None)
+        if enable is None:
+            raise UserError(f"gradient_checkpointing: a {type(network).__name__} is too small to offer it")
+        enable()
+
+
+def _prepare_discriminator(
+    generator: OneStepLatentGenerator, config: D3SRConfig
+) -> tuple[NoiseAwareDiscriminator, LatentNoise]:
+    """Down and middle blocks of a diffusion backbone under an MLP, and the noise on what it sees."""
     settings = config.discriminator
-    discriminator = NoiseAwareDiscriminator(
-        encoder, generator.prompt, features=unet.config.widths[-1], hidden=settings.hidden
-    )
+    encoder, prompt = _discriminator_backbone(generator, settings)
+    known = cast(DiffusionEncoder, encoder)
+    if known.latent_channels != generator.latent_channels:
+        raise UserError(
+            f"discriminator.backbone: {settings.backbone} takes latents of {known.latent_channels} channels, those of "
+            f"{config.backbone} have {generator.latent_channels}"
+        )
+    noise = latent_noise(generator.schedule, settings, known.latent_gain)
+    discriminator = NoiseAwareDiscriminator(encoder, prompt, hidden=settings.hidden)
+    discriminator.add_module("noise", noise)  # so that the state of adaptive noise is saved with the discriminator
+    if config.gradient_checkpointing:
+        _checkpoint_gradients(encoder)
     if settings.tuning == "lora":
         add_lora(encoder, settings.lora)
-    return discriminator
+    return discriminator, noise
 
 
-def _build_spatial_loss(config: D3SRConfig) -> SpatialLoss:
-    settings = config.perceptual
-    features: OrientedFeatures | VGG16Features
-    if settings.features == "vgg16":
-        if settings.vgg16_weights is None:
-            raise UserError("perceptual.features 'vgg16' needs perceptual.vgg16_weights, a safetensors file")
-        features = VGG16Features.from_file(settings.vgg16_weights)
-    else:
-        features = OrientedFeatures()
-    features.requires_grad_(False)
-    return SpatialLoss(
-        mse_weight=config.mse_weight,
-        ea_dists_weight=config.ea_dists_weight,
-        lattice_weight=config.lattice_weight,
-        features=features,
-        dists=DISTS(features.channels, texture_share=settings.texture_share),
-        edges=settings.edges,
-        per_channel_edges=settings.per_channel_edges,
-    )
+def _discriminator_backbone(
+    generator: OneStepLatentGenerator, settings: DiscriminatorConfig
+) -> tuple[nn.Module, Tensor]:
+    if settings.backbone is None:
+        return half_of(generator), generator.prompt.detach()
+    return load_discriminator_backbone(settings.backbone, sdxl=settings.sdxl)
 
 
-def _phases(config: D3SRConfig, generator: OneStepLatentGenerator, spatial: SpatialLoss) -> tuple[Phase, ...]:
+def _adversarial_phases(config: D3SRConfig, spatial: SpatialLoss, noise: LatentNoise) -> tuple[Phase, ...]:
     """Generator on the spatial loss until the discriminator starts; from then on generator and discriminator in
     turn."""
-    alone = _generator_loss(config, generator, spatial, adversarial=False)
-    if not config.adversarial_weight:
-        return (Phase(network="generator", loss=alone),)
-    judged = _generator_loss(config, generator, spatial, adversarial=True)
-    discriminator = _discriminator_loss(config, generator.schedule)
     start = config.discriminator.start
-    return (
-        Phase(network="generator", loss=alone, stop=start),
+    judged = _judged_phase(spatial, noise, config.adversarial_weight)
+    phases = (
+        Phase(network="generator", loss=_spatial_phase(spatial), stop=start),
         Phase(network="generator", loss=judged, start=start),
-        Phase(network="discriminator", loss=discriminator, start=start),
+        Phase(network="discriminator", loss=_discriminator_phase(noise), start=start),
     )
+    return phases if start else phases[1:]
 
 
-def _generator_loss(
-    config: D3SRConfig, generator: OneStepLatentGenerator, spatial: SpatialLoss, *, adversarial: bool
-) -> LossFn:
-    schedule = generator.schedule
-
-    def loss(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        sr, z_sr = networks["generator"](batch["lr"])
-        terms = spatial(sr, batch["hr"])
-        if adversarial:
-            z_t, t = noised(schedule, z_sr, config.discriminator, rng)
-            terms["adversarial"] = config.adversarial_weight * bce_generator_loss(networks["discriminator"](z_t, t))
-            with torch.no_grad():
-                batch["z_sr"], batch["z_hr"] = z_sr.detach(), generator.encode(batch["hr"])
-        return terms
+def _spatial_phase(spatial: SpatialLoss) -> LossFn:
+    def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        return spatial(networks["generator"](batch["lr"])[0], batch["hr"])
 
     return loss
 
 
-def _discriminator_loss(config: D3SRConfig, schedule: DiffusionSchedule) -> LossFn:
-    def loss(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        pair = torch.cat([batch["z_hr"], batch["z_sr"]])  # one evaluation for both halves
-        z_t, t = noised(schedule, pair, config.discriminator, rng)
+def _judged_phase(spatial: SpatialLoss, noise: LatentNoise, weight: float) -> LossFn:
+    def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        noise.settle()
+        sr, z_sr, batch["z_hr"] = networks["generator"](batch["lr"], batch["hr"])
+        batch["z_sr"] = z_sr.detach()
+        logits = networks["discriminator"](*noise(z_sr, random))
+        return spatial(sr, batch["hr"]) | {"adversarial": weight * bce_generator_loss(logits)}
+
+    return loss
+
+
+def _discriminator_phase(noise: LatentNoise) -> LossFn:
+    def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        halves = [noise(batch[name], random) for name in ("z_hr", "z_sr")]
+        z_t, t = (torch.cat(pair) for pair in zip(*halves, strict=True))  # one evaluation for both
         real, fake = networks["discriminator"](z_t, t).chunk(2)
+        noise.observe(real)
         return {"discriminator": bce_discriminator_loss(real, fake)}
 
     return loss
 
 
 def _preview(networks: Networks, batch: Batch) -> dict[str, Tensor]:
-    sr, _ = networks["generator"](batch["lr"])
+    sr = networks["generator"](batch["lr"])[0]
     enlarged = F.interpolate(batch["lr"], scale_factor=4.0, mode="bicubic", align_corners=False)
     return {"LR (bicubic)": enlarged.clamp(0, 1), "SR": sr.clamp(0, 1), "HR": batch["hr"]}
 
 
-def _exporter(config: D3SRConfig) -> Callable[[Mapping[str, nn.Module]], Exported]:
-    def export(networks: Mapping[str, nn.Module]) -> Exported:
-        generator = copy.deepcopy(cast(TrainableGenerator, networks["generator"]).generator)
-        if config.tuning == "lora":
-            merge_lora(generator.unet)
-        described = TinyGeneratorConfig(
-            model=cast(TinyUNet, generator.unet).config,
-            schedule=generator.schedule.config,
-            timestep=generator.timestep,
-            scale=generator.scale,
-        )
-        return Exported(
-            state_dict=generator.state_dict(), architecture="tiny-latent-diffusion", config=to_mapping(described)
-        )
-
-    return export
+def _export(networks: Mapping[str, nn.Module]) -> Exported:
+    generator = cast(TrainableGenerator, networks["generator"]).generator
+    architecture, described = describe(generator)
+    return Exported(state_dict=merged_state_dict(generator), architecture=architecture, config=described)
 
 
 register(

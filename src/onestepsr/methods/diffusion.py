@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from onestepsr.config import to_mapping
 from onestepsr.errors import UserError
-from onestepsr.methods.base import Batch, Exported, Method, MethodEntry, Networks, Phase, register
-from onestepsr.models.backbones import TinyGeneratorConfig, tiny_generator
+from onestepsr.methods.base import Batch, Exported, Method, MethodEntry, Networks, Phase, SampleRandom, register
+from onestepsr.models.architectures import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.registry import load_network
 from onestepsr.models.tiny import TinyAutoencoder
@@ -53,12 +53,12 @@ def build(config: DiffusionConfig) -> Method:
     generator.autoencoder.load_state_dict(autoencoder.state_dict())
     schedule = generator.schedule
 
-    def loss(networks: Networks, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+    def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         with torch.no_grad():
             z = generator.encode(batch["hr"])
-        t = torch.randint(schedule.steps, (z.shape[0],), generator=rng).to(z.device)
-        noise = torch.randn(z.shape, generator=rng).to(z)
-        eps = networks["unet"](schedule.add_noise(z, noise, t), t)
+        t = random.integers(0, schedule.steps)
+        noise = random.normal(z)
+        eps = networks["unet"](schedule.add_noise(z, noise, t), t.to(z.device))
         return {"eps": (eps - noise).square().mean()}
 
     def preview(networks: Networks, batch: Batch) -> dict[str, Tensor]:
@@ -83,6 +83,7 @@ def build(config: DiffusionConfig) -> Method:
         ema=("unet",),
         preview=preview,
         export=export,
+        hr_multiple=generator.scale * generator.lr_multiple,
     )
 
 

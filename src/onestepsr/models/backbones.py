@@ -1,53 +1,248 @@
-"""Building networks from their configuration: what the registry's architectures and the training methods share."""
+"""Pretrained backbones, from whatever they come in: a file of ours, a diffusers folder, a single-file checkpoint.
+
+A backbone is a generator that has not been trained for super-resolution yet; of a discriminator's backbone only the
+half UNet is ever built and read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import copy
+import logging
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import cast
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from onestepsr.config import from_mapping
-from onestepsr.models.generators import OneStepLatentGenerator
-from onestepsr.models.tiny import TinyAutoencoder, TinyConfig, TinyUNet
-from onestepsr.schedules import DiffusionSchedule, DiffusionScheduleConfig
+from onestepsr.errors import UserError
+from onestepsr.models import diffusers_folder, single_file
+from onestepsr.models.architectures import is_random, random_encoder, random_generator
+from onestepsr.models.catalog import resolve
+from onestepsr.models.generators import NoisePredictor, OneStepLatentGenerator
+from onestepsr.models.registry import FORMAT, load_network, read_weights
+from onestepsr.models.stable_diffusion import (
+    StableDiffusionAutoencoder,
+    StableDiffusionUNet,
+    StableDiffusionUNetEncoder,
+    initial_prompt,
+    stable_diffusion_generator,
+)
+from onestepsr.models.stable_diffusion_config import (
+    PromptConfig,
+    SDXLConditioning,
+    StableDiffusionGeneratorConfig,
+    UNetConfig,
+)
+from onestepsr.models.tensors import LazyTensors, given, read_tensors
+from onestepsr.models.tiny import TinyUNet
+from onestepsr.models.weight_files import fill
+
+logger = logging.getLogger(__name__)
+
+LEAST_CORRELATION = 0.5
+"""Below this, a UNet is reported not to predict noise."""
+OTHER_HALF = ("up_blocks.", "conv_norm_out.", "conv_out.")
+"""Names of a UNet's tensors that a discriminator has no use for."""
+WHOLE = "unet.unet."
+"""What those names begin with in a generator of ours."""
+MAX_PROMPT_BYTES = 64 * 2**20
 
 
-@dataclass(frozen=True, kw_only=True)
-class TinyGeneratorConfig:
-    """Everything that fixes a generator on the tiny backbone."""
+def load_backbone(
+    name_or_path: str | Path, *, prompt: PromptConfig | None = None, prompt_file: Path | None = None
+) -> OneStepLatentGenerator:
+    """A generator that starts from a pretrained backbone, in float32 on the CPU (``random:ALIAS`` also on "meta").
 
-    model: TinyConfig = field(default_factory=TinyConfig)
-    """Sizes of autoencoder and UNet."""
-    schedule: DiffusionScheduleConfig = field(default_factory=DiffusionScheduleConfig)
-    """Noise schedule the UNet was pretrained with."""
-    timestep: int = 399
-    """T_L, the step at which the UNet is evaluated. The paper says only that it lies between 0 and T; a related
-    release of the same group fixes 399."""
-    scale: int = 4
-    """Upscaling factor."""
-
-
-def build_tiny_autoencoder(config: Mapping[str, Any]) -> TinyAutoencoder:
-    """Autoencoder of a configuration mapping, freshly initialised."""
-    return TinyAutoencoder(from_mapping(TinyConfig, config))
+    ``name_or_path`` is an alias, a safetensors file of ours, a diffusers folder, a single-file checkpoint or
+    ``random:ALIAS``. Foreign backbones have no prompt embedding: it starts as ``prompt`` says. ``prompt_file`` (see
+    :func:`read_prompt`) replaces the prompt of any of them. Raises :class:`UserError` in one line.
+    """
+    generator = _load_generator(name_or_path, prompt or PromptConfig())
+    if prompt_file is not None:
+        generator.prompt = nn.Parameter(read_prompt(prompt_file, generator.prompt.shape[2]))
+    return generator
 
 
-def build_tiny_generator(config: Mapping[str, Any]) -> OneStepLatentGenerator:
-    """Generator of a configuration mapping, freshly initialised."""
-    return tiny_generator(from_mapping(TinyGeneratorConfig, config))
+def load_discriminator_backbone(
+    name_or_path: str | Path, *, prompt: PromptConfig | None = None, sdxl: SDXLConditioning | None = None
+) -> tuple[nn.Module, Tensor]:
+    """The half UNet of a pretrained backbone, and a prompt (1, L, C) to start from; the other half is not read.
+
+    Accepts what :func:`load_backbone` does, and SDXL beside it. The prompt is that of a generator of ours; for a
+    foreign backbone it starts as ``prompt`` says, for SDXL as ``sdxl`` does.
+    """
+    encoder, own = _load_encoder(name_or_path, sdxl)
+    if own is not None or not isinstance(encoder, StableDiffusionUNetEncoder):
+        return encoder, cast(Tensor, own)
+    start = prompt or PromptConfig()
+    if encoder.config.addition_embed_type:
+        start = PromptConfig(tokens=encoder.sdxl.prompt_tokens, std=encoder.sdxl.prompt_std)
+    return encoder, initial_prompt(encoder.config, start)
 
 
-def tiny_generator(config: TinyGeneratorConfig) -> OneStepLatentGenerator:
-    """Autoencoder, UNet and prompt embedding, freshly initialised, as one generator."""
-    return OneStepLatentGenerator(
-        TinyAutoencoder(config.model),
-        TinyUNet(config.model),
-        torch.randn(
-            1, config.model.prompt_tokens, config.model.prompt_width, generator=torch.Generator().manual_seed(0)
-        ),
-        timestep=config.timestep,
-        scale=config.scale,
-        schedule=DiffusionSchedule(config.schedule),
-    )
+def half_of(generator: OneStepLatentGenerator) -> nn.Module:
+    """A copy of the down and middle blocks of a generator's own UNet, with its weights."""
+    if isinstance(generator.unet, TinyUNet):
+        return copy.deepcopy(generator.unet.encoder)
+    if not isinstance(generator.unet, StableDiffusionUNet):
+        raise UserError(f"a {type(generator.unet).__name__} has no half that a discriminator could use")
+    encoder = _empty_encoder(generator.unet.config, None)
+    tensors = generator.unet.unet.state_dict()
+    state = {key: tensors[key].detach().clone() for key in encoder.unet.state_dict()}
+    encoder.unet.load_state_dict(state, assign=True)
+    return encoder
+
+
+def read_prompt(path: Path, width: int) -> Tensor:
+    """Prompt embedding (1, L, ``width``) from a file that holds it as its only tensor, (L, width) or (1, L, width)."""
+    tensors = list(read_tensors(path, limit=MAX_PROMPT_BYTES).values())
+    shape = tuple(tensors[0].shape)
+    prompt = tensors[0].float()
+    prompt = prompt[None] if prompt.ndim == 2 else prompt
+    if len(tensors) != 1 or prompt.ndim != 3 or prompt.shape[0] != 1 or prompt.shape[2] != width:
+        found = f"{len(tensors)} tensors" if len(tensors) != 1 else f"shape {shape}"
+        raise UserError(f"{path}: {found}, expected one prompt embedding of shape (tokens, {width})")
+    if not prompt.isfinite().all():
+        raise UserError(f"{path}: the prompt embedding holds values that are not finite")
+    return prompt
+
+
+def _load_generator(name_or_path: str | Path, prompt: PromptConfig) -> OneStepLatentGenerator:
+    if is_random(name_or_path):
+        return random_generator(str(name_or_path))
+    if Path(name_or_path).is_dir():
+        return _generator_from_folder(Path(name_or_path), prompt)
+    path = resolve(name_or_path)
+    if not _is_ours(path):
+        return _generator_from_file(path, prompt)
+    generator = load_network(path)
+    if not isinstance(generator, OneStepLatentGenerator):
+        raise UserError(f"{path}: holds a {type(generator).__name__}, expected a latent-diffusion backbone")
+    return generator
+
+
+def _generator_from_folder(folder: Path, prompt: PromptConfig) -> OneStepLatentGenerator:
+    config = replace(diffusers_folder.read_generator_config(folder), prompt=prompt)
+    unet, autoencoder = (diffusers_folder.read_folder_weights(folder / part) for part in ("unet", "vae"))
+    return _assemble(config, unet, autoencoder, str(folder))
+
+
+def _generator_from_file(path: Path, prompt: PromptConfig) -> OneStepLatentGenerator:
+    tensors = single_file.open_checkpoint(path)
+    unet_sizes, autoencoder_sizes = single_file.detect(path, tensors)
+    try:
+        config = StableDiffusionGeneratorConfig(unet=unet_sizes, autoencoder=autoencoder_sizes, prompt=prompt)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    unet = single_file.unet_weights(tensors, config.unet)
+    autoencoder = single_file.autoencoder_weights(path, tensors, config.autoencoder)
+    generator = _assemble(config, unet, autoencoder, str(path))
+    if noise_correlation(generator) < LEAST_CORRELATION:
+        logger.warning(
+            "%s: the UNet does not seem to predict noise; such a file cannot say what it predicts, and one that "
+            "predicts velocity, as Stable Diffusion 2.1 for 768 pixels does, is of no use here",
+            path,
+        )
+    return generator
+
+
+@torch.no_grad()
+def noise_correlation(generator: OneStepLatentGenerator) -> float:
+    """Correlation of the UNet's prediction with its input at the last step, where that is noise and hardly more.
+
+    A network that predicts noise has to give back what it sees (near 1); one that predicts velocity gives the negative
+    of a picture (near 0).
+    """
+    noise = torch.randn(1, generator.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    predict = cast(NoisePredictor, generator.unet)
+    predicted = predict(noise, torch.tensor([generator.schedule.steps - 1]), generator.prompt)
+    return float(torch.corrcoef(torch.stack([noise.flatten(), predicted.flatten()]))[0, 1])
+
+
+def _assemble(
+    config: StableDiffusionGeneratorConfig, unet: LazyTensors, autoencoder: LazyTensors, where: str
+) -> OneStepLatentGenerator:
+    with torch.device("meta"):  # nothing is initialised only to be overwritten
+        generator = stable_diffusion_generator(config)
+    fill(cast(StableDiffusionUNet, generator.unet).unet, unet, f"{where}: unet")
+    fill(cast(StableDiffusionAutoencoder, generator.autoencoder).vae, autoencoder, f"{where}: vae")
+    generator.prompt = nn.Parameter(initial_prompt(config.unet, config.prompt))
+    return generator.eval()
+
+
+def _load_encoder(name_or_path: str | Path, sdxl: SDXLConditioning | None) -> tuple[nn.Module, Tensor | None]:
+    """The half UNet, and the prompt that its file holds, if any."""
+    if is_random(name_or_path):
+        return _random_encoder(str(name_or_path), sdxl)
+    if Path(name_or_path).is_dir():
+        folder = Path(name_or_path)
+        config = diffusers_folder.read_unet_config(folder)
+        tensors = diffusers_folder.read_folder_weights(diffusers_folder.unet_folder(folder))
+        return _filled_encoder(config, sdxl, tensors, f"{folder}: unet"), None
+    path = resolve(name_or_path)
+    if _is_ours(path):
+        return _own_encoder(path, sdxl)
+    checkpoint = single_file.open_checkpoint(path)
+    config, _ = single_file.detect(path, checkpoint)
+    return _filled_encoder(config, sdxl, single_file.unet_weights(checkpoint, config), f"{path}: unet"), None
+
+
+def _random_encoder(name: str, sdxl: SDXLConditioning | None) -> tuple[nn.Module, Tensor | None]:
+    encoder = random_encoder(name, sdxl)
+    if encoder is not None:
+        return encoder, None
+    generator = random_generator(name)
+    return half_of(generator), generator.prompt.detach()
+
+
+def _own_encoder(path: Path, sdxl: SDXLConditioning | None) -> tuple[nn.Module, Tensor | None]:
+    """The half of a network of ours; of a Stable Diffusion generator only that half is read."""
+    architecture, values, tensors = read_weights(path, _belongs_to_half)
+    if architecture == "stable-diffusion":
+        config = from_mapping(StableDiffusionGeneratorConfig, values, str(path))
+        half = {key.removeprefix(WHOLE): partial(given, value) for key, value in tensors.items() if key != "prompt"}
+        return _filled_encoder(config.unet, sdxl, half, f"{path}: unet"), tensors["prompt"].float()
+    network = load_network(path)
+    if isinstance(network, StableDiffusionUNetEncoder):
+        network.sdxl = sdxl or network.sdxl
+        return network, None
+    if isinstance(network, OneStepLatentGenerator):
+        return half_of(network), network.prompt.detach()
+    raise UserError(f"{path}: holds a {type(network).__name__}, expected a latent-diffusion backbone")
+
+
+def _belongs_to_half(key: str) -> bool:
+    name = key.removeprefix(WHOLE)
+    return key == "prompt" or (name != key and not name.startswith(OTHER_HALF))
+
+
+def _filled_encoder(
+    config: UNetConfig, sdxl: SDXLConditioning | None, tensors: LazyTensors, where: str
+) -> StableDiffusionUNetEncoder:
+    encoder = _empty_encoder(config, sdxl)
+    fill(encoder.unet, tensors, where, ignored=OTHER_HALF)
+    return encoder.eval()
+
+
+def _empty_encoder(config: UNetConfig, sdxl: SDXLConditioning | None) -> StableDiffusionUNetEncoder:
+    """The half UNet on the meta device, but for what no file holds."""
+    with torch.device("meta"):
+        encoder = StableDiffusionUNetEncoder(config, sdxl)
+    if config.addition_embed_type:
+        encoder.pooled_prompt = nn.Parameter(torch.zeros(1, config.pooled_width))
+    return encoder
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the file carries our mark; one that cannot be read does not, and the reader says why."""
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return (handle.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False

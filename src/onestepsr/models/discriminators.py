@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from typing import Protocol, cast
 
 from torch import Tensor, nn
+
+
+class DiffusionEncoder(Protocol):
+    """The half of a diffusion UNet that a discriminator reuses: time embedding, downsampling blocks, middle block."""
+
+    feature_channels: int
+    """Channels of the middle features."""
+    latent_channels: int
+    """Channels of the latents it takes."""
+    latent_gain: float
+    """What a unit-variance latent of the generator is multiplied with before noise is added to it.
+
+    1 unless another latent scale is asked for: noise levels of a diffusion process assume unit variance.
+    """
+
+    def __call__(self, z_t: Tensor, t: Tensor, prompt: Tensor) -> tuple[Tensor, ...]:
+        """Middle features (N, feature_channels, h', w') first, of latents (N, latent_channels, h, w) at steps (N,);
+        ``prompt`` is (1 or N, L, C)."""
+        ...
 
 
 class NoiseAwareDiscriminator(nn.Module):
@@ -17,10 +35,9 @@ class NoiseAwareDiscriminator(nn.Module):
     """
 
     def __init__(
-        self, encoder: nn.Module, prompt: Tensor, *, features: int, hidden: tuple[int, ...] = (128,), slope: float = 0.2
+        self, encoder: nn.Module, prompt: Tensor, *, hidden: tuple[int, ...] = (128,), slope: float = 0.2
     ) -> None:
-        """``encoder(z_t, t, prompt)`` returns the middle features (N, ``features``, h', w') first; ``prompt`` is (1,
-        L, C).
+        """``encoder`` is a :class:`DiffusionEncoder`; ``prompt`` (1, L, C) starts its learnable condition.
 
         The paper leaves the MLP open: ``hidden`` gives the widths between features and logit, leaky ReLU (``slope``)
         follows each. One hidden layer as wide as the middle block is the smallest that is not linear.
@@ -29,7 +46,7 @@ class NoiseAwareDiscriminator(nn.Module):
         self.encoder = encoder
         self.prompt = nn.Parameter(prompt.detach().clone())
         layers: list[nn.Module] = []
-        width = features
+        width = cast(DiffusionEncoder, encoder).feature_channels
         for size in hidden:
             layers += [nn.Conv2d(width, size, 1), nn.LeakyReLU(slope)]
             width = size
@@ -37,5 +54,5 @@ class NoiseAwareDiscriminator(nn.Module):
 
     def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
         """Realism logits (N, 1, h', w') of latents (N, C, h, w) noised to steps ``t`` (N,)."""
-        encode = cast(Callable[..., tuple[Tensor, ...]], self.encoder)
-        return cast(Tensor, self.head(encode(z_t, t, self.prompt)[0]))
+        encoder = cast(DiffusionEncoder, self.encoder)
+        return cast(Tensor, self.head(encoder(z_t, t, self.prompt)[0]))

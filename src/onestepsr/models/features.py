@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from onestepsr.errors import UserError
+from onestepsr.models.tensors import read_tensors
 
+MAX_BYTES = 2**30
+"""Limit on VGG weight files; the published one has 528 MiB."""
 VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -38,14 +41,19 @@ class HannPool(nn.Module):
 
 
 class VGG16Features(nn.Module):
-    """VGG-16 up to relu5_3 with Hann pooling: the features of DISTS. State-dict keys are torchvision's
-    ``features.N``."""
+    """VGG-16 up to relu5_3: with Hann pooling the features of DISTS, with max pooling those of LPIPS.
 
+    State-dict keys are torchvision's ``features.N``. Both distances normalise colours alike, by ImageNet's statistics.
+    """
+
+    keeps_float32 = True
+    """Distances are small differences of its features; training leaves it in float32 when it keeps backbones in 16
+    bits."""
     mean: Tensor
     std: Tensor
     channels = (3, 64, 128, 256, 512, 512)
 
-    def __init__(self) -> None:
+    def __init__(self, *, pooling: Literal["hann", "max"] = "hann") -> None:
         super().__init__()
         self.features = nn.ModuleDict()
         self.stages: list[list[str]] = []
@@ -58,18 +66,15 @@ class VGG16Features(nn.Module):
                 index, width = index + 2, size  # the number after each convolution is its ReLU
             self.stages.append(names)
             index += 1  # the pooling layer
-        self.pool = HannPool()
+        self.pool = HannPool() if pooling == "hann" else nn.MaxPool2d(2)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
     @classmethod
-    def from_file(cls, path: Path) -> VGG16Features:
-        """Load published weights (safetensors with torchvision's keys; a classifier may be present and is ignored)."""
-        network = cls()
-        try:
-            tensors = load_file(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: VGG-16 weights cannot be read ({error})") from error
+    def from_file(cls, path: Path, *, pooling: Literal["hann", "max"] = "hann") -> VGG16Features:
+        """Load published weights (torchvision's keys, as ``.pth`` or safetensors; a classifier is ignored)."""
+        network = cls(pooling=pooling)
+        tensors = read_tensors(path, limit=MAX_BYTES)
         wanted = network.state_dict().keys()
         missing = sorted(wanted - tensors.keys())
         if missing:

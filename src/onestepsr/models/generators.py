@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from onestepsr.schedules import DiffusionSchedule
 
-MEMORY_PER_PIXEL = 3600.0
-"""Bytes per LR pixel of the tiny generator in float32: measured as growth of the peak resident size, 2800 to 3600."""
-
 
 class LatentAutoencoder(Protocol):
     """What a generator needs of an autoencoder; images are (N, 3, H, W) in [-1, 1], latents (N, C, H/factor,
@@ -21,6 +18,8 @@ class LatentAutoencoder(Protocol):
 
     factor: int
     """Pixels per latent cell along each axis."""
+    latent_channels: int
+    """Channels of the latent."""
 
     def encode(self, x: Tensor) -> Tensor:
         """Scaled latent of an image whose sides are multiples of ``factor``."""
@@ -28,6 +27,10 @@ class LatentAutoencoder(Protocol):
 
     def decode(self, z: Tensor) -> Tensor:
         """Image of a scaled latent."""
+        ...
+
+    def memory_per_pixel(self, dtype: torch.dtype) -> float:
+        """Peak bytes per image pixel of encoding or decoding without gradients: feature maps, not weights."""
         ...
 
 
@@ -39,6 +42,10 @@ class NoisePredictor(Protocol):
 
     def __call__(self, z_t: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
         """Predicted noise, shaped like ``z_t`` (N, C, h, w), at integer steps ``t`` (N,)."""
+        ...
+
+    def memory_per_cell(self, dtype: torch.dtype) -> float:
+        """Peak bytes per latent position of one evaluation without gradients: feature maps, not weights."""
         ...
 
 
@@ -89,14 +96,30 @@ class OneStepLatentGenerator(nn.Module):
         return cast(LatentAutoencoder, self.autoencoder)
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that encoder, UNet and decoder share."""
+        return self._latent_autoencoder.latent_channels
+
+    @property
     def lr_multiple(self) -> int:
         """LR sides are padded to multiples of this before encoding."""
         cells = self._latent_autoencoder.factor * cast(NoisePredictor, self.unet).size_multiple
         return max(1, cells // self.scale)
 
     def memory_per_pixel(self, dtype: torch.dtype) -> float:
-        """Peak bytes of one evaluation per LR pixel: feature maps, which weigh far more than the weights."""
-        return MEMORY_PER_PIXEL * torch.empty(0, dtype=dtype).element_size() / 4
+        """Peak bytes of one evaluation per LR pixel: autoencoder and UNet run one after the other."""
+        cells_per_pixel = 1 / self._latent_autoencoder.factor**2
+        unet = cast(NoisePredictor, self.unet).memory_per_cell(dtype) * cells_per_pixel
+        return self.scale**2 * max(self._latent_autoencoder.memory_per_pixel(dtype), unet)
+
+    def freeze_prompt(self) -> None:
+        """Compute once what depends on the prompt alone, for inference; a backbone that offers nothing stays as it is.
+
+        Weights that were needed for it are dropped: the state dict is no longer that of a weights file.
+        """
+        freeze = getattr(self.unet, "freeze_prompt", None)
+        if callable(freeze):
+            freeze(self.prompt)
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent (N, C, H/f, W/f) of an image (N, 3, H, W) in [0, 1] whose sides are multiples of f."""
@@ -142,7 +165,7 @@ class BicubicGenerator(nn.Module):
 
 
 class TrainableGenerator(nn.Module):
-    """A generator as training calls it: ``forward`` also returns the latent that the discriminator judges.
+    """A generator as training calls it: ``forward`` also returns the latents that a discriminator judges.
 
     A network that is synchronised over processes may only be used through ``forward``, hence this view.
     """
@@ -151,7 +174,11 @@ class TrainableGenerator(nn.Module):
         super().__init__()
         self.generator = generator
 
-    def forward(self, lr: Tensor) -> tuple[Tensor, Tensor]:
-        """SR image (N, 3, s h, s w) and latent z_H for LR (N, 3, h, w) in [0, 1] with sides multiples of
-        ``lr_multiple``."""
-        return self.generator.restore(lr)
+    def forward(self, lr: Tensor, hr: Tensor | None = None) -> tuple[Tensor, ...]:
+        """SR image (N, 3, s h, s w) and its latent for LR (N, 3, h, w) in [0, 1] with sides multiples of
+        ``lr_multiple``; given the photo (N, 3, s h, s w) as well, its latent too, without gradient."""
+        restored = self.generator.restore(lr)
+        if hr is None:
+            return restored
+        with torch.no_grad():
+            return (*restored, self.generator.encode(hr))

@@ -13,9 +13,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LORA_TARGETS = r".*(conv\w*|to_q|to_k|to_v|to_out|time|skip_gain)"
+"""Layers of the UNet that get adapters: every convolution, every projection of the attention and of the time."""
+MEMORY_PER_PIXEL = 225.0
+"""Bytes per image pixel in float32: measured over a whole generator as growth of the peak resident size, 175 to 225."""
 STATISTICS_MOMENTUM = 0.02
 """Weight of a new batch in the running latent statistics."""
 
@@ -113,7 +118,8 @@ class TinyAutoencoder(nn.Module):
     def __init__(self, config: TinyConfig | None = None) -> None:
         super().__init__()
         self.config = config or TinyConfig()
-        latent, pixels = self.config.latent_channels, 3 * FACTOR**2
+        self.latent_channels = self.config.latent_channels
+        latent, pixels = self.latent_channels, 3 * FACTOR**2
         width = self.config.encoder_width
         self.encoder_linear = nn.Conv2d(pixels, latent, 1, bias=False)
         self.encoder = nn.Sequential(
@@ -147,14 +153,14 @@ class TinyAutoencoder(nn.Module):
         """
         patches = F.pixel_unshuffle(x, FACTOR).contiguous(memory_format=torch.channels_last)
         raw = self.encoder_linear(patches) + self.encoder(patches)
-        if self.training:
+        if self.training and self.encoder_linear.weight.requires_grad:  # a frozen encoder keeps its statistics
             self._track(raw.detach())
         return self._normalize(raw), self.log_variance
 
     def _track(self, raw: Tensor) -> None:
         mean, variance = raw.float().mean(dim=(0, 2, 3)), raw.float().var(dim=(0, 2, 3))
-        started = bool((self.latent_variance != 1.0).any())
-        weight = STATISTICS_MOMENTUM if started else 1.0
+        mean, variance = over_processes(mean, variance, raw[:, 0].numel())
+        weight = torch.where((self.latent_variance == 1.0).all(), 1.0, STATISTICS_MOMENTUM)
         self.latent_mean.lerp_(mean, weight)
         self.latent_variance.lerp_(variance, weight)
 
@@ -175,11 +181,27 @@ class TinyAutoencoder(nn.Module):
         raw = z * std + mean
         return F.pixel_shuffle(self.decoder_linear(raw), FACTOR) + torch.as_tensor(self.decoder(z))
 
+    def memory_per_pixel(self, dtype: torch.dtype) -> float:
+        """Peak bytes per image pixel of a whole generator on this backbone, without gradients."""
+        return MEMORY_PER_PIXEL * dtype.itemsize / 4
+
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction, posterior mean and log-variance; ``noise`` (latent shape) samples the posterior."""
         mean, log_variance = self.moments(x)
         z = mean if noise is None else mean + noise * (0.5 * log_variance).exp()[:, None, None]
         return self.decode(z), mean, log_variance
+
+
+def over_processes(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of all processes' values together, from those of ``count`` values in each process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return mean, variance
+    sums = torch.stack([mean, mean.square(), variance]).double()
+    dist.all_reduce(sums)
+    processes = dist.get_world_size()
+    whole, square, within = sums / processes
+    deviations = (count - 1) * within + count * (square - whole.square())  # within and between, per process
+    return whole.to(mean), (deviations * processes / (count * processes - 1)).to(variance)
 
 
 class TinyDecoder(nn.Module):
@@ -247,9 +269,14 @@ class TinyUNetEncoder(nn.Module):
     """Time embedding, downsampling blocks and middle block: the half of the UNet that a diffusion discriminator
     reuses."""
 
+    latent_gain = 1.0
+    lora_targets = LORA_TARGETS
+
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
         self.config = config
+        self.feature_channels = config.widths[-1]
+        self.latent_channels = config.latent_channels
         self.time_embed = nn.Sequential(
             nn.Linear(config.time_width, config.time_width), nn.SiLU(), nn.Linear(config.time_width, config.time_width)
         )
@@ -289,6 +316,8 @@ class TinyUNetEncoder(nn.Module):
 class TinyUNet(nn.Module):
     """Predicts eps from (z_t, t, prompt); latents (N, C, h, w) with h and w multiples of :attr:`size_multiple`."""
 
+    lora_targets = LORA_TARGETS
+
     def __init__(self, config: TinyConfig | None = None) -> None:
         super().__init__()
         self.config = config or TinyConfig()
@@ -309,6 +338,10 @@ class TinyUNet(nn.Module):
     def size_multiple(self) -> int:
         """Latent height and width must be multiples of this."""
         return int(2 ** (len(self.config.widths) - 1))
+
+    def memory_per_cell(self, dtype: torch.dtype) -> float:
+        """Peak bytes per latent position; what the autoencoder says was measured over both, so this adds nothing."""
+        return FACTOR**2 * MEMORY_PER_PIXEL * dtype.itemsize / 4
 
     def forward(self, z_t: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
         """Predicted noise, shaped like ``z_t``; ``t`` is (N,) integers, ``prompt`` (1 or N, L, prompt_width).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import traceback
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from onestepsr.data.sampling import generator
+from onestepsr.errors import UserError
 from onestepsr.methods.base import Batch
 from onestepsr.train.config import TrainConfig
 
@@ -39,7 +41,6 @@ class MicroBatchNumbers(Sampler[list[int]]):
 
     def __init__(self, config: TrainConfig, share: Share, first_step: int) -> None:
         self.config, self.share, self.first_step = config, share, first_step
-        self.size = config.micro_batch(share.processes)
 
     def __len__(self) -> int:
         return max(0, self.config.steps - self.first_step) * self.config.accumulation
@@ -47,8 +48,14 @@ class MicroBatchNumbers(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first_step, self.config.steps):
             for micro in range(self.config.accumulation):
-                first = step * self.config.batch_size + (micro * self.share.processes + self.share.rank) * self.size
-                yield list(range(first, first + self.size))
+                yield list(sample_numbers(self.config, self.share, step, micro))
+
+
+def sample_numbers(config: TrainConfig, share: Share, step: int, micro: int) -> range:
+    """Global numbers of the samples in micro-batch ``micro`` of iteration ``step`` that this process sees."""
+    size = config.micro_batch(share.processes)
+    first = step * config.batch_size + (micro * share.processes + share.rank) * size
+    return range(first, first + size)
 
 
 def micro_batches(
@@ -64,8 +71,15 @@ def micro_batches(
         generator=generator(config.seed, "loader", share.rank),
         worker_init_fn=_leave_signals_to_the_loop,
     )
-    for batch in loader:
-        yield to_device(batch, device, config.channels_last)
+    try:
+        for batch in loader:
+            yield to_device(batch, device, config.channels_last)
+    except Exception as error:
+        # The traceback would keep the loader alive, and with it workers for which this process waits when it ends.
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, UserError):
+            raise UserError(_own_words(error)) from None
+        raise
 
 
 def to_device(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
@@ -79,6 +93,12 @@ def place(tensor: Tensor, device: torch.device, channels_last: bool) -> Tensor:
     if channels_last and tensor.ndim == 4:
         return tensor.contiguous(memory_format=torch.channels_last)
     return tensor
+
+
+def _own_words(error: UserError) -> str:
+    """A worker process hands its error over as a printed traceback, whose last line is what it said."""
+    last_line = str(error).rstrip().rpartition("\n")[2]
+    return last_line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
 
 
 def _leave_signals_to_the_loop(worker: int) -> None:

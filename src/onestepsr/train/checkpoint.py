@@ -112,7 +112,13 @@ class Checkpoints:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    copies: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        copy = tensor.detach().contiguous().cpu()
+        copies[name] = copy.clone() if copy.data_ptr() in places else copy  # the format refuses shared memory
+        places.add(copy.data_ptr())
+    save_file(copies, path)
     _flush(path)
     return path.stat().st_size
 

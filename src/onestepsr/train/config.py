@@ -13,6 +13,9 @@ from onestepsr.errors import UserError, did_you_mean
 class OptimizerConfig:
     """AdamW on one network (Loshchilov & Hutter, "Decoupled Weight Decay Regularization")."""
 
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    """``adamw8bit`` keeps the two running means in 8 bits per value, in blocks with a scale each (Dettmers et al.,
+    "8-bit Optimizers via Block-wise Quantization"): 2 bytes per parameter instead of 8. Needs bitsandbytes."""
     lr: float = 1e-4
     """Peak learning rate, scaled by the schedule."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -69,6 +72,10 @@ class TrainConfig:
     """Decay of the moving average of the weights, reached by the warm-up min(decay, (1 + step) / (10 + step))."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Type in which the forward passes are computed; weights, optimiser and average stay in float32."""
+    frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type in which linear and convolution layers that are not trained are kept, and computed in. What is trained
+    (adapters, heads, prompts) stays in float32, and so does the feature network of a perceptual loss. 16 bits halve
+    the memory of a frozen backbone."""
     channels_last: bool = False
     """Keep weights and images in NHWC memory order: faster convolutions with bf16 on recent hardware."""
     device: Literal["auto", "cpu"] = "auto"
@@ -134,6 +141,10 @@ class PreviewConfig:
     """Validation samples, always the first ones."""
     rows: int = 4
     """How many of them the preview picture shows."""
+    best: Literal["psnr_y", "ssim_y", "dists", "lpips"] | None = "psnr_y"
+    """Score by which ``best.safetensors`` is chosen; null keeps the newest model alone, as adversarial training needs:
+    the sharpest of its states is rarely the one with the highest PSNR. ``dists`` and ``lpips`` take published
+    weights."""
 
     def __post_init__(self) -> None:
         for name in ("every", "images", "rows"):

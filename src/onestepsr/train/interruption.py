@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
+REPEATED = 1.0
+"""Seconds in which a second signal is the same request: sent to a whole group of processes, it arrives by itself and
+once more from a parent that passes it on."""
+
 
 class Interruption:
-    """While open, the first SIGINT or SIGTERM only sets ``requested``; the second one acts at once."""
+    """While open, the first SIGINT or SIGTERM only sets ``requested``; a later one acts at once."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -27,8 +33,11 @@ class Interruption:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+        elif time.monotonic() - self._since > REPEATED:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -6,7 +6,7 @@ of the others gather no gradients, yet every network stays differentiable throug
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import nn
 from onestepsr.methods.base import Method, Networks
 from onestepsr.train.config import TrainConfig
 from onestepsr.train.optimization import MovingAverage, build_optimizer, trainable_parameters
-from onestepsr.train.state import NetworkState
+from onestepsr.train.state import NetworkState, fingerprints
+from onestepsr.train.storage import keep_frozen_in
 
 
 class NetworkSet:
@@ -29,13 +30,18 @@ class NetworkSet:
         self.states: dict[str, NetworkState] = {}
         self.optimizers: dict[str, Any] = {}
         self._wrapped: dict[str, nn.Module] = {}
+        self.fingerprints = fingerprints(method.networks)
+        """Digests of the frozen weights, taken before they are converted."""
+        for network in method.frozen.values():
+            network.requires_grad_(False).eval()
+        for network in (*method.networks.values(), *method.frozen.values()):
+            keep_frozen_in(network, getattr(torch, config.frozen_dtype))
+            _place(network, accelerator.device, config.channels_last)
         for name, network in method.networks.items():
-            self._add(name, _place(network, accelerator.device, config.channels_last), name in method.ema, config)
-        frozen = {
-            name: self._freeze(_place(network, accelerator.device, config.channels_last))
-            for name, network in method.frozen.items()
+            self._add(name, network, name in method.ema, config)
+        self._frozen: dict[str, Callable[..., Any]] = {
+            name: self._freeze(network) for name, network in method.frozen.items()
         }
-        self._frozen: dict[str, Callable[..., Any]] = frozen
 
     @property
     def callables(self) -> Networks:
@@ -98,7 +104,6 @@ class NetworkSet:
         self.states[name] = NetworkState(network, parameters, optimizer, average)
 
     def _freeze(self, network: nn.Module) -> Callable[..., Any]:
-        network.requires_grad_(False).eval()
         if self._accelerator.mixed_precision == "no":
             return network
 
@@ -114,17 +119,7 @@ class NetworkSet:
                 parameter.requires_grad_(wanted(name))
 
 
-def parameter_counts(networks: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """Trainable and frozen parameters of each network."""
-    counts: dict[str, tuple[int, int]] = {}
-    for name, network in networks.items():
-        sizes = [(parameter.requires_grad, parameter.numel()) for parameter in network.parameters()]
-        counts[name] = (sum(n for trained, n in sizes if trained), sum(n for trained, n in sizes if not trained))
-    return counts
-
-
-def _place(network: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
-    network = network.to(device)
+def _place(network: nn.Module, device: torch.device, channels_last: bool) -> None:
+    network.to(device)
     if channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from onestepsr.errors import MissingExtra
 from onestepsr.train.config import OptimizerConfig, TrainConfig
+
+EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4096, 256
+"""The 8-bit optimiser keeps smaller tensors in float32; the others have a scale per block of values."""
 
 
 def trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -17,16 +22,42 @@ def trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over ``parameters``; the fused kernel does the whole step in one pass over memory."""
-    return torch.optim.AdamW(
-        list(parameters.values()),
-        lr=config.lr,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        eps=config.eps,
-        fused=True,
-    )
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimiser that ``config`` names, over ``parameters``."""
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "weight_decay": config.weight_decay,
+        "eps": config.eps,
+    }
+    trained = list(parameters.values())
+    if config.kind == "adamw":  # the fused kernel does the whole step in one pass over memory
+        return torch.optim.AdamW(trained, fused=True, **settings)
+    for parameter in trained:  # its kernels count values in memory order, which must not change under them
+        parameter.data = parameter.data.contiguous()
+    optimizer: torch.optim.Optimizer = _eight_bit_adamw()(trained, **settings)
+    return optimizer
+
+
+def require_optimizer(config: OptimizerConfig) -> None:
+    """Report a missing package before anything long starts."""
+    if config.kind == "adamw8bit":
+        _eight_bit_adamw()
+
+
+def optimizer_bytes(config: OptimizerConfig, values: int) -> int:
+    """Memory of the optimiser's state for a parameter tensor of so many values."""
+    if config.kind == "adamw" or values < EIGHT_BIT_FROM:
+        return 8 * values
+    return 2 * values + 8 * math.ceil(values / EIGHT_BIT_BLOCK)
+
+
+def _eight_bit_adamw() -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise MissingExtra("train.optimizer.kind 'adamw8bit'", "eightbit") from error
+    return AdamW8bit
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from onestepsr.files import replacing
 from onestepsr.methods.base import Batch, Networks
+from onestepsr.methods.spatial import PerceptualConfig, build_perceptual
 from onestepsr.train.batches import SampleSource, to_device
 from onestepsr.train.config import PreviewConfig
 from onestepsr.train.networks import NetworkSet
@@ -44,6 +46,7 @@ class Validator:
         folder: Path,
     ) -> None:
         self.preview, self.source, self.config, self.folder = preview, source, config, folder
+        self.distance = perceptual_distance(config)
 
     def run(self, step: int, networks: NetworkSet, device: torch.device, channels_last: bool = False) -> Validation:
         """Score and draw with averaged weights; the picture is ``previews/step_XXXXXX.png`` under ``folder``."""
@@ -54,12 +57,33 @@ class Validator:
                 sample = {name: tensor[None] for name, tensor in self.source[index].items()}
                 columns = self.preview(callables, to_device(sample, device, channels_last))
                 columns = {title: image.detach().float().cpu().clamp(0, 1) for title, image in columns.items()}
-                scores.append(score(columns))
+                scores.append({**score(columns), **self._distance(columns)})
                 if index < self.config.rows:
                     rows.append({title: image[0] for title, image in columns.items()})
         path = self.folder / "previews" / f"step_{step:06d}.png"
         write_picture(draw_grid(rows), path)
         return Validation({name: sum(row[name] for row in scores) / len(scores) for name in scores[0]}, path)
+
+    def _distance(self, columns: Mapping[str, Tensor]) -> dict[str, float]:
+        if self.distance is None or self.config.best is None or not {"SR", "HR"} <= columns.keys():
+            return {}
+        with torch.no_grad():
+            return {self.config.best: float(self.distance(columns["SR"], columns["HR"]).mean())}
+
+
+def perceptual_distance(config: PreviewConfig) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The distance (SR, HR) -> (N,) that ``best`` names, by the published networks; none where it is another score."""
+    if config.best not in ("dists", "lpips"):
+        return None
+    features, distance = build_perceptual(PerceptualConfig(distance=config.best, features="vgg16"))
+    return lambda sr, hr: cast(Tensor, distance(features, sr, hr))
+
+
+def is_better(name: str, score: float, than: float | None) -> bool:
+    """Whether ``score`` is an improvement: similarities grow, distances shrink."""
+    if than is None:
+        return True
+    return score < than if name in ("dists", "lpips") else score > than
 
 
 def score(columns: Mapping[str, Tensor]) -> dict[str, float]:

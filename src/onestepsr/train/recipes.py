@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from onestepsr.config import apply_overrides, from_mapping, read_mapping, to_mapping
+from onestepsr.config import apply_overrides, from_mapping, merged, read_mapping, to_mapping
 from onestepsr.data.datasets import DataConfig
 from onestepsr.errors import UserError, did_you_mean
 from onestepsr.methods.base import get_method
@@ -42,6 +41,7 @@ class RunConfig:
     """What is looked at on the way."""
 
 
+PACKAGED = Path(__file__).parents[1] / "recipes"
 FREE_TO_CHANGE = frozenset(
     {"out", "validation"}
     | {f"train.{name}" for name in ("steps", "log_every", "checkpoint_minutes", "checkpoint_steps")}
@@ -52,39 +52,41 @@ FREE_TO_CHANGE = frozenset(
 
 def recipe_names() -> list[str]:
     """Names of the recipes inside the package."""
-    return sorted(file.name.removesuffix(".yaml") for file in _packaged() if file.name.endswith(".yaml"))
+    return sorted(file.stem for file in PACKAGED.glob("*.yaml"))
 
 
 def read_recipe(recipe: str) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file, or in the packaged recipe of that name."""
-    if Path(recipe).is_file():
-        return read_mapping(Path(recipe))
-    if recipe in recipe_names():
-        with as_file(files("onestepsr") / "recipes" / f"{recipe}.yaml") as path:
-            return read_mapping(path)
-    raise UserError(
-        f"recipe '{recipe}' is neither a file nor a packaged recipe: {did_you_mean(recipe, recipe_names())}"
-    )
+    """The mapping in a YAML or JSON file, or in the packaged recipe of that name, on top of what it ``extends``.
+
+    ``extends`` names another recipe: a path, relative to the recipe that says so, or a packaged name. The recipe's own
+    settings are merged over it key by key; its output folder is not inherited, so that two runs never share one.
+    """
+    return _read_extended(_locate(recipe, Path()), ())
 
 
 def load_run(method: str, recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, override, complete and check a run; errors name the setting and the near name."""
-    load_methods()
     values = apply_overrides(read_recipe(recipe), overrides)
     named = values.setdefault("method", method)
     if named != method:
         raise UserError(f"recipe '{recipe}' is for method '{named}', not '{method}'")
     values.setdefault("out", str(Path("runs") / Path(recipe).stem))
-    values["config"] = from_mapping(get_method(method).config, values.get("config") or {}, "config")
-    _complete_optimizers(values.get("train"))
-    return from_mapping(RunConfig, values)
+    return _complete(values)
 
 
-def check_resumable(saved: Mapping[str, Any], run: RunConfig) -> None:
-    """Refuse to resume with settings that would have led to other weights."""
-    before, now = _flatten(saved), _flatten(to_mapping(run))
+def check_resumable(saved: Mapping[str, Any], run: RunConfig, *, other_processes: bool = False) -> None:
+    """Refuse to resume with settings that would have led to other weights.
+
+    ``saved`` is the run's configuration as its checkpoint has it; settings that this version added take their defaults.
+    With ``other_processes``, fewer or more of them than before, the number of micro-batches may follow.
+    """
+    try:
+        before = _flatten(to_mapping(_complete(saved)))
+    except UserError as error:
+        raise UserError(f"{run.out}: the run was started with settings unknown to this version: {error}") from error
+    now = _flatten(to_mapping(run))
     for name in sorted(before.keys() | now.keys()):
-        if _is_free(name) or before.get(name) == now.get(name):
+        if _is_free(name) or before.get(name) == now.get(name) or (other_processes and name == "train.accumulation"):
             continue
         raise UserError(
             f"{name}: the run in {run.out} was started with {before.get(name)!r}, now it is {now.get(name)!r}; "
@@ -92,9 +94,39 @@ def check_resumable(saved: Mapping[str, Any], run: RunConfig) -> None:
         )
 
 
-def _packaged() -> list[Any]:
-    folder = files("onestepsr") / "recipes"
-    return list(folder.iterdir()) if folder.is_dir() else []
+def _complete(given: Mapping[str, Any]) -> RunConfig:
+    load_methods()
+    values = apply_overrides(given, ())
+    values["config"] = from_mapping(get_method(values["method"]).config, values.get("config") or {}, "config")
+    _complete_optimizers(values.get("train"))
+    return from_mapping(RunConfig, values)
+
+
+def _locate(recipe: str, folder: Path) -> Path:
+    """Where ``recipe`` is: a path, relative to ``folder``, or the name of a packaged one."""
+    if (folder / recipe).is_file():
+        return folder / recipe
+    if recipe in recipe_names():
+        return PACKAGED / f"{recipe}.yaml"
+    raise UserError(
+        f"recipe '{recipe}' is neither a file nor a packaged recipe: {did_you_mean(recipe, recipe_names())}"
+    )
+
+
+def _read_extended(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    """``path`` on top of what it extends; ``below`` are the recipes that led here, the first one first."""
+    chain = (*below, path.resolve())
+    if path.resolve() in below:
+        raise UserError(f"{below[0]}: extends itself ({' -> '.join(step.name for step in chain)})")
+    values = read_mapping(path)
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise UserError(f"{path}: extends: expected the name or path of one recipe, got {parent!r}")
+    base = _read_extended(_locate(parent, path.parent), chain)
+    base.pop("out", None)
+    return merged(base, values)
 
 
 def _complete_optimizers(train: Any) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -125,7 +123,7 @@ class Reporter:
                 "gradient_norms": norms,
                 "learning_rates": record.learning_rates,
                 "images_per_second": round(rate, 3),
-                **peak_memory(),
+                **record.peak_memory,
             }
         )
         groups = {"loss": losses, "gradient_norm": norms, "learning_rate": record.learning_rates}
@@ -147,19 +145,6 @@ class Reporter:
         if self._board is not None:
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
-
-
-def peak_memory() -> dict[str, float]:
-    """Largest memory of this process so far, and of its accelerator where there is one, in MB."""
-    peaks: dict[str, float] = {}
-    if sys.platform != "win32":
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        peaks["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
-    if torch.cuda.is_available():
-        peaks["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
-    return peaks
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,19 @@ import torch
 import yaml
 
 from onestepsr.config import to_mapping
-from onestepsr.data.datasets import Pool, build_dataset
+from onestepsr.data.datasets import DataConfig, Pool, build_dataset
 from onestepsr.data.sampling import derived_seed
 from onestepsr.errors import UserError
 from onestepsr.files import replacing
 from onestepsr.methods.base import Method, get_method
 from onestepsr.train.checkpoint import Checkpoint, Checkpoints
-from onestepsr.train.networks import NetworkSet, parameter_counts
-from onestepsr.train.previews import Validator
+from onestepsr.train.estimate import Estimate, estimate
+from onestepsr.train.networks import NetworkSet
+from onestepsr.train.optimization import require_optimizer
+from onestepsr.train.previews import Validator, is_better
 from onestepsr.train.recipes import RunConfig, check_resumable
 from onestepsr.train.report import Reporter
+from onestepsr.train.storage import as_float32
 from onestepsr.train.trainer import Hooks, Trainer
 
 VALIDATION_SEED = 0
@@ -35,42 +39,65 @@ class Plan:
     run: RunConfig
     method: Method
     source: Any
-    validation_source: Any
+    validator: Validator | None
     checkpoint: Checkpoint | None
 
     @property
     def photos(self) -> int:
         """Training photos, or pairs of them."""
-        return len(self.source.source if isinstance(self.source, Pool) else self.source)
+        return len(self._photo_source)
 
     @property
-    def parameters(self) -> dict[str, tuple[int, int]]:
-        """Trainable and frozen parameters by network."""
-        frozen = {name: (0, sum(counts)) for name, counts in parameter_counts(self.method.frozen).items()}
-        return {**parameter_counts(self.method.networks), **frozen}
+    def _photo_source(self) -> Any:
+        return self.source.source if isinstance(self.source, Pool) else self.source
 
-    @property
-    def state_bytes(self) -> int:
-        """Memory of weights, gradients, AdamW's moments and moving averages, all float32; activations come on top."""
-        total = 0
-        for name, (trainable, frozen) in self.parameters.items():
-            copies = 4 + (name in self.method.ema)
-            total += 4 * (trainable * copies + frozen)
-        return total
+    def estimate(self) -> Estimate:
+        """Memory of one process; uses the method up. The first sample is made for its size, which tries the data."""
+        shapes = {name: picture.shape for name, picture in self._photo_source[0].items()}
+        return estimate(self.method, self.run.train, shapes, process_count())
 
 
-def prepare(run: RunConfig, *, resume: bool) -> Plan:
-    """Check everything that can be wrong with a run; nothing is written."""
+def prepare(run: RunConfig, *, resume: bool, dry: bool = False) -> Plan:
+    """Check everything that can be wrong with a run; nothing is written.
+
+    With ``dry`` the networks are built without values where they need none: such a plan can be shown, not executed.
+    """
     checkpoint = _find_checkpoint(run, resume)
-    run.train.micro_batch(int(os.environ.get("WORLD_SIZE", "1")))
+    run.train.micro_batch(process_count())
+    for optimizer in (run.train.optimizer, *run.train.optimizers.values()):
+        require_optimizer(optimizer)
     entry = get_method(run.method)
     source = build_dataset(run.data, run.train.seed, entry.needs_lr)
     held_out = run.validation.data
     validation = source if held_out is None else build_dataset(held_out, VALIDATION_SEED, entry.needs_lr)
-    torch.manual_seed(derived_seed(run.train.seed, "initial weights"))
-    method = entry.build(run.config)
+    method = _build(run, dry)
     run.train.check_networks(method.networks)
-    return Plan(run=run, method=method, source=source, validation_source=validation, checkpoint=checkpoint)
+    check_sizes(method, run.data, "data")
+    if held_out is not None:
+        check_sizes(method, held_out, "validation.data")
+    validator = None
+    if method.preview is not None:
+        validator = Validator(method.preview, validation, run.validation, run.out)
+    return Plan(run=run, method=method, source=source, validator=validator, checkpoint=checkpoint)
+
+
+def check_sizes(method: Method, data: DataConfig, where: str) -> None:
+    """Refuse pictures that the method's networks cannot take."""
+    if method.scale is not None and data.scale != method.scale:
+        raise UserError(f"{where}.scale: {data.scale}, but the backbone of this run enlarges {method.scale} times")
+    if data.crop % method.hr_multiple:
+        multiple = method.hr_multiple
+        raise UserError(f"{where}.crop: {data.crop}, but the networks of this run take multiples of {multiple}")
+
+
+def _build(run: RunConfig, dry: bool) -> Method:
+    torch.manual_seed(derived_seed(run.train.seed, "initial weights"))
+    build = get_method(run.method).build
+    if not dry:
+        return build(run.config)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is a no-op")  # weights of a file, copied to where no values are
+        return build(run.config)
 
 
 def execute(plan: Plan) -> Path:
@@ -82,12 +109,12 @@ def execute(plan: Plan) -> Path:
     trainer = Trainer(plan.method, plan.source, run.train, run.out, identity=to_mapping(run), hooks=hooks)
     if plan.checkpoint is not None:
         trainer.resume(plan.checkpoint)
-    if not trainer.accelerator.is_main_process:
-        trainer.run()
-        return run.out
-    with Reporter(run.out, run.train, trainer.step) as reporter:
-        hooks.on_step = reporter.on_step
-        hooks.on_validation = Validations(plan, trainer, reporter)
+    if trainer.accelerator.is_main_process:
+        with Reporter(run.out, run.train, trainer.step) as reporter:
+            hooks.on_step = reporter.on_step
+            hooks.on_validation = Validations(plan, trainer, reporter)
+            trainer.run()
+    else:
         trainer.run()
     trainer.accelerator.end_training()
     return run.out
@@ -104,17 +131,16 @@ class Validations:
         scores = self._preview(step, networks)
         folder = self.plan.run.out
         export(self.plan.method, networks, folder / MODEL, self._notes(step))
-        best = self.trainer.hooks.memory.get("best_psnr_y")
-        if "psnr_y" in scores and (best is None or scores["psnr_y"] > best):
-            self.trainer.hooks.memory["best_psnr_y"] = scores["psnr_y"]
+        name, memory = self.plan.run.validation.best, self.trainer.hooks.memory
+        if name in scores and is_better(name, scores[name], memory.get(f"best_{name}")):
+            memory[f"best_{name}"] = scores[name]
             export(self.plan.method, networks, folder / BEST, self._notes(step))
 
     def _preview(self, step: int, networks: NetworkSet) -> dict[str, float]:
-        run, method = self.plan.run, self.plan.method
-        if method.preview is None:
+        if self.plan.validator is None:
             return {}
-        validator = Validator(method.preview, self.plan.validation_source, run.validation, run.out)
-        found = validator.run(step, networks, self.trainer.accelerator.device, run.train.channels_last)
+        channels_last = self.plan.run.train.channels_last
+        found = self.plan.validator.run(step, networks, self.trainer.accelerator.device, channels_last)
         self.reporter.on_validation(step, found.scores, found.picture)
         return found.scores
 
@@ -134,7 +160,7 @@ def export(method: Method, networks: NetworkSet, path: Path, notes: dict[str, st
             path,
             architecture=exported.architecture,
             config=exported.config,
-            state_dict=exported.state_dict,
+            state_dict=as_float32(exported.state_dict),
             extra=notes,
         )
 
@@ -147,7 +173,8 @@ def _find_checkpoint(run: RunConfig, resume: bool) -> Checkpoint | None:
         return None
     checkpoint = Checkpoints(run.out / "checkpoints").latest()
     if checkpoint is not None:
-        check_resumable(checkpoint.record["identity"], run)
+        other_processes = checkpoint.record.get("processes", 1) != process_count()
+        check_resumable(checkpoint.record["identity"], run, other_processes=other_processes)
         if checkpoint.step > run.train.steps:
             raise UserError(f"train.steps: {run.train.steps}, but {run.out} has {checkpoint.step} steps behind it")
     return checkpoint
@@ -166,3 +193,8 @@ def config_text(run: RunConfig) -> str:
 
 def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def process_count() -> int:
+    """Processes of this run, as the launcher has told them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -19,6 +19,8 @@ from onestepsr.train.optimization import MovingAverage
 
 FINGERPRINT_VALUES = 64
 """Values taken from each frozen parameter, evenly spaced."""
+NUMBERS: dict[type, torch.dtype] = {int: torch.int64, float: torch.float64, bool: torch.bool}
+"""Plain numbers that an optimiser may keep, and the tensors they are stored as."""
 
 
 @dataclass
@@ -36,11 +38,7 @@ def collect(states: Mapping[str, NetworkState]) -> dict[str, dict[str, Tensor]]:
     groups: dict[str, dict[str, Tensor]] = {}
     for name, state in states.items():
         groups[f"{name}.weights"] = _weights(state)
-        groups[f"{name}.optimizer"] = {
-            f"{parameter}/{key}": value
-            for parameter, tensor in state.parameters.items()
-            for key, value in state.optimizer.state.get(tensor, {}).items()
-        }
+        groups[f"{name}.optimizer"] = _optimizer_tensors(state)
         if state.average is not None:
             groups[f"{name}.average"] = dict(state.average.values)
     return groups
@@ -56,8 +54,9 @@ def restore(states: Mapping[str, NetworkState], checkpoint: Checkpoint) -> None:
         with torch.no_grad():
             for key, tensor in weights.items():
                 tensor.copy_(saved[key])
-        # AdamW keeps two tensors of the parameter's size and a step count, never wider than float64.
-        _restore_optimizer(state, checkpoint.tensors(f"{name}.optimizer", 4 * size))
+        # At most two tensors of the parameter's size, never wider than float64, and what is small beside them.
+        saved = checkpoint.tensors(f"{name}.optimizer", 4 * size)
+        _restore_optimizer(state, saved, f"{checkpoint.path}: {name}.optimizer")
         if state.average is not None:
             saved = checkpoint.tensors(f"{name}.average", 2 * size)
             _check_names(checkpoint, f"{name}.average", saved, state.average.values)
@@ -65,14 +64,14 @@ def restore(states: Mapping[str, NetworkState], checkpoint: Checkpoint) -> None:
 
 
 def fingerprints(networks: Mapping[str, nn.Module]) -> dict[str, str]:
-    """A short digest of each network's frozen parameters."""
+    """A short digest of each network's frozen parameters, as they are before a run keeps them in a smaller type."""
     return {name: _fingerprint(network) for name, network in networks.items()}
 
 
-def check_fingerprints(checkpoint: Checkpoint, networks: Mapping[str, nn.Module]) -> None:
+def check_fingerprints(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
     """Refuse to go on from other frozen weights than the checkpoint was trained with."""
     saved = checkpoint.record.get("frozen_weights", {})
-    for name, digest in fingerprints(networks).items():
+    for name, digest in digests.items():
         if saved.get(name) != digest:
             raise UserError(f"{checkpoint.path}: the frozen weights of '{name}' are not those this run started with")
 
@@ -93,17 +92,37 @@ def _weights(state: NetworkState) -> dict[str, Tensor]:
     return {**{name: parameter.detach() for name, parameter in state.parameters.items()}, **buffers}
 
 
-def _restore_optimizer(state: NetworkState, saved: Mapping[str, Tensor]) -> None:
-    state.optimizer.state.clear()
+def _optimizer_tensors(state: NetworkState) -> dict[str, Tensor]:
+    """Whatever the optimiser keeps for each parameter; plain numbers become 0-dim tensors named by their type."""
+    tensors: dict[str, Tensor] = {}
     for name, parameter in state.parameters.items():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = saved.get(f"{name}/{key}")
-            if value is None:
-                continue
-            # Moments take the parameter's memory order, as they would have in the uninterrupted run.
-            like = torch.empty_like(parameter) if value.shape == parameter.shape else None
-            value = value.to(parameter.device) if like is None else like.copy_(value)
-            state.optimizer.state[parameter][key] = value
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value
+            elif type(value) in NUMBERS:
+                tensors[f"{name}/{key}:{type(value).__name__}"] = torch.tensor(value, dtype=NUMBERS[type(value)])
+            else:
+                raise TypeError(f"{type(state.optimizer).__name__} keeps '{key}' as a {type(value).__name__}")
+    return tensors
+
+
+def _restore_optimizer(state: NetworkState, saved: Mapping[str, Tensor], where: str) -> None:
+    state.optimizer.state.clear()
+    numbers = {kind.__name__ for kind in NUMBERS}
+    for full_name, value in saved.items():
+        name, _, key = full_name.rpartition("/")
+        if name not in state.parameters:
+            raise UserError(f"{where} holds the unknown tensor '{full_name}'; the method's networks have changed")
+        parameter = state.parameters[name]
+        key, _, number = key.partition(":")
+        if number in numbers:
+            state.optimizer.state[parameter][key] = value.item()
+            continue
+        # What has the parameter's shape takes its memory order, as it would have in the uninterrupted run.
+        if value.shape == parameter.shape:
+            state.optimizer.state[parameter][key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        else:
+            state.optimizer.state[parameter][key] = value.to(parameter.device)
 
 
 def _check_names(checkpoint: Checkpoint, group: str, saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

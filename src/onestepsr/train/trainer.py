@@ -8,29 +8,34 @@ killed and resumed ends with the bytes of one that was not.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
-from onestepsr.data.sampling import derived_seed, generator
-from onestepsr.errors import OneStepSRError
-from onestepsr.methods.base import Batch, Method, Phase
-from onestepsr.train.batches import SampleSource, Share, micro_batches
+from onestepsr.data.sampling import derived_seed
+from onestepsr.errors import OneStepSRError, UserError
+from onestepsr.methods.base import Batch, Method, Phase, SampleRandom
+from onestepsr.train.batches import SampleSource, Share, micro_batches, sample_numbers
 from onestepsr.train.checkpoint import Checkpoint, Checkpoints
 from onestepsr.train.config import TrainConfig
 from onestepsr.train.interruption import Interruption
+from onestepsr.train.memory import largest_peak_memory
 from onestepsr.train.networks import NetworkSet
 from onestepsr.train.optimization import learning_rate_factor
-from onestepsr.train.state import check_fingerprints, collect, fingerprints, restore
+from onestepsr.train.state import check_fingerprints, collect, restore
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,8 @@ class StepRecord:
     """By network."""
     images: int
     """Samples of the iteration, over all processes."""
+    peak_memory: dict[str, float] = field(default_factory=dict)
+    """MB of the process that needed most so far, of its host and of its accelerator; in iterations that are logged."""
 
 
 @dataclass(kw_only=True)
@@ -83,7 +90,8 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.accelerator = build_accelerator(config)
-        self.micro_batch = config.micro_batch(self.accelerator.num_processes)
+        self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
+        config.micro_batch(self.share.processes)
         config.check_networks(method.networks)
         self.networks = NetworkSet(method, config, self.accelerator)
         self.step = 0
@@ -97,7 +105,16 @@ class Trainer:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from ``checkpoint``."""
-        check_fingerprints(checkpoint, self.networks.modules)
+        check_fingerprints(checkpoint, self.networks.fingerprints)
+        before, now = checkpoint.record.get("processes", 1), self.share.processes
+        if before != now:
+            logger.warning(
+                "%s was written by %d processes, now there are %d: the result will equal that of an uninterrupted run "
+                "within float error, not bit for bit",
+                checkpoint.path,
+                before,
+                now,
+            )
         restore(self.networks.states, checkpoint)
         self.step = checkpoint.step
         self._seconds_before = float(checkpoint.record.get("seconds", 0.0))
@@ -107,15 +124,14 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step; the final state is validated and saved."""
-        accelerator = self.accelerator
-        share = Share(accelerator.process_index, accelerator.num_processes)
-        batches = micro_batches(self.source, self.config, share, self.step, accelerator.device)
+        self._check_same_start()
+        batches = micro_batches(self.source, self.config, self.share, self.step, self.accelerator.device)
         self._started = self._saved = time.monotonic()
         # Closed explicitly: that is what tells data workers to leave, however the loop ends.
         with Interruption() as interruption, closing(batches):
             while self.step < self.config.steps:
                 record = self.iterate([next(batches) for _ in range(self.config.accumulation)])
-                stopping = interruption.requested
+                stopping = self._any(interruption.requested)
                 self._after_iteration(record, stopping=stopping)
                 if stopping:
                     raise KeyboardInterrupt
@@ -134,6 +150,7 @@ class Trainer:
                 rates[phase.network] = self.networks.optimizers[phase.network].param_groups[0]["lr"]
         self.networks.update_averages(self.step)
         self.step += 1
+        logged = self.step % self.config.log_every == 0 or self.step == self.config.steps
         return StepRecord(
             step=self.step,
             seconds=self.seconds,
@@ -141,6 +158,7 @@ class Trainer:
             gradient_norms=norms,
             learning_rates=rates,
             images=self.config.batch_size,
+            peak_memory=largest_peak_memory(self.accelerator) if logged else {},
         )
 
     def _run_phase(self, index: int, phase: Phase, batches: list[Batch]) -> tuple[dict[str, float], float]:
@@ -161,8 +179,9 @@ class Trainer:
 
     def _backward(self, index: int, phase: Phase, batch: Batch, micro: int) -> dict[str, Tensor]:
         """Gradients of one micro-batch; returns its loss terms divided by the number of micro-batches."""
-        rng = generator(self.config.seed, "loss", self.accelerator.process_index, self.step, index, micro)
-        terms = phase.loss(self.networks.callables, batch, rng)
+        samples = sample_numbers(self.config, self.share, self.step, micro)
+        random = SampleRandom(self.config.seed, "loss", self.step, index, samples=samples)
+        terms = phase.loss(self.networks.callables, batch, random)
         scaled = {name: value / self.config.accumulation for name, value in terms.items()}
         self.accelerator.backward(torch.stack(list(scaled.values())).sum())
         for name, tensor in batch.items():  # a graph kept for the next phase would be a leak, never a gradient
@@ -194,6 +213,24 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad()
 
+    def _any(self, mine: bool) -> bool:
+        """Whether it is true in some process: signals reach processes at different steps, and all leave together."""
+        if self.share.processes == 1:
+            return mine
+        return bool(self.accelerator.reduce(torch.tensor(float(mine), device=self.accelerator.device)).item())
+
+    def _check_same_start(self) -> None:
+        """Processes on another machine see the checkpoints only if the folder is shared."""
+        if self.share.processes == 1:
+            return
+        steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            found = ", ".join(str(step) for step in sorted(set(steps)))
+            raise UserError(
+                f"{self.checkpoints.folder}: processes would start at different steps ({found}); "
+                "machines that train together need one folder that all of them see"
+            )
+
     def _fail(self, what: str) -> None:
         latest = self.checkpoints.latest()
         kept = f"the last good state is {latest.path}" if latest else "no checkpoint had been written yet"
@@ -219,7 +256,7 @@ class Trainer:
             "processes": self.accelerator.num_processes,
             "identity": self.identity,
             "memory": self.hooks.memory,
-            "frozen_weights": fingerprints(self.networks.modules),
+            "frozen_weights": self.networks.fingerprints,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         path = self.checkpoints.save(self.step, collect(self.networks.states), record)
@@ -234,4 +271,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         broadcast_buffers=False,
         find_unused_parameters=config.find_unused_parameters,
     )
-    return Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision, kwargs_handlers=[wrapping])
+    # The others wait while the first process validates, exports and saves.
+    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    handlers = [wrapping, waiting]
+    return Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision, kwargs_handlers=handlers)

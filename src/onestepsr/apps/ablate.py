@@ -1,0 +1,178 @@
+"""``onestepsr ablate``: train every variant of a suite with every seed, compare them, write table and pictures."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from onestepsr.errors import UserError
+
+if TYPE_CHECKING:
+    from onestepsr.train.ablation import Ablation
+    from onestepsr.train.ablation_report import Results
+    from onestepsr.train.comparison import HeldOut
+
+DEFAULT_SEEDS = "0,1,2"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(name="ablate", no_args_is_help=True)(ablate)
+
+
+def ablate(
+    suite: Annotated[
+        str | None, typer.Argument(help="Name of a packaged suite, or a YAML file.", show_default=False)
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="validation=FOLDER names the held-out photos; evaluation.KEY=VALUE changes the comparison; "
+            "all others change every run, such as 'data.paths=[PHOTOS]' or train.steps=500.",
+        ),
+    ] = None,
+    *,
+    seeds: Annotated[str, typer.Option(help="Seeds of the runs, separated by commas.")] = DEFAULT_SEEDS,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs; runs/SUITE by default.")] = None,
+    only: Annotated[str, typer.Option(help="Train and compare these variants alone, separated by commas.")] = "",
+    report: Annotated[
+        Path | None, typer.Option(help="Folder of SUITE.md, .json and .png; the one of the runs.")
+    ] = None,
+    reuse: Annotated[
+        list[Path] | None, typer.Option(help="Take equal finished runs from this folder, such as another suite's.")
+    ] = None,
+    launcher: Annotated[
+        str, typer.Option(help="What starts a run instead of Python, such as 'accelerate launch --num_processes 4'.")
+    ] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, start nothing.")] = False,
+    list_suites: Annotated[bool, typer.Option("--list-suites", help="Name the packaged suites and exit.")] = False,
+) -> None:
+    """Train every variant of SUITE with every seed and compare them on the same held-out pairs.
+
+    The same command goes on after an interruption: finished runs are left alone, the one at work is resumed. Ends with
+    exit code 1 if a run failed; the others are trained and compared all the same.
+    """
+    from onestepsr.train.ablation import plan_ablation, train_all
+    from onestepsr.train.comparison import HeldOut
+    from onestepsr.train.suites import load_suite, suite_names
+
+    if list_suites:
+        typer.echo("\n".join(suite_names()))
+        return
+    if suite is None:
+        raise UserError(f"which SUITE? Packaged ones: {', '.join(suite_names())}")
+    loaded = load_suite(suite, settings or [])
+    folder = out or Path("runs") / loaded.name
+    ablation = plan_ablation(loaded, only=_names(only), seeds=_seeds(seeds), out=folder, reuse=reuse or [])
+    held_out = HeldOut(loaded.config.evaluation)
+    if dry_run:
+        show(ablation, held_out)
+        return
+    failures = train_all(ablation, launcher=shlex.split(launcher), announce=_say)
+    results, paths = compare(ablation, held_out, failures, report or folder, _command(suite, settings, seeds, only))
+    show_results(results)
+    _say(f"report: {', '.join(map(str, paths))}")
+    if failures:
+        raise typer.Exit(1)
+
+
+def compare(
+    ablation: Ablation, held_out: HeldOut, failures: dict[str, str], folder: Path, command: str
+) -> tuple[Results, list[Path]]:
+    """Measure what was trained and write the report into ``folder``."""
+    from onestepsr.train.ablation_report import Circumstances, measure, write_report
+
+    today = datetime.date.today().isoformat()
+    results = measure(
+        ablation, held_out, Circumstances(command=command, machine=machine(), date=today), failures, _track
+    )
+    shown = {
+        ablation.suite.config.variants[item.run.variant].title: item.model
+        for item in ablation.planned
+        if item.run.seed == ablation.seeds[0] and item.run.name not in failures
+    }
+    return results, write_report(results, held_out.pictures(shown), folder)
+
+
+def show(ablation: Ablation, held_out: HeldOut) -> None:
+    """Print what would be trained and compared."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from onestepsr.train.suites import override_lines
+
+    config = ablation.suite.config
+    console = Console()
+    table = Table("variant", "settings of its own", title=f"{config.title} ({config.source})")
+    for name in ablation.variants:
+        table.add_row(name, "\n".join(config.variants[name].differences) or "-")
+    console.print(table)
+    runs = Table("run", "state", "steps", "batch", "folder")
+    for item in ablation.planned:
+        train = item.run.config.train
+        state = f"{item.state} at {item.step}" if item.state == "interrupted" else item.state
+        runs.add_row(item.run.name, state, f"{train.steps:,}", str(train.batch_size), str(item.folder))
+    console.print(runs)
+    common = [*override_lines(config.overrides), *ablation.suite.changes]
+    typer.echo(f"recipe: {config.recipe} with {' '.join(common) or 'no changes'}")
+    typer.echo(f"held out: {len(held_out.indices)} pairs from {len(held_out.pairs)} photos, on {held_out.device}")
+    typer.echo(f"metrics: {', '.join(metric.title for metric in held_out.metrics)}")
+    for note in held_out.notes:
+        typer.echo(note)
+
+
+def show_results(results: Results) -> None:
+    """Print the means over seeds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("variant", *(metric["title"] for metric in results["metrics"]), "runs", title=results["title"])
+    for row in results["rows"]:
+        scores = [row["scores"].get(metric["name"], {}).get("mean") for metric in results["metrics"]]
+        cells = ["-" if score is None else f"{score:.4f}" for score in scores]
+        table.add_row(row["title"], *cells, str(len(row["runs"])) if "differences" in row else "-")
+    Console().print(table)
+
+
+def machine() -> str:
+    """Processor, cores and accelerators in one line."""
+    from onestepsr.apps.doctor import examine_cpu, examine_devices
+
+    cpu = examine_cpu()
+    return ", ".join([f"{cpu['model']} ({cpu['cores']} cores)", *(device["model"] for device in examine_devices())])
+
+
+def _command(suite: str, settings: Sequence[str] | None, seeds: str, only: str) -> str:
+    words = ["onestepsr", "ablate", suite, *(settings or []), "--seeds", seeds]
+    return shlex.join([*words, *(["--only", only] if only else [])])
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seeds(text: str) -> list[int]:
+    words = _names(text)
+    if not words or not all(word.isdecimal() for word in words) or len({int(word) for word in words}) != len(words):
+        raise UserError(
+            f"--seeds '{text}': expected different whole numbers separated by commas, such as {DEFAULT_SEEDS}"
+        )
+    return [int(word) for word in words]
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _track(items: Sequence[int], title: str) -> Iterable[int]:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, f"Measuring {title}", console=console, transient=True, disable=not console.is_terminal)

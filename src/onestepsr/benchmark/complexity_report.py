@@ -1,0 +1,183 @@
+"""The complexity of networks as tables, as one JSON document and as a page of Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from onestepsr.benchmark.adapters import AdapterSet
+from onestepsr.benchmark.complexity import Complexity
+from onestepsr.benchmark.published import (
+    COMPLEXITY,
+    COMPLEXITY_SIDE,
+    COMPLEXITY_SOURCE,
+    D3SR_COMPLEXITY,
+    D3SR_FIGURE_1_MACS_BILLIONS,
+)
+from onestepsr.benchmark.tables import Table, billions, millions
+
+SCHEMA = 1
+COUNTING = """\
+One multiply-accumulate operation (MAC) is one multiplication and one addition. Two ways of counting stand side by side.
+*All products* is PyTorch's own counter: every convolution and every product of matrices, also the two inside each
+attention, queries with keys and weights with values. *Layers only* looks at convolution and linear layers, as most
+profilers do, and so leaves the two products of attention out. Normalisation, activations, additions, Eq. 1 of the paper
+and bicubic enlargement are in neither."""
+STAGES = """\
+Inference runs `encode`, `unet` once and `decode`. A discriminator is there in training only: it is evaluated three
+times for every photo, once for the generator's update and twice for its own. A stage's parameters are those that it
+uses; the prompt embedding belongs to `unet`. With adapters beside their layers the UNet costs more than with adapters
+merged into them, which is how it runs in the end. The prompt is constant too, so that its keys and values could be kept
+as well; that is not counted."""
+PUBLISHED = """\
+The paper's rows are as printed (its 1.4e3 and the like are two digits). Ours name both ways of counting. Time needs a
+real machine and is no matter of this page."""
+ADAPTERS = """\
+The paper prints 966.3 M and 2,132 G in its Table 3 and 2,120 G in its Figure 1, and says neither which layers have
+adapters nor how it counted. The profiler thop counts layers only, adds four operations for every element that a layer
+normalisation puts out, and takes for parameters only those of the layers that it knows: group normalisation and the
+prompt embedding are left out. The last column names the paper's figures that thop's count gives in every printed
+digit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was counted."""
+
+    side: int
+    """Side of the square picture put out, in pixels."""
+    networks: Sequence[Complexity]
+    """The networks, in the order asked for."""
+    adapters: Sequence[AdapterSet] = ()
+    """D3SR with several sets of adapters; empty where that was not asked for."""
+
+
+def as_document(report: Report) -> dict[str, Any]:
+    """Everything counted, and the published figures, as plain data for JSON."""
+    return {
+        "schema": SCHEMA,
+        "size": report.side,
+        "networks": [_network(network) for network in report.networks],
+        "adapters": [_adapter_set(found) for found in report.adapters],
+        "published": {
+            "source": COMPLEXITY_SOURCE,
+            "size": COMPLEXITY_SIDE,
+            "methods": [asdict(row) for row in COMPLEXITY],
+            "d3sr_figure_1_macs_billions": D3SR_FIGURE_1_MACS_BILLIONS,
+        },
+    }
+
+
+def _network(network: Complexity) -> dict[str, Any]:
+    return {
+        "name": network.name,
+        "summary": network.summary,
+        "parameters": network.parameters,
+        "trainable": network.trainable,
+        "parts": dict(network.parts),
+        "macs": network.macs,
+        "layer_macs": network.layer_macs,
+        "stages": [{"name": stage.name, **asdict(stage.cost)} for stage in network.stages],
+    }
+
+
+def _adapter_set(found: AdapterSet) -> dict[str, Any]:
+    whole = found.complexity
+    return {
+        "layers": found.layers,
+        "parameters": whole.parameters,
+        "trainable": whole.trainable,
+        "macs": whole.macs,
+        "layer_macs": whole.layer_macs,
+        "thop_parameters": found.thop_parameters,
+        "thop_macs": found.thop_macs,
+    }
+
+
+def tables(report: Report) -> list[Table]:
+    """Stages, parts, the published comparison where the size is the published one, and the sets of adapters."""
+    found = [stage_table(report), part_table(report)]
+    if report.side == COMPLEXITY_SIDE:
+        found.append(published_table(report))
+    return [*found, adapter_table(report)] if report.adapters else found
+
+
+def stage_table(report: Report) -> Table:
+    """Parameters and MACs of every stage of every network, with totals where there is more than one stage."""
+    rows: list[tuple[str, ...]] = []
+    for network in report.networks:
+        for stage in network.stages:
+            cost = stage.cost
+            counts = (millions(cost.parameters), millions(cost.trainable))
+            rows.append((network.name, stage.name, *counts, billions(cost.macs), billions(cost.layer_macs)))
+        if len(network.stages) > 1:
+            counts = (millions(network.parameters), millions(network.trainable))
+            rows.append((network.name, "total", *counts, billions(network.macs), billions(network.layer_macs)))
+    counted = ("parameters, M", "trainable, M", "MACs, G (all products)", "MACs, G (layers only)")
+    title = f"Stages, for one picture of {report.side} x {report.side} pixels"
+    return Table(title=title, note=STAGES, columns=("network", "stage", *counted), rows=tuple(rows), words=2)
+
+
+def part_table(report: Report) -> Table:
+    """Parameters by part of the network."""
+    rows = [(network.name, part, millions(n)) for network in report.networks for part, n in network.parts.items()]
+    return Table(title="Parts", columns=("network", "part", "parameters, M"), rows=tuple(rows), words=2)
+
+
+def published_table(report: Report) -> Table:
+    """The paper's table, and under it the generators counted here."""
+    rows: list[tuple[str, ...]] = []
+    for row in COMPLEXITY:
+        digits = 1 if row.parameters_millions < 1000 else 0
+        parameters, macs = f"{row.parameters_millions:,.{digits}f}", f"{row.macs_billions:,.0f}"
+        rows.append((row.method, str(row.steps), f"{row.seconds:.2f}", parameters, macs))
+    for network in report.networks:
+        if len(network.stages) > 1:
+            macs = f"{billions(network.layer_macs)} layers only, {billions(network.macs)} all products"
+            rows.append((f"{network.name}, counted here", "1", "", f"{network.parameters / 1e6:,.1f}", macs))
+    columns = ("method", "steps", "time, s", "parameters, M", "MACs, G")
+    return Table(title=f"Beside {COMPLEXITY_SOURCE}", note=PUBLISHED, columns=columns, rows=tuple(rows))
+
+
+def adapter_table(report: Report) -> Table:
+    """D3SR by layers that have adapters: true parameters, layers only, and what the profiler thop prints."""
+    rows = tuple(
+        (
+            found.layers,
+            millions(found.complexity.parameters),
+            billions(found.complexity.layer_macs),
+            millions(found.thop_parameters),
+            billions(found.thop_macs),
+            reproduced(found),
+        )
+        for found in report.adapters
+    )
+    return Table(
+        title="D3SR on Stable Diffusion 2.1-base by layers that have adapters",
+        note=ADAPTERS,
+        columns=("adapters on", "parameters, M", "MACs, G (layers only)", "thop: M", "thop: G", "gives the paper's"),
+        rows=rows,
+    )
+
+
+def reproduced(found: AdapterSet) -> str:
+    """Which of the paper's figures for D3SR thop's counts round to, in every printed digit."""
+    parameters, macs = round(found.thop_parameters / 1e6, 1), round(found.thop_macs / 1e9)
+    figures = {
+        f"{D3SR_COMPLEXITY.parameters_millions:.1f} M": parameters == D3SR_COMPLEXITY.parameters_millions,
+        f"{D3SR_COMPLEXITY.macs_billions:,.0f} G": macs == D3SR_COMPLEXITY.macs_billions,
+        f"{D3SR_FIGURE_1_MACS_BILLIONS:,.0f} G": macs == D3SR_FIGURE_1_MACS_BILLIONS,
+    }
+    return ", ".join(figure for figure, same in figures.items() if same)
+
+
+def as_markdown(report: Report, *, command: str, machine: str) -> str:
+    """A page: how it was made, what is counted, and every table with what to know before reading it."""
+    made = (
+        f"Made by `{command}` on {machine}.\n\nNothing was computed: the networks are built on PyTorch's meta device, "
+        "where tensors have shapes but no contents, so that the counts are the same on every machine."
+    )
+    summaries = "\n".join(f"- `{network.name}`: {network.summary}" for network in report.networks)
+    sections = ["# Complexity: parameters and operations", made, COUNTING, summaries]
+    return "\n\n".join([*sections, *(table.markdown() for table in tables(report))]) + "\n"

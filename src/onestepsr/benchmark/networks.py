@@ -1,0 +1,141 @@
+"""The networks whose complexity can be counted by name, built on the meta device: no weights, no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from onestepsr.benchmark.complexity import Complexity, measure_discriminator, measure_generator
+from onestepsr.errors import UnknownModel, UserError, did_you_mean
+from onestepsr.models import catalog
+from onestepsr.models.architectures import ARCHITECTURES, RANDOM, is_random, random_generator
+from onestepsr.models.backbones import load_discriminator_backbone
+from onestepsr.models.discriminators import NoiseAwareDiscriminator
+from onestepsr.models.generators import OneStepLatentGenerator
+from onestepsr.models.lora import LoraConfig, add_lora
+from onestepsr.models.registry import read_weights
+
+D3SR_SD21 = "d3sr-sd21"
+D3SR_SD21_MERGED = "d3sr-sd21-merged"
+SD_FACTOR = 8
+TINY_FACTOR = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountedNetwork:
+    """A network that has a name here."""
+
+    summary: str
+    """What it is, in one line."""
+    build: Callable[[], nn.Module]
+    """Builds it on the default device, with ``requires_grad`` as training sets it."""
+    factor: int = 0
+    """Of a discriminator: pixels per cell of the latents that it judges."""
+
+
+def sd21_generator(targets: str | None = None, *, adapters: bool = True) -> OneStepLatentGenerator:
+    """The generator of D3SR on Stable Diffusion 2.1, with adapters on the layers that ``targets`` matches (None: the
+    backbone's own choice), or without; only adapters and prompt are trainable."""
+    generator = random_generator(f"{RANDOM}sd21-base").requires_grad_(False)
+    if adapters:
+        add_lora(generator.unet, LoraConfig(targets=targets))
+        generator.prompt.requires_grad_(True)
+    return generator
+
+
+def _tiny_generator() -> nn.Module:
+    """UNet, prompt and decoder are trained, as the packaged recipe says."""
+    generator = _from_weights("d3sr-tiny").requires_grad_(False)
+    for name, parameter in generator.named_parameters():
+        parameter.requires_grad_(name.startswith(("unet.", "prompt", "autoencoder.decoder")))
+    return generator
+
+
+def _discriminator(backbone: str, *, adapters: bool) -> NoiseAwareDiscriminator:
+    encoder, prompt = load_discriminator_backbone(backbone)
+    discriminator = NoiseAwareDiscriminator(encoder, prompt)
+    if adapters:
+        add_lora(encoder, LoraConfig())
+    return discriminator
+
+
+NETWORKS: dict[str, CountedNetwork] = {
+    "d3sr-tiny": CountedNetwork(
+        summary="the bundled model, of which all but the encoder is trained", build=_tiny_generator
+    ),
+    D3SR_SD21: CountedNetwork(
+        summary="D3SR on Stable Diffusion 2.1-base as it trains: rank-16 adapters beside their layers",
+        build=sd21_generator,
+    ),
+    D3SR_SD21_MERGED: CountedNetwork(
+        summary="the same as it runs: adapters merged into their layers, nothing left to train",
+        build=lambda: sd21_generator(adapters=False),
+    ),
+    "tiny-discriminator": CountedNetwork(
+        summary="half of the tiny UNet, all of it trained; training only",
+        build=lambda: _discriminator("random:d3sr-tiny", adapters=False),
+        factor=TINY_FACTOR,
+    ),
+    "sd21-discriminator": CountedNetwork(
+        summary="half of the Stable Diffusion 2.1-base UNet, rank-16 adapters; training only",
+        build=lambda: _discriminator("random:sd21-base", adapters=True),
+        factor=SD_FACTOR,
+    ),
+    "sdxl-discriminator": CountedNetwork(
+        summary="half of the SDXL-base UNet, rank-16 adapters; training only",
+        build=lambda: _discriminator("random:sdxl-base", adapters=True),
+        factor=SD_FACTOR,
+    ),
+}
+
+
+def default_names() -> list[str]:
+    """Every network that has a name here, and every bundled model besides."""
+    bundled = (spec.id for spec in catalog.list_models("upscaler") if spec.bundled)
+    return [*NETWORKS, *(name for name in bundled if name not in NETWORKS)]
+
+
+def measure(name_or_path: str, side: int) -> Complexity:
+    """Complexity of a network named in :data:`NETWORKS`, of another model or backbone, of ``random:ALIAS``, or of a
+    weights file of ours, for one picture of ``side`` x ``side`` pixels.
+
+    No weights are read. Raises :class:`UnknownModel` for other names and :class:`UserError` for a network that is no
+    generator, a file that cannot be read, or a side that does not suit the network.
+    """
+    with torch.device("meta"):
+        network, summary, factor = _build(name_or_path)
+        network.eval()
+    if isinstance(network, NoiseAwareDiscriminator):
+        return measure_discriminator(network, side, factor, name=name_or_path, summary=summary)
+    if not isinstance(network, OneStepLatentGenerator):
+        raise UserError(f"{name_or_path}: a {type(network).__name__} has no stages to count, expected a generator")
+    return measure_generator(network, side, name=name_or_path, summary=summary)
+
+
+def _build(name_or_path: str) -> tuple[nn.Module, str, int]:
+    """Network, what it is, and its factor if it is a discriminator."""
+    if name_or_path in NETWORKS:
+        known = NETWORKS[name_or_path]
+        return known.build(), known.summary, known.factor
+    kinds = {spec.id: spec.kind for spec in catalog.list_models()}
+    if is_random(name_or_path) or kinds.get(name_or_path) == "backbone":
+        network = random_generator(name_or_path if is_random(name_or_path) else f"{RANDOM}{name_or_path}")
+        return network.requires_grad_(False), "a backbone as it comes, nothing trained", 0
+    if kinds.get(name_or_path) != "upscaler" and not Path(name_or_path).is_file():
+        raise UnknownModel(
+            f"unknown network '{name_or_path}', and no weights file of ours: {did_you_mean(name_or_path, NETWORKS)}"
+        )
+    return _from_weights(name_or_path).requires_grad_(False), "a model as it runs, nothing trained", 0
+
+
+def _from_weights(name_or_path: str) -> nn.Module:
+    """The network that a weights file of ours describes, without its weights."""
+    path = catalog.resolve(name_or_path)
+    architecture, config, _ = read_weights(path, lambda key: False)
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"{path}: unknown architecture '{architecture}': {did_you_mean(architecture, ARCHITECTURES)}")
+    return ARCHITECTURES[architecture](config)

@@ -1,0 +1,223 @@
+"""ResShift, SinSR and TAD-SR as generators: LR image in, SR image out, in one or a few network evaluations.
+
+Unlike the one-step generators on Stable Diffusion these start from noise. It comes from a plane of noise on which every
+tile of a picture has its place, so that overlapping tiles see the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onestepsr.data.sampling import generator as seeded
+from onestepsr.models.generators import LatentAutoencoder, pad_to
+from onestepsr.models.swin_unet import SwinUNet, SwinUNetConfig
+from onestepsr.models.vq_f4 import VQAutoencoder, VQConfig
+from onestepsr.residual_schedule import Noise, Predict, ResidualShiftConfig, ResidualShiftSchedule, Respacing
+
+Sampler = Literal["ancestral", "deterministic"]
+NOISE_BLOCK = 64
+"""Side of the blocks that the plane of noise is drawn in, in latent positions."""
+LARGEST_LATENT = 256
+"""Side of latents beyond which tiles cost more, not less: the autoencoder's attention over all positions grows with the
+square of the area, and at 256 costs as much as everything else together."""
+
+
+class LatentDenoiser(Protocol):
+    """What the generator needs of a denoising network."""
+
+    size_multiple: int
+    """Latent sides must be multiples of this."""
+
+    def __call__(self, x: Tensor, timesteps: Tensor, lq: Tensor) -> Tensor:
+        """Estimate of z_0, of the shape and type of the scaled latent ``x`` (N, C, h, w), at integer steps (N,); ``lq``
+        is the LR image (N, 3, H, W) in [-1, 1]."""
+        ...
+
+    def memory_per_cell(self, dtype: torch.dtype) -> float:
+        """Peak bytes per latent position of one evaluation without gradients: feature maps, not weights."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualShiftGeneratorConfig:
+    """Everything that fixes a generator of this family; the defaults are ResShift v1 and v2 for photographs, x4."""
+
+    unet: SwinUNetConfig = field(default_factory=SwinUNetConfig)
+    """Sizes of the denoising network."""
+    autoencoder: VQConfig = field(default_factory=VQConfig)
+    """Sizes of the autoencoder."""
+    schedule: ResidualShiftConfig = field(default_factory=ResidualShiftConfig)
+    """The diffusion that the network was trained with."""
+    steps: int | None = None
+    """Network evaluations; null is one per step of the schedule. 1 is the inference of SinSR and TAD-SR: only the last
+    step."""
+    sampler: Sampler = "ancestral"
+    """New noise in every step, as ResShift does, or only at the start, as its students learn it. One step is both."""
+    respacing: Respacing = "spread"
+    """Which steps are kept where ``steps`` is smaller than the schedule's number; "published" leaves out the last and
+    is there for comparison only."""
+    scale: int = 4
+    """Upscaling factor; 1 restores without enlarging."""
+
+    def __post_init__(self) -> None:
+        if self.sampler not in get_args(Sampler):
+            raise ValueError(f"sampler must be one of {get_args(Sampler)}, got '{self.sampler}'")
+        if self.unet.latent_channels != self.autoencoder.latent_channels:
+            raise ValueError(
+                f"latents of the UNet have {self.unet.latent_channels} channels, those of the autoencoder "
+                f"{self.autoencoder.latent_channels}"
+            )
+        factor = 2 ** (len(self.autoencoder.multipliers) - 1)
+        if self.scale << self.unet.lq_halvings != factor:
+            raise ValueError(
+                f"at scale {self.scale}, with latents {factor} times smaller than pictures, the LR image is "
+                f"{factor / self.scale:g} times as large as the latent, but the UNet takes one that is "
+                f"{1 << self.unet.lq_halvings} times as large"
+            )
+        if self.unet.lq_channels != 3:
+            raise ValueError(f"the LR image has 3 channels, the UNet takes {self.unet.lq_channels}")
+        self.sampling_schedule()
+
+    def sampling_schedule(self) -> ResidualShiftSchedule:
+        """The steps that are run. Raises UserError for a number that the schedule cannot give."""
+        whole = ResidualShiftSchedule(self.schedule)
+        return whole if self.steps is None else whole.respaced(self.steps, self.respacing)
+
+
+def residual_shift_generator(config: ResidualShiftGeneratorConfig) -> ResidualShiftGenerator:
+    """Autoencoder and denoising network, freshly initialised, as one generator."""
+    return ResidualShiftGenerator(
+        VQAutoencoder(config.autoencoder),
+        SwinUNet(config.unet),
+        config.sampling_schedule(),
+        sampler=config.sampler,
+        scale=config.scale,
+    )
+
+
+class NoisePlane:
+    """Standard normal noise without end: each value follows from seed, draw, sample and place alone.
+
+    ``origin`` is where on the plane the latents lie that are asked for (row, column). Calling it is :data:`Noise`.
+    """
+
+    def __init__(self, seed: int, origin: tuple[int, int] = (0, 0)) -> None:
+        self.seed, self.origin = seed, origin
+
+    def __call__(self, draw: int, like: Tensor) -> Tensor:
+        """Noise of draw number ``draw`` with shape (N, C, h, w), device and dtype of ``like``; drawn on the CPU."""
+        samples = [self._window(draw, sample, *like.shape[1:]) for sample in range(like.shape[0])]
+        return torch.stack(samples).to(like.device, like.dtype)
+
+    def _window(self, draw: int, sample: int, channels: int, height: int, width: int) -> Tensor:
+        (first_row, top), (first_column, left) = (divmod(start, NOISE_BLOCK) for start in self.origin)
+        rows = range(first_row, first_row - (-(top + height) // NOISE_BLOCK))
+        columns = range(first_column, first_column - (-(left + width) // NOISE_BLOCK))
+
+        def block(row: int, column: int) -> Tensor:
+            rng = seeded(self.seed, "noise", draw, sample, row, column)
+            return torch.randn(channels, NOISE_BLOCK, NOISE_BLOCK, generator=rng, device="cpu")
+
+        whole = torch.cat([torch.cat([block(row, column) for column in columns], dim=2) for row in rows], dim=1)
+        return whole[:, top : top + height, left : left + width]
+
+
+class ResidualShiftGenerator(nn.Module):
+    """z_y = E(enlarged LR), z_T = z_y + noise, one or more steps to z_0, SR = D(the codes nearest to z_0).
+
+    Public tensors are RGB in [0, 1]; [-1, 1] and latents exist only in here. Diffusion is computed in float32 whatever
+    the type of the weights; the networks convert what they are given.
+    """
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        unet: nn.Module,
+        schedule: ResidualShiftSchedule | None = None,
+        *,
+        sampler: Sampler = "ancestral",
+        scale: int = 4,
+    ) -> None:
+        """``autoencoder`` is a LatentAutoencoder, ``unet`` a LatentDenoiser; every step of ``schedule`` is run."""
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.unet = unet
+        self.schedule = schedule or ResidualShiftSchedule()
+        self.sampler = sampler
+        self.scale = scale
+
+    @property
+    def _latent_autoencoder(self) -> LatentAutoencoder:
+        return cast(LatentAutoencoder, self.autoencoder)
+
+    @property
+    def _denoiser(self) -> LatentDenoiser:
+        return cast(LatentDenoiser, self.unet)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that encoder, UNet and decoder share."""
+        return self._latent_autoencoder.latent_channels
+
+    @property
+    def lr_multiple(self) -> int:
+        """LR sides are padded to multiples of this: 64 for the published x4 models."""
+        return max(1, self._latent_autoencoder.factor * self._denoiser.size_multiple // self.scale)
+
+    @property
+    def largest_tile(self) -> int:
+        """Side of LR tiles beyond which they cost more, not less: 256 for the published x4 models."""
+        return LARGEST_LATENT * self._latent_autoencoder.factor // self.scale
+
+    def memory_per_pixel(self, dtype: torch.dtype) -> float:
+        """Peak bytes of one picture per LR pixel: autoencoder and UNet run one after the other."""
+        unet = self._denoiser.memory_per_cell(dtype) / self._latent_autoencoder.factor**2
+        return self.scale**2 * max(self._latent_autoencoder.memory_per_pixel(dtype), unet)
+
+    def enlarge(self, lr: Tensor) -> Tensor:
+        """The LR image at output size: bicubic (a = -0.75), not clamped."""
+        return F.interpolate(lr, scale_factor=float(self.scale), mode="bicubic", align_corners=False)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latent (N, C, H/f, W/f), float32, of an image (N, 3, H, W) in [0, 1] whose sides are multiples of f."""
+        return self._latent_autoencoder.encode(x * 2 - 1).float()
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Image (N, 3, H, W) in about [0, 1], float32, not clamped, of the codes nearest to a latent."""
+        return self._latent_autoencoder.decode(z).float() * 0.5 + 0.5
+
+    def predictor(self, lr: Tensor) -> Predict:
+        """The network under the condition ``lr`` (N, 3, h, w) in [0, 1], as the schedule's samplers call it."""
+        condition = lr * 2 - 1
+        return lambda z, timesteps: self._denoiser(z, timesteps, condition)
+
+    def sample(self, predict: Predict, z_y: Tensor, noise: Noise) -> Tensor:
+        """An estimate of z_0 (N, C, h, w), from the latent ``z_y`` of the enlarged LR image."""
+        if self.sampler == "ancestral":
+            return self.schedule.sample_ancestral(predict, z_y, noise)
+        return self.schedule.sample_deterministic(predict, z_y, self.schedule.prior(z_y, noise(0, z_y)))
+
+    def restore(self, lr: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+        """SR image (N, 3, s h, s w), not clamped, and its latent before rounding to codes, both float32, for LR (N, 3,
+        h, w) with sides multiples of ``lr_multiple``."""
+        lr = lr.float()
+        z_0 = self.sample(self.predictor(lr), self.encode(self.enlarge(lr)), noise)
+        return self.decode(z_0), z_0
+
+    def forward(self, lr: Tensor, rng: torch.Generator | None = None, origin: tuple[int, int] = (0, 0)) -> Tensor:
+        """SR image (N, 3, s h, s w) in about [0, 1], float32, not clamped, of LR (N, 3, h, w) in [0, 1] of any size.
+
+        ``rng`` decides the plane of noise (None: always the same one) and ``origin``, the row and column of ``lr`` in
+        the whole picture, the place on it: tiles of one picture are given equal generators and their own origins.
+        """
+        height, width, multiple = lr.shape[-2], lr.shape[-1], self.lr_multiple
+        padded = pad_to(lr, -(-height // multiple) * multiple, -(-width // multiple) * multiple)
+        seed = 0 if rng is None else int(torch.randint(2**62, (), generator=rng, device=rng.device))
+        factor = self._latent_autoencoder.factor
+        place = (origin[0] * self.scale // factor, origin[1] * self.scale // factor)
+        return self.restore(padded, NoisePlane(seed, place))[0][..., : self.scale * height, : self.scale * width]

@@ -1,0 +1,87 @@
+"""Foreign weight files as dictionaries of tensors: safetensors, or PyTorch's format without executing anything."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from onestepsr.errors import UserError
+
+MAX_BYTES = 20 * 2**30
+WRAPPERS = ("module.", "_orig_mod.")
+"""Prefixes that data-parallel training and ``torch.compile`` put before the keys of the network itself."""
+LazyTensors = Mapping[str, Callable[[], Tensor]]
+"""By key, a function that reads the tensor."""
+
+
+def open_weights(path: Path, *, limit: int = MAX_BYTES) -> LazyTensors:
+    """Tensors of a safetensors file or of a PyTorch pickle (read with ``weights_only=True``, mapped into memory).
+
+    Of a training checkpoint, the dictionary under ``state_dict`` is taken. Raises :class:`UserError` in one line.
+    """
+    try:
+        if path.stat().st_size > limit:
+            raise UserError(f"{path}: larger than {limit / 2**20:,.0f} MiB")
+        return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"{path}: no weights that can be read safely ({str(error).splitlines()[0]})") from error
+
+
+def _open_safetensors(path: Path) -> LazyTensors:
+    handle: Any = safe_open(path, framework="pt")  # it stays open as long as one of its readers lives
+    return {key: partial(handle.get_tensor, key) for key in handle.keys()}  # noqa: SIM118
+
+
+def _open_pickle(path: Path) -> LazyTensors:
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"a {type(content).__name__}, not a dictionary")
+    return {str(key): partial(given, value) for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether the pickle is of PyTorch's present format, which alone can be mapped."""
+    with path.open("rb") as handle:
+        return handle.read(4) == b"PK\x03\x04"
+
+
+def given(value: Tensor) -> Tensor:
+    """A tensor that is already there, as ``partial(given, tensor)``."""
+    return value
+
+
+def read_tensors(path: Path, *, limit: int = MAX_BYTES) -> dict[str, Tensor]:
+    """All tensors of a file that :func:`open_weights` takes, at once; a file without any is refused."""
+    tensors = {key: read() for key, read in open_weights(path, limit=limit).items()}
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors")
+    return tensors
+
+
+def canonical_keys(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights under the keys of the bare network: what lies under ``state_dict`` if that is there, without the prefixes
+    of :data:`WRAPPERS`, however they are nested. Raises :class:`UserError` where two keys become one.
+    """
+    inner = content.get("state_dict")
+    weights: Mapping[str, Any] = inner if isinstance(inner, Mapping) else content
+    bare = {_without_wrappers(key): value for key, value in weights.items()}
+    if len(bare) != len(weights):
+        raise UserError(f"weights with and without one of the prefixes {', '.join(WRAPPERS)}: two networks in one")
+    return bare
+
+
+def _without_wrappers(key: str) -> str:
+    while key.startswith(WRAPPERS):
+        key = key.partition(".")[2]
+    return key

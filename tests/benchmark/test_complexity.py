@@ -1,0 +1,160 @@
+"""Complexity of the models the package knows, against formulas, profilers, the paper and the training methods."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from onestepsr.benchmark.complexity import Complexity
+from onestepsr.benchmark.complexity_report import Report, reproduced
+from onestepsr.benchmark.counting import number_of
+from onestepsr.benchmark.networks import default_names, measure
+from onestepsr.errors import UnknownModel, UserError
+from onestepsr.methods.base import Method
+from onestepsr.methods.d3sr import D3SRConfig, DiscriminatorConfig
+from onestepsr.methods.d3sr import build as build_d3sr
+from onestepsr.models.catalog import list_models
+
+
+def of(report: Report, name: str) -> Complexity:
+    return next(network for network in report.networks if network.name == name)
+
+
+def macs_by_stage(network: Complexity) -> dict[str, int]:
+    return {stage.name: stage.cost.macs for stage in network.stages}
+
+
+def layer_macs_by_stage(network: Complexity) -> dict[str, int]:
+    return {stage.name: stage.cost.layer_macs for stage in network.stages}
+
+
+def test_d3sr_on_stable_diffusion_has_the_published_sizes(report: Report) -> None:
+    network = of(report, "d3sr-sd21")
+    assert network.parts["unet"] == 865_910_724
+    assert network.parts["autoencoder"] == 83_653_863
+    assert network.parameters == sum(network.parts.values()) == sum(s.cost.parameters for s in network.stages)
+    assert network.parameters / 1e6 == pytest.approx(966.3, abs=0.5)
+    assert network.trainable == network.parts["adapters"] + network.parts["prompt"]
+
+
+def test_stages_by_pytorchs_counter(report: Report) -> None:
+    found = macs_by_stage(of(report, "d3sr-sd21-merged"))
+    assert {name: macs / 1e9 for name, macs in found.items()} == pytest.approx(
+        {"encode": 558.3, "unet": 402.1, "decode": 1257.3}, rel=0.005
+    )
+
+
+def test_stages_by_layers_only(report: Report) -> None:
+    merged, beside = of(report, "d3sr-sd21-merged"), of(report, "d3sr-sd21")
+    found = {name: macs / 1e9 for name, macs in layer_macs_by_stage(merged).items()}
+    assert found == pytest.approx({"encode": 541.1, "unet": 339.1, "decode": 1240.1}, abs=0.06)
+    assert merged.layer_macs / 1e9 == pytest.approx(2120.3, abs=0.05)
+    assert beside.layer_macs / 1e9 == pytest.approx(2132, rel=0.0005)
+
+
+def test_what_layers_miss_is_exactly_the_products_of_attention(report: Report) -> None:
+    """Two products of N x M tokens with C channels each; the autoencoder has one attention on either side."""
+    network = of(report, "d3sr-sd21-merged")
+    missed = {s.name: s.cost.macs - s.cost.layer_macs for s in network.stages}
+    assert missed["encode"] == missed["decode"] == 2 * 4096**2 * 512
+    blocks = {(4096, 320): 5, (1024, 640): 5, (256, 1280): 5, (64, 1280): 1}  # tokens, channels: blocks
+    prompt = 77
+    expected = sum(n * 2 * tokens * (tokens + prompt) * width for (tokens, width), n in blocks.items())
+    assert missed["unet"] == expected
+
+
+def test_half_unets_miss_only_attention_too(report: Report) -> None:
+    """SDXL: two resolutions with attention on the way down, and the middle; 64 x 64 latent cells."""
+    (stage,) = of(report, "sdxl-discriminator").stages
+    blocks = {(1024, 640): 2 * 2, (256, 1280): 2 * 10 + 10}
+    expected = sum(n * 2 * tokens * (tokens + 77) * width for (tokens, width), n in blocks.items())
+    assert stage.cost.macs - stage.cost.layer_macs == expected
+
+
+def test_adapter_sets_agree_with_the_profiler_itself(report: Report) -> None:
+    """thop 0.1.1 run on the same networks (diffusers 0.42.1, peft 0.21.2) printed these MACs and parameters."""
+    printed = {
+        "none, or merged": (2_120_470_167_552, 949_399_467),
+        "these and every convolution": (2_132_481_947_648, 965_622_315),
+        "every layer inside the blocks (default)": (2_132_270_384_128, 966_343_595),
+        "every layer": (2_132_482_787_328, 966_461_995),
+    }
+    found = {row.layers: (row.thop_macs, row.thop_parameters) for row in report.adapters}
+    assert {name: found[name] for name in printed} == printed
+
+
+def test_one_set_gives_every_figure_of_the_papers_table(report: Report) -> None:
+    figures = {row.layers: reproduced(row) for row in report.adapters}
+    assert figures["none, or merged"] == "2,120 G"
+    whole = [name for name, text in figures.items() if text == "966.3 M, 2,132 G"]
+    assert whole == ["every layer inside the blocks (default)"]
+
+
+def test_work_of_layers_grows_with_the_area(report: Report) -> None:
+    small, large = of(report, "d3sr-tiny"), measure("d3sr-tiny", 1024)
+    by_area = layer_macs_by_stage(large)["decode"] / layer_macs_by_stage(small)["decode"]
+    assert by_area == 4.0
+    assert large.parameters == small.parameters
+
+
+def test_tiny_model_is_counted_as_it_is_bundled(report: Report) -> None:
+    from onestepsr.models.registry import load_generator
+
+    loaded = load_generator("d3sr-tiny")
+    assert of(report, "d3sr-tiny").parameters == number_of(loaded.parameters())
+
+
+def trained(method: Method) -> dict[str, int]:
+    return {name: number_of(network.parameters(), trainable=True) for name, network in method.networks.items()}
+
+
+def test_trainable_parameters_are_those_that_the_tiny_recipe_trains(report: Report) -> None:
+    from onestepsr.train.recipes import load_run
+
+    run = load_run("d3sr", "d3sr-tiny", ["config.backbone=random:d3sr-tiny"])
+    assert isinstance(run.config, D3SRConfig)
+    expected = {"generator": of(report, "d3sr-tiny"), "discriminator": of(report, "tiny-discriminator")}
+    assert trained(build_d3sr(run.config)) == {name: network.trainable for name, network in expected.items()}
+
+
+@pytest.mark.parametrize("backbone", ["sd21", "sdxl"])
+def test_trainable_parameters_are_those_that_d3sr_trains(report: Report, backbone: str) -> None:
+    discriminator = DiscriminatorConfig(backbone=f"random:{backbone}-base")
+    config = D3SRConfig(backbone="random:sd21-base", perceptual_weight=0, discriminator=discriminator)
+    with torch.device("meta"):
+        method = build_d3sr(config)
+    expected = {"generator": of(report, "d3sr-sd21"), "discriminator": of(report, f"{backbone}-discriminator")}
+    assert trained(method) == {name: network.trainable for name, network in expected.items()}
+
+
+def test_every_bundled_model_is_counted_by_default() -> None:
+    assert {spec.id for spec in list_models("upscaler") if spec.bundled} <= set(default_names())
+
+
+def test_a_file_of_weights_is_counted_without_reading_them(tmp_path: Path) -> None:
+    from onestepsr.models.catalog import get_model
+
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(get_model("d3sr-tiny").path.read_bytes())
+    found, named = measure(str(copy), 64), measure("d3sr-tiny", 64)
+    assert (found.parameters, found.macs) == (named.parameters, named.macs)
+    assert found.trainable == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "error", "words"),
+    [
+        ("d3sr-sd", 512, UnknownModel, "did you mean 'd3sr-sd21'"),
+        ("vgg16", 512, UnknownModel, "unknown network 'vgg16'"),
+        ("bicubic", 512, UserError, "no weights file"),
+        ("random:sdxl-base", 512, UserError, "discriminator's backbone only"),
+        ("d3sr-tiny", 500, UserError, "multiple of 16, such as 496"),
+        ("d3sr-tiny", 3, UserError, "such as 16"),
+        ("sd21-discriminator", 100, UserError, "multiple of 8"),
+        (__file__, 512, UserError, "not a safetensors file"),
+    ],
+)
+def test_bad_names_and_sizes_are_one_line(name: str, side: int, error: type[UserError], words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        measure(name, side)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,110 @@
+"""The counter, on toy networks whose operations can be counted by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onestepsr.benchmark.counting import Cost, count
+
+
+def cost_of(network: nn.Module, *shape: int, device: str = "meta") -> Cost:
+    network = network.to(device)
+    return count(network, lambda: network(torch.zeros(*shape, device=device)))[1]
+
+
+class Attention(nn.Module):
+    """Self-attention without layers: nothing but its two products."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        n, length, channels = tokens.shape
+        split = tokens.reshape(n, length, self.heads, channels // self.heads).transpose(1, 2)
+        return F.scaled_dot_product_attention(split, split, split)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_linear_layer(device: str) -> None:
+    cost = cost_of(nn.Linear(5, 7), 2, 3, 5, device=device)
+    assert cost.macs == cost.layer_macs == cost.thop_macs == 2 * 3 * 5 * 7
+    assert cost.parameters == cost.trainable == cost.thop_parameters == 5 * 7 + 7
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_convolution_with_groups_and_stride(device: str) -> None:
+    cost = cost_of(nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=False), 1, 4, 8, 10, device=device)
+    assert cost.macs == cost.layer_macs == (6 * 4 * 5) * (4 // 2 * 3 * 3)
+    assert cost.parameters == 6 * 2 * 3 * 3
+
+
+def test_transposed_convolution() -> None:
+    cost = cost_of(nn.ConvTranspose2d(4, 6, 2, stride=2), 1, 4, 8, 8)
+    assert cost.macs == cost.layer_macs == (4 * 8 * 8) * (6 * 2 * 2)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_products_of_attention_are_counted_everywhere_but_in_layers(heads: int, device: str) -> None:
+    length, channels = 16, 8
+    cost = cost_of(Attention(heads), 3, length, channels, device=device)
+    assert cost.macs == 3 * 2 * length**2 * channels
+    assert cost.layer_macs == cost.thop_macs == 0
+
+
+def test_normalisation_is_free_but_for_thop() -> None:
+    network = nn.Sequential(nn.LayerNorm(4), nn.SiLU(), nn.GroupNorm(2, 6))
+    cost = cost_of(network, 5, 6, 4)
+    assert cost.macs == cost.layer_macs == 0
+    assert cost.thop_macs == 4 * 5 * 6 * 4
+    assert cost.parameters == 2 * 4 + 2 * 6
+    assert cost.thop_parameters == 2 * 4
+
+
+def test_adapters_beside_a_layer_cost_and_merged_ones_do_not() -> None:
+    from onestepsr.models.lora import LoraConfig, add_lora, merge_lora
+
+    network = nn.Sequential(nn.Linear(8, 12), nn.Conv1d(3, 5, 3, padding=1))
+    linear, convolution, rank = 3 * 8 * 12, 5 * 12 * 3 * 3, 2
+    plain = cost_of(network, 1, 3, 8)
+    assert plain.layer_macs == linear + convolution
+    add_lora(network, LoraConfig(rank=rank, targets="0"))
+    beside = cost_of(network, 1, 3, 8)
+    assert beside.layer_macs == beside.macs == plain.layer_macs + 3 * rank * (8 + 12)
+    assert beside.trainable == rank * (8 + 12)
+    assert beside.parameters == plain.parameters + beside.trainable
+    merged = cost_of(merge_lora(network), 1, 3, 8)
+    assert (merged.macs, merged.parameters) == (plain.macs, plain.parameters)
+
+
+class Prompted(nn.Module):
+    """One of two layers is used, twice, on a free parameter; the other never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.zeros(1, 3, 4))
+        self.used, self.idle = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(self.used(self.prompt.expand(len(x), -1, -1)))
+
+
+def test_only_parameters_in_use_are_counted_and_each_once() -> None:
+    network = Prompted()
+    network.prompt.requires_grad_(False)
+    cost = cost_of(network, 2)
+    assert cost.macs == 2 * (2 * 3 * 4 * 4)
+    assert cost.parameters == 3 * 4 + 4 * 4
+    assert cost.trainable == 4 * 4
+
+
+def test_counting_leaves_no_hooks_behind_even_when_it_fails() -> None:
+    network = nn.Linear(4, 4, device="meta")
+    with pytest.raises(RuntimeError):
+        count(network, lambda: network(torch.zeros(1, 5, device="meta")))
+    assert not network._forward_hooks
+    with torch.no_grad():  # whatever mode the caller is in
+        assert cost_of(network, 1, 4).macs == 16
+    assert not network._forward_hooks

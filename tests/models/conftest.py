@@ -1,0 +1,19 @@
+"""Downloads in tests: an empty cache, no mirror and no proxy; a server that can be told to misbehave."""
+
+import pytest
+from weight_mirror import running
+
+from onestepsr.models import sources
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(tmp_path, monkeypatch):
+    for name in (sources.MIRROR, sources.OFFLINE, "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(sources.CACHE, str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def server():
+    with running() as mirror:
+        yield mirror
