@@ -147,7 +147,8 @@ class SwinUNet(nn.Module):
         self.config = config = config or SwinUNetConfig()
         self.latent_channels = config.latent_channels
         self.size_multiple = config.size_multiple
-        time_width = TIME_RATIO * config.model_channels
+        self.feature_channels = config.widths
+        self.time_channels = time_width = TIME_RATIO * config.model_channels
         self.time_embed = nn.Sequential(
             nn.Linear(config.model_channels, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
         )
@@ -182,7 +183,7 @@ class SwinUNet(nn.Module):
                 module.checkpointed = True
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Time embedding (N, 4 * model_channels) of integer steps (N,)."""
+        """Time embedding (N, :attr:`time_channels`), not activated, of integer steps (N,)."""
         sinusoid = timestep_embedding(timesteps, self.config.model_channels)
         return cast(Tensor, self.time_embed(sinusoid.to(self.dtype)))
 
@@ -201,6 +202,13 @@ class SwinUNet(nn.Module):
             h = stage(h, emb)
             skips.append(h)
         return self.middle_block(h, emb), skips, emb
+
+    def features(self, x: Tensor, timesteps: Tensor, lq: Tensor) -> tuple[Tensor, ...]:
+        """Features (N, C_k, h / 2^k, w / 2^k) by level k for the arguments of :meth:`forward`: the end of each level on
+        the way down, on the last one the middle features. Their channels are :attr:`feature_channels`."""
+        middle, skips, _ = self.encode(x, timesteps, lq)
+        per_level = self.config.res_blocks + 1  # stages of a level: the input convolution or a halving, then blocks
+        return (*skips[per_level - 1 : -1 : per_level], middle)
 
     def forward(self, x: Tensor, timesteps: Tensor, lq: Tensor) -> Tensor:
         """Predicted z_0, of the shape and type of ``x``.
