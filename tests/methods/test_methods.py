@@ -154,6 +154,41 @@ def test_discriminator_joins_when_it_is_told_to(backbone):
     assert set(without.networks) == {"generator"}
 
 
+def test_critic_of_pictures_joins_beside_the_discriminator(backbone):
+    critic = d3sr.CriticConfig(widths=(8, 12), start=3)
+    settings = d3sr.DiscriminatorConfig(start=5, tuning="full")
+    config = d3sr.D3SRConfig(
+        backbone=backbone, tuning="full", train_decoder=True, critic_weight=0.1, critic=critic, discriminator=settings
+    )
+    method = d3sr.build(config)
+    terms = {step: set() for step in (2, 3, 5)}
+    for step, seen in terms.items():
+        batch = pair()
+        for phase in (p for p in method.phases if p.runs_at(step)):
+            seen |= set(run_phase(method, phase, batch))
+            assert with_gradient(method.networks[phase.network])
+    spatial = {"mse", "ea_dists"}
+    assert terms[2] == spatial
+    assert terms[3] == spatial | {"critic_adversarial", "critic"}
+    assert terms[5] == terms[3] | {"adversarial", "discriminator"}
+
+
+def test_critic_learns_to_tell_pictures_and_teaches_the_generator(backbone):
+    config = d3sr.D3SRConfig(backbone=backbone, adversarial_weight=0.0, critic_weight=1.0, tuning="full")
+    method = d3sr.build(config)
+    generator_phase, critic_phase = method.phases
+    critic = method.networks["critic"]
+    batch = pair()
+    terms = run_phase(method, generator_phase, batch)
+    assert terms["critic_adversarial"].item() > 0
+    optimizer = torch.optim.Adam(critic.parameters(), lr=2e-3)
+    first = run_phase(method, critic_phase, batch)["critic"].item()
+    for _ in range(60):
+        run_phase(method, critic_phase, batch)
+        optimizer.step()
+    assert run_phase(method, critic_phase, batch)["critic"].item() < 0.7 * first
+
+
 @pytest.mark.parametrize("kind", ["noise_aware", "vanilla", "diffusion_gan"])
 @pytest.mark.parametrize("distance", ["ea_dists", "dists", "lpips"])
 def test_every_row_of_tables_five_and_six_trains(backbone, kind, distance):

@@ -114,3 +114,18 @@ def test_timestep_embedding_is_cosines_then_sines():
 def test_levels_must_agree():
     with pytest.raises(ValueError, match="one entry per level"):
         TinyConfig(widths=(8, 16), down_blocks=(1,))
+
+
+def test_refinement_starts_as_nothing_and_sees_across_cells():
+    torch.manual_seed(0)
+    plain, refined = (TinyAutoencoder(TinyConfig(refine_width=width)).eval() for width in (0, 4))
+    refined.load_state_dict(plain.state_dict(), strict=False)
+    z = torch.randn(1, plain.latent_channels, 5, 5)
+    torch.testing.assert_close(refined.decode(z), plain.decode(z))
+    torch.nn.init.normal_(refined.decoder.refine.conv2.weight)
+    image, half = torch.zeros(1, 3, 16, 16), torch.zeros(1, refined.decoder.conv_half.out_channels, 8, 8)
+    touched = image.clone()
+    touched[..., 7, 7] = 1.0  # the last pixel of a cell
+    change = (refined.decoder.refine(touched, half) - refined.decoder.refine(image, half)).abs().sum(1)[0] > 0
+    assert change[5:10, 5:10].all()
+    assert change.sum() == 25

@@ -12,18 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.errors import UserError
-from onestepsr.losses.adversarial import bce_discriminator_loss, bce_generator_loss
 from onestepsr.methods.base import Batch, Exported, LossFn, Method, MethodEntry, Networks, Phase, SampleRandom, register
+from onestepsr.methods.judges import CRITIC, DISCRIMINATOR, Judge, Made, latent_judge, picture_judge
 from onestepsr.methods.noising import LatentNoise, NoiseConfig, latent_noise
 from onestepsr.methods.spatial import PerceptualConfig, SpatialLoss, SpatialWeights
 from onestepsr.models.architectures import describe
 from onestepsr.models.backbones import half_of, load_backbone, load_discriminator_backbone
-from onestepsr.models.discriminators import DiffusionEncoder, NoiseAwareDiscriminator
+from onestepsr.models.discriminators import DiffusionEncoder, NoiseAwareDiscriminator, PatchCritic
 from onestepsr.models.generators import OneStepLatentGenerator, TrainableGenerator
 from onestepsr.models.lora import LoraConfig, add_lora, merged_state_dict
 from onestepsr.models.stable_diffusion_config import PromptConfig, SDXLConditioning
@@ -47,6 +46,20 @@ class DiscriminatorConfig(NoiseConfig):
     """First iteration with a discriminator; before it the generator trains on the spatial loss alone."""
     sdxl: SDXLConditioning = field(default_factory=SDXLConditioning)
     """How a Stable Diffusion XL backbone is conditioned; other backbones have no use for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """A small convolutional critic of pictures beside the discriminator of latents; not part of the paper."""
+
+    widths: tuple[int, ...] = (48, 96, 128)
+    """Channels at a half, a quarter, ... of the picture's resolution."""
+    start: int = 0
+    """First iteration with a critic."""
+
+    def __post_init__(self) -> None:
+        if not self.widths or min(self.widths) < 1 or self.start < 0:
+            raise ValueError(f"need widths of at least 1 and start >= 0, got {self.widths} and {self.start}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +90,9 @@ class D3SRConfig:
     """lambda_2, the weight of the perceptual distance; 0 leaves it out (Table 5)."""
     adversarial_weight: float = 0.5
     """lambda_1; 0 leaves the discriminator out altogether (Table 6)."""
+    critic_weight: float = 0.0
+    """Weight of the adversarial term of a critic of pictures; 0, as in the paper, leaves it out. A decoder that is
+    trained along makes artefacts that no latent shows."""
     lattice_weight: float = 0.0
     """Weight of the penalty on patterns locked to the latent grid, in [-1, 1]; not in the paper, whose decoder does not
     make them."""
@@ -84,9 +100,13 @@ class D3SRConfig:
     """The perceptual distance, EA-DISTS in the paper."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """The noise-aware discriminator."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """The critic of pictures, used with a ``critic_weight``."""
 
     def __post_init__(self) -> None:
-        if min(self.mse_weight, self.perceptual_weight, self.adversarial_weight, self.lattice_weight) < 0:
+        if min(self.adversarial_weight, self.critic_weight) < 0 or min(self.mse_weight, self.perceptual_weight) < 0:
+            raise ValueError("loss weights must not be negative")
+        if self.lattice_weight < 0:
             raise ValueError("loss weights must not be negative")
         if not self.mse_weight + self.perceptual_weight:
             raise ValueError("mse_weight and perceptual_weight are both 0: nothing ties the output to the photo")
@@ -98,21 +118,23 @@ class D3SRConfig:
 
 
 def build(config: D3SRConfig) -> Method:
-    """Generator phase, then discriminator phase."""
+    """Generator phase, then the phases of those that judge it."""
     generator = _prepare_generator(config)
     spatial = SpatialLoss(config.spatial_weights, config.perceptual)
     networks: dict[str, nn.Module] = {"generator": TrainableGenerator(generator)}
-    phases: tuple[Phase, ...] = (Phase(network="generator", loss=_spatial_phase(spatial)),)
+    judges: list[Judge] = []
     if config.adversarial_weight:
-        discriminator, noise = _prepare_discriminator(generator, config)
-        networks["discriminator"] = discriminator
-        phases = _adversarial_phases(config, spatial, noise)
+        networks[DISCRIMINATOR], noise = _prepare_discriminator(generator, config)
+        judges.append(latent_judge(noise, config.adversarial_weight, config.discriminator.start))
+    if config.critic_weight:
+        networks[CRITIC] = PatchCritic(config.critic.widths)
+        judges.append(picture_judge(config.critic_weight, config.critic.start))
     if config.tuning == "lora":  # after the discriminator has copied the plain UNet
         add_lora(generator.unet, config.lora)
     return Method(
         networks=networks,
         frozen=spatial.frozen,
-        phases=phases,
+        phases=_phases(spatial, judges),
         ema=("generator",),
         preview=_preview,
         export=_export,
@@ -176,44 +198,32 @@ def _discriminator_backbone(
     return load_discriminator_backbone(settings.backbone, sdxl=settings.sdxl)
 
 
-def _adversarial_phases(config: D3SRConfig, spatial: SpatialLoss, noise: LatentNoise) -> tuple[Phase, ...]:
-    """Generator on the spatial loss until the discriminator starts; from then on generator and discriminator in
-    turn."""
-    start = config.discriminator.start
-    judged = _judged_phase(spatial, noise, config.adversarial_weight)
-    phases = (
-        Phase(network="generator", loss=_spatial_phase(spatial), stop=start),
-        Phase(network="generator", loss=judged, start=start),
-        Phase(network="discriminator", loss=_discriminator_phase(noise), start=start),
-    )
-    return phases if start else phases[1:]
+def _phases(spatial: SpatialLoss, judges: list[Judge]) -> tuple[Phase, ...]:
+    """The generator on the spatial loss, joined by each judge from its start on; then the judges."""
+    starts = sorted({0, *(judge.start for judge in judges)})
+    phases = [
+        Phase(
+            network="generator",
+            loss=_generator_phase(spatial, [judge for judge in judges if judge.start <= start]),
+            start=start,
+            stop=stop,
+        )
+        for start, stop in zip(starts, [*starts[1:], None], strict=True)
+    ]
+    return (*phases, *(Phase(network=judge.network, loss=judge.learn, start=judge.start) for judge in judges))
 
 
-def _spatial_phase(spatial: SpatialLoss) -> LossFn:
+def _generator_phase(spatial: SpatialLoss, judges: list[Judge]) -> LossFn:
+    needs_latent = any(judge.network == DISCRIMINATOR for judge in judges)
+
     def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
-        return spatial(networks["generator"](batch["lr"])[0], batch["hr"])
-
-    return loss
-
-
-def _judged_phase(spatial: SpatialLoss, noise: LatentNoise, weight: float) -> LossFn:
-    def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
-        noise.settle()
-        sr, z_sr, batch["z_hr"] = networks["generator"](batch["lr"], batch["hr"])
-        batch["z_sr"] = z_sr.detach()
-        logits = networks["discriminator"](*noise(z_sr, random))
-        return spatial(sr, batch["hr"]) | {"adversarial": weight * bce_generator_loss(logits)}
-
-    return loss
-
-
-def _discriminator_phase(noise: LatentNoise) -> LossFn:
-    def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
-        halves = [noise(batch[name], random) for name in ("z_hr", "z_sr")]
-        z_t, t = (torch.cat(pair) for pair in zip(*halves, strict=True))  # one evaluation for both
-        real, fake = networks["discriminator"](z_t, t).chunk(2)
-        noise.observe(real)
-        return {"discriminator": bce_discriminator_loss(real, fake)}
+        for judge in judges:
+            judge.settle()
+        sr, z_sr, *z_hr = networks["generator"](batch["lr"], batch["hr"] if needs_latent else None)
+        made = Made(sr=sr, z_sr=z_sr)
+        if judges:
+            batch |= {"sr": sr.detach(), "z_sr": z_sr.detach()} | ({"z_hr": z_hr[0]} if z_hr else {})
+        return spatial(sr, batch["hr"]) | {judge.term: judge.judge(networks, made, random) for judge in judges}
 
     return loss
 

@@ -87,7 +87,7 @@ def build(config: DiffusionConfig) -> Method:
     )
 
 
-AUTOENCODER_SIZES = ("luma_channels", "chroma_channels", "encoder_width", "decoder_width")
+AUTOENCODER_SIZES = ("luma_channels", "chroma_channels", "encoder_width", "decoder_width", "refine_width")
 
 register(
     MethodEntry(

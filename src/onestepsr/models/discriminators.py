@@ -1,10 +1,14 @@
-"""Discriminators that judge latents with the features of a diffusion UNet."""
+"""Discriminators: of latents, with the features of a diffusion UNet, and of pictures, with a small network of its
+own."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Protocol, cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 
 class DiffusionEncoder(Protocol):
@@ -56,3 +60,25 @@ class NoiseAwareDiscriminator(nn.Module):
         """Realism logits (N, 1, h', w') of latents (N, C, h, w) noised to steps ``t`` (N,)."""
         encoder = cast(DiffusionEncoder, self.encoder)
         return cast(Tensor, self.head(encoder(z_t, t, self.prompt)[0]))
+
+
+class PatchCritic(nn.Module):
+    """Realism of every region of a picture, by strided convolutions with spectral normalisation (Miyato et al., 2018).
+
+    It begins at half the picture's resolution, every 2x2 pixels as one position, which costs a quarter and hides
+    nothing.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (48, 96, 128), *, slope: float = 0.2) -> None:
+        """``widths`` are the channels at a half, a quarter, ... of the picture's resolution."""
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(12, widths[0], 3, padding=1), nn.LeakyReLU(slope)]
+        for fine, coarse in pairwise(widths):
+            layers += [spectral_norm(nn.Conv2d(fine, coarse, 4, stride=2, padding=1)), nn.LeakyReLU(slope)]
+        deepest = widths[-1]
+        layers += [spectral_norm(nn.Conv2d(deepest, deepest, 3, padding=1)), nn.LeakyReLU(slope)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(deepest, 1, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Realism logits (N, 1, h', w') of pictures (N, 3, H, W) in [0, 1], H and W even."""
+        return cast(Tensor, self.layers(F.pixel_unshuffle(x * 2 - 1, 2)))

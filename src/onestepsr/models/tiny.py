@@ -37,6 +37,9 @@ class TinyConfig:
     """Channels of the encoder's residual branch."""
     decoder_width: int = 48
     """Channels of the decoder's residual branch at latent resolution; half as many at twice that resolution."""
+    refine_width: int = 0
+    """Channels of the decoder's last convolutions, at the resolution of the picture, which see across the borders of
+    latent cells; 0 leaves them out."""
     widths: tuple[int, ...] = (48, 64, 128)
     """UNet channels by level, the first at latent resolution, each further one at half the resolution before."""
     down_blocks: tuple[int, ...] = (1, 1, 2)
@@ -130,12 +133,14 @@ class TinyAutoencoder(nn.Module):
         )
         self.log_variance = nn.Parameter(torch.full((latent,), -6.0))
         self.decoder_linear = nn.Conv2d(latent, pixels, 3, padding=1, bias=False)
-        self.decoder = TinyDecoder(latent, self.config.decoder_width)
+        self.decoder = TinyDecoder(latent, self.config.decoder_width, self.config.refine_width)
         self.register_buffer("latent_mean", torch.zeros(latent))
         self.register_buffer("latent_variance", torch.ones(latent))
         self._start_at_dct()
 
     def _start_at_dct(self) -> None:
+        if self.encoder_linear.weight.is_meta:  # nothing to fill, and PyTorch would load its compiler to find that out
+            return
         basis = block_dct(self.config.luma_channels, self.config.chroma_channels)
         with torch.no_grad():
             self.encoder_linear.weight.copy_(basis[:, :, None, None])
@@ -179,7 +184,7 @@ class TinyAutoencoder(nn.Module):
         """Image (N, 3, 4h, 4w) in about [-1, 1] of the latent ``z`` (N, C, h, w)."""
         mean, std = self._scale()
         raw = z * std + mean
-        return F.pixel_shuffle(self.decoder_linear(raw), FACTOR) + torch.as_tensor(self.decoder(z))
+        return torch.as_tensor(self.decoder(z, F.pixel_shuffle(self.decoder_linear(raw), FACTOR)))
 
     def memory_per_pixel(self, dtype: torch.dtype) -> float:
         """Peak bytes per image pixel of a whole generator on this backbone, without gradients."""
@@ -208,11 +213,12 @@ class TinyDecoder(nn.Module):
     """The decoder's residual branch: latent resolution, twice that, then pixels.
 
     Convolutions in front of a pixel shuffle carry no bias: biases there are constants per position of the 4x4 lattice,
-    which shows as a grid. Full-resolution feature maps are avoided because they cost more than the rest of the network
-    together.
+    which shows as a grid. Pixels made by a shuffle know nothing of their neighbours in the next cell, which shows as
+    steps across the cells' borders; a few channels at full resolution mend that, and more would cost more than the rest
+    of the network together.
     """
 
-    def __init__(self, latent: int, width: int) -> None:
+    def __init__(self, latent: int, width: int, refine: int = 0) -> None:
         super().__init__()
         half = width // 2
         self.conv_in = nn.Conv2d(latent, width, 3, padding=1)
@@ -221,13 +227,31 @@ class TinyDecoder(nn.Module):
         self.conv_half = nn.Conv2d(half, half, 3, padding=1)
         self.conv_out = nn.Conv2d(half, 3 * 4, 3, padding=1, bias=False)
         nn.init.zeros_(self.conv_out.weight)
+        self.refine = Refinement(half, refine) if refine else None
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Map (N, C, h, w) to a correction (N, 3, 4h, 4w)."""
+    def forward(self, z: Tensor, linear: Tensor) -> Tensor:
+        """Correct the image (N, 3, 4h, 4w) that the linear path makes of the latent ``z`` (N, C, h, w)."""
         h = self.block(F.silu(self.conv_in(z)))
         h = F.silu(F.pixel_shuffle(self.up(h), 2))
         h = h + F.silu(self.conv_half(h))
-        return F.pixel_shuffle(self.conv_out(h), 2)
+        image = linear + F.pixel_shuffle(self.conv_out(h), 2)
+        return image if self.refine is None else torch.as_tensor(self.refine(image, h))
+
+
+class Refinement(nn.Module):
+    """Two convolutions at the picture's resolution over the picture and features of half that resolution."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.up = nn.Conv2d(channels, 4 * width, 1, bias=False)
+        self.conv1 = nn.Conv2d(width + 3, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, 3, 3, padding=1, bias=False)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, image: Tensor, half: Tensor) -> Tensor:
+        """Image (N, 3, H, W), corrected; ``half`` is (N, C, H/2, W/2)."""
+        features = F.pixel_shuffle(self.up(half), 2)
+        return image + torch.as_tensor(self.conv2(F.silu(self.conv1(torch.cat([image, features], dim=1)))))
 
 
 class PromptAttention(nn.Module):

@@ -1,0 +1,74 @@
+"""Networks that judge a generator while they learn: of its latents, as in D3SR, or of its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onestepsr.losses.adversarial import bce_discriminator_loss, bce_generator_loss
+from onestepsr.methods.base import Batch, LossFn, Networks, SampleRandom
+from onestepsr.methods.noising import LatentNoise
+
+DISCRIMINATOR = "discriminator"
+CRITIC = "critic"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What the generator has made in this iteration, with gradients."""
+
+    sr: Tensor
+    """Pictures (N, 3, H, W) in about [0, 1]."""
+    z_sr: Tensor
+    """Their latents (N, C, h, w)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """One judging network: its term in the generator's loss, and its own loss on what the generator left in the
+    batch."""
+
+    network: str
+    """Key in the method's networks."""
+    term: str
+    """Name of the generator's term."""
+    start: int
+    """First iteration in which it judges and learns."""
+    judge: Callable[[Networks, Made, SampleRandom], Tensor]
+    """The generator's weighted loss."""
+    learn: LossFn
+    """Its own loss, from the batch's ``hr`` and ``sr``, or ``z_hr`` and ``z_sr``."""
+    settle: Callable[[], None] = lambda: None
+    """Called once at the start of every iteration."""
+
+
+def latent_judge(noise: LatentNoise, weight: float, start: int) -> Judge:
+    """D3SR's discriminator of noised latents (Eq. 2-4)."""
+
+    def judge(networks: Networks, made: Made, random: SampleRandom) -> Tensor:
+        return weight * bce_generator_loss(networks[DISCRIMINATOR](*noise(made.z_sr, random)))
+
+    def learn(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        halves = [noise(batch[name], random) for name in ("z_hr", "z_sr")]
+        z_t, t = (torch.cat(pair) for pair in zip(*halves, strict=True))  # one evaluation for both
+        real, fake = networks[DISCRIMINATOR](z_t, t).chunk(2)
+        noise.observe(real)
+        return {"discriminator": bce_discriminator_loss(real, fake)}
+
+    return Judge(network=DISCRIMINATOR, term="adversarial", start=start, judge=judge, learn=learn, settle=noise.settle)
+
+
+def picture_judge(weight: float, start: int) -> Judge:
+    """A critic of pictures, with the same losses on what it sees: no noise, no step."""
+
+    def judge(networks: Networks, made: Made, random: SampleRandom) -> Tensor:
+        return weight * bce_generator_loss(networks[CRITIC](made.sr))
+
+    def learn(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        real, fake = networks[CRITIC](torch.cat([batch["hr"], batch["sr"]])).chunk(2)
+        return {"critic": bce_discriminator_loss(real, fake)}
+
+    return Judge(network=CRITIC, term="critic_adversarial", start=start, judge=judge, learn=learn)
