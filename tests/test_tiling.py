@@ -115,3 +115,37 @@ def test_averaged_tiles_equal_published_code(name: str) -> None:
     count = iter(range(100))
     joined = tiling.averaged(lambda t: enlarge(t, scale) + 0.1 * next(count), x, scale, tile, tile - stride)
     assert (joined - torch.from_numpy(golden[f"{name}.out"])).abs().max() < 1e-6
+
+
+def stand_in_for_a_unet(x: torch.Tensor) -> torch.Tensor:
+    """What took the UNet's place when the published tiles were made; it knows where in a tile it is."""
+    rows, columns = (torch.arange(side, dtype=torch.float32) for side in x.shape[-2:])
+    return 0.5 * torch.tanh(x) + 0.3 * x.mean() + 0.01 * columns + 0.02 * rows[:, None]
+
+
+@pytest.mark.parametrize("name", ["a", "c"])
+def test_gaussian_tiles_equal_published_code(name: str) -> None:
+    golden = np.load(Path(__file__).parent / "golden" / "osediff_tiles.npz")
+    tile, overlap = golden[f"{name}_cfg"].tolist()
+    z = torch.from_numpy(golden[f"{name}_latent"])
+    assert len(tiling.places(*z.shape[2:], min(tile, *z.shape[2:]), overlap)) == golden[f"{name}_n_tiles"]
+    joined = tiling.gaussian_blended(stand_in_for_a_unet, z, tile, overlap)
+    assert (joined - torch.from_numpy(golden[f"{name}_pred"])).abs().max() < 1e-5
+
+
+def test_gaussian_weights_equal_published_code() -> None:
+    golden = np.load(Path(__file__).parent / "golden" / "osediff_tiles.npz")
+    assert np.allclose(tiling.gaussian_weights(64, 64), golden["weights_64"], rtol=1e-12)
+    assert np.allclose(tiling.gaussian_weights(96, 96)[::5, ::7], golden["weights_96"], rtol=1e-12)
+
+
+def test_our_tiles_give_the_whole_where_gaussian_tiles_only_come_near() -> None:
+    z = torch.randn(1, 2, 40, 50, generator=torch.Generator().manual_seed(0))
+
+    def local(x: torch.Tensor) -> torch.Tensor:
+        return functional.avg_pool2d(x, 3, stride=1, padding=1)
+
+    whole = local(z)
+    assert torch.allclose(tiling.gaussian_blended(torch.sin, z, 16, 6), torch.sin(z), atol=1e-6)
+    assert torch.allclose(tiling.tiled(local, z, 1, 16, 6, margin=1), whole, atol=1e-6)
+    assert not torch.allclose(tiling.gaussian_blended(local, z, 16, 6), whole, atol=1e-6)
