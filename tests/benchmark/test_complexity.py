@@ -111,7 +111,7 @@ def trained(method: Method) -> dict[str, int]:
 def test_trainable_parameters_are_those_that_the_tiny_recipe_trains(report: Report) -> None:
     from onestepsr.train.recipes import load_run
 
-    run = load_run("d3sr", "d3sr-tiny", ["config.backbone=random:d3sr-tiny"])
+    run = load_run("d3sr", "d3sr-tiny-single-stage", ["config.backbone=random:d3sr-tiny"])
     assert isinstance(run.config, D3SRConfig)
     expected = {"generator": of(report, "d3sr-tiny"), "discriminator": of(report, "tiny-discriminator")}
     assert trained(build_d3sr(run.config)) == {name: network.trainable for name, network in expected.items()}
