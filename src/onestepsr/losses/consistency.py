@@ -1,5 +1,6 @@
-"""What makes one step of a residual-shifting network equal many: the terms of SinSR (Wang et al., "SinSR: Diffusion-Based
-Image Super-Resolution in a Single Step", CVPR 2024), in the form of the published code.
+"""What makes one step of a residual-shifting network equal many: the terms of SinSR, in the form of the published code.
+
+(Wang et al., "SinSR: Diffusion-Based Image Super-Resolution in a Single Step", CVPR 2024.)
 
 All are mean squared errors of latents (N, C, h, w). Symbols are those of :mod:`onestepsr.residual_schedule`.
 """
