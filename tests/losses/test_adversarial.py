@@ -1,9 +1,14 @@
-"""Eq. 2 and 3 of D3SR on logits."""
+"""Eq. 2 and 3 of D3SR and Eq. 11 and 12 of TAD-SR on logits."""
 
 import pytest
 import torch
 
-from onestepsr.losses.adversarial import bce_discriminator_loss, bce_generator_loss
+from onestepsr.losses.adversarial import (
+    bce_discriminator_loss,
+    bce_generator_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+)
 
 
 def test_losses_equal_the_papers_logarithms():
@@ -17,3 +22,27 @@ def test_extreme_logits_stay_finite_and_keep_their_gradient():
     logits = torch.tensor([-1e4, 1e4], requires_grad=True)
     bce_generator_loss(logits).backward()
     assert torch.allclose(logits.grad, torch.tensor([-0.5, 0.0]))
+
+
+def test_hinge_losses_equal_the_papers_formulas():
+    real = [torch.tensor([[0.5, 2.0]]), torch.tensor([[-1.0]])]
+    fake = [torch.tensor([[-3.0, 0.5]]), torch.tensor([[-0.5]])]
+    # by hand, Eq. 12: scale 0 (0 + 1.5) / 2 + (0.5 + 0) / 2 = 1; scale 1 0.5 + 2 = 2.5; their mean
+    assert hinge_discriminator_loss(real, fake).item() == pytest.approx(1.75)
+    # Eq. 11: -((-3 + 0.5) / 2 - 0.5) / 2
+    assert hinge_generator_loss(fake).item() == pytest.approx(0.875)
+
+
+def test_hinge_leaves_what_is_told_apart_alone():
+    real, fake = (torch.tensor([value], requires_grad=True) for value in (1.5, -1.5))
+    hinge_discriminator_loss([real], [fake]).backward()
+    assert real.grad.item() == fake.grad.item() == 0
+    hinge_generator_loss([fake]).backward()
+    assert fake.grad.item() == -1, "the generator's push never fades"
+
+
+def test_hinge_counts_every_scale_alike_whatever_its_size():
+    small, large = torch.ones(2, 1, 1, 1), -torch.ones(2, 1, 8, 8)
+    assert hinge_generator_loss([small, large]).item() == 0
+    with pytest.raises(ValueError, match="shorter"):
+        hinge_discriminator_loss([small, large], [small])
