@@ -97,6 +97,18 @@ def test_recipe_file_and_crop_multiple(photos, tmp_path):
     assert json.loads((out / "degradation.json").read_text())["images"]["a.png"]["first_jpeg"] is None
 
 
+@pytest.mark.parametrize("recipe", ["face_resshift", "faces.yaml"])
+def test_faces_keep_their_size(photos, tmp_path, recipe):
+    (tmp_path / "faces.yaml").write_text("shrink: [2, 4]\ngrey_probability: 0\n")
+    out = tmp_path / "out"
+    degrade(photos, out, "--recipe", tmp_path / recipe if recipe.endswith("yaml") else recipe)
+    assert json.loads((out / "degradation.json").read_text())["scale"] == 1
+    original, hr, lr = (pixels(path / "a.png") for path in (photos, out / "HR", out / "LR"))
+    np.testing.assert_array_equal(hr, original)
+    assert lr.shape == original.shape
+    assert not np.array_equal(lr, original)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

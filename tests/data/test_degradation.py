@@ -127,6 +127,13 @@ def test_published_settings():
     assert resshift.first.kernels.sizes == tuple(range(3, 20, 2))
     assert resshift.second.kernels.sizes == tuple(range(3, 14, 2)) == resshift.final_sinc_sizes
     assert resshift.second.probability == 0.5
+    assert resshift.second.blur_probability == resshift.final_sinc_probability == 0.8
+    assert (resshift.first.kernels.sigma, resshift.second.kernels.sigma) == ((0.2, 3), (0.2, 1.5))
+    assert (resshift.first.resize_range, resshift.second.resize_range) == ((0.15, 1.5), (0.3, 1.2))
+    assert (resshift.first.gaussian_sigma, resshift.second.gaussian_sigma) == ((1, 30), (1, 25))
+    assert (resshift.first.poisson_scale, resshift.second.poisson_scale) == ((0.05, 3), (0.05, 2.5))
+    assert resshift.first_jpeg == resshift.final_jpeg == (30, 95)
+    assert resshift.sharpen is False
     assert (real.second.gaussian_sigma, real.second.resize_range) == ((1, 25), (0.3, 1.2))
 
 

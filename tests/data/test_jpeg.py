@@ -59,3 +59,32 @@ def test_quality_given_is_left_as_it_was():
     quality = torch.tensor([30.0, 80.0])
     jpeg(IMAGES, quality)
     assert quality.tolist() == [30.0, 80.0]
+
+
+def encoded(pixels, quality):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=quality, subsampling="4:2:0")
+    with Image.open(stream) as image:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+@pytest.mark.parametrize("quality", [30, 60, 75])
+def test_standard_variant_is_what_an_encoder_makes_of_a_small_picture(quality):
+    """On average over the pixels: an encoder's integer transform rounds some coefficients the other way."""
+    grey = np.random.default_rng(0).integers(70, 180, (21, 37, 1), dtype=np.uint8).repeat(3, axis=2)
+    picture, real = torch.from_numpy(grey).permute(2, 0, 1)[None].float() / 255, encoded(grey, quality)
+    assert ((jpeg(picture, quality, variant="standard")[0] - real) * 255).abs().mean() < 1
+    assert ((jpeg(picture, quality)[0] - real) * 255).abs().mean() > 6
+
+
+def test_standard_variant_keeps_the_colour_of_the_last_columns():
+    flat = np.full((37, 37, 3), (204, 153, 102), np.uint8)
+    picture = torch.from_numpy(flat).permute(2, 0, 1)[None].float() / 255
+    assert (jpeg(picture, 50, variant="standard")[0] - encoded(flat, 50)).abs().max() < 0.02
+    assert (jpeg(picture, 50)[0] - encoded(flat, 50)).abs().max() > 0.1
+
+
+def test_quality_100_is_nearly_lossless_in_both_variants():
+    smooth = torch.linspace(0, 1, 48).expand(1, 3, 48, 48)
+    for variant in ("published", "standard"):
+        assert (jpeg(smooth, 100, variant=variant) - smooth).abs().max() < 0.02

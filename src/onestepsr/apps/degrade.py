@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 RECORD = "degradation.json"
 SCHEMA = 1
+RECIPE_HELP = (
+    "real_esrgan, resshift, camera, bicubic, mixed, face_resshift, face_osediff, or a YAML/JSON file with settings."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,9 +44,12 @@ def degrade_command(
     *,
     recipe: Annotated[
         str,
-        typer.Option(help="real_esrgan, resshift, camera, bicubic, mixed, or a YAML/JSON file with settings."),
+        typer.Option(help=RECIPE_HELP),
     ] = "real_esrgan",
-    scale: Annotated[int, typer.Option(min=1, max=16, help="HR size divided by LR size.")] = 4,
+    scale: Annotated[
+        int | None,
+        typer.Option(min=1, max=16, help="HR size divided by LR size: 1 to 16. Default 4, for face recipes 1."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed and file name give the same degradation.")] = 0,
     recursive: Annotated[bool, typer.Option("--recursive", help="Include sub-folders.")] = False,
     skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Keep pairs that are there already.")] = False,
@@ -54,11 +60,12 @@ def degrade_command(
     ] = None,
 ) -> None:
     """Make low-resolution versions of photos, as training and test sets are made."""
+    if skip_existing and overwrite:
+        raise UserError("--skip-existing and --overwrite: choose one of them")
+    scale = usual_scale(recipe) if scale is None else scale
     multiple = scale if crop_multiple is None else crop_multiple
     if multiple % scale:
         raise UserError(f"--crop-multiple {multiple}: expected a multiple of the scale, {scale}")
-    if skip_existing and overwrite:
-        raise UserError("--skip-existing and --overwrite: choose one of them")
     jobs = plan(hr_dir, out_dir, recursive)
     header = {"schema": SCHEMA, "recipe": recipe, "scale": scale, "seed": seed, "crop_multiple": multiple}
     _check_existing(jobs, out_dir, header, skip_existing, overwrite)
@@ -112,20 +119,30 @@ def run(jobs: list[Job], out_dir: Path, header: dict[str, Any], skip_existing: b
 
 
 def load_recipe(name: str) -> Recipe:
-    """A preset by name, or the settings in a YAML or JSON file."""
+    """A preset by name, or the settings in a YAML or JSON file: those of faces if its names are theirs."""
     from onestepsr.config import from_mapping, read_mapping
-    from onestepsr.data.degradation import DegradationConfig
+    from onestepsr.data.degradation import DegradationConfig, FaceDegradationConfig
     from onestepsr.data.presets import get_preset
 
     path = Path(name)
-    if path.suffix in (".yaml", ".yml", ".json"):
-        return from_mapping(DegradationConfig, read_mapping(path))
-    return get_preset(name)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        return get_preset(name)
+    values = read_mapping(path)
+    if values.keys() & {field.name for field in dataclasses.fields(FaceDegradationConfig)}:
+        return from_mapping(FaceDegradationConfig, values)
+    return from_mapping(DegradationConfig, values)
+
+
+def usual_scale(name: str) -> int:
+    """The scale for which the recipe ``name`` is meant: faces are restored at their own size."""
+    from onestepsr.data.degradation import FaceDegradationConfig
+
+    return 1 if isinstance(load_recipe(name), FaceDegradationConfig) else 4
 
 
 def make_pair(job: Job, drawn: Degradation, header: dict[str, Any]) -> None:
     """Degrade one photo and write its LR and cropped HR picture as PNG."""
-    from onestepsr.data.degradation import apply_degradation
+    from onestepsr.data.degradation import apply_degradation, target_of
     from onestepsr.data.photos import read_pixels
     from onestepsr.data.sampling import generator
     from onestepsr.image import from_array, samples_to_tensor, tensor_to_samples
@@ -136,10 +153,10 @@ def make_pair(job: Job, drawn: Degradation, header: dict[str, Any]) -> None:
     height, width = (side // multiple * multiple for side in pixels.shape[:2])
     if not height or not width:
         raise UserError(f"{job.source}: {pixels.shape[1]}x{pixels.shape[0]}, expected sides of at least {multiple}")
-    cropped = pixels[:height, :width]
-    noise = generator(header["seed"], "degrade noise", job.name)
-    lr = apply_degradation(samples_to_tensor(cropped)[0], drawn, noise, scale)
-    for path, samples in ((job.hr, cropped), (job.lr, tensor_to_samples(lr, cropped.dtype.type))):
+    hr = samples_to_tensor(pixels[:height, :width])[0]
+    lr = apply_degradation(hr, drawn, generator(header["seed"], "degrade noise", job.name), scale)
+    for path, picture in ((job.hr, target_of(hr, drawn)), (job.lr, lr)):
+        samples = tensor_to_samples(picture, pixels.dtype.type)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_picture(from_array(samples), path)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from onestepsr.data.degradation import DegradationConfig, Recipe
+from onestepsr.data.degradation import DegradationConfig, FaceDegradationConfig, Recipe
 from onestepsr.data.presets import get_preset, mix
 
 MAX_CROP = 4096
@@ -28,9 +28,9 @@ class DataConfig:
     crop: int = 256
     """Side of the square HR crop in pixels, a multiple of ``scale``. For pairs, 0 keeps whole pictures."""
     scale: int = 4
-    """HR size divided by LR size."""
-    degradation: str | dict[str, float] | DegradationConfig = "mixed"
-    """A preset's name, relative weights of several presets by name, or all settings."""
+    """HR size divided by LR size; 1 where pictures are restored at their own size, as faces are."""
+    degradation: str | dict[str, float] | FaceDegradationConfig | DegradationConfig = "mixed"
+    """A preset's name, relative weights of several presets by name, or all settings (second-order or of faces)."""
     hr_scale: tuple[float, float] = (0.5, 1.0)
     """Photos are shrunk by a factor from this range first, which also removes traces of their own JPEG compression.
 
@@ -90,6 +90,6 @@ class DataConfig:
         """The degradation that ``degradation`` stands for."""
         if isinstance(self.degradation, str):
             return get_preset(self.degradation)
-        if isinstance(self.degradation, DegradationConfig):
+        if isinstance(self.degradation, (DegradationConfig, FaceDegradationConfig)):
             return self.degradation
         return mix(self.degradation)

@@ -2,7 +2,8 @@
 
 Drawing and applying are separate. :func:`draw_degradation` turns a configuration and a generator into a
 :class:`Degradation`, which is plain numbers and can be written down; :func:`apply_degradation` makes the LR picture
-(its own randomness is the noise alone). :func:`degrade` does both.
+(its own randomness is the noise alone) and :func:`target_of` the HR picture that belongs to it. :func:`degrade` does
+the first two, :func:`degrade_pair` all three.
 
 Order (Wang et al., 2021, section 3 and Fig. 2): blur, resize, noise, JPEG; then blur, resize, noise; then either resize
 to the LR size, sinc filter, JPEG, or JPEG, resize, sinc filter; then rounding to 8 bit.
@@ -11,12 +12,14 @@ to the LR size, sinc filter, JPEG, or JPEG, resize, sinc filter; then rounding t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from onestepsr.data.jpeg import jpeg
+from onestepsr.color import gray
+from onestepsr.data.drawn import Degradation, Noise, Stage
+from onestepsr.data.face import FaceDegradationConfig, draw_face_degradation
+from onestepsr.data.jpeg import Variant, jpeg
 from onestepsr.data.kernels import Kernel, KernelConfig, check_sizes, draw_kernel, draw_sinc_kernel
 from onestepsr.data.operators import (
     ResizeMode,
@@ -29,6 +32,21 @@ from onestepsr.data.operators import (
     unsharp_mask,
 )
 from onestepsr.data.sampling import choose, uniform
+
+__all__ = [
+    "Degradation",
+    "DegradationConfig",
+    "DegradationMix",
+    "DegradationShare",
+    "FaceDegradationConfig",
+    "Recipe",
+    "StageConfig",
+    "apply_degradation",
+    "degrade",
+    "degrade_pair",
+    "draw_degradation",
+    "target_of",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +138,7 @@ class DegradationShare:
 
     weight: float
     """Relative share of the pictures."""
-    degradation: DegradationConfig
+    degradation: DegradationConfig | FaceDegradationConfig
     """What is done to them."""
 
 
@@ -137,44 +155,7 @@ class DegradationMix:
             raise ValueError(f"weights of the degradation mix are {weights}: expected numbers >= 0 with a positive sum")
 
 
-Recipe = DegradationConfig | DegradationMix
-
-
-@dataclass(frozen=True, kw_only=True)
-class Noise:
-    """Noise that is added to one picture."""
-
-    kind: Literal["gaussian", "poisson"]
-    level: float
-    """Standard deviation in 8-bit levels (gaussian) or factor on the shot noise (poisson)."""
-    grey: bool
-    """Equal in all channels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One drawn round."""
-
-    blur: Kernel | None
-    scale: float
-    """Resize factor: of the picture in the first round, of the LR size in the second."""
-    mode: ResizeMode
-    noise: Noise
-
-
-@dataclass(frozen=True, kw_only=True)
-class Degradation:
-    """Everything that was drawn for one picture, except the noise fields themselves."""
-
-    sharpen: bool
-    first: Stage | None
-    first_jpeg: float | None
-    second: Stage | None
-    final_mode: ResizeMode
-    final_resize_first: bool
-    final_sinc: Kernel | None
-    final_jpeg: float | None
-    antialias: bool
+Recipe = DegradationConfig | FaceDegradationConfig | DegradationMix
 
 
 def degrade(hr: Tensor, recipe: Recipe, rng: torch.Generator, scale: int = 4) -> Tensor:
@@ -185,7 +166,18 @@ def degrade(hr: Tensor, recipe: Recipe, rng: torch.Generator, scale: int = 4) ->
     """
     if hr.ndim == 4:
         return torch.stack([degrade(picture, recipe, rng, scale) for picture in hr])
-    return apply_degradation(hr, draw_degradation(recipe, rng), rng, scale)
+    return degrade_pair(hr, recipe, rng, scale)[1]
+
+
+def degrade_pair(hr: Tensor, recipe: Recipe, rng: torch.Generator, scale: int = 4) -> tuple[Tensor, Tensor]:
+    """The HR picture as target, (3, H, W), and its LR picture; as :func:`degrade` for one picture ``hr`` (3, H, W)."""
+    drawn = draw_degradation(recipe, rng)
+    return target_of(hr, drawn), apply_degradation(hr, drawn, rng, scale)
+
+
+def target_of(hr: Tensor, drawn: Degradation) -> Tensor:
+    """What a network should make of the LR picture: ``hr`` (3, H, W) in [0, 1], in rare cases without its colour."""
+    return to_8bit(_without_colour(hr[None]))[0] if drawn.grey == "both" else hr
 
 
 def draw_degradation(recipe: Recipe, rng: torch.Generator) -> Degradation:
@@ -193,6 +185,8 @@ def draw_degradation(recipe: Recipe, rng: torch.Generator) -> Degradation:
     if isinstance(recipe, DegradationMix):
         index = choose([share.weight for share in recipe.shares], rng)
         return draw_degradation(recipe.shares[index].degradation, rng)
+    if isinstance(recipe, FaceDegradationConfig):
+        return draw_face_degradation(recipe, rng)
     has_sinc = uniform(0, 1, rng) < recipe.final_sinc_probability
     return Degradation(
         sharpen=recipe.sharpen,
@@ -220,30 +214,35 @@ def apply_degradation(hr: Tensor, drawn: Degradation, rng: torch.Generator, scal
         picture = _blur(picture, drawn.first.blur)
         picture = rescale(picture, drawn.first.scale, drawn.first.mode, antialias=drawn.antialias)
         picture = _add_noise(picture, drawn.first.noise, rng)
-    picture = _compress(picture, drawn.first_jpeg)
+    picture = _compress(picture, drawn.first_jpeg, drawn.jpeg_variant)
     if drawn.second is not None:
         picture = _blur(picture, drawn.second.blur)
         size = (_scaled(lr_size[0], drawn.second.scale), _scaled(lr_size[1], drawn.second.scale))
         picture = resize(picture, size, drawn.second.mode, antialias=drawn.antialias)
         picture = _add_noise(picture, drawn.second.noise, rng)
-    return to_8bit(_finish(picture, drawn, lr_size))[0]
+    picture = _finish(picture, drawn, lr_size)
+    return to_8bit(picture if drawn.grey == "none" else _without_colour(picture))[0]
 
 
 def _finish(picture: Tensor, drawn: Degradation, lr_size: tuple[int, int]) -> Tensor:
     """Bring the picture to its final size; JPEG comes last, or first so that its blocks are resized too."""
     if not drawn.final_resize_first:
-        picture = _compress(picture, drawn.final_jpeg)
+        picture = _compress(picture, drawn.final_jpeg, drawn.jpeg_variant)
     picture = resize(picture, lr_size, drawn.final_mode, antialias=drawn.antialias)
     picture = _blur(picture, drawn.final_sinc)
-    return _compress(picture, drawn.final_jpeg) if drawn.final_resize_first else picture
+    return _compress(picture, drawn.final_jpeg, drawn.jpeg_variant) if drawn.final_resize_first else picture
 
 
 def _blur(picture: Tensor, kernel: Kernel | None) -> Tensor:
     return picture if kernel is None else filter2d(picture, kernel.tensor())
 
 
-def _compress(picture: Tensor, quality: float | None) -> Tensor:
-    return picture if quality is None else jpeg(picture.clamp(0, 1), quality)
+def _compress(picture: Tensor, quality: float | None, variant: Variant) -> Tensor:
+    return picture if quality is None else jpeg(picture.clamp(0, 1), quality, variant=variant)
+
+
+def _without_colour(picture: Tensor) -> Tensor:
+    return gray(picture.clamp(0, 1)).expand_as(picture)
 
 
 def _add_noise(picture: Tensor, noise: Noise, rng: torch.Generator) -> Tensor:

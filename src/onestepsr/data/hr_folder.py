@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from onestepsr.data.config import DataConfig
-from onestepsr.data.degradation import degrade
+from onestepsr.data.degradation import degrade_pair
 from onestepsr.data.order import epoch_position
 from onestepsr.data.photos import Photo, PhotoCache, PhotoFiles, PhotoSource, Pixels, scan
 from onestepsr.data.sampling import generator, integer, uniform
@@ -73,7 +73,8 @@ class HRStream(Dataset[Sample]):
         hr = augment({"hr": hr}, self.config, rng)["hr"]
         if not self.with_lr:
             return {"hr": hr}
-        return {"hr": hr, "lr": degrade(hr, self.recipe, rng, self.config.scale)}
+        target, lr = degrade_pair(hr, self.recipe, rng, self.config.scale)
+        return {"hr": target, "lr": lr}
 
     def _photo(self, position: int) -> Pixels:
         """The photo at ``position``, or the next one that can be decoded and is as large as its header says."""

@@ -2,13 +2,16 @@
 
 The arithmetic is that of DiffJPEG (Shin & Song, 2017) as Real-ESRGAN's training uses it. It differs from a real
 encoder: pixels are never rounded to 8 bit, sides are filled up to multiples of 16 with black, chroma is enlarged by
-repetition, the quality is a real number, and the luma table is applied transposed (the published code stores it so).
+repetition, the quality is a real number, quantisation may be finer than 1, and the luma table is applied transposed
+(the published code stores it so). The variant ``standard`` fills with the last row and column, rounds the pixels, and
+has whole tables of 1 to 255 in the right orientation, as an encoder does.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,28 +33,43 @@ CHROMA_CORNER = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 
 RGB_TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 YCBCR_TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
 BLOCK = 8
+Variant = Literal["published", "standard"]
+FINEST_STEP = 1e-4
+"""Quality 100 would divide by 0."""
 
 
-def jpeg(images: Tensor, quality: Tensor | float, *, differentiable: bool = False) -> Tensor:
+def jpeg(
+    images: Tensor, quality: Tensor | float, *, differentiable: bool = False, variant: Variant = "published"
+) -> Tensor:
     """Compress ``images`` (N, 3, H, W) in [0, 1] at ``quality`` in (0, 100], one number or (N,), and decompress them.
 
     With ``differentiable`` the rounding of coefficients gets a useful gradient (it becomes ``r + (x - r)^3`` with
-    ``r = round(x)``), which also changes the values a little. Returns (N, 3, H, W) in [0, 1], not rounded to 8 bit.
+    ``r = round(x)``), which also changes the values a little. Take the variant ``standard`` for small pictures: filled
+    with black, their last rows and columns ring and lose colour. Returns (N, 3, H, W) in [0, 1], not rounded to 8 bit.
     """
     count, _, height, width = images.shape
     quality = torch.as_tensor(quality, dtype=images.dtype, device=images.device).expand(count)
-    factor = quality_factor(quality)
-    padded = F.pad(images, (0, -width % 16, 0, -height % 16))
-    luma, chroma = _to_ycbcr_420(padded * 255)
-    luma = _requantize(luma, _luma_table(images), factor, differentiable)
-    chroma = _requantize(chroma, _chroma_table(images), factor, differentiable)
+    is_standard = variant == "standard"
+    fill = "replicate" if is_standard else "constant"
+    padded = F.pad(images, (0, -width % 16, 0, -height % 16), mode=fill) * 255
+    luma, chroma = _to_ycbcr_420(padded.round() if is_standard else padded)
+    luma = _requantize(luma, _steps(_luma_table(images, variant), quality, variant), differentiable)
+    chroma = _requantize(chroma, _steps(_chroma_table(images), quality, variant), differentiable)
     result = _to_rgb(luma, chroma)[..., :height, :width]
     return result.clamp(0, 255) / 255
 
 
-def quality_factor(quality: Tensor) -> Tensor:
-    """Factor on the quantisation tables: ``50 / q`` below quality 50, else ``2 - q / 50``."""
-    return torch.where(quality < 50, 5000 / quality, 200 - 2 * quality) / 100
+def quality_percentage(quality: Tensor) -> Tensor:
+    """Percentage of the quantisation tables: ``5000 / q`` below quality 50, else ``200 - 2 q``."""
+    return torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)
+
+
+def _steps(table: Tensor, quality: Tensor, variant: Variant) -> Tensor:
+    """Quantisation steps (N, 1, 64) of ``table`` (64,) for ``quality`` (N,)."""
+    percentage = quality_percentage(quality)[:, None, None]
+    if variant == "published":
+        return (table * (percentage / 100)).clamp(min=FINEST_STEP)
+    return ((table * percentage.floor() + 50) / 100).floor().clamp(1, 255)
 
 
 def _to_ycbcr_420(rgb: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,13 +86,12 @@ def _to_rgb(luma: Tensor, chroma: Tensor) -> Tensor:
     return torch.einsum("dc,nchw->ndhw", matrix, torch.cat([luma + 128, chroma], dim=1))
 
 
-def _requantize(planes: Tensor, table: Tensor, factor: Tensor, differentiable: bool) -> Tensor:
-    """Round the DCT coefficients of ``planes`` (N, C, H, W) to multiples of ``table`` (64,) times ``factor`` (N,)."""
+def _requantize(planes: Tensor, step: Tensor, differentiable: bool) -> Tensor:
+    """Round the DCT coefficients of ``planes`` (N, C, H, W) to multiples of ``step`` (N, 1, 64)."""
     count, channels, height, width = planes.shape
     blocks = planes.reshape(count, channels, height // BLOCK, BLOCK, width // BLOCK, BLOCK)
     blocks = blocks.permute(0, 1, 2, 4, 3, 5).reshape(count, -1, BLOCK * BLOCK)
     transform = _block_transform(planes.dtype, planes.device)
-    step = table * factor[:, None, None]
     coefficients = blocks @ transform.T / step
     rounded = torch.round(coefficients)
     if differentiable:
@@ -94,8 +111,9 @@ def _block_transform(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.kron(basis, basis).to(device, dtype)
 
 
-def _luma_table(like: Tensor) -> Tensor:
-    return like.new_tensor(LUMA_TABLE).T.reshape(-1)
+def _luma_table(like: Tensor, variant: Variant) -> Tensor:
+    table = like.new_tensor(LUMA_TABLE)
+    return (table if variant == "standard" else table.T).reshape(-1)
 
 
 def _chroma_table(like: Tensor) -> Tensor:

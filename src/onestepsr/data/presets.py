@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from onestepsr.data.degradation import DegradationConfig, DegradationMix, DegradationShare, Recipe, StageConfig
+from onestepsr.data.face import FaceDegradationConfig
 from onestepsr.data.kernels import KernelConfig
 from onestepsr.errors import UserError, did_you_mean
 
@@ -76,6 +78,19 @@ def bicubic() -> DegradationConfig:
     )
 
 
+def face_resshift() -> FaceDegradationConfig:
+    """Degradation of the GFPGAN type with which ResShift's and TAD-SR's face models are trained; for scale 1."""
+    return FaceDegradationConfig()
+
+
+def face_osediff() -> FaceDegradationConfig:
+    """The same with the numbers of OSEDiff's face model (they are CodeFormer's), without grey pictures; for scale 1."""
+    plain = FaceDegradationConfig()
+    return FaceDegradationConfig(
+        kernels=replace(plain.kernels, sigma=(1.0, 15.0)), shrink=(1.0, 30.0), grey_probability=0.0
+    )
+
+
 def mixed() -> DegradationMix:
     """Half Real-ESRGAN, half camera: heavy damage and the mild blur of real photos in one training set."""
     return mix({"real_esrgan": 0.5, "camera": 0.5})
@@ -86,6 +101,8 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "resshift": resshift,
     "camera": camera,
     "bicubic": bicubic,
+    "face_resshift": face_resshift,
+    "face_osediff": face_osediff,
     "mixed": mixed,
 }
 
