@@ -1,0 +1,239 @@
+"""Several results side by side: the pictures they share, what keeps them from being comparable, and paired tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from onestepsr.errors import UserError
+from onestepsr.evaluate.result import UNKNOWN_PROTOCOL, EvaluationResult, MetricRecord
+from onestepsr.evaluate.statistics import PairedComparison, Summary, compare_paired, holm, summarize
+
+SCHEMA = 1
+SIGNIFICANCE = 0.05
+MAX_METHODS = 20
+LISTED = 3
+"""How many names a warning about pictures gives as examples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One metric of one method against the first method."""
+
+    metric: str
+    method: int
+    """Number of the method, counted from 0; the first is what it is compared with."""
+    paired: PairedComparison
+    adjusted: float | None
+    """Wilcoxon's p value after Holm, over every metric and method of the comparison; none if no picture differs."""
+    higher_is_better: bool
+
+    @property
+    def significant(self) -> bool:
+        """Whether chance is an unlikely reason for the difference, by the adjusted p value and the 5 % level."""
+        return self.adjusted is not None and self.adjusted < SIGNIFICANCE
+
+    @property
+    def verdict(self) -> str:
+        """``better``, ``worse`` or ``undecided``, of the method against the first one."""
+        if not self.significant or self.paired.difference.mean == 0:
+            return "undecided"
+        return "better" if (self.paired.difference.mean > 0) == self.higher_is_better else "worse"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Results of one or more methods; everything below is over the pictures that all of them have."""
+
+    results: tuple[EvaluationResult, ...]
+
+    @property
+    def labels(self) -> list[str]:
+        """One name for each method, all different."""
+        return [result.label for result in self.results]
+
+    @cached_property
+    def metrics(self) -> dict[str, MetricRecord]:
+        """Every metric that at least one result has, in the order of the first that has it."""
+        found: dict[str, MetricRecord] = {}
+        for result in self.results:
+            for name, record in result.metrics.items():
+                found.setdefault(name, record)
+        return found
+
+    @cached_property
+    def pictures(self) -> list[str]:
+        """Names of the pictures of any result, sorted as the first results have them."""
+        return list(dict.fromkeys(name for result in self.results for name in result.images))
+
+    def common(self, metric: str) -> list[str]:
+        """Pictures with a value of ``metric`` in every result that has the metric at all."""
+        having = [values for result in self.results if (values := result.values(metric))]
+        return [name for name in having[0] if all(name in values for values in having)] if having else []
+
+    def summary(self, method: int, metric: str) -> Summary | None:
+        """Mean over the common pictures (of a metric of whole sets: its value); none where there is no value."""
+        result = self.results[method]
+        if metric in result.whole:
+            return result.summaries()[metric]
+        values = result.values(metric)
+        common = self.common(metric)
+        return summarize([values[name] for name in common]) if values and common else None
+
+    @cached_property
+    def summaries(self) -> list[dict[str, Summary]]:
+        """By method and metric, the summary where there is one."""
+        found = []
+        for method in range(len(self.results)):
+            row = {metric: self.summary(method, metric) for metric in self.metrics}
+            found.append({metric: summary for metric, summary in row.items() if summary is not None})
+        return found
+
+    def best(self, metric: str) -> frozenset[int]:
+        """Numbers of the methods with the best mean; empty where there are not two to choose from."""
+        means = {number: row[metric].mean for number, row in enumerate(self.summaries) if metric in row}
+        if len(means) < 2:
+            return frozenset()
+        record = self.metrics[metric]
+        top = max(means.values()) if record.higher_is_better else min(means.values())
+        return frozenset(number for number, mean in means.items() if mean == top)
+
+    @cached_property
+    def differences(self) -> list[Difference]:
+        """Every method against the first one, by metric, where both have pictures in common."""
+        found: list[Difference] = []
+        for metric, record in self.metrics.items():
+            for method in range(1, len(self.results)):
+                if paired := self._paired(metric, method):
+                    found.append(
+                        Difference(
+                            metric=metric,
+                            method=method,
+                            paired=paired,
+                            adjusted=None,
+                            higher_is_better=record.higher_is_better,
+                        )
+                    )
+        tested = [index for index, item in enumerate(found) if item.paired.p_wilcoxon is not None]
+        adjusted = holm([found[index].paired.p_wilcoxon or 0.0 for index in tested])
+        for index, value in zip(tested, adjusted, strict=True):
+            found[index] = replace(found[index], adjusted=value)
+        return found
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """One line for each thing that keeps the numbers from being comparable."""
+        first = self.results[0]
+        lines: list[str] = []
+        for result in self.results[1:]:
+            pair = f"{first.label} and {result.label}"
+            lines += [f"{pair}: {line}" for line in protocol_mismatches(first, result)]
+            lines += [f"{pair}: {line}" for line in _picture_mismatches(first, result)]
+        return lines
+
+    def to_mapping(self) -> dict[str, Any]:
+        """What ``evaluate compare --json`` writes."""
+        methods = [
+            {
+                "label": result.label,
+                "protocol": result.protocol.name,
+                "mean": {metric: summary.mean for metric, summary in row.items()},
+                "interval95": {m: s.interval95 for m, s in row.items() if s.interval95 is not None},
+                "count": {metric: summary.count for metric, summary in row.items()},
+            }
+            for result, row in zip(self.results, self.summaries, strict=True)
+        ]
+        differences = [self._difference_mapping(item) for item in self.differences]
+        return {"schema": SCHEMA, "methods": methods, "differences": differences, "warnings": self.warnings}
+
+    def _difference_mapping(self, item: Difference) -> dict[str, Any]:
+        paired = item.paired
+        return {
+            "metric": item.metric,
+            "first": self.labels[0],
+            "second": self.labels[item.method],
+            "difference": paired.difference.mean,
+            "interval95": paired.difference.interval95,
+            "count": paired.difference.count,
+            "p_student": paired.p_student,
+            "p_wilcoxon": paired.p_wilcoxon,
+            "p_holm": item.adjusted,
+            "higher": paired.higher,
+            "lower": paired.lower,
+            "verdict": item.verdict,
+        }
+
+    def _paired(self, metric: str, method: int) -> PairedComparison | None:
+        first, second = self.results[0].values(metric), self.results[method].values(metric)
+        common = [name for name in self.common(metric) if name in first and name in second]
+        return compare_paired([first[n] for n in common], [second[n] for n in common]) if common else None
+
+
+def compare(results: Sequence[EvaluationResult]) -> Comparison:
+    """Put results side by side; equal labels get numbers. UserError for none, too many, or nothing in common."""
+    if not 1 <= len(results) <= MAX_METHODS:
+        raise UserError(f"{len(results)} results to compare, expected 1 to {MAX_METHODS}")
+    if not all(result.images or result.whole for result in results):
+        empty = next(result.label for result in results if not (result.images or result.whole))
+        raise UserError(f"'{empty}' has no values to compare")
+    comparison = Comparison(tuple(_distinct(results)))
+    if len(results) > 1 and comparison.metrics and not any(comparison.common(name) for name in comparison.metrics):
+        names = [next(iter(result.images), "none") for result in results[:2]]
+        if not all(result.whole for result in results):
+            raise UserError(f"no picture is in all results (the first two begin with '{names[0]}' and '{names[1]}')")
+    return comparison
+
+
+def protocol_mismatches(first: EvaluationResult, second: EvaluationResult) -> list[str]:
+    """One line for each way in which two results were measured differently."""
+    own, other = first.protocol, second.protocol
+    lines = []
+    if UNKNOWN_PROTOCOL in (own.name, other.name):
+        lines.append("protocol not recorded, so nobody knows whether the numbers can be compared")
+    elif own.name != other.name:
+        lines.append(f"protocol '{own.name}' against '{other.name}'")
+    for key in [key for key in own.settings if key in other.settings]:
+        if own.settings[key] != other.settings[key]:
+            lines.append(f"{key} {own.settings[key]} against {other.settings[key]}")
+    for name in [name for name in first.metrics if name in second.metrics]:
+        mine, theirs = own.metrics[name], other.metrics[name]
+        if mine.variant != theirs.variant:
+            lines.append(f"{mine.title} is '{mine.variant}' against '{theirs.variant}'")
+        if mine.higher_is_better != theirs.higher_is_better:
+            lines.append(f"{mine.title} is better when higher in one and lower in the other")
+    only = [*_absent(first.metrics, second.metrics), *_absent(second.metrics, first.metrics)]
+    return [*lines, f"only one has {', '.join(only)}"] if only else lines
+
+
+def _absent(ours: Mapping[str, MetricRecord], theirs: Mapping[str, MetricRecord]) -> list[str]:
+    return [record.title for name, record in ours.items() if name not in theirs]
+
+
+def _picture_mismatches(first: EvaluationResult, second: EvaluationResult) -> list[str]:
+    lines = []
+    for own, other, label in ((first, second, first.label), (second, first, second.label)):
+        missing = [name for name in own.images if name not in other.images]
+        if missing:
+            more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+            lines.append(f"only {label} has the pictures {', '.join(missing[:LISTED])}{more}; they are left out")
+    for metric in [name for name in first.whole if name in second.whole]:
+        counts = first.whole[metric].count, second.whole[metric].count
+        if counts[0] != counts[1] or first.images.keys() != second.images.keys():
+            title = first.protocol.metrics[metric].title
+            lines.append(f"{title} is of different sets ({counts[0]} and {counts[1]} pictures), not of the common ones")
+    return lines
+
+
+def _distinct(results: Sequence[EvaluationResult]) -> list[EvaluationResult]:
+    seen: set[str] = set()
+    found = []
+    for result in results:
+        label, number = result.label, 1
+        while label in seen:
+            number += 1
+            label = f"{result.label} ({number})"
+        seen.add(label)
+        found.append(result if label == result.label else replace(result, label=label))
+    return found
