@@ -129,6 +129,11 @@ class ResidualShiftSchedule:
         """Number of steps of this schedule: T, or fewer after :meth:`respaced`."""
         return len(self.eta)
 
+    @property
+    def kept(self) -> list[int]:
+        """The steps of the trained process that this schedule has, ascending."""
+        return [int(step) for step in self.timesteps]
+
     def respaced(self, count: int, rule: Respacing = "spread") -> ResidualShiftSchedule:
         """The same process in ``count`` of its T steps; see :func:`kept_steps`."""
         return ResidualShiftSchedule(self.config, kept_steps(self.config.steps, count, rule))

@@ -13,12 +13,8 @@ from onestepsr.config import from_mapping, to_mapping
 from onestepsr.errors import UserError
 from onestepsr.image import from_array
 from onestepsr.models.generators import pad_to
-from onestepsr.models.residual_generator import (
-    NoisePlane,
-    ResidualShiftGenerator,
-    ResidualShiftGeneratorConfig,
-    residual_shift_generator,
-)
+from onestepsr.models.residual_architectures import ResidualShiftGeneratorConfig, residual_shift_generator
+from onestepsr.models.residual_generator import NoisePlane, ResidualShiftGenerator
 from onestepsr.models.swin_blocks import SwinConfig
 from onestepsr.models.swin_unet import SwinUNetConfig
 from onestepsr.models.vq_f4 import VQConfig

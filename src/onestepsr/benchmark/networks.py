@@ -12,7 +12,7 @@ from torch import nn
 from onestepsr.benchmark.complexity import Complexity, measure_discriminator, measure_generator
 from onestepsr.errors import UnknownModel, UserError, did_you_mean
 from onestepsr.models import catalog
-from onestepsr.models.architectures import ARCHITECTURES, RANDOM, is_random, random_generator
+from onestepsr.models.architectures import ARCHITECTURES, RANDOM, is_random, random_backbone, random_generator
 from onestepsr.models.backbones import load_discriminator_backbone
 from onestepsr.models.discriminators import NoiseAwareDiscriminator
 from onestepsr.models.generators import OneStepLatentGenerator
@@ -40,7 +40,7 @@ class CountedNetwork:
 def sd21_generator(targets: str | None = None, *, adapters: bool = True) -> OneStepLatentGenerator:
     """The generator of D3SR on Stable Diffusion 2.1, with adapters on the layers that ``targets`` matches (None: the
     backbone's own choice), or without; only adapters and prompt are trainable."""
-    generator = random_generator(f"{RANDOM}sd21-base").requires_grad_(False)
+    generator = random_backbone(f"{RANDOM}sd21-base").requires_grad_(False)
     if adapters:
         add_lora(generator.unet, LoraConfig(targets=targets))
         generator.prompt.requires_grad_(True)

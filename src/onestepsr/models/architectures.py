@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,16 @@ from torch import nn
 from onestepsr.config import from_mapping, to_mapping
 from onestepsr.errors import UnknownModel, UserError, did_you_mean
 from onestepsr.models.generators import OneStepLatentGenerator
+from onestepsr.models.residual_architectures import (
+    RANDOM_RESIDUAL,
+    ResidualShiftGeneratorConfig,
+    TinyResidualShiftGeneratorConfig,
+    random_residual_generator,
+    residual_config,
+    residual_shift_generator,
+    tiny_residual_shift_generator,
+)
+from onestepsr.models.residual_generator import ResidualShiftGenerator
 from onestepsr.models.stable_diffusion import (
     StableDiffusionAutoencoder,
     StableDiffusionUNet,
@@ -33,6 +43,8 @@ from onestepsr.schedules import DiffusionSchedule, DiffusionScheduleConfig
 
 RANDOM = "random:"
 """Prefix of names that mean an architecture with random weights: for tests, benchmarks and dry runs."""
+RESIDUAL, TINY_RESIDUAL = "residual-shift", "tiny-residual-shift"
+Generator = OneStepLatentGenerator | ResidualShiftGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +85,8 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "tiny-latent-diffusion": _builder(TinyGeneratorConfig, tiny_generator),
     "stable-diffusion": _builder(StableDiffusionGeneratorConfig, stable_diffusion_generator),
     "stable-diffusion-encoder": _builder(StableDiffusionEncoderConfig, stable_diffusion_encoder),
+    RESIDUAL: _builder(ResidualShiftGeneratorConfig, residual_shift_generator),
+    TINY_RESIDUAL: _builder(TinyResidualShiftGeneratorConfig, tiny_residual_shift_generator),
 }
 """Builders of freshly initialised networks from their configuration; their weights are loaded right after."""
 
@@ -84,6 +98,10 @@ def describe(network: nn.Module) -> tuple[str, dict[str, Any]]:
         return "stable-diffusion-encoder", to_mapping(encoder)
     if isinstance(network, OneStepLatentGenerator):
         return _describe_generator(network)
+    if isinstance(network, ResidualShiftGenerator):
+        residual = residual_config(network)
+        tiny = isinstance(residual, TinyResidualShiftGeneratorConfig)
+        return TINY_RESIDUAL if tiny else RESIDUAL, to_mapping(residual)
     if isinstance(network, TinyAutoencoder):
         return "tiny-autoencoder", to_mapping(network.config)
     raise TypeError(f"a {type(network).__name__} has no weights file")
@@ -122,15 +140,22 @@ def is_random(name: object) -> bool:
     return str(name).startswith(RANDOM)
 
 
-def random_generator(name: str) -> OneStepLatentGenerator:
+def random_generator(name: str) -> Generator:
     """The generator that ``random:ALIAS`` names, with the same random weights at every call."""
-    alias = name.removeprefix(RANDOM)
-    if alias in _RANDOM_ENCODERS and alias not in _RANDOM_GENERATORS:
+    alias, known = name.removeprefix(RANDOM), [*_RANDOM_GENERATORS, *RANDOM_RESIDUAL]
+    if alias in _RANDOM_ENCODERS and alias not in known:
         raise UserError(f"'{name}' can be a discriminator's backbone only, accepted: {', '.join(_RANDOM_GENERATORS)}")
-    if alias not in _RANDOM_GENERATORS:
-        raise UnknownModel(f"unknown name '{name}' of random weights: {did_you_mean(alias, _RANDOM_GENERATORS)}")
-    with _repeatable():
-        return _RANDOM_GENERATORS[alias]()
+    if alias not in known:
+        raise UnknownModel(f"unknown name '{name}' of random weights: {did_you_mean(alias, known)}")
+    with repeatable():
+        return random_residual_generator(alias) if alias in RANDOM_RESIDUAL else _RANDOM_GENERATORS[alias]()
+
+
+def random_backbone(name: str) -> OneStepLatentGenerator:
+    """The generator that ``random:ALIAS`` names, which must predict noise in one step."""
+    if name.removeprefix(RANDOM) in RANDOM_RESIDUAL:
+        raise UserError(f"'{name}' is no latent-diffusion backbone, accepted: {', '.join(_RANDOM_GENERATORS)}")
+    return cast(OneStepLatentGenerator, random_generator(name))
 
 
 def random_encoder(name: str, sdxl: SDXLConditioning | None = None) -> StableDiffusionUNetEncoder | None:
@@ -138,12 +163,13 @@ def random_encoder(name: str, sdxl: SDXLConditioning | None = None) -> StableDif
     config = _RANDOM_ENCODERS.get(name.removeprefix(RANDOM))
     if config is None:
         return None
-    with _repeatable():
+    with repeatable():
         return StableDiffusionUNetEncoder(config, sdxl)
 
 
 @contextmanager
-def _repeatable() -> Iterator[None]:
+def repeatable() -> Iterator[None]:
+    """Inside, fresh weights are the same ones every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield

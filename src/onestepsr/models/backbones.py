@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from onestepsr.config import from_mapping
 from onestepsr.errors import UserError
 from onestepsr.models import diffusers_folder, single_file
-from onestepsr.models.architectures import is_random, random_encoder, random_generator
+from onestepsr.models.architectures import is_random, random_backbone, random_encoder
 from onestepsr.models.catalog import resolve
 from onestepsr.models.generators import NoisePredictor, OneStepLatentGenerator
 from onestepsr.models.registry import FORMAT, load_network, read_weights
@@ -113,7 +113,7 @@ def read_prompt(path: Path, width: int) -> Tensor:
 
 def _load_generator(name_or_path: str | Path, prompt: PromptConfig) -> OneStepLatentGenerator:
     if is_random(name_or_path):
-        return random_generator(str(name_or_path))
+        return random_backbone(str(name_or_path))
     if Path(name_or_path).is_dir():
         return _generator_from_folder(Path(name_or_path), prompt)
     path = resolve(name_or_path)
@@ -195,7 +195,7 @@ def _random_encoder(name: str, sdxl: SDXLConditioning | None) -> tuple[nn.Module
     encoder = random_encoder(name, sdxl)
     if encoder is not None:
         return encoder, None
-    generator = random_generator(name)
+    generator = random_backbone(name)
     return half_of(generator), generator.prompt.detach()
 
 

@@ -29,6 +29,7 @@ from onestepsr.models.catalog import (
     verify,
 )
 from onestepsr.models.generators import BicubicGenerator, OneStepLatentGenerator
+from onestepsr.models.residual_generator import ResidualShiftGenerator
 from onestepsr.models.safetensors_file import write_safetensors
 
 FORMAT = "onestepsr"
@@ -126,19 +127,34 @@ def _in_float32(tensor: Tensor) -> Tensor:
 
 
 def load_generator(
-    name_or_path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    name_or_path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    steps: int | None = None,
+    sampler: str | None = None,
 ) -> nn.Module:
     """The generator called ``name_or_path`` (alias, safetensors file or ``random:ALIAS``), ready for inference.
 
-    It maps LR (N, 3, h, w) in [0, 1] of any size to SR (N, 3, s h, s w), where s is its attribute ``scale``.
+    It maps LR (N, 3, h, w) in [0, 1] of any size to SR (N, 3, s h, s w), where s is its attribute ``scale``. Of a model
+    that shifts residuals, ``steps`` and ``sampler`` can be chosen; None is what it was made for.
     """
     network = _generator_without_file(str(name_or_path)) or load_network(name_or_path)
-    if not isinstance(network, (OneStepLatentGenerator, BicubicGenerator)):
+    if not isinstance(network, (OneStepLatentGenerator, ResidualShiftGenerator, BicubicGenerator)):
         raise UserError(f"{name_or_path}: a {type(network).__name__} is no generator; it cannot upscale by itself")
+    _choose_sampling(network, str(name_or_path), steps, sampler)
     network.requires_grad_(False).to(device=device, dtype=dtype)
     if isinstance(network, OneStepLatentGenerator):
         network.freeze_prompt()
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def _choose_sampling(network: nn.Module, name: str, steps: int | None, sampler: str | None) -> None:
+    if isinstance(network, ResidualShiftGenerator):
+        network.choose(steps, sampler)
+    elif steps is not None or sampler is not None:
+        wish = f"--steps {steps}" if steps is not None else f"--sampler {sampler}"
+        raise UserError(f"{wish}: '{name}' takes no steps; the ResShift family does, see 'onestepsr models list'")
 
 
 def _generator_without_file(name: str) -> nn.Module | None:

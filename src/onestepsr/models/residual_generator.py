@@ -6,7 +6,6 @@ tile of a picture has its place, so that overlapping tiles see the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal, Protocol, cast, get_args
 
 import torch
@@ -14,17 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.data.sampling import generator as seeded
+from onestepsr.errors import UserError
 from onestepsr.models.generators import LatentAutoencoder, pad_to
-from onestepsr.models.swin_unet import SwinUNet, SwinUNetConfig
-from onestepsr.models.vq_f4 import VQAutoencoder, VQConfig
-from onestepsr.residual_schedule import Noise, Predict, ResidualShiftConfig, ResidualShiftSchedule, Respacing
+from onestepsr.residual_schedule import Noise, Predict, ResidualShiftSchedule
 
 Sampler = Literal["ancestral", "deterministic"]
 NOISE_BLOCK = 64
 """Side of the blocks that the plane of noise is drawn in, in latent positions."""
-LARGEST_LATENT = 256
-"""Side of latents beyond which tiles cost more, not less: the autoencoder's attention over all positions grows with the
-square of the area, and at 256 costs as much as everything else together."""
+UNLIMITED = 2**16
+"""Side of latents for an autoencoder that names no largest one."""
 
 
 class LatentDenoiser(Protocol):
@@ -41,63 +38,6 @@ class LatentDenoiser(Protocol):
     def memory_per_cell(self, dtype: torch.dtype) -> float:
         """Peak bytes per latent position of one evaluation without gradients: feature maps, not weights."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResidualShiftGeneratorConfig:
-    """Everything that fixes a generator of this family; the defaults are ResShift v1 and v2 for photographs, x4."""
-
-    unet: SwinUNetConfig = field(default_factory=SwinUNetConfig)
-    """Sizes of the denoising network."""
-    autoencoder: VQConfig = field(default_factory=VQConfig)
-    """Sizes of the autoencoder."""
-    schedule: ResidualShiftConfig = field(default_factory=ResidualShiftConfig)
-    """The diffusion that the network was trained with."""
-    steps: int | None = None
-    """Network evaluations; null is one per step of the schedule. 1 is the inference of SinSR and TAD-SR: only the last
-    step."""
-    sampler: Sampler = "ancestral"
-    """New noise in every step, as ResShift does, or only at the start, as its students learn it. One step is both."""
-    respacing: Respacing = "spread"
-    """Which steps are kept where ``steps`` is smaller than the schedule's number; "published" leaves out the last and
-    is there for comparison only."""
-    scale: int = 4
-    """Upscaling factor; 1 restores without enlarging."""
-
-    def __post_init__(self) -> None:
-        if self.sampler not in get_args(Sampler):
-            raise ValueError(f"sampler must be one of {get_args(Sampler)}, got '{self.sampler}'")
-        if self.unet.latent_channels != self.autoencoder.latent_channels:
-            raise ValueError(
-                f"latents of the UNet have {self.unet.latent_channels} channels, those of the autoencoder "
-                f"{self.autoencoder.latent_channels}"
-            )
-        factor = 2 ** (len(self.autoencoder.multipliers) - 1)
-        if self.scale << self.unet.lq_halvings != factor:
-            raise ValueError(
-                f"at scale {self.scale}, with latents {factor} times smaller than pictures, the LR image is "
-                f"{factor / self.scale:g} times as large as the latent, but the UNet takes one that is "
-                f"{1 << self.unet.lq_halvings} times as large"
-            )
-        if self.unet.lq_channels != 3:
-            raise ValueError(f"the LR image has 3 channels, the UNet takes {self.unet.lq_channels}")
-        self.sampling_schedule()
-
-    def sampling_schedule(self) -> ResidualShiftSchedule:
-        """The steps that are run. Raises UserError for a number that the schedule cannot give."""
-        whole = ResidualShiftSchedule(self.schedule)
-        return whole if self.steps is None else whole.respaced(self.steps, self.respacing)
-
-
-def residual_shift_generator(config: ResidualShiftGeneratorConfig) -> ResidualShiftGenerator:
-    """Autoencoder and denoising network, freshly initialised, as one generator."""
-    return ResidualShiftGenerator(
-        VQAutoencoder(config.autoencoder),
-        SwinUNet(config.unet),
-        config.sampling_schedule(),
-        sampler=config.sampler,
-        scale=config.scale,
-    )
 
 
 class NoisePlane:
@@ -151,6 +91,16 @@ class ResidualShiftGenerator(nn.Module):
         self.sampler = sampler
         self.scale = scale
 
+    def choose(self, steps: int | None = None, sampler: str | None = None) -> None:
+        """Run ``steps`` of the steps that the network was trained with, evenly spread, by ``sampler``; None leaves what
+        is. Raises UserError for a number that the schedule cannot give, or another sampler."""
+        if sampler is not None and sampler not in get_args(Sampler):
+            raise UserError(f"sampler '{sampler}': accepted: {', '.join(get_args(Sampler))}")
+        if steps is not None:
+            self.schedule = ResidualShiftSchedule(self.schedule.config).respaced(steps)
+        if sampler is not None:
+            self.sampler = cast(Sampler, sampler)
+
     @property
     def _latent_autoencoder(self) -> LatentAutoencoder:
         return cast(LatentAutoencoder, self.autoencoder)
@@ -172,7 +122,8 @@ class ResidualShiftGenerator(nn.Module):
     @property
     def largest_tile(self) -> int:
         """Side of LR tiles beyond which they cost more, not less: 256 for the published x4 models."""
-        return LARGEST_LATENT * self._latent_autoencoder.factor // self.scale
+        side = int(getattr(self.autoencoder, "largest_latent", UNLIMITED))
+        return side * self._latent_autoencoder.factor // self.scale
 
     def memory_per_pixel(self, dtype: torch.dtype) -> float:
         """Peak bytes of one picture per LR pixel: autoencoder and UNet run one after the other."""

@@ -150,6 +150,11 @@ class TinyAutoencoder(nn.Module):
             for parameter in last.parameters():
                 parameter.zero_()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, and of what :meth:`encode` and :meth:`decode` return."""
+        return self.encoder_linear.weight.dtype
+
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and log-variance, in units of the latent statistics.
 
@@ -178,11 +183,12 @@ class TinyAutoencoder(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Posterior mean (N, C, H/4, W/4), about unit variance, of ``x`` (N, 3, H, W) in [-1, 1]."""
-        return self.moments(x)[0]
+        return self.moments(x.to(self.dtype))[0]
 
     def decode(self, z: Tensor) -> Tensor:
         """Image (N, 3, 4h, 4w) in about [-1, 1] of the latent ``z`` (N, C, h, w)."""
         mean, std = self._scale()
+        z = z.to(self.dtype)
         raw = z * std + mean
         return torch.as_tensor(self.decoder(z, F.pixel_shuffle(self.decoder_linear(raw), FACTOR)))
 

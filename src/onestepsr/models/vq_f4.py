@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 DISTANCES_AT_ONCE = 2**24
 """How many distances between latent positions and codes are in memory at a time: 64 MiB."""
+LARGEST_LATENT = 256
+"""Side of latents beyond which tiles cost more, not less: the attention over all positions grows with the square of the
+area, and at 256 costs as much as everything else together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +242,8 @@ class Codebook(nn.Module):
 class VQAutoencoder(nn.Module):
     """Vector-quantised autoencoder; ``latent_channels`` and ``factor`` (pixels per latent position) follow from the
     configuration."""
+
+    largest_latent = LARGEST_LATENT
 
     def __init__(self, config: VQConfig | None = None) -> None:
         super().__init__()
