@@ -58,7 +58,10 @@ class Grid:
 
         table = Table(title=Text(safe_text(self.title)) if self.title else None, title_justify="left")
         for index, heading in enumerate(self.columns):
-            table.add_column(Text(safe_text(heading)), justify="left" if index < self.words else "right")
+            word = index < self.words
+            table.add_column(
+                Text(safe_text(heading)), justify="left" if word else "right", overflow="fold", no_wrap=not word
+            )
         for number, row in enumerate(self.rows):
             styles = ["bold" if (number, column) in self.best else "" for column in range(len(row))]
             table.add_row(*(Text(safe_text(cell), style) for cell, style in zip(row, styles, strict=True)))
