@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,34 +18,19 @@ from torch import Tensor, nn
 from onestepsr.errors import UserError
 from onestepsr.methods.base import Batch, Exported, LossFn, Method, MethodEntry, Networks, Phase, SampleRandom, register
 from onestepsr.methods.judges import CRITIC, DISCRIMINATOR, Judge, Made, latent_judge, picture_judge
-from onestepsr.methods.noising import LatentNoise, NoiseConfig, latent_noise
+from onestepsr.methods.latent_discriminator import (
+    DiscriminatorConfig,
+    Tuning,
+    build_discriminator,
+    checkpoint_gradients,
+)
 from onestepsr.methods.spatial import PerceptualConfig, SpatialLoss, SpatialWeights
 from onestepsr.models.architectures import describe
-from onestepsr.models.backbones import half_of, load_backbone, load_discriminator_backbone
-from onestepsr.models.discriminators import DiffusionEncoder, NoiseAwareDiscriminator, PatchCritic
+from onestepsr.models.backbones import load_backbone
+from onestepsr.models.discriminators import PatchCritic
 from onestepsr.models.generators import OneStepLatentGenerator, TrainableGenerator
 from onestepsr.models.lora import LoraConfig, add_lora, merged_state_dict
-from onestepsr.models.stable_diffusion_config import PromptConfig, SDXLConditioning
-
-Tuning = Literal["lora", "full"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiscriminatorConfig(NoiseConfig):
-    """The diffusion discriminator: its backbone, its training, and what it is shown."""
-
-    backbone: str | None = None
-    """Weights of the diffusion backbone whose down and middle blocks it is made of; null takes the generator's own."""
-    tuning: Tuning = "lora"
-    """``lora`` keeps the diffusion features frozen under adapters, as in the paper; ``full`` trains everything."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """Adapters, used with ``tuning: lora``."""
-    hidden: tuple[int, ...] = (128,)
-    """Widths of the MLP between middle features and logit; the paper leaves them open."""
-    start: int = 0
-    """First iteration with a discriminator; before it the generator trains on the spatial loss alone."""
-    sdxl: SDXLConditioning = field(default_factory=SDXLConditioning)
-    """How a Stable Diffusion XL backbone is conditioned; other backbones have no use for it."""
+from onestepsr.models.stable_diffusion_config import PromptConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +109,9 @@ def build(config: D3SRConfig) -> Method:
     networks: dict[str, nn.Module] = {"generator": TrainableGenerator(generator)}
     judges: list[Judge] = []
     if config.adversarial_weight:
-        networks[DISCRIMINATOR], noise = _prepare_discriminator(generator, config)
+        networks[DISCRIMINATOR], noise = build_discriminator(
+            generator, config.discriminator, name=config.backbone, checkpointing=config.gradient_checkpointing
+        )
         judges.append(latent_judge(noise, config.adversarial_weight, config.discriminator.start))
     if config.critic_weight:
         networks[CRITIC] = PatchCritic(config.critic.widths)
@@ -152,50 +139,12 @@ def _prepare_generator(config: D3SRConfig) -> OneStepLatentGenerator:
     for name, parameter in generator.autoencoder.named_parameters():
         parameter.requires_grad_(config.train_decoder and _belongs_to_decoder(name))
     if config.gradient_checkpointing:
-        _checkpoint_gradients(generator.unet, generator.autoencoder)
+        checkpoint_gradients(generator.unet, generator.autoencoder)
     return generator
 
 
 def _belongs_to_decoder(name: str) -> bool:
     return any(part.startswith("decoder") or part == "post_quant_conv" for part in name.split("."))
-
-
-def _checkpoint_gradients(*networks: nn.Module) -> None:
-    for network in networks:
-        enable = getattr(network, "enable_gradient_checkpointing", None)
-        if enable is None:
-            raise UserError(f"gradient_checkpointing: a {type(network).__name__} is too small to offer it")
-        enable()
-
-
-def _prepare_discriminator(
-    generator: OneStepLatentGenerator, config: D3SRConfig
-) -> tuple[NoiseAwareDiscriminator, LatentNoise]:
-    """Down and middle blocks of a diffusion backbone under an MLP, and the noise on what it sees."""
-    settings = config.discriminator
-    encoder, prompt = _discriminator_backbone(generator, settings)
-    known = cast(DiffusionEncoder, encoder)
-    if known.latent_channels != generator.latent_channels:
-        raise UserError(
-            f"discriminator.backbone: {settings.backbone} takes latents of {known.latent_channels} channels, those of "
-            f"{config.backbone} have {generator.latent_channels}"
-        )
-    noise = latent_noise(generator.schedule, settings, known.latent_gain)
-    discriminator = NoiseAwareDiscriminator(encoder, prompt, hidden=settings.hidden)
-    discriminator.add_module("noise", noise)  # so that the state of adaptive noise is saved with the discriminator
-    if config.gradient_checkpointing:
-        _checkpoint_gradients(encoder)
-    if settings.tuning == "lora":
-        add_lora(encoder, settings.lora)
-    return discriminator, noise
-
-
-def _discriminator_backbone(
-    generator: OneStepLatentGenerator, settings: DiscriminatorConfig
-) -> tuple[nn.Module, Tensor]:
-    if settings.backbone is None:
-        return half_of(generator), generator.prompt.detach()
-    return load_discriminator_backbone(settings.backbone, sdxl=settings.sdxl)
 
 
 def _phases(spatial: SpatialLoss, judges: list[Judge]) -> tuple[Phase, ...]:
