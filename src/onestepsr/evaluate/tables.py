@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 NOTHING = "-"
 UP, DOWN = "↑", "↓"
+FOLDED = 12
+"""Characters that a column of words keeps in a narrow terminal."""
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -66,6 +68,23 @@ class Grid:
             styles = ["bold" if (number, column) in self.best else "" for column in range(len(row))]
             table.add_row(*(Text(safe_text(cell), style) for cell, style in zip(row, styles, strict=True)))
         return table
+
+    def show(self) -> None:
+        """Print the table and its notes on stdout; it is rather too wide for the terminal than that digits are lost."""
+        from rich.console import Console
+        from rich.text import Text
+
+        width = max(Console().width, self._narrowest())
+        console = Console(width=width)
+        console.print(self.rich())
+        for note in self.notes:
+            console.print(Text(safe_text(note)))
+
+    def _narrowest(self) -> int:
+        """Columns of text that the table takes when words are folded and numbers are not."""
+        widths = [max(map(len, cells)) for cells in zip(self.columns, *self.rows, strict=True)]
+        words = [min(width, FOLDED) for width in widths[: self.words]]
+        return sum(words) + sum(widths[self.words :]) + 3 * len(widths) + 1
 
     def markdown(self) -> str:
         """Rows of Markdown, the heading first; no final line break."""
