@@ -1,0 +1,54 @@
+"""The seams between pictures, texts and embeddings."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from onestepsr.errors import MissingExtra
+
+TOKENS = 77
+"""Length to which Stable Diffusion's text encoders pad every prompt, with its first and last token."""
+
+
+class PromptExtractor(Protocol):
+    """Sees what a picture shows."""
+
+    identity: str
+    """What the texts depend on besides the picture: kind and weights, for caches and records."""
+
+    def describe(self, picture: Image.Image) -> str:
+        """A text about ``picture`` (RGB, 8 bit, any size): a sentence or tags joined with ", "."""
+        ...
+
+
+class PromptSource(Protocol):
+    """Knows the text of every picture."""
+
+    needs_picture: bool
+    """Whether :meth:`text` looks at the picture itself and not only at its name."""
+
+    def text(self, path: Path, picture: Image.Image | None) -> str:
+        """The prompt of the picture at ``path``, whose content (RGB, 8 bit) is given if ``needs_picture``."""
+        ...
+
+
+class Embedder(Protocol):
+    """Turns texts into what a diffusion UNet reads."""
+
+    width: int
+    """Channels C of an embedding."""
+
+    def embed(self, texts: list[str]) -> Tensor:
+        """Embeddings (N, 77, C) of N texts, float32 on the CPU; equal texts give equal embeddings."""
+        ...
+
+
+def require_transformers(feature: str) -> None:
+    """Raise :class:`MissingExtra` unless transformers can be imported."""
+    if find_spec("transformers") is None:
+        raise MissingExtra(feature, "prompts")
