@@ -143,12 +143,12 @@ def test_published_weights_that_are_not_here(
 def test_a_number_gone_wrong_names_step_and_term(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onestepsr.methods import d3sr
+    from onestepsr.methods import judges
 
     def poisoned(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
         return (real.mean() + fake.mean()) * float("nan")
 
-    monkeypatch.setattr(d3sr, "bce_discriminator_loss", poisoned)
+    monkeypatch.setattr(judges, "bce_discriminator_loss", poisoned)
     out = tmp_path / "run"
     changes = ["config.discriminator.start=3", "train.steps=6", "train.checkpoint_steps=1"]
     with pytest.raises(SystemExit) as end:
