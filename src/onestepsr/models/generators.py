@@ -129,12 +129,13 @@ class OneStepLatentGenerator(nn.Module):
         """Image (N, 3, H, W) in about [0, 1], not clamped, of a latent."""
         return self._latent_autoencoder.decode(z) * 0.5 + 0.5
 
-    def step(self, z_l: Tensor) -> Tensor:
+    def step(self, z_l: Tensor, prompt: Tensor | None = None) -> Tensor:
         """Latent estimate of the HR image: z_H = (z_L - sqrt(1 - alpha_bar) eps(z_L; T_L)) / sqrt(alpha_bar) (D3SR,
-        Eq. 1)."""
+        Eq. 1); under ``prompt`` (1 or N, L, C), or else under the generator's own."""
         t = torch.full((z_l.shape[0],), self.timestep, device=z_l.device, dtype=torch.long)
         predict = cast(Callable[..., Tensor], self.unet)
-        return self.schedule.x0_from_eps(z_l, predict(z_l, t, self.prompt), self.timestep)
+        eps = predict(z_l, t, self.prompt if prompt is None else prompt)
+        return self.schedule.x0_from_eps(z_l, eps, self.timestep)
 
     def enlarge(self, lr: Tensor) -> Tensor:
         """The LR image at output size: bicubic (a = -0.75), not clamped."""
