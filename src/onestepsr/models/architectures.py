@@ -13,6 +13,7 @@ from torch import nn
 from onestepsr.config import from_mapping, to_mapping
 from onestepsr.errors import UnknownModel, UserError, did_you_mean
 from onestepsr.models.generators import OneStepLatentGenerator
+from onestepsr.models.noised_generator import NoisedLatentGenerator
 from onestepsr.models.residual_architectures import (
     RANDOM_RESIDUAL,
     ResidualShiftGeneratorConfig,
@@ -60,13 +61,17 @@ class TinyGeneratorConfig:
     release of the same group fixes 399."""
     scale: int = 4
     """Upscaling factor."""
+    noised: bool = False
+    """Start from the LR latent noised to ``timestep``, as a student of a multi-step teacher does, not from the LR
+    latent itself."""
 
 
 def tiny_generator(config: TinyGeneratorConfig) -> OneStepLatentGenerator:
     """Autoencoder, UNet and prompt embedding, freshly initialised, as one generator."""
     shape = (1, config.model.prompt_tokens, config.model.prompt_width)
     prompt = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
-    return OneStepLatentGenerator(
+    kind = NoisedLatentGenerator if config.noised else OneStepLatentGenerator
+    return kind(
         TinyAutoencoder(config.model),
         TinyUNet(config.model),
         prompt.to(torch.empty(0).device),  # the default device, which may be "meta"
@@ -112,6 +117,7 @@ def _describe_generator(generator: OneStepLatentGenerator) -> tuple[str, dict[st
         "schedule": generator.schedule.config,
         "timestep": generator.timestep,
         "scale": generator.scale,
+        "noised": isinstance(generator, NoisedLatentGenerator),
     }
     if isinstance(generator.unet, TinyUNet):
         return "tiny-latent-diffusion", to_mapping(TinyGeneratorConfig(model=generator.unet.config, **common))

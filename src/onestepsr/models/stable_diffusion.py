@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from onestepsr.models.generators import OneStepLatentGenerator
+from onestepsr.models.noised_generator import NoisedLatentGenerator
 from onestepsr.models.stable_diffusion_config import (
     SD_SCALING,
     SDXL_SCALING,
@@ -187,7 +188,8 @@ class StableDiffusionUNetEncoder(nn.Module):
 
 def stable_diffusion_generator(config: StableDiffusionGeneratorConfig) -> OneStepLatentGenerator:
     """Autoencoder, UNet and prompt embedding, freshly initialised, as one generator."""
-    return OneStepLatentGenerator(
+    kind = NoisedLatentGenerator if config.noised else OneStepLatentGenerator
+    return kind(
         StableDiffusionAutoencoder(config.autoencoder),
         StableDiffusionUNet(config.unet),
         initial_prompt(config.unet, config.prompt),

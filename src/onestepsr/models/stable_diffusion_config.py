@@ -148,6 +148,9 @@ class StableDiffusionGeneratorConfig:
     release of the same group fixes 399."""
     scale: int = 4
     """Upscaling factor."""
+    noised: bool = False
+    """Start from the LR latent noised to ``timestep``, as a student of a multi-step teacher does, not from the LR
+    latent itself."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """The learnable prompt embedding."""
 
