@@ -1,0 +1,1 @@
+"""Reports of evaluations: a folder with one page and its pictures, which asks for nothing outside itself."""
