@@ -117,6 +117,24 @@ def test_averaged_tiles_equal_published_code(name: str) -> None:
     assert (joined - torch.from_numpy(golden[f"{name}.out"])).abs().max() < 1e-6
 
 
+def test_published_tiles_need_one_row_of_tiles_at_a_time() -> None:
+    x = torch.rand(1, 2, 70, 40)
+    bands = list(tiling.averaged_rows(enlarge, x, 4, 32, 10))
+    assert [band.shape[2] for band in bands] == [88, 64, 128]  # tiles start in rows 0, 22 and 38
+    torch.testing.assert_close(torch.cat(bands, 2), enlarge(x), atol=1e-6, rtol=0)
+    assert {side: side - tiling.published_overlap(side) for side in (512, 256, 64)} == {512: 448, 256: 224, 64: 48}
+    assert (tiling.published_overlap(128, 40), tiling.published_overlap(30, 40)) == (40, 10)
+
+
+def test_tiles_keep_to_the_cells_of_a_network_except_in_the_published_way() -> None:
+    ours = tiling.join_of(100, 32, 16, "smooth")
+    assert (ours.tile, ours.overlap, ours.multiple) == (112, 32, 16)
+    assert tiling.join_of(16, 32, 16, "smooth").overlap == 0
+    assert tiling.join_of(32, 1, 16, "smooth").overlap == 16
+    theirs = tiling.join_of(256, 12, 64, "average")
+    assert (theirs.tile, theirs.overlap, theirs.multiple) == (256, 32, 1)
+
+
 def stand_in_for_a_unet(x: torch.Tensor) -> torch.Tensor:
     """What took the UNet's place when the published tiles were made; it knows where in a tile it is."""
     rows, columns = (torch.arange(side, dtype=torch.float32) for side in x.shape[-2:])

@@ -94,7 +94,7 @@ def test_target_sizes() -> None:
     for wrong in ({"scale": 9.0}, {"scale": 0.5}, {"scale": float("nan")}, {"width": 99}, {"height": 401}):
         with pytest.raises(UserError, match="accepted"):
             target_size(100, 50, UpscaleOptions(**wrong))
-    for wrong in ({"tile": 8}, {"tile": "big"}, {"color_fix": "x"}, {"overlap": -1}):
+    for wrong in ({"tile": 8}, {"tile": "big"}, {"color_fix": "x"}, {"overlap": -1}, {"tile_blend": "mean"}):
         with pytest.raises(UserError, match="accepted"):
             UpscaleOptions(**wrong)
 
@@ -109,6 +109,39 @@ def test_tiles_equal_the_whole(upscaler: Upscaler, color_fix: str, tile: int) ->
     parts = upscaler.upscale_picture(picture, options, lambda done, total: seen.append((done, total)))
     assert np.abs(parts.pixels.astype(int) - whole.pixels).max() <= 1
     assert seen[-1][0] == seen[-1][1] == len(seen) > 1
+
+
+class Bordered(Bicubic):
+    """Darkens the outermost pixel of what it is given, as zero padding may."""
+
+    lr_multiple = 16
+
+    def forward(self, lr: Tensor) -> Tensor:
+        big = super().forward(lr)
+        big[..., :4, :] = big[..., -4:, :] = big[..., :4] = big[..., -4:] = 0
+        return big
+
+
+def test_published_tiles_leave_seams_and_ours_do_not() -> None:
+    picture = Picture(pixels=np.full((100, 70, 3), 128, np.uint8))
+    upscaler = Upscaler(Bordered(), "cpu", "float32")
+    smooth, average = (
+        upscaler.upscale_picture(picture, UpscaleOptions(tile=64, tile_blend=blend, color_fix="none")).pixels
+        for blend in ("smooth", "average")
+    )
+    assert (smooth[8:-8, 8:-8] == 128).all()
+    # Tiles of 64 start in row 0 and in row 36: a stride of 48, the last one moved inward. One of two is dark there.
+    column = average[:, 12, 0]
+    assert sorted(set(np.flatnonzero(column != 128) // 4)) == [0, 36, 63, 99]
+    assert column[4 * 36] == column[4 * 63] == 64
+
+
+def test_published_tiles_have_a_published_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    upscaler = Upscaler(Bicubic(), "cpu", "float32")
+    monkeypatch.setattr(module, "choose_tile", lambda *values: 300)
+    assert upscaler.plan_tile(900, 900, UpscaleOptions(tile_blend="average")) == 256
+    assert upscaler.plan_tile(900, 900, UpscaleOptions()) == 300
+    assert upscaler.plan_tile(200, 400, UpscaleOptions(tile_blend="average")) == 400
 
 
 @pytest.mark.parametrize("color_fix", ["wavelet", "adain"])

@@ -12,23 +12,69 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from onestepsr.errors import UserError
 
+TileBlend = Literal["smooth", "average"]
 OVERLAP = 32
 """Default overlap of neighbouring tiles, in input pixels."""
 MARGIN = 8
 """Default width of the edge of a tile that is never used, in input pixels; at scale 4 it covers the wavelet
 correction."""
 
+PUBLISHED_OVERLAPS = {512: 64, 256: 32, 64: 16}
+"""Tile sides of ResShift's and SinSR's commands at scale 4, and how far neighbours overlap there, in input pixels."""
+
 _LARGEST_TILE = {"cpu": 320, "cuda": 768}
 """Beyond these sides a larger tile saves no time worth its memory: the overlap costs a fifth or less."""
 _MEMORY_SHARE = 0.6
 _FALLBACK_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileJoin:
+    """Where tiles lie and how they become one picture; sides in input pixels. :func:`join_of` makes it."""
+
+    tile: int
+    """Side of a tile."""
+    overlap: int
+    """Overlap of neighbours."""
+    multiple: int
+    """Tiles start at multiples of this; the picture must have been padded to them."""
+    blend: TileBlend
+    """``smooth`` is :func:`tiled_rows`, ``average`` :func:`averaged_rows`."""
+
+    def rows(self, fn: Callable[[Tensor], Tensor], source: Tensor, scale: int) -> Iterator[Tensor]:
+        """``fn`` over all tiles of ``source`` (1, C, H, W), as bands of finished rows (1, D, rows, W * scale)."""
+        if self.blend == "average":
+            return averaged_rows(fn, source, scale, self.tile, self.overlap)
+        return tiled_rows(fn, source, scale, self.tile, self.overlap, margin=min(MARGIN, self.overlap // 3))
+
+
+def join_of(tile: int, overlap: int, multiple: int, blend: TileBlend) -> TileJoin:
+    """How tiles of about ``tile`` and ``overlap`` are joined for a network whose cells are ``multiple`` pixels wide.
+
+    A network with strided layers sees a tile as it sees the whole only if the tile starts where its cells do. The
+    published way does not care.
+    """
+    if blend == "average":
+        return TileJoin(tile=tile, overlap=published_overlap(tile, overlap), multiple=1, blend=blend)
+    tile = -(-tile // multiple) * multiple
+    return TileJoin(tile=tile, overlap=_whole_cells(overlap, tile, multiple), multiple=multiple, blend=blend)
+
+
+def _whole_cells(overlap: int, tile: int, multiple: int) -> int:
+    """The overlap in multiples of ``multiple``: at most a third of a tile, except that one is better than a seam."""
+    cells = min(overlap, tile // 3) // multiple
+    if cells == 0 and overlap > 0 and tile >= 2 * multiple:
+        cells = 1
+    return cells * multiple
 
 
 def plan(length: int, tile: int, overlap: int) -> list[int]:
@@ -89,18 +135,29 @@ def places(height: int, width: int, tile: int, overlap: int = OVERLAP) -> list[t
 def averaged(fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, tile: int, overlap: int) -> Tensor:
     """:func:`tiled` as ResShift and SinSR join tiles, for comparison: the plain mean where they overlap, seams and all.
 
-    Their own settings are tiles of 512 that overlap by 64, or of 256 by 32.
+    Their own settings are in :data:`PUBLISHED_OVERLAPS`.
     """
+    return torch.cat(list(averaged_rows(fn, x, scale, tile, overlap)), dim=2)
+
+
+def averaged_rows(fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, tile: int, overlap: int) -> Iterator[Tensor]:
+    """The result of :func:`averaged` as consecutive bands of finished rows, one row of tiles in memory at a time."""
     height, width = x.shape[-2:]
-    total, count = torch.zeros(1), torch.zeros(1, 1, height * scale, width * scale)
-    for top, left in places(height, width, tile, overlap):
-        piece = fn(x[..., top : top + tile, left : left + tile]).to("cpu", torch.float32)
-        if total.ndim == 1:
-            total = piece.new_zeros((*piece.shape[:2], *count.shape[2:]))
-        window = (..., slice(top * scale, (top + tile) * scale), slice(left * scale, (left + tile) * scale))
-        total[window] += piece
-        count[window] += 1
-    return total / count
+    starts, columns = plan(height, tile, overlap), plan(width, tile, overlap)
+    side, above = min(tile, height), None
+    for top, following in zip(starts, [*starts[1:], height], strict=True):
+        sums = _sum_of_tiles(fn, x[..., top : top + side, :], scale, columns, side=min(tile, width))
+        if above is not None:
+            sums[:, :, : above.shape[2]] += above
+        done = (following - top) * scale
+        above = sums[:, :, done:].clone()
+        yield sums[:, :-1, :done] / sums[:, -1:, :done]
+
+
+def published_overlap(tile: int, overlap: int = OVERLAP) -> int:
+    """The overlap of ResShift's and SinSR's tiles of side ``tile``; for a side they do not name, ``overlap``, at most a
+    third of it."""
+    return PUBLISHED_OVERLAPS.get(tile, min(overlap, tile // 3))
 
 
 def gaussian_blended(fn: Callable[[Tensor], Tensor], z: Tensor, tile: int = 96, overlap: int = 32) -> Tensor:
@@ -150,6 +207,20 @@ def _row_of_tiles(
         band[..., start:filled] = piece
     assert band is not None
     return band
+
+
+def _sum_of_tiles(fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, starts: list[int], *, side: int) -> Tensor:
+    """The sum of a row of tiles (1, D + 1, h * scale, W * scale); the last channel counts the tiles at each pixel."""
+    sums: Tensor | None = None
+    for left in starts:
+        piece = fn(x[..., left : left + side]).to("cpu", torch.float32)
+        if sums is None:
+            sums = piece.new_zeros((1, piece.shape[1] + 1, piece.shape[2], x.shape[-1] * scale))
+        window = sums[..., left * scale : (left + side) * scale]
+        window[:, :-1] += piece
+        window[:, -1:] += 1
+    assert sums is not None
+    return sums
 
 
 def choose_tile(bytes_per_pixel: float, device: torch.device, overlap: int = OVERLAP) -> int:

@@ -28,7 +28,7 @@ from onestepsr.image import Picture, from_array, from_pil, read_picture, samples
 from onestepsr.image_profile import MatrixProfile, matrix_profile
 from onestepsr.image_resample import fill_transparent, resize
 from onestepsr.machine import instructions
-from onestepsr.tiling import MARGIN, OVERLAP, choose_tile, places, tiled_rows
+from onestepsr.tiling import OVERLAP, PUBLISHED_OVERLAPS, TileBlend, choose_tile, join_of, places
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,9 @@ class UpscaleOptions:
     """Tile side in input pixels; "auto" follows the free memory, "off" runs the whole picture at once."""
     overlap: int = OVERLAP
     """Overlap of neighbouring tiles in input pixels, at most a third of a tile."""
+    tile_blend: TileBlend = "smooth"
+    """How tiles are joined. "average" is what ResShift and SinSR published, for comparison: the plain mean where tiles
+    overlap, and tiles anywhere, also between a network's cells; those of 512, 256 and 64 overlap by 64, 32 and 16."""
     color_fix: ColorFix = "wavelet"
     """Which colour statistics of the input the output is given; "none" leaves the network's colours."""
     seed: int | None = None
@@ -64,6 +67,8 @@ class UpscaleOptions:
     def __post_init__(self) -> None:
         if self.color_fix not in get_args(ColorFix):
             raise UserError(f"color fix '{self.color_fix}': accepted: {', '.join(get_args(ColorFix))}")
+        if self.tile_blend not in get_args(TileBlend):
+            raise UserError(f"tile blend '{self.tile_blend}': accepted: {', '.join(get_args(TileBlend))}")
         if isinstance(self.tile, str) and self.tile not in ("auto", "off"):
             raise UserError(f"tile '{self.tile}': accepted: auto, off or a number of input pixels")
         if isinstance(self.tile, int) and self.tile < SMALLEST_TILE:
@@ -168,6 +173,7 @@ class Upscaler:
         width: int | None = None,
         height: int | None = None,
         tile: int | Literal["auto", "off"] = "auto",
+        tile_blend: TileBlend = "smooth",
         color_fix: ColorFix = "wavelet",
         seed: int | None = None,
     ) -> Image.Image:
@@ -176,7 +182,9 @@ class Upscaler:
         The result is a Pillow image with the input's profile and EXIF in ``info``. Pillow has no 16-bit colour, so that
         such input comes back with 8 bits: :meth:`upscale_picture` keeps it.
         """
-        options = UpscaleOptions(scale=scale, width=width, height=height, tile=tile, color_fix=color_fix, seed=seed)
+        options = UpscaleOptions(
+            scale=scale, width=width, height=height, tile=tile, tile_blend=tile_blend, color_fix=color_fix, seed=seed
+        )
         if isinstance(source, np.ndarray):
             picture = from_array(source)
         elif isinstance(source, Image.Image):
@@ -221,7 +229,10 @@ class Upscaler:
             return options.tile
         side = choose_tile(self.memory_per_pixel(), self.device, options.overlap)
         side = min(side, int(getattr(self.generator, "largest_tile", side)))
-        return max(height, width) if height * width <= side * side else side
+        if height * width <= side * side:
+            return max(height, width)
+        published = [known for known in PUBLISHED_OVERLAPS if known <= side]
+        return max(published) if published and options.tile_blend == "average" else side
 
     def memory_per_pixel(self) -> float:
         """Peak bytes that the generator needs per input pixel, plus 200 for the colour fix and the joining of tiles."""
@@ -240,17 +251,14 @@ class Upscaler:
         """The network's output at its own scale, colour-fixed, as samples of the picture's kind."""
         pixels = picture.pixels if picture.alpha is None else fill_transparent(picture.pixels, picture.alpha)
         shape = (picture.height * self.scale, picture.width * self.scale, pixels.shape[2])
-        # A network with strided layers sees a tile as it sees the whole only if the tile starts where its cells do.
-        multiple = int(getattr(self.generator, "lr_multiple", 1))
-        source = _padded(pixels, multiple)
-        tile = _aligned(self.plan_tile(picture.height, picture.width, options), multiple)
-        overlap = _whole_cells(options.overlap, tile, multiple)
+        tile = self.plan_tile(picture.height, picture.width, options)
+        join = join_of(tile, options.overlap, int(getattr(self.generator, "lr_multiple", 1)), options.tile_blend)
+        source = _padded(pixels, join.multiple)
         step = _TileStep(self, None if picture.gray else matrix_profile(picture.icc), options, progress)
-        step.places = places(source.shape[2], source.shape[3], tile, overlap)
+        step.places = places(source.shape[2], source.shape[3], join.tile, join.overlap)
 
         def rows(fn: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-            margin = min(MARGIN, overlap // 3)
-            return _cropped(tiled_rows(fn, source, self.scale, tile, overlap, margin=margin), shape[0], shape[1])
+            return _cropped(join.rows(fn, source, self.scale), shape[0], shape[1])
 
         with torch.inference_mode():
             if options.color_fix != "adain":
@@ -267,18 +275,6 @@ def _padded(pixels: NDArray[Any], multiple: int) -> Tensor:
     if height % multiple or width % multiple:
         pixels = np.pad(pixels, ((0, -height % multiple), (0, -width % multiple), (0, 0)), mode="reflect")
     return torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]
-
-
-def _aligned(tile: int, multiple: int) -> int:
-    return -(-tile // multiple) * multiple
-
-
-def _whole_cells(overlap: int, tile: int, multiple: int) -> int:
-    """The overlap in multiples of ``multiple``: at most a third of a tile, except that one is better than a seam."""
-    cells = min(overlap, tile // 3) // multiple
-    if cells == 0 and overlap > 0 and tile >= 2 * multiple:
-        cells = 1
-    return cells * multiple
 
 
 def _cropped(bands: Iterator[Tensor], height: int, width: int) -> Iterator[Tensor]:

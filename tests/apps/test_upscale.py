@@ -102,6 +102,7 @@ def test_one_file_lands_beside_the_input(run, tmp_path: Path, weights: Path) -> 
         (["-o", "new/b.webp"], "new/b.webp", (36, 24)),
         (["-o", "new/"], "new/a.png", (36, 24)),
         (["--tile", 16, "--color-fix", "adain"], "a_x4.png", (36, 24)),
+        (["--tile", 64, "--tile-blend", "average"], "a_x4.png", (36, 24)),
     ],
 )
 def test_sizes_names_and_formats(run, tmp_path: Path, options: list, name: str, size: tuple[int, int]) -> None:
@@ -181,6 +182,7 @@ def test_one_bad_file_does_not_stop_the_others(run, tmp_path: Path) -> None:
         (["a.png", "--tile", "3"], "tile 3: accepted"),
         (["a.png", "--tile", "much"], "tile 'much': accepted"),
         (["a.png", "--color-fix", "x"], "color fix 'x': accepted"),
+        (["a.png", "--tile-blend", "mean"], "tile blend 'mean': accepted: smooth, average"),
         (["long.png", "--format", "webp"], "holds at most 16383 a side"),
         (["-", "a.png"], "must be the only input"),
     ],

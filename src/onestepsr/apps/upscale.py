@@ -68,6 +68,13 @@ def upscale(
     tile: Annotated[
         str, typer.Option(help="Tile side in input pixels, auto (follows the free memory) or off.")
     ] = "auto",
+    tile_blend: Annotated[
+        str,
+        typer.Option(
+            help="How tiles are joined: smooth (seamless), or average, the plain mean of ResShift's and SinSR's "
+            "published code (give --tile 512, 256 or 64 for its overlaps)."
+        ),
+    ] = "smooth",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     color_fix: Annotated[str, typer.Option(help="Colours from the input: wavelet, adain or none.")] = "wavelet",
@@ -91,7 +98,9 @@ def upscale(
         logging.getLogger("onestepsr").setLevel(logging.INFO)
     if scale != 4.0 and (width is not None or height is not None):
         raise UserError("--scale and --width/--height exclude each other")
-    options = _options(tile, scale=scale, width=width, height=height, color_fix=color_fix, seed=seed)
+    options = _options(
+        tile, scale=scale, width=width, height=height, tile_blend=tile_blend, color_fix=color_fix, seed=seed
+    )
     if STREAM in inputs:
         if len(inputs) > 1 or (as_json and out in (None, STREAM)):
             raise UserError("- (stdin): must be the only input, and --json needs -o FILE with it")
