@@ -37,6 +37,8 @@ SIZES = {
 }
 LORA = {"rank": 2, "alpha": 2.0}
 ADAPTERS = {"backbone": "diffusion", "lora": LORA, "discriminator": {"hidden": [8], "lora": LORA}}
+DENOISER = {"latent_channels": 8, "widths": [8, 16], "down_blocks": [1, 1], "up_blocks": [1, 1], "time_width": 16}
+LPIPS = {"distance": "lpips", "features": "oriented"}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "autoencoder": ("autoencoder", {"model": SIZES}),
     "diffusion": ("diffusion", {"autoencoder": "autoencoder", "backbone": {"model": SIZES}}),
@@ -52,11 +54,18 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "discriminator": {"kind": "diffusion_gan", "tuning": "full", "hidden": [8], "adaptive": {"images": 50}},
         },
     ),
+    "resshift": (
+        "resshift",
+        {"autoencoder": "autoencoder", "denoiser": DENOISER, "perceptual_weight": 1.0, "perceptual": LPIPS},
+    ),
+    "sinsr": ("sinsr", {"teacher": "resshift", "teacher_steps": 3}),
+    "sinsr in 16 bits": ("sinsr", {"teacher": "resshift", "teacher_steps": 3}),
 }
 """Method and configuration by name; where weights of an earlier stage are needed, the name of its run stands."""
 
 
-LOOPS: dict[str, dict[str, Any]] = {"d3sr in 16 bits": {"mixed_precision": "bf16", "frozen_dtype": "bfloat16"}}
+IN_16_BITS = {"mixed_precision": "bf16", "frozen_dtype": "bfloat16"}
+LOOPS: dict[str, dict[str, Any]] = {"d3sr in 16 bits": IN_16_BITS, "sinsr in 16 bits": IN_16_BITS}
 """Settings of the loop in which a run differs from the others."""
 
 
@@ -74,7 +83,7 @@ def build(name: str, folder: Path) -> Method:
     """The method of run ``name``; weights of earlier stages are made in ``folder`` when they are not there."""
     load_methods()
     method, config = RUNS[name]
-    for key in ("autoencoder", "backbone"):
+    for key in ("autoencoder", "backbone", "teacher"):
         stage = config.get(key)
         if isinstance(stage, str):
             config = {**config, key: str(weights_of(stage, folder))}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from onestepsr.errors import UserError
 from onestepsr.methods.base import Batch, Exported, Networks
 from onestepsr.models.architectures import describe
-from onestepsr.models.generators import LatentAutoencoder
+from onestepsr.models.generators import LatentAutoencoder, OneStepLatentGenerator
 from onestepsr.models.residual_generator import NoisePlane, ResidualShiftGenerator, Sampler
 from onestepsr.residual_schedule import Predict, ResidualShiftSchedule
 
@@ -25,9 +25,10 @@ DENOISER, AUTOENCODER = "denoiser", "autoencoder"
 class FrozenAutoencoder(nn.Module):
     """A generator's autoencoder as one callable, so that the loop's precision applies to it."""
 
-    def __init__(self, generator: ResidualShiftGenerator) -> None:
+    def __init__(self, generator: ResidualShiftGenerator | OneStepLatentGenerator) -> None:
         super().__init__()
-        self.autoencoder = generator.autoencoder.requires_grad_(False).eval()
+        self.autoencoder = generator.autoencoder
+        self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor, *, decode: bool = False) -> Tensor:
         """Latent (N, C, H/f, W/f) of an image (N, 3, H, W) in [0, 1]; with ``decode`` the image, not clamped, of a
@@ -37,7 +38,9 @@ class FrozenAutoencoder(nn.Module):
 
 
 @torch.no_grad()
-def latents(networks: Networks, generator: ResidualShiftGenerator, batch: Batch) -> tuple[Tensor, Tensor]:
+def latents(
+    networks: Networks, generator: ResidualShiftGenerator | OneStepLatentGenerator, batch: Batch
+) -> tuple[Tensor, Tensor]:
     """z_0 of the HR picture and z_y of the enlarged LR picture, (N, C, h, w) each; one evaluation for both."""
     pictures = torch.cat([batch["hr"], generator.enlarge(batch["lr"])])
     z_0, z_y = networks[AUTOENCODER](pictures).chunk(2)

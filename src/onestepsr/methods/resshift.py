@@ -1,0 +1,147 @@
+"""ResShift: residual-shifting diffusion in a few steps (Yue et al., NeurIPS 2023), the teacher of SinSR and TAD-SR.
+
+The network predicts z_0 from z_t at uniformly drawn steps (TAD-SR, Eq. 4). Versions 1 and 2 train on the squared error
+of latents alone; from version 3 on a perceptual distance of the decoded picture joins it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from onestepsr.errors import UserError
+from onestepsr.methods.base import Batch, LossFn, Method, MethodEntry, Networks, Phase, SampleRandom, register
+from onestepsr.methods.residual_shift import (
+    AUTOENCODER,
+    DENOISER,
+    FrozenAutoencoder,
+    checkpoint_gradients,
+    conditioned,
+    export_of,
+    latents,
+    preview_of,
+    whole_schedule,
+    with_sampling,
+)
+from onestepsr.methods.spatial import PerceptualConfig, SpatialLoss, SpatialWeights
+from onestepsr.models.residual_backbones import load_residual_generator, residual_generator_on
+from onestepsr.models.residual_generator import ResidualShiftGenerator, Sampler
+from onestepsr.models.swin_unet import SwinUNet, SwinUNetConfig
+from onestepsr.models.tiny_denoiser import TinyDenoiser, TinyDenoiserConfig
+from onestepsr.residual_schedule import ResidualShiftConfig, ResidualShiftSchedule, Respacing
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResShiftConfig:
+    """Where the networks come from, and the loss; the defaults are the loss of versions 1 and 2."""
+
+    model: str | None = None
+    """Generator to start from: a name, a file of ours, or ``random:NAME``. It brings autoencoder, sizes and
+    schedule."""
+    from_scratch: bool = False
+    """Give the denoising network of ``model`` new random weights and keep the rest: a training of one's own on a
+    published autoencoder."""
+    autoencoder: str | None = None
+    """Without ``model``: weights from the ``autoencoder`` method, on whose latents a new small network is trained."""
+    denoiser: TinyDenoiserConfig | None = None
+    """Sizes of that network; null takes the default ones for those latents."""
+    schedule: ResidualShiftConfig | None = None
+    """The diffusion; null is the one that ``model`` brings, or the 15 steps of versions 1 and 2."""
+    steps: int | None = None
+    """Steps that previews and the exported model take; null takes all that the network is trained for."""
+    sampler: Sampler = "ancestral"
+    """How they take them: with new noise in every step, or only at the start."""
+    respacing: Respacing = "spread"
+    """Which steps are taken where ``steps`` is smaller than their number."""
+    mse_weight: float = 1.0
+    """Weight of the squared error of the estimated z_0."""
+    perceptual_weight: float = 0.0
+    """Weight of the perceptual distance of the decoded estimate, clamped to [-1, 1]: 0 in versions 1 and 2, 1 in
+    version 3, 10 for faces."""
+    perceptual: PerceptualConfig = field(default_factory=lambda: PerceptualConfig(distance="lpips", features="vgg16"))
+    """That distance, LPIPS on VGG-16 as published."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: slower, far less memory."""
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.autoencoder is None):
+            raise ValueError("give either model, a generator to start from, or autoencoder, to train a new one on")
+        if self.from_scratch and self.model is None:
+            raise ValueError("from_scratch: there is no model whose weights could be left out")
+        if min(self.mse_weight, self.perceptual_weight) < 0 or not self.mse_weight + self.perceptual_weight:
+            raise ValueError("mse_weight and perceptual_weight must not be negative, nor both be 0")
+
+
+def build(config: ResShiftConfig) -> Method:
+    """One network, one phase."""
+    generator = _prepare_generator(config)
+    schedule = whole_schedule(generator)
+    spatial = SpatialLoss(SpatialWeights(mse=0.0, perceptual=config.perceptual_weight), config.perceptual)
+    shown = with_sampling(generator, _shown_schedule(schedule, config), config.sampler)
+    return Method(
+        networks={DENOISER: generator.unet},
+        frozen={AUTOENCODER: FrozenAutoencoder(generator), **spatial.frozen},
+        phases=(Phase(network=DENOISER, loss=_loss(generator, schedule, config, spatial)),),
+        ema=(DENOISER,),
+        preview=preview_of(shown),
+        export=export_of(shown),
+        scale=generator.scale,
+        hr_multiple=generator.scale * generator.lr_multiple,
+    )
+
+
+def _load(config: ResShiftConfig) -> ResidualShiftGenerator:
+    if config.model is not None:
+        return load_residual_generator(config.model)
+    return residual_generator_on(cast(str, config.autoencoder), config.denoiser)
+
+
+def _prepare_generator(config: ResShiftConfig) -> ResidualShiftGenerator:
+    generator = _load(config)
+    if config.schedule is not None:
+        generator.schedule = ResidualShiftSchedule(config.schedule)
+    if config.from_scratch or config.model is None:  # here, so that the run's seed decides
+        sizes = cast(SwinUNetConfig | TinyDenoiserConfig, generator.unet.config)
+        generator.unet = SwinUNet(sizes) if isinstance(sizes, SwinUNetConfig) else TinyDenoiser(sizes)
+    if config.gradient_checkpointing:
+        checkpoint_gradients(generator.unet)
+    return generator
+
+
+def _shown_schedule(schedule: ResidualShiftSchedule, config: ResShiftConfig) -> ResidualShiftSchedule:
+    if config.steps is None:
+        return schedule
+    try:
+        return schedule.respaced(config.steps, config.respacing)
+    except UserError as error:
+        raise UserError(f"config.steps: {error}") from error
+
+
+def _loss(
+    generator: ResidualShiftGenerator, schedule: ResidualShiftSchedule, config: ResShiftConfig, spatial: SpatialLoss
+) -> LossFn:
+    def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        z_0, z_y = latents(networks, generator, batch)
+        t = random.integers(0, schedule.steps).to(z_0.device)
+        z_t = schedule.q_sample(z_0, z_y, random.normal(z_0), t)
+        estimate = conditioned(networks[DENOISER], batch["lr"])(schedule.scale_input(z_t, t), t)
+        terms = {"mse": config.mse_weight * F.mse_loss(estimate, z_0)} if config.mse_weight else {}
+        if config.perceptual_weight:
+            sr = networks[AUTOENCODER](estimate, decode=True).clamp(0, 1)
+            terms |= spatial(sr, batch["hr"])
+        return terms
+
+    return loss
+
+
+register(
+    MethodEntry(
+        name="resshift",
+        summary="residual-shifting diffusion in a few steps: the teacher of sinsr and tadsr",
+        config=ResShiftConfig,
+        build=build,
+    )
+)
