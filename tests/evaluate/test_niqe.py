@@ -101,7 +101,7 @@ def test_an_installed_basicsr_is_found_without_importing_it(tmp_path: Path, monk
 def test_missing_parameters_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(UserError, match=f"{ENVIRONMENT_VARIABLE}.*pip download"):
+    with pytest.raises(UserError, match=f"{ENVIRONMENT_VARIABLE}.*basicsr.*IQA-PyTorch"):
         NiqeParameters.find()
 
 

@@ -4,38 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from onestepsr.errors import UserError, did_you_mean
-from onestepsr.evaluate import metrics
-from onestepsr.evaluate.niqe import NiqeParameters, niqe
+from onestepsr.evaluate import fid, iqa, learned, metrics
+from onestepsr.evaluate.niqe import Luma, NiqeParameters, niqe
+from onestepsr.evaluate.result import MetricRecord
 
 Reference = Callable[[Tensor, Tensor], Tensor]
 NoReference = Callable[[Tensor], Tensor]
+STUDIO = "Y of BT.601 studio range"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricSpec:
-    """One named metric; exactly one of ``against`` and ``alone`` is given."""
+    """One named metric; exactly one of ``against``, ``alone`` and ``of_sets`` is given."""
 
     name: str
     """Name given to ``--metrics`` and key in JSON files."""
     title: str
     """Column title."""
     higher_is_better: bool
+    variant: str = ""
+    """What makes its numbers this one's and not its namesake's."""
+    unit: str = ""
+    """Unit of the values; empty for none."""
+    network: bool = False
+    """Whether a network measures, which a GPU makes faster."""
     against: Callable[[], Reference] | None = None
     """Returns the function (SR, HR) -> (N,); whatever has to be loaded is loaded here, once."""
     alone: Callable[[], NoReference] | None = None
     """Returns the function SR -> (N,)."""
+    of_sets: Callable[[], fid.SetDistance] | None = None
+    """Returns a metric that has one value for all pictures together."""
 
     @property
     def needs_reference(self) -> bool:
         """Whether HR images are needed."""
-        return self.against is not None
+        return self.alone is None
+
+    @property
+    def record(self) -> MetricRecord:
+        """What is saved with its values."""
+        return MetricRecord(
+            title=self.title, higher_is_better=self.higher_is_better, variant=self.variant, unit=self.unit
+        )
 
     def load(self) -> Reference:
-        """The function (SR, HR) -> (N,); without need of a reference, HR is ignored."""
+        """The function (SR, HR) -> (N,); without need of a reference, HR is ignored. Not for metrics of sets."""
         if self.against is not None:
             return self.against()
         assert self.alone is not None
@@ -43,20 +61,84 @@ class MetricSpec:
         return lambda sr, _hr: measure(sr)
 
 
-def _load_niqe() -> NoReference:
+def _load_niqe(luma: Luma) -> NoReference:
     parameters = NiqeParameters.find()
-    return lambda sr: niqe(sr, parameters)
+    return lambda sr: niqe(sr, parameters, luma)
+
+
+def _plain(name: str, title: str, measure: metrics.Metric, *, variant: str, unit: str = "") -> MetricSpec:
+    return MetricSpec(
+        name=name, title=title, higher_is_better=True, variant=variant, unit=unit, against=lambda: measure
+    )
+
+
+def _distance(name: str, title: str, variant: str, load: Callable[[], Reference]) -> MetricSpec:
+    return MetricSpec(
+        name=name,
+        title=title,
+        variant=variant,
+        higher_is_better=False,
+        network=True,
+        against=lambda: learned.without_gradients(load()),
+    )
+
+
+def _from_iqa(metric: iqa.IqaMetric) -> MetricSpec:
+    return MetricSpec(
+        name=metric.name,
+        title=metric.title,
+        variant=metric.variant,
+        higher_is_better=metric.higher_is_better,
+        network=True,
+        alone=partial(iqa.load_iqa, metric.name),
+    )
 
 
 METRICS = {
     spec.name: spec
     for spec in (
-        MetricSpec(name="psnr", title="PSNR-Y dB", higher_is_better=True, against=lambda: metrics.psnr_y),
-        MetricSpec(name="psnr_rgb", title="PSNR-RGB dB", higher_is_better=True, against=lambda: metrics.psnr_rgb),
-        MetricSpec(name="ssim", title="SSIM-Y", higher_is_better=True, against=lambda: metrics.ssim_y),
-        MetricSpec(name="overshoot", title="overshoot", higher_is_better=False, against=lambda: metrics.overshoot),
-        MetricSpec(name="niqe", title="NIQE", higher_is_better=False, alone=_load_niqe),
-        MetricSpec(name="grid", title="grid", higher_is_better=False, alone=lambda: metrics.grid_artifact),
+        _plain("psnr", "PSNR-Y", metrics.psnr_y, variant=f"{STUDIO}, not rounded", unit="dB"),
+        _plain("psnr_rgb", "PSNR-RGB", metrics.psnr_rgb, variant="RGB", unit="dB"),
+        _plain("ssim", "SSIM-Y", metrics.ssim_y, variant=f"{STUDIO}, rounded"),
+        _plain("ssim_rgb", "SSIM-RGB", metrics.ssim_rgb, variant="mean of the channels"),
+        _plain("ssim_basicsr", "SSIM-Y (BasicSR)", metrics.ssim_basicsr, variant=f"{STUDIO}, not rounded or clamped"),
+        _plain("ms_ssim", "MS-SSIM-Y", metrics.ms_ssim, variant=f"{STUDIO}, rounded, five scales"),
+        _distance("lpips", "LPIPS", "AlexNet, v0.1", partial(learned.load_lpips, "alexnet")),
+        _distance("lpips_vgg", "LPIPS (VGG)", "VGG-16, v0.1", partial(learned.load_lpips, "vgg16")),
+        _distance("dists", "DISTS", "VGG-16, no resize", learned.load_dists),
+        _distance("ea_dists", "EA-DISTS", "VGG-16, no resize, edges of the channel mean", learned.load_ea_dists),
+        MetricSpec(
+            name="fid", title="FID", variant="clean-fid", higher_is_better=False, network=True, of_sets=fid.load_fid
+        ),
+        MetricSpec(
+            name="niqe",
+            title="NIQE",
+            variant="Y of YIQ, rounded",
+            higher_is_better=False,
+            alone=partial(_load_niqe, "yiq"),
+        ),
+        MetricSpec(
+            name="niqe_studio",
+            title="NIQE (BasicSR)",
+            variant=f"{STUDIO}, rounded",
+            higher_is_better=False,
+            alone=partial(_load_niqe, "studio"),
+        ),
+        *map(_from_iqa, iqa.IQA_METRICS),
+        MetricSpec(
+            name="overshoot",
+            title="overshoot",
+            variant="grey levels beyond the range of 7 x 7 pixels, beside edges",
+            higher_is_better=False,
+            against=lambda: metrics.overshoot,
+        ),
+        MetricSpec(
+            name="grid",
+            title="grid",
+            variant="4 x 4 cells",
+            higher_is_better=False,
+            alone=lambda: metrics.grid_artifact,
+        ),
     )
 }
 

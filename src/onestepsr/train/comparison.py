@@ -128,10 +128,11 @@ class HeldOut:
 
 def find_metric(name: str, perceptual: PerceptualConfig) -> MetricSpec:
     """The metric called ``name``; perceptual ones are named after their features, so that none pass for others."""
-    if name in METRICS:
-        return METRICS[name]
+    plain = {key: spec for key, spec in METRICS.items() if key not in PERCEPTUAL and spec.of_sets is None}
+    if name in plain:
+        return plain[name]
     if name not in PERCEPTUAL:
-        raise UserError(f"evaluation.metrics: unknown metric '{name}': {did_you_mean(name, [*METRICS, *PERCEPTUAL])}")
+        raise UserError(f"evaluation.metrics: unknown metric '{name}': {did_you_mean(name, [*plain, *PERCEPTUAL])}")
     config = replace(perceptual, distance="dists" if name == "dists" else "lpips")
 
     def load() -> Reference:
@@ -171,4 +172,5 @@ def over_seeds(runs: Sequence[Values]) -> dict[str, dict[str, float | None]]:
 
 def describe_metrics(metrics: Sequence[MetricSpec]) -> list[dict[str, Any]]:
     """What a reader of the results has to know of the columns."""
-    return [{"name": m.name, "title": m.title, "higher_is_better": m.higher_is_better} for m in metrics]
+    titles = {metric.name: f"{metric.title} {metric.unit}".strip() for metric in metrics}
+    return [{"name": m.name, "title": titles[m.name], "higher_is_better": m.higher_is_better} for m in metrics]

@@ -1,0 +1,102 @@
+"""LPIPS, DISTS and EA-DISTS as metrics: the code of the losses with the published weights.
+
+Weights are taken where they are on this machine; nothing is downloaded in the middle of a measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from onestepsr.errors import UserError
+from onestepsr.evaluate.metrics import Metric, check_image
+from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists, read_dists_weights, read_lpips_weights
+from onestepsr.models.alexnet import AlexNetFeatures
+from onestepsr.models.catalog import get_model, resolve
+from onestepsr.models.features import VGG16Features
+from onestepsr.models.sources import without_downloads
+from onestepsr.models.tensors import read_tensors
+
+SMALL_WEIGHTS = 2**24
+"""Limit in bytes on files of channel weights; the published ones have a few kB."""
+SMALLEST_SIDE = 32
+"""Smaller pictures leave nothing, or nothing but border, of the deepest maps."""
+
+
+class LearnedDistance(nn.Module):
+    """(SR, HR) -> (N,) by a feature network and a distance of its maps, for RGB (N, 3, H, W) in [0, 1].
+
+    Both move to the device of the pictures. Pictures of less than 32 x 32 pixels raise UserError.
+    """
+
+    def __init__(
+        self, features: nn.Module, distance: nn.Module, measure: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> None:
+        """``measure`` is (SR, HR) -> (N,) where it is not ``distance(features, SR, HR)``."""
+        super().__init__()
+        self.features, self.distance = features, distance
+        self._measure = measure or (lambda sr, hr: distance(features, sr, hr))
+        self.eval().requires_grad_(False)
+
+    def forward(self, sr: Tensor, hr: Tensor) -> Tensor:
+        """One distance per image; differentiable in ``sr``."""
+        for image in (sr, hr):
+            check_image(image)
+        if sr.shape != hr.shape or min(sr.shape[-2:]) < SMALLEST_SIDE:
+            sizes = " and ".join(f"{image.shape[-1]} x {image.shape[-2]}" for image in (sr, hr))
+            raise UserError(f"{sizes} pixels: expected equal sizes of at least {SMALLEST_SIDE} x {SMALLEST_SIDE}")
+        self.to(sr.device)
+        return self._measure(sr, hr)
+
+
+def load_lpips(network: Literal["alexnet", "vgg16"]) -> Metric:
+    """LPIPS 0.1 on AlexNet, as tables print it, or on VGG-16, as trainings use it."""
+    features: AlexNetFeatures | VGG16Features
+    if network == "alexnet":
+        features = AlexNetFeatures.from_file(weights("alexnet"))
+    else:
+        features = VGG16Features.from_file(weights("vgg16"), pooling="max")
+    tensors = read_tensors(weights("lpips-alex" if network == "alexnet" else "lpips-vgg"), limit=SMALL_WEIGHTS)
+    return LearnedDistance(features, LPIPS(features.channels[1:], read_lpips_weights(tensors)))
+
+
+def load_dists() -> Metric:
+    """DISTS of whole pictures, without the resize to 256 pixels of its authors' demo."""
+    return LearnedDistance(*_dists())
+
+
+def load_ea_dists() -> Metric:
+    """DISTS of the pictures plus DISTS of their Sobel edges (D3SR, Eq. 5), edges of the channel mean."""
+    features, distance = _dists()
+    return LearnedDistance(features, distance, lambda sr, hr: ea_dists(distance, features, sr, hr))
+
+
+def weights(alias: str) -> Path:
+    """The file of a model's weights on this machine; UserError with the command that fetches it otherwise."""
+    try:
+        with without_downloads("measuring downloads nothing"):
+            return resolve(alias)
+    except UserError as error:
+        if get_model(alias).path.is_file():
+            raise
+        raise UserError(f"needs weights that are not here: 'onestepsr models download {alias}' fetches them") from error
+
+
+def _dists() -> tuple[VGG16Features, DISTS]:
+    features = VGG16Features.from_file(weights("vgg16"))
+    alpha, beta = read_dists_weights(read_tensors(weights("dists"), limit=SMALL_WEIGHTS))
+    return features, DISTS(features.channels, alpha, beta)
+
+
+def without_gradients(measure: Metric) -> Metric:
+    """``measure`` for numbers alone: float64 values on the CPU, and no graph kept."""
+
+    def measured(sr: Tensor, hr: Tensor) -> Tensor:
+        with torch.no_grad():
+            return measure(sr, hr).to("cpu", torch.float64)
+
+    return measured
