@@ -14,6 +14,7 @@ from onestepsr.config import from_mapping, to_mapping
 from onestepsr.errors import UnknownModel, UserError, did_you_mean
 from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.noised_generator import NoisedLatentGenerator
+from onestepsr.models.osediff import OSEDiffGenerator, OSEDiffGeneratorConfig, osediff_generator
 from onestepsr.models.residual_architectures import (
     RANDOM_RESIDUAL,
     ResidualShiftGeneratorConfig,
@@ -90,6 +91,7 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "tiny-latent-diffusion": _builder(TinyGeneratorConfig, tiny_generator),
     "stable-diffusion": _builder(StableDiffusionGeneratorConfig, stable_diffusion_generator),
     "stable-diffusion-encoder": _builder(StableDiffusionEncoderConfig, stable_diffusion_encoder),
+    "osediff": _builder(OSEDiffGeneratorConfig, osediff_generator),
     RESIDUAL: _builder(ResidualShiftGeneratorConfig, residual_shift_generator),
     TINY_RESIDUAL: _builder(TinyResidualShiftGeneratorConfig, tiny_residual_shift_generator),
 }
@@ -124,12 +126,15 @@ def _describe_generator(generator: OneStepLatentGenerator) -> tuple[str, dict[st
     if isinstance(generator.unet, StableDiffusionUNet) and isinstance(
         generator.autoencoder, StableDiffusionAutoencoder
     ):
-        config = StableDiffusionGeneratorConfig(
-            unet=generator.unet.config,
-            autoencoder=generator.autoencoder.config,
-            prompt=PromptConfig(tokens=generator.prompt.shape[1]),
-            **common,
-        )
+        parts: dict[str, Any] = {
+            "unet": generator.unet.config,
+            "autoencoder": generator.autoencoder.config,
+            "prompt": PromptConfig(tokens=generator.prompt.shape[1]),
+        }
+        if isinstance(generator, OSEDiffGenerator):
+            prompted = OSEDiffGeneratorConfig(posterior=generator.posterior, **parts, **common)
+            return "osediff", to_mapping(prompted)
+        config = StableDiffusionGeneratorConfig(**parts, **common)
         return "stable-diffusion", to_mapping(config)
     raise TypeError(f"a generator on a {type(generator.unet).__name__} has no weights file")
 

@@ -47,6 +47,11 @@ class OSEDiffGeneratorConfig(StableDiffusionGeneratorConfig):
     posterior: Posterior = "mean"
     """What the encoder gives to the UNet: the mean, always the same, or a sample, as the published code draws it."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.noised:
+            raise ValueError("noised: OSEDiff starts from the latent itself")
+
 
 class OSEDiffGenerator(OneStepLatentGenerator):
     """A one-step generator under a text prompt; without one, under the embedding that it was saved with."""
