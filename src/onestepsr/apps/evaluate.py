@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from onestepsr.apps.evaluate_compare import WithCompare
 from onestepsr.errors import UserError
 from onestepsr.files import replacing
 
@@ -24,7 +25,7 @@ LISTED_NAMES = 10
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("evaluate", no_args_is_help=True)(evaluate_command)
+    app.command("evaluate", no_args_is_help=True, cls=WithCompare)(evaluate_command)
 
 
 def evaluate_command(

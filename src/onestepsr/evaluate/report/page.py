@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,16 @@ PAGE = "index.html"
 GENERATOR = "onestepsr evaluation report"
 MAX_PAGE_START = 4096
 HERE = Path(__file__).parent
+TITLES = {
+    "summary": "Summary",
+    "differences": "Paired differences",
+    "viewer": "Pictures",
+    "distributions": "Distributions",
+    "extremes": "Worst and best",
+    "values": "All values",
+    "published": "Beside published numbers",
+    "protocol": "How it was measured",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +76,9 @@ def write_report(
     located = locate(comparison)
     available = [name for name in comparison.pictures if name in located]
     names = choose(comparison, available, config.extremes, config.pictures)
-    views, problems = write_views(folder, list_tracked(names, track), located, config.side)
+    views, problems = write_views(folder, track(names) if names else (), located, config.side)
     write_texts({page: render(comparison, views, config, published, problems)})
     return problems
-
-
-def list_tracked(names: Sequence[str], track: Callable[[Sequence[str]], Iterable[str]]) -> Iterable[str]:
-    """The names, through the progress bar only if there are any."""
-    return track(names) if names else ()
 
 
 def refuse_foreign(page: Path) -> None:
@@ -112,61 +117,57 @@ def render(
         element("title", f"Evaluation of {title}"),
         element("style", Markup(style)),
     )
+    parts = {name: part for name, part in _parts(comparison, numbered, config, published).items() if part}
+    titles = {name: TITLES[name] for name in parts}
+    lines = [*comparison.warnings, *problems, *_left_out(comparison, numbered)]
+    written = [sections.section(name, TITLES[name], part) for name, part in parts.items()]
     body = element(
         "body",
-        _header(comparison, title),
-        element("main", *_main(comparison, numbered, config, published, problems)),
+        _header(comparison, title, titles),
+        element("main", sections.warnings(lines), *written),
         data_block("data", _data(comparison, views)),
         element("script", Markup(script)),
     )
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
 
 
-def _main(
-    comparison: Comparison,
-    views: dict[str, tuple[int, View]],
-    config: ReportConfig,
-    published: Sequence[Grid],
-    problems: Sequence[str],
-) -> list[Markup]:
-    section = sections.section
+def _parts(
+    comparison: Comparison, views: Mapping[str, tuple[int, View]], config: ReportConfig, published: Sequence[Grid]
+) -> dict[str, Markup]:
+    """The sections by name, in order; empty where there is nothing to show."""
     several = len(comparison.results) > 1
     papers = [join(element("h3", grid.title), sections.grid_table(grid, grid.title)) for grid in published]
-    differences = sections.grid_table(difference_grid(comparison), "Paired differences") if several else Markup()
     note = f"Mean over the {'common ' if several else ''}pictures ± half width of its 95 % interval (Student's t)."
-    summary = join(sections.grid_table(method_grid(comparison), "Means"), element("p", note, class_="note"))
-    viewer = sections.viewer(roles(comparison)) if views else Markup()
-    return [
-        sections.warnings([*comparison.warnings, *problems, *_left_out(comparison, views)]),
-        section("summary", "Summary", summary),
-        section("differences", "Paired differences", differences),
-        section("viewer", "Pictures", viewer),
-        section("distributions", "Distributions", sections.distributions(comparison, config.bins)),
-        section("extremes", "Worst and best", sections.extremes(comparison, views, config.extremes)),
-        section("pictures", "All values", sections.all_pictures(comparison, views)),
-        section("published", "Beside published numbers", *papers),
-        section("protocol", "How it was measured", *map(sections.protocol, comparison.results)),
-    ]
+    means = sections.grid_table(method_grid(comparison), "Means")
+    return {
+        "summary": join(means, element("p", note, class_="note")),
+        "differences": sections.grid_table(difference_grid(comparison), "Paired differences") if several else Markup(),
+        "viewer": sections.viewer(roles(comparison)) if views else Markup(),
+        "distributions": sections.distributions(comparison, config.bins),
+        "extremes": sections.extremes(comparison, views, config.extremes),
+        "values": sections.all_pictures(comparison, views),
+        "published": join(*papers),
+        "protocol": join(*map(sections.protocol, comparison.results)),
+    }
 
 
-def _header(comparison: Comparison, title: str) -> Markup:
+def _header(comparison: Comparison, title: str, titles: Mapping[str, str]) -> Markup:
     count = len(comparison.pictures)
     made = f"{count} {'picture' if count == 1 else 'pictures'}; written by onestepsr {__version__}, {now()}"
-    links = ("summary", "viewer", "distributions", "extremes", "pictures", "protocol")
     return join(
         element(
             "header",
             element("div", element("h1", f"Evaluation of {title}"), element("p", made, class_="faint")),
             element("button", "light / dark", type="button", id="theme"),
         ),
-        element("nav", *(element("a", name, href=f"#{name}") for name in links), aria_label="Sections"),
+        element("nav", *(element("a", text, href=f"#{name}") for name, text in titles.items()), aria_label="Sections"),
         element(
             "noscript", element("p", "Without JavaScript the tables are all here; sorting and the viewer are not.")
         ),
     )
 
 
-def _left_out(comparison: Comparison, views: dict[str, tuple[int, View]]) -> list[str]:
+def _left_out(comparison: Comparison, views: Mapping[str, tuple[int, View]]) -> list[str]:
     missing = len(comparison.pictures) - len(views)
     if not missing:
         return []

@@ -74,15 +74,20 @@
       for (const option of $(side).options) {
         option.disabled = !(option.value in picture.files);
       }
-      const there = data.roles.map((role) => role.key).filter((key) => key in picture.files);
-      const preferred = side === "left" ? there[0] : there[there.length - 1];
-      choose(side, view[side] in picture.files ? view[side] : preferred);
+      choose(side, view[side] in picture.files ? view[side] : preferredRole(picture, side));
     }
     fillPanes(picture);
     for (const row of document.querySelectorAll("#all tbody tr")) {
       row.classList.toggle("current", row.dataset.picture === String(view.picture));
     }
     place();
+  }
+
+  // Before and after: on the right what the last method made, on the left the first of the others (LR where there is one).
+  function preferredRole(picture, side) {
+    const there = data.roles.filter((role) => role.key in picture.files);
+    const right = there.filter((role) => role.method !== null).pop();
+    return side === "right" ? right.key : (there.find((role) => role !== right) ?? right).key;
   }
 
   function choose(side, role) {
@@ -235,7 +240,9 @@
     $("zoom-exact").addEventListener("click", () => {
       zoomTo(data.pictures[view.picture].width / $("stage").clientWidth);
     });
-    $("pixels").addEventListener("change", () => $("viewer").classList.toggle("pixels", $("pixels").checked));
+    const showPixels = () => $("viewer").classList.toggle("pixels", $("pixels").checked);
+    $("pixels").addEventListener("change", showPixels);
+    showPixels(); // a browser that goes back to the page may have kept another choice
     for (const button of document.querySelectorAll("button[data-picture]")) {
       button.addEventListener("click", () => {
         show(Number(button.dataset.picture));

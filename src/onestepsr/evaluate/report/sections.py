@@ -15,9 +15,9 @@ SCROLLS: dict[str, Attribute] = {"class_": "scroll", "tabindex": 0, "role": "reg
 """A table that scrolls in its own frame can be reached, and so scrolled, with the keyboard."""
 
 
-def section(name: str, title: str, *children: str) -> Markup:
-    """A titled part of the page; nothing where there is nothing to show."""
-    return element("section", element("h2", title), *children, id=name) if any(children) else Markup()
+def section(name: str, title: str, content: Markup) -> Markup:
+    """A titled part of the page."""
+    return element("section", element("h2", title), content, id=name)
 
 
 def warnings(lines: Sequence[str]) -> Markup:

@@ -1,0 +1,115 @@
+"""Where results go besides the terminal: CSV, Markdown and LaTeX files, published numbers, the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from onestepsr.errors import UserError
+
+if TYPE_CHECKING:
+    from onestepsr.evaluate.comparison import Comparison
+    from onestepsr.evaluate.tables import Grid
+
+CsvOption = Annotated[
+    Path | None, typer.Option("--csv", help="Write every value to this file: method, picture, metrics.")
+]
+MarkdownOption = Annotated[Path | None, typer.Option("--markdown", help="Write the tables to this file as Markdown.")]
+LatexOption = Annotated[Path | None, typer.Option("--latex", help="Write the tables to this file as LaTeX (booktabs).")]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option("--report", help="Write a page with pictures to this folder; it opens offline in any browser."),
+]
+BesideOption = Annotated[
+    str | None,
+    typer.Option(
+        "--beside",
+        help="Print published numbers on this data set beside the results, such as realsr, or of one table: "
+        "osediff/realsr. What keeps them from being comparable is listed.",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What was asked for; none where it was not."""
+
+    csv: Path | None = None
+    """Every value."""
+    markdown: Path | None = None
+    """The tables, as Markdown."""
+    latex: Path | None = None
+    """The tables, as LaTeX."""
+    report: Path | None = None
+    """Folder of the report."""
+    beside: str | None = None
+    """Data set of the published numbers."""
+
+    def check(self) -> None:
+        """UserError for what can be known to fail before anything is measured."""
+        from onestepsr.evaluate.published import find_published
+        from onestepsr.evaluate.report.page import PAGE, refuse_foreign
+
+        for option in ("csv", "markdown", "latex"):
+            check_file(f"--{option}", getattr(self, option))
+        if self.report is not None:
+            if self.report.exists() and not self.report.is_dir():
+                raise UserError(f"--report {self.report}: is a file, expected a folder")
+            refuse_foreign(self.report / PAGE)
+        if self.beside is not None:
+            find_published(self.beside)
+
+    def write(self, comparison: Comparison, grids: Sequence[Grid]) -> None:
+        """Print the published numbers and write the files; ``grids`` are the tables that were printed."""
+        from onestepsr.evaluate.published import beside
+        from onestepsr.evaluate.tables import values_csv, write_texts
+
+        published = beside(comparison.results, self.beside) if self.beside else []
+        for grid in published:
+            grid.show()
+        tables = [*grids, *published]
+        texts = {
+            self.csv: values_csv(comparison.results) if self.csv else "",
+            self.markdown: "\n\n".join(titled(grid) for grid in tables) + "\n",
+            self.latex: "\n\n".join(grid.latex() for grid in tables) + "\n",
+        }
+        write_texts({path: text for path, text in texts.items() if path is not None})
+        if self.report is not None:
+            write_report_folder(self.report, comparison, published)
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """UserError if the folder of an output file does not exist, or the file is a folder."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder, expected a file")
+
+
+def titled(grid: Grid) -> str:
+    """A table as Markdown under its title."""
+    return f"**{grid.title}**\n\n{grid.markdown()}" if grid.title else grid.markdown()
+
+
+def write_report_folder(folder: Path, comparison: Comparison, published: Sequence[Grid]) -> None:
+    """Write the report with a progress bar; say what could not be shown, and where the page is."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from onestepsr.evaluate.report.page import PAGE, write_report
+
+    console = Console(stderr=True)
+
+    def tracked(names: Sequence[str]) -> Iterable[str]:
+        hidden = not console.is_terminal
+        return track(names, "Writing pictures", total=len(names), console=console, transient=True, disable=hidden)
+
+    for problem in write_report(folder, comparison, published=published, track=tracked):
+        typer.echo(f"not in the report: {problem}", err=True)
+    typer.echo(f"report: {folder / PAGE}", err=True)
