@@ -215,7 +215,8 @@ class Codebook(nn.Module):
 
     def __init__(self, codes: int, channels: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(codes, channels)
+        # with a weight to start from: the normal one of nn.Embedding makes PyTorch load its compiler on the meta device
+        self.embedding = nn.Embedding(codes, channels, _weight=torch.empty(codes, channels))
         nn.init.uniform_(self.embedding.weight, -1.0 / codes, 1.0 / codes)
 
     @torch.no_grad()
@@ -224,7 +225,8 @@ class Codebook(nn.Module):
 
         Always in float32: neighbouring codes are closer together than 16-bit products are exact.
         """
-        with torch.autocast(z.device.type, enabled=False):
+        kind = "cpu" if z.is_meta else z.device.type  # the meta device has no switch of its own
+        with torch.autocast(kind, enabled=False):
             codes = self.embedding.weight.float()
             # |z - e|^2 = |z|^2 - 2 (z e - |e|^2 / 2): the nearest code is where the bracket is largest.
             offsets = -0.5 * codes.square().sum(1)
