@@ -99,7 +99,7 @@ def beside(results: Sequence[EvaluationResult], name: str) -> list[Grid]:
     Tables that share no metric with any result are left out; UserError if there is no other.
     """
     found = find_published(name)
-    shared = [(table, rows) for table, rows in found if any(_shares(result, rows) for result in results)]
+    shared = [(table, rows) for table, rows in found if any(_shares(result, table, rows) for result in results)]
     if not shared:
         known = ", ".join(sorted({metric for _, rows in found for metric in rows.columns}))
         raise UserError(f"no metric of these results is among those published on '{name}': {known}")
@@ -110,10 +110,10 @@ def mismatches(result: EvaluationResult, table: PublishedTable, rows: PublishedS
     """What keeps ``result`` from being compared with a published table: lines by metric of the table, '' for all."""
     found: dict[str, list[str]] = {"": _protocol_lines(result, table, rows)}
     for metric in rows.columns:
-        key = counterpart(result, metric)
+        title, theirs = table.metrics[metric].title, table.metrics[metric].variant
+        key = counterpart(result, metric, theirs)
         if key is None:
             continue
-        title, theirs = table.metrics[metric].title, table.metrics[metric].variant
         own = result.protocol.metrics[key].variant or key
         if not theirs:
             found[metric] = [f"{title}: the paper does not say which variant, here it is '{own}'"]
@@ -122,12 +122,12 @@ def mismatches(result: EvaluationResult, table: PublishedTable, rows: PublishedS
     return {metric: lines for metric, lines in found.items() if lines}
 
 
-def counterpart(result: EvaluationResult, metric: str) -> str | None:
-    """The metric of ``result`` that is nearest to a published one: of the same name, or another of its family."""
-    known = result.metrics
-    if metric in known:
-        return metric
-    return next((name for name in known if _family(name) == _family(metric)), None)
+def counterpart(result: EvaluationResult, metric: str, variant: str) -> str | None:
+    """The metric of ``result`` nearest to a published one: the same variant, the same name, or another of its family."""
+    known = {name: record for name, record in result.metrics.items() if _family(name) == _family(metric)}
+    same = [name for name, record in known.items() if variant and record.variant == variant]
+    named = [metric] if metric in known else []
+    return next(iter([*same, *named, *known]), None)
 
 
 def _family(metric: str) -> str:
@@ -156,7 +156,7 @@ def _beside(results: Sequence[EvaluationResult], table: PublishedTable, rows: Pu
     marked = {metric for lines in flags.values() for metric in lines}
     columns = [heading(table.metrics[m]) + (MARK if {m, ""} & marked else "") for m in rows.columns]
     places = [max(map(_decimals, column)) for column in zip(*rows.rows.values(), strict=True)]
-    own = [(result.label, *_own_cells(result, rows.columns, places)) for result in results]
+    own = [(result.label, *_own_cells(result, _counterparts(result, table, rows), places)) for result in results]
     printed = [(name, *(f"{v:.{p}f}" for v, p in zip(row, places, strict=True))) for name, row in rows.rows.items()]
     title = f"{rows.title}, beside {table.source}"
     return Grid(title=title, columns=("method", *columns), rows=(*own, *printed), notes=tuple(_notes(flags)))
@@ -171,8 +171,12 @@ def _notes(flags: Mapping[str, Mapping[str, Sequence[str]]]) -> list[str]:
     return [f"{MARK} {', '.join(names)}: {line}" for line, names in labels.items()]
 
 
-def _shares(result: EvaluationResult, rows: PublishedSet) -> bool:
-    return any(counterpart(result, metric) is not None for metric in rows.columns)
+def _shares(result: EvaluationResult, table: PublishedTable, rows: PublishedSet) -> bool:
+    return any(key is not None for key in _counterparts(result, table, rows))
+
+
+def _counterparts(result: EvaluationResult, table: PublishedTable, rows: PublishedSet) -> list[str | None]:
+    return [counterpart(result, metric, table.metrics[metric].variant) for metric in rows.columns]
 
 
 def _decimals(value: float) -> int:
@@ -180,7 +184,6 @@ def _decimals(value: float) -> int:
     return len(repr(value).partition(".")[2])
 
 
-def _own_cells(result: EvaluationResult, metrics: Sequence[str], places: Sequence[int]) -> list[str]:
+def _own_cells(result: EvaluationResult, keys: Sequence[str | None], places: Sequence[int]) -> list[str]:
     summaries = result.summaries()
-    keys = [counterpart(result, metric) for metric in metrics]
     return [NOTHING if key is None else f"{summaries[key].mean:.{p}f}" for key, p in zip(keys, places, strict=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from onestepsr.data.sampling import derived_seed
 from onestepsr.errors import UserError, did_you_mean
 from onestepsr.evaluate.catalog import METRICS, MetricSpec, Reference
 from onestepsr.evaluate.metrics import as_eight_bit
+from onestepsr.evaluate.statistics import mean, summarize
 from onestepsr.methods.spatial import PerceptualConfig, build_perceptual
 from onestepsr.models.registry import BICUBIC, load_generator
 from onestepsr.train.suites import EvaluationConfig
@@ -154,19 +154,13 @@ def refuse_training_photos(held_out: DataConfig, training: DataConfig) -> None:
                 raise UserError(f"the held-out photos in {folder} are among the training photos in {other}")
 
 
-def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of those values that there are."""
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
-
-
 def over_seeds(runs: Sequence[Values]) -> dict[str, dict[str, float | None]]:
     """By metric, ``mean`` and ``std`` (of the sample; none for one run) over runs of each run's mean over pictures."""
     found: dict[str, dict[str, float | None]] = {}
     for name in runs[0] if runs else ():
         means = [value for value in (mean(run[name]) for run in runs) if value is not None]
-        spread = statistics.stdev(means) if len(means) > 1 else None
-        found[name] = {"mean": mean(means), "std": spread}
+        summary = summarize(means) if means else None
+        found[name] = {"mean": summary.mean, "std": summary.std} if summary else {"mean": None, "std": None}
     return found
 
 
