@@ -3,10 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from onestepsr.config import to_mapping
 from onestepsr.errors import UserError
+from onestepsr.methods.base import get_method
+from onestepsr.train.estimate import estimate
 from onestepsr.train.recipes import check_resumable, load_run, read_recipe, recipe_names
 from onestepsr.train.session import config_text
 
@@ -213,3 +216,67 @@ def test_micro_batches_may_follow_the_number_of_processes(recipe: str) -> None:
     with pytest.raises(UserError, match=r"train\.accumulation: .* started with 1, now it is 4"):
         check_resumable(saved, split)
     check_resumable(saved, split, other_processes=True)
+
+
+PUBLISHED_LOOP = {
+    "data.crop": 256,
+    "data.scale": 4,
+    "data.degradation": "resshift",
+    "train.seed": 123456,
+    "train.optimizer.lr": 5e-5,
+    "train.optimizer.weight_decay": 0.0,
+    "train.schedule.kind": "constant",
+    "train.schedule.warmup_steps": 5000,
+    "train.gradient_clip": None,
+    "train.ema_decay": 0.999,
+    "train.batch_size": 64,
+}
+"""What ResShift's and SinSR's published configurations have in common."""
+VERSION_3 = {
+    "config.schedule.steps": 4,
+    "config.schedule.min_noise": 0.2,
+    "config.perceptual_weight": 1.0,
+    "train.steps": 400_000,
+    "train.batch_size": 96,
+    "train.schedule.kind": "cosine",
+    "train.schedule.final_ratio": 0.4,  # 2e-5
+}
+RESIDUAL: dict[str, dict[str, object]] = {
+    "resshift-realsr-v1": {"train.steps": 300_000, "config.schedule.steps": 15, "config.perceptual_weight": 0.0},
+    "resshift-realsr-v2": {"train.steps": 500_000, "config.schedule.min_noise": 0.04, "config.perceptual_weight": 0.0},
+    "resshift-realsr-v3": VERSION_3,
+    "resshift-bicubic": VERSION_3 | {"data.degradation": "bicubic"},
+    "sinsr-realsr": {
+        "train.steps": 30_000,
+        "config.teacher_steps": None,
+        "config.distillation_weight": 1.0,
+        "config.inverse_weight": 1.0,
+        "config.ground_truth_weight": 1.0,
+    },
+}
+"""Where the recipes of published models differ from that."""
+
+
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_recipes_of_published_residual_models_say_what_was_published(name: str) -> None:
+    values = flat(to_mapping(load_run(PACKAGED_METHODS[name], name)))
+    expected = PUBLISHED_LOOP | RESIDUAL[name]
+    assert {key: values[key] for key in expected} == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*is a no-op")
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("resshift-realsr-v1", ["config.model=random:resshift-micro"]),
+        ("resshift-realsr-v3", ["config.model=random:resshift-micro", "config.perceptual.features=oriented"]),
+        ("sinsr-realsr", ["config.teacher=random:resshift-micro"]),
+    ],
+)
+def test_memory_of_residual_recipes_is_known_before_any_weights(name: str, overrides: list[str]) -> None:
+    run = load_run(PACKAGED_METHODS[name], name, overrides)
+    with torch.device("meta"):
+        method = get_method(run.method).build(run.config)
+    found = estimate(method, run.train, {"hr": (3, 64, 64), "lr": (3, 16, 16)})
+    assert found.micro_batch == run.train.batch_size // run.train.accumulation
+    assert found.peak > found.held > 0
