@@ -39,6 +39,7 @@ LORA = {"rank": 2, "alpha": 2.0}
 ADAPTERS = {"backbone": "diffusion", "lora": LORA, "discriminator": {"hidden": [8], "lora": LORA}}
 DENOISER = {"latent_channels": 8, "widths": [8, 16], "down_blocks": [1, 1], "up_blocks": [1, 1], "time_width": 16}
 LPIPS = {"distance": "lpips", "features": "oriented"}
+JUDGE = {"head": {"width": 4, "norm_groups": 4}}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "autoencoder": ("autoencoder", {"model": SIZES}),
     "diffusion": ("diffusion", {"autoencoder": "autoencoder", "backbone": {"model": SIZES}}),
@@ -60,12 +61,20 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "sinsr": ("sinsr", {"teacher": "resshift", "teacher_steps": 3}),
     "sinsr in 16 bits": ("sinsr", {"teacher": "resshift", "teacher_steps": 3}),
+    "tadsr": ("tadsr", {"teacher": "resshift", "teacher_steps": 3, "discriminator": JUDGE}),
+    # one scale: on the coarser one, of 16 positions, gradients are so small that rounding decides their signs
+    "tadsr in 16 bits": (
+        "tadsr",
+        {"teacher": "resshift", "teacher_steps": 3, "discriminator": JUDGE | {"scales": [0]}},
+    ),
 }
 """Method and configuration by name; where weights of an earlier stage are needed, the name of its run stands."""
 
 
 IN_16_BITS = {"mixed_precision": "bf16", "frozen_dtype": "bfloat16"}
-LOOPS: dict[str, dict[str, Any]] = {"d3sr in 16 bits": IN_16_BITS, "sinsr in 16 bits": IN_16_BITS}
+LOOPS: dict[str, dict[str, Any]] = dict.fromkeys(
+    (f"{name} in 16 bits" for name in ("d3sr", "sinsr", "tadsr")), IN_16_BITS
+)
 """Settings of the loop in which a run differs from the others."""
 
 

@@ -1,0 +1,308 @@
+"""TAD-SR: one step distilled from a multi-step diffusion model, with high-frequency enhanced score distillation and a
+time-aware discriminator (He et al., "One Step Diffusion-based Super-Resolution with Time-Aware Distillation", 2024).
+
+Student: distillation + lambda_1 score distillation + lambda_2 adversarial (Eq. 13). Every iteration updates the
+discriminator, then the student, both from the same start z_T and with the same step and noise on what the
+discriminator sees (Algorithm 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from onestepsr.errors import UserError
+from onestepsr.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
+from onestepsr.losses.consistency import distillation_loss
+from onestepsr.losses.score_distillation import gradient_loss, hsd_gradient, sds_gradient
+from onestepsr.methods.base import Batch, Exported, LossFn, Method, MethodEntry, Networks, Phase, SampleRandom, register
+from onestepsr.methods.residual_shift import AUTOENCODER, FrozenAutoencoder, checkpoint_gradients, latents
+from onestepsr.methods.teachers import (
+    LatentDiffusionConfig,
+    LatentDiffusionTeacher,
+    ResidualShiftTeacher,
+    Teacher,
+    student_of,
+)
+from onestepsr.models.architectures import describe
+from onestepsr.models.lora import LoraConfig, add_lora, merged_state_dict
+from onestepsr.models.residual_generator import NoisePlane
+from onestepsr.models.time_aware import HeadConfig, TimeAwareDiscriminator
+
+STUDENT, TEACHER, FEATURES, DISCRIMINATOR = "student", "teacher", "features", "discriminator"
+Z_Y, Z_HR, Z_T, NOISE, STEP = "z_y", "z_hr", "z_T", "noise", "t"
+"""What the discriminator's phase leaves in the batch for the student's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRange:
+    """Steps from which one is drawn evenly per sample, counted from 0 (the paper counts from 1)."""
+
+    t_min: int = 0
+    """Smallest step."""
+    t_max: int | None = None
+    """Largest step; null is the paper's."""
+
+    def __post_init__(self) -> None:
+        if self.t_min < 0 or (self.t_max is not None and self.t_max < self.t_min):
+            raise ValueError(f"need 0 <= t_min <= t_max, got {self.t_min} and {self.t_max}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(StepRange):
+    """Score distillation; null as ``t_max`` ends the range before T/5, which of 15 steps leaves the first three."""
+
+    kind: Literal["hsd", "sds", "none"] = "hsd"
+    """``hsd`` compares the teacher's views of both results (Eq. 7-8), ``sds`` the student's result with the teacher's
+    view of it (Table V)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig(StepRange):
+    """The discriminator of noised latents; null as ``t_max`` is the last step, so that t is drawn from all of [0,
+    T]."""
+
+    kind: Literal["time_aware", "plain", "none"] = "time_aware"
+    """``plain`` is the same without modulation by the step (Table V)."""
+    scales: tuple[int, ...] | None = None
+    """Levels of the teacher's features that are judged, 0 being the finest; null takes all."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+    """The head of each of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TADSRConfig:
+    """Teacher, student and the three terms; the defaults are the paper's for photographs."""
+
+    teacher: str
+    """The multi-step model: a name, a file of ours, or ``random:NAME``; with ``family: latent_diffusion`` anything that
+    a backbone loads from. It stays frozen, and the student starts as its copy."""
+    family: Literal["residual_shift", "latent_diffusion"] = "residual_shift"
+    """What kind of diffusion the teacher is: ResShift's, or Stable Diffusion's."""
+    latent_diffusion: LatentDiffusionConfig = field(default_factory=LatentDiffusionConfig)
+    """How a Stable Diffusion backbone becomes a teacher."""
+    teacher_steps: int | None = None
+    """Deterministic steps of the teacher; null takes all that residual shifting has, as the paper does, and 50 of
+    latent diffusion. Fewer make training faster and the target worse."""
+    tuning: Literal["full", "lora"] = "full"
+    """Train all of the student's network, as the paper does, or adapters on it."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters, used with ``tuning: lora``."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: slower, far less memory."""
+    score_weight: float = 1.0
+    """lambda_1: 1 for photographs, 0.1 for faces."""
+    adversarial_weight: float = 0.02
+    """lambda_2: 0.02 for photographs, 0.2 for faces."""
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    """Score distillation."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """The discriminator."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("score", self.score.kind), ("adversarial", self.discriminator.kind)):
+            if kind != "none" and getattr(self, f"{name}_weight") <= 0:
+                part = "discriminator" if name == "adversarial" else name
+                raise ValueError(f"{name}_weight must be above 0; {part}.kind: none leaves the term out")
+
+
+def build(config: TADSRConfig) -> Method:
+    """Discriminator phase, then student phase."""
+    teacher = load_teacher(config)
+    student = _prepare_student(teacher, config)
+    networks: dict[str, nn.Module] = {STUDENT: student}
+    frozen: dict[str, nn.Module] = {AUTOENCODER: FrozenAutoencoder(teacher.generator), TEACHER: teacher.network}
+    phases: tuple[Phase, ...] = (Phase(network=STUDENT, loss=_student_phase(teacher, config)),)
+    if config.discriminator.kind != "none":
+        networks[DISCRIMINATOR] = _prepare_discriminator(teacher, config.discriminator)
+        frozen[FEATURES] = teacher.features
+        phases = (Phase(network=DISCRIMINATOR, loss=_discriminator_phase(teacher, config)), *phases)
+    generator = teacher.generator
+    return Method(
+        networks=networks,
+        frozen=frozen,
+        phases=phases,
+        ema=(STUDENT,),
+        preview=_preview_of(teacher),
+        export=_export_of(teacher, config),
+        scale=generator.scale,
+        hr_multiple=generator.scale * generator.lr_multiple,
+    )
+
+
+def load_teacher(config: TADSRConfig) -> Teacher:
+    """The teacher that ``config`` names, frozen."""
+    try:
+        if config.family == "residual_shift":
+            teacher: Teacher = ResidualShiftTeacher(config.teacher, config.teacher_steps)
+        else:
+            teacher = LatentDiffusionTeacher(config.teacher, config.teacher_steps, config.latent_diffusion)
+    except UserError as error:
+        raise UserError(f"teacher: {error}") from error
+    teacher.network.requires_grad_(False).eval()
+    return teacher
+
+
+def _prepare_student(teacher: Teacher, config: TADSRConfig) -> nn.Module:
+    student = student_of(teacher)
+    if config.gradient_checkpointing:
+        for network in (student, teacher.network):  # the discriminator's gradient passes the teacher's features
+            checkpoint_gradients(network)
+    if config.tuning == "lora":
+        add_lora(getattr(student, "unet", student), config.lora)
+    return student
+
+
+def _prepare_discriminator(teacher: Teacher, config: DiscriminatorConfig) -> TimeAwareDiscriminator:
+    try:
+        return TimeAwareDiscriminator(
+            teacher.feature_channels,
+            teacher.time_channels,
+            config.head,
+            scales=config.scales,
+            time_aware=config.kind == "time_aware",
+        )
+    except ValueError as error:
+        raise UserError(f"config.discriminator: {error}") from error
+
+
+def step_range(config: StepRange, largest: int, last: int, where: str) -> tuple[int, int]:
+    """Bounds for drawing a step, the second one excluded; ``largest`` is the paper's last step, ``last`` that of the
+    teacher. Raises UserError, naming ``where``, for steps that the teacher does not have."""
+    t_max = max(largest, config.t_min) if config.t_max is None else config.t_max
+    if t_max > last:
+        name = "t_min" if config.t_max is None else "t_max"
+        raise UserError(f"config.{where}.{name}: {t_max}, but the steps of this teacher run from 0 to {last}")
+    return config.t_min, t_max + 1
+
+
+def _begin(teacher: Teacher, networks: Networks, batch: Batch, random: SampleRandom) -> None:
+    """Latents and start of the iteration, left in the batch."""
+    batch[Z_HR], batch[Z_Y] = latents(networks, teacher.generator, batch)
+    batch[NOISE] = random.normal(batch[Z_Y])
+    batch[Z_T] = teacher.start(batch[Z_Y], batch[NOISE])
+
+
+def _one_step(teacher: Teacher, networks: Networks, batch: Batch) -> Tensor:
+    """z_0 of the student: f(z_T, T, y)."""
+    z_T = batch[Z_T]
+    t = torch.full((len(z_T),), teacher.steps - 1, device=z_T.device)
+    return teacher.estimate(networks[STUDENT], z_T, t, batch["lr"])
+
+
+def _discriminator_phase(teacher: Teacher, config: TADSRConfig) -> LossFn:
+    """Eq. 12 on the real latent and the student's, both noised to one step with the noise of z_T (Algorithm 1)."""
+    low, high = step_range(config.discriminator, teacher.steps - 1, teacher.steps - 1, "discriminator")
+
+    def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        _begin(teacher, networks, batch, random)
+        batch[STEP] = random.integers(low, high).to(batch[Z_Y].device)
+        with torch.no_grad():
+            z_0 = torch.cat([batch[Z_HR], _one_step(teacher, networks, batch)])  # one evaluation for both
+            z_y, noise, t, lr = (torch.cat([batch[name]] * 2) for name in (Z_Y, NOISE, STEP, "lr"))
+            seen = teacher.evaluate(networks[FEATURES], teacher.noised(z_0, z_y, noise, t), t, lr)
+        logits = [scale.chunk(2) for scale in networks[DISCRIMINATOR](*seen)]
+        real, fake = zip(*logits, strict=True)
+        return {"hinge": hinge_discriminator_loss(real, fake)}
+
+    return loss
+
+
+def _student_phase(teacher: Teacher, config: TADSRConfig) -> LossFn:
+    """The terms of Eq. 13, each as far as the configuration has it."""
+    score = _score_term(teacher, config)
+
+    def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        if config.discriminator.kind == "none":
+            _begin(teacher, networks, batch, random)
+        z_student = _one_step(teacher, networks, batch)
+        with torch.no_grad():
+            z_teacher = teacher.sample(networks[TEACHER], batch[Z_T], batch[Z_Y], batch["lr"])
+        terms = {"distillation": distillation_loss(z_student, z_teacher)}
+        if score is not None:
+            terms[config.score.kind] = config.score_weight * score(networks, batch, random, z_student, z_teacher)
+        if config.discriminator.kind != "none":
+            terms["adversarial"] = config.adversarial_weight * _adversarial_term(teacher, networks, batch, z_student)
+        return terms
+
+    return loss
+
+
+ScoreTerm = Callable[[Networks, Batch, SampleRandom, Tensor, Tensor], Tensor]
+
+
+def _score_term(teacher: Teacher, config: TADSRConfig) -> ScoreTerm | None:
+    """Score distillation at a small step t', with noise of its own (Eq. 7-8)."""
+    if config.score.kind == "none":
+        return None
+    low, high = step_range(config.score, teacher.steps // 5 - 1, teacher.steps - 1, "score")
+
+    def term(networks: Networks, batch: Batch, random: SampleRandom, z_student: Tensor, z_teacher: Tensor) -> Tensor:
+        t, noise = random.integers(low, high).to(z_student.device), random.normal(z_student)
+        weight = teacher.score_weight(t)
+
+        def noised(z_0: Tensor) -> Tensor:
+            return teacher.noised(z_0, batch[Z_Y], noise, t)
+
+        def estimate(z_t: Tensor) -> Tensor:
+            return teacher.estimate(networks[TEACHER], z_t, t, batch["lr"])
+
+        if config.score.kind == "hsd":
+            return gradient_loss(z_student, hsd_gradient(z_student, z_teacher, noised, estimate, weight))
+        return gradient_loss(z_student, sds_gradient(z_student, noised, estimate, weight))
+
+    return term
+
+
+def _adversarial_term(teacher: Teacher, networks: Networks, batch: Batch, z_student: Tensor) -> Tensor:
+    """Eq. 11, at the step and with the noise of the discriminator's phase."""
+    z_t = teacher.noised(z_student, batch[Z_Y], batch[NOISE], batch[STEP])
+    seen = teacher.evaluate(networks[FEATURES], z_t, batch[STEP], batch["lr"])
+    return hinge_generator_loss(networks[DISCRIMINATOR](*seen))
+
+
+def _preview_of(teacher: Teacher) -> Callable[[Networks, Batch], dict[str, Tensor]]:
+    """LR | SR | teacher | HR, from the same noise each time."""
+
+    def preview(networks: Networks, batch: Batch) -> dict[str, Tensor]:
+        lr, decode = batch["lr"], networks[AUTOENCODER]
+        enlarged = teacher.generator.enlarge(lr)
+        z_y = networks[AUTOENCODER](enlarged)
+        z_T = teacher.start(z_y, NoisePlane(0)(0, z_y))
+        student = _one_step(teacher, networks, {"lr": lr, Z_T: z_T})
+        taught = teacher.sample(networks[TEACHER], z_T, z_y, lr)
+        columns = {
+            "LR (bicubic)": enlarged,
+            "SR": decode(student, decode=True),
+            "teacher": decode(taught, decode=True),
+            "HR": batch["hr"],
+        }
+        return {title: image.clamp(0, 1) for title, image in columns.items()}
+
+    return preview
+
+
+def _export_of(teacher: Teacher, config: TADSRConfig) -> Callable[[Mapping[str, nn.Module]], Exported]:
+    """The one-step generator around the student, its adapters merged."""
+
+    def export(networks: Mapping[str, nn.Module]) -> Exported:
+        generator = teacher.student_generator(networks[STUDENT])
+        architecture, described = describe(generator)
+        state: dict[str, Any] = merged_state_dict(generator) if config.tuning == "lora" else generator.state_dict()
+        return Exported(state_dict=state, architecture=architecture, config=described)
+
+    return export
+
+
+register(
+    MethodEntry(
+        name="tadsr",
+        summary="one-step student of a multi-step teacher: score distillation and a time-aware discriminator",
+        config=TADSRConfig,
+        build=build,
+    )
+)

@@ -1,0 +1,256 @@
+"""TAD-SR as the trainer sees it: Algorithm 1's order, what each phase touches, the switches of Table V."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from residual_pairs import MICRO, filled, networks_of, pair, saved, with_gradient
+from torch import Tensor
+
+from onestepsr.errors import UserError
+from onestepsr.methods.base import Method, SampleRandom
+from onestepsr.methods.tadsr import (
+    DiscriminatorConfig,
+    LatentDiffusionConfig,
+    ScoreConfig,
+    StepRange,
+    TADSRConfig,
+    build,
+    step_range,
+)
+from onestepsr.models import registry
+from onestepsr.models.lora import LoraConfig
+from onestepsr.models.time_aware import HeadConfig
+from onestepsr.residual_schedule import ResidualShiftSchedule
+
+TINY = "random:d3sr-tiny"
+HEAD = HeadConfig(width=4, norm_groups=4)
+LORA = LoraConfig(rank=2, alpha=2.0)
+
+
+def method_of(
+    teacher: str = MICRO, *, score: dict[str, Any] | None = None, judge: dict[str, Any] | None = None, **settings: Any
+) -> Method:
+    torch.manual_seed(0)
+    parts = {"score": ScoreConfig(**(score or {})), "discriminator": DiscriminatorConfig(head=HEAD, **(judge or {}))}
+    return build(TADSRConfig(teacher=teacher, **parts, **settings))
+
+
+Terms = dict[str, dict[str, Tensor]]
+
+
+def run(method: Method, batch: dict[str, Tensor], networks: dict[str, Any] | None = None) -> Terms:
+    """Terms of every phase in turn, each with gradients for its own network alone, as the loop does it."""
+    found = {}
+    for index, phase in enumerate(method.phases):
+        for name, network in method.networks.items():
+            network.requires_grad_(name == phase.network)
+        random = SampleRandom("test", index, samples=range(len(batch["lr"])))
+        found[phase.network] = phase.loss(networks or networks_of(method), batch, random)
+        sum(found[phase.network].values()).backward()
+        for name, tensor in batch.items():
+            batch[name] = tensor.detach()
+    return found
+
+
+def test_discriminator_first_then_student() -> None:
+    method = method_of()
+    assert [phase.network for phase in method.phases] == ["discriminator", "student"]
+    terms = run(filled(method), pair())
+    assert {network: list(found) for network, found in terms.items()} == {
+        "discriminator": ["hinge"],
+        "student": ["distillation", "hsd", "adversarial"],
+    }
+    assert all(torch.isfinite(value) for found in terms.values() for value in found.values())
+
+
+def test_each_phase_trains_its_own_network_and_nothing_frozen() -> None:
+    method, batch = filled(method_of()), pair()
+    frozen = {name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in method.frozen.items()}
+    assert set(frozen) == {"autoencoder", "teacher", "features"}
+    discriminator, student = method.phases
+    for network in method.networks.values():
+        network.requires_grad_(False)
+    method.networks["discriminator"].requires_grad_(True)
+    sum(discriminator.loss(networks_of(method), batch, SampleRandom(0, samples=range(2))).values()).backward()
+    judge = method.networks["discriminator"]
+    assert with_gradient(judge) == {name for name, _ in judge.named_parameters()}
+    assert not with_gradient(method.networks["student"])
+    judge.zero_grad()
+    judge.requires_grad_(False)
+    method.networks["student"].requires_grad_(True)
+    sum(student.loss(networks_of(method), batch, SampleRandom(1, samples=range(2))).values()).backward()
+    assert not with_gradient(judge)
+    learns = with_gradient(method.networks["student"])
+    assert len(learns) > 0.9 * len(list(method.networks["student"].named_parameters()))
+    for name, network in method.frozen.items():
+        assert not with_gradient(network), name
+        assert all(torch.equal(value, frozen[name][key]) for key, value in network.state_dict().items())
+
+
+def test_adversarial_term_reaches_the_student_through_the_teachers_features() -> None:
+    method, batch = filled(method_of(score={"kind": "none"})), pair()
+    run(method, batch)
+    student = method.networks["student"]
+    student.zero_grad()
+    terms = method.phases[1].loss(networks_of(method), batch, SampleRandom("again", samples=range(2)))
+    terms["adversarial"].backward()
+    assert with_gradient(student)
+
+
+def spied(method: Method) -> tuple[dict[str, Any], dict[str, list[tuple[Tensor, ...]]]]:
+    """Networks that note what they are shown."""
+    seen: dict[str, list[tuple[Tensor, ...]]] = {}
+
+    def spy(name: str, network: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Tensor, **options: Any) -> Any:
+            seen.setdefault(name, []).append(tuple(argument.detach().clone() for argument in arguments))
+            return network(*arguments, **options)
+
+        return call
+
+    return {name: spy(name, network) for name, network in networks_of(method).items()}, seen
+
+
+def test_both_phases_see_the_same_draws() -> None:
+    method = filled(method_of())
+    networks, seen = spied(method)
+    run(method, pair(), networks)
+    first, second = seen["student"]
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other), "z_T, step and LR image of both evaluations of the student"
+    assert torch.equal(seen["teacher"][0][0], first[0]), "the teacher starts where the student does"
+    assert len(seen["autoencoder"]) == 1, "latents are made once"
+    assert len(seen["teacher"]) == 4 + 2, "all steps once, and two scores"
+    judged, again = seen["features"]
+    torch.testing.assert_close(judged[0][2:], again[0], msg="the same noised latents of the student")
+    assert torch.equal(judged[1], torch.cat([again[1]] * 2)), "real and fake at one step"
+    assert len(seen["discriminator"]) == 2
+
+
+def test_real_and_fake_are_noised_with_the_noise_of_the_start() -> None:
+    method, batch = filled(method_of()), pair()
+    networks, seen = spied(method)
+    run(method, batch, networks)
+    process = ResidualShiftSchedule(registry.load_generator(MICRO).schedule.config)
+    torch.testing.assert_close(batch["z_T"], process.prior(batch["z_y"], batch["noise"]))
+    real = process.scale_input(process.q_sample(batch["z_hr"], batch["z_y"], batch["noise"], batch["t"]), batch["t"])
+    torch.testing.assert_close(seen["features"][0][0][:2], real)
+
+
+def test_nothing_is_left_to_learn_from_a_teacher_of_one_step() -> None:
+    """The student starts as its copy: distillation and HSD vanish, and SDS does not."""
+    for kind, vanishes in (("hsd", True), ("sds", False)):
+        method = filled(method_of(teacher_steps=1, score={"kind": kind}, judge={"kind": "none"}))
+        terms = run(method, pair())["student"]
+        assert terms["distillation"].item() < 1e-9, "up to the last bits, in which training and inference differ"
+        assert (terms[kind].item() < 1e-9) == vanishes
+
+
+@pytest.mark.parametrize("score", ["hsd", "sds", "none"])
+@pytest.mark.parametrize("judge", ["time_aware", "plain", "none"])
+def test_switches_of_table_five(score: str, judge: str) -> None:
+    method = filled(method_of(score={"kind": score}, judge={"kind": judge}))
+    terms = run(method, pair())
+    expected = ["distillation", *([score] if score != "none" else []), *(["adversarial"] if judge != "none" else [])]
+    assert list(terms["student"]) == expected
+    assert set(method.networks) == ({"student"} if judge == "none" else {"student", "discriminator"})
+    assert set(method.frozen) == {"autoencoder", "teacher"} | (set() if judge == "none" else {"features"})
+    if judge != "none":
+        modulated = any("modulation" in name for name in method.networks["discriminator"].state_dict())
+        assert modulated == (judge == "time_aware")
+
+
+def test_weights_multiply_their_terms() -> None:
+    once, more = (
+        run(filled(method_of(score_weight=weight, adversarial_weight=0.02 * weight)), pair())["student"]
+        for weight in (1.0, 3.0)
+    )
+    assert more["hsd"].item() == pytest.approx(3 * once["hsd"].item())
+    assert more["adversarial"].item() == pytest.approx(3 * once["adversarial"].item(), rel=1e-5)
+    assert more["distillation"].item() == once["distillation"].item()
+
+
+def test_checkpoints_hold_no_teacher() -> None:
+    method = method_of(judge={"scales": (0,)})
+    names = method.networks["discriminator"].state_dict()
+    assert all(name.startswith("heads.0.") for name in names)
+    teacher = {tensor.data_ptr() for tensor in method.frozen["teacher"].state_dict().values()}
+    trained = {tensor.data_ptr() for net in method.networks.values() for tensor in net.state_dict().values()}
+    assert not teacher & trained
+    features = {tensor.data_ptr() for tensor in method.frozen["features"].state_dict().values()}
+    assert features <= teacher, "the features are the teacher's own weights"
+
+
+def test_steps_are_the_papers_unless_given() -> None:
+    assert step_range(ScoreConfig(), 15 // 5 - 1, 14, "score") == (0, 3), "1 to 3 in the paper's counting"
+    assert step_range(ScoreConfig(), 4 // 5 - 1, 3, "score") == (0, 1)
+    assert step_range(ScoreConfig(), 1000 // 5 - 1, 999, "score") == (0, 200)
+    assert step_range(DiscriminatorConfig(), 14, 14, "discriminator") == (0, 15)
+    assert step_range(StepRange(t_min=2, t_max=5), 2, 14, "score") == (2, 6)
+    assert step_range(StepRange(t_min=4), 2, 14, "score") == (4, 5)
+    with pytest.raises(UserError, match=r"config\.score\.t_max: 15, but the steps of this teacher run from 0 to 14"):
+        step_range(StepRange(t_max=15), 2, 14, "score")
+    with pytest.raises(UserError, match=r"config\.score\.t_min: 20"):
+        step_range(StepRange(t_min=20), 2, 14, "score")
+
+
+def test_score_distillation_uses_steps_of_its_range() -> None:
+    method = filled(method_of(score={"t_min": 1, "t_max": 2}, judge={"kind": "none"}))
+    networks, seen = spied(method)
+    run(method, pair(), networks)
+    *_, of_teacher, of_student = seen["teacher"]
+    assert torch.equal(of_teacher[1], of_student[1])
+    assert set(of_teacher[1].tolist()) <= {1, 2}
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_student_of_latent_diffusion(tuning: str, tmp_path: Path) -> None:
+    own = {"family": "latent_diffusion", "latent_diffusion": LatentDiffusionConfig(start=399), "teacher_steps": 3}
+    method = method_of(TINY, tuning=tuning, lora=LORA, **own)
+    trained = {name for name, p in method.networks["student"].named_parameters() if p.requires_grad}
+    assert all("lora" in name or name == "prompt" for name in trained) == (tuning == "lora")
+    for network in (method.networks["student"], method.frozen["teacher"]):
+        torch.manual_seed(0)
+        torch.nn.init.normal_(network.unet.conv_out.weight, std=0.1)  # it starts at zero
+    terms = run(method, pair(8))
+    assert list(terms["student"]) == ["distillation", "hsd", "adversarial"]
+    assert with_gradient(method.networks["student"])
+    exported = registry.load_generator(saved(method, tmp_path / "model.safetensors"))
+    lr = pair(8)["lr"]
+    with torch.no_grad():
+        shown = method.preview(networks_of(method), {"lr": lr, "hr": pair(8)["hr"]})["SR"]
+        torch.testing.assert_close(exported(lr).clamp(0, 1), shown, rtol=1e-3, atol=1e-3)
+
+
+def test_exported_student_takes_one_step(tmp_path: Path) -> None:
+    method = filled(method_of())
+    generator = registry.load_generator(saved(method, tmp_path / "model.safetensors"))
+    assert (generator.schedule.steps, generator.schedule.kept) == (1, [3])
+    batch = pair()
+    with torch.no_grad():
+        columns = method.preview(networks_of(method), batch)
+        torch.testing.assert_close(generator(batch["lr"]).clamp(0, 1), columns["SR"], rtol=1e-3, atol=1e-3)
+    assert list(columns) == ["LR (bicubic)", "SR", "teacher", "HR"]
+    assert not torch.allclose(columns["SR"], columns["teacher"], atol=1e-3)
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(UserError, match=r"teacher: .*'random:nothing'"):
+        method_of("random:nothing")
+    with pytest.raises(UserError, match=r"config\.discriminator: scales must be different numbers from 0 to 1"):
+        method_of(judge={"scales": (0, 7)})
+    with pytest.raises(UserError, match=r"config\.discriminator\.t_max: 4, but the steps of this teacher run"):
+        method_of(judge={"t_max": 4})
+    with pytest.raises(ValueError, match=r"score_weight must be above 0; score\.kind: none leaves the term out"):
+        TADSRConfig(teacher=MICRO, score_weight=0.0)
+    with pytest.raises(ValueError, match=r"adversarial_weight must be above 0; discriminator\.kind"):
+        TADSRConfig(teacher=MICRO, adversarial_weight=-1.0)
+    with pytest.raises(ValueError, match="t_min <= t_max"):
+        StepRange(t_min=3, t_max=2)
+    with pytest.raises(UserError, match="has no default, name them"):
+        method_of(tuning="lora")
