@@ -48,7 +48,8 @@ def test_list_names_the_default_model_first():
     assert states["d3sr-tiny"] == ("upscaler", 4, "bundled")
     assert states["sd21-base"] == ("backbone", None, "not downloaded (5.2 GB)")
     lines = run(app, ["models", "list"]).stdout.splitlines()
-    assert [line for line in lines if line.endswith(":")] == ["upscalers:", "backbones:", "loss networks:"]
+    headings = [line for line in lines if line.endswith(":")]
+    assert headings == ["upscalers:", "backbones:", "loss networks:", "metric networks:"]
     assert lines[1].startswith("  d3sr-tiny ")
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from onestepsr.errors import UserError
 
 if TYPE_CHECKING:
-    from onestepsr.models.catalog import ModelSpec
+    from torch import Tensor
+
+    from onestepsr.models.model_spec import ModelSpec
+    from onestepsr.models.sources import Download
 
 SCHEMA = 1
 PARTS = ("generator", "discriminator")
@@ -85,14 +88,18 @@ def verify(
     if names:
         specs = [get_model(name) for name in dict.fromkeys(names)]
     else:
-        specs = [spec for spec in list_models() if spec.download is None or spec.path.exists()]
+        specs = [spec for spec in list_models() if spec.is_here]
     _for_each(specs, _verify)
 
 
 @models.command()
 def convert(
     source: Annotated[
-        str, typer.Argument(help="Backbone: diffusers folder, single-file checkpoint, name, or a file of ours.")
+        str,
+        typer.Argument(
+            help="Backbone: diffusers folder, single-file checkpoint, name, or a file of ours. Or a published model of "
+            "the ResShift family: its name, or its UNet's file with --as."
+        ),
     ],
     target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
     *,
@@ -100,11 +107,17 @@ def convert(
         str,
         typer.Option(help="generator: the whole backbone; discriminator: the half UNet that one is made of."),
     ] = "generator",
+    published_as: Annotated[
+        str | None, typer.Option("--as", help="Published model that SOURCE is, for example resshift-realsr-v3.")
+    ] = None,
+    autoencoder: Annotated[
+        Path | None, typer.Option(help="File of its autoencoder; by default the one of the published model.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Number format: float32, bfloat16 or float16.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET if it exists.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write the backbone SOURCE as one weights file of ours, TARGET, and load that as a proof."""
+    """Write the backbone or published model SOURCE as one weights file of ours, TARGET, and load that as a proof."""
     if part not in PARTS:
         raise UserError(f"--part '{part}': accepted: {', '.join(PARTS)}")
     if dtype not in DTYPES:
@@ -113,7 +126,15 @@ def convert(
 
     from onestepsr.models.convert import convert as write
 
-    done = write(source, target, part=part, dtype=getattr(torch, dtype), overwrite=overwrite)  # type: ignore[arg-type]
+    done = write(
+        source,
+        target,
+        part=cast(Any, part),
+        published_as=published_as,
+        autoencoder=autoencoder,
+        dtype=getattr(torch, dtype),
+        overwrite=overwrite,
+    )
     if as_json:
         document = {"schema": SCHEMA, "file": str(done.file), "architecture": done.architecture}
         typer.echo(json.dumps(document | {"parameters": done.parameters, "bytes": done.bytes}, indent=2))
@@ -138,11 +159,11 @@ def _for_each(specs: list[ModelSpec], action: Callable[[ModelSpec], str]) -> Non
 
 
 def _download(spec: ModelSpec) -> str:
-    from onestepsr.models.sources import obtain
+    from onestepsr.models.sources import obtain_all
 
-    if spec.download is None:
+    if not spec.downloads:
         return f"{spec.state}, nothing to download"
-    return str(obtain(spec.download, replace=True))
+    return ", ".join(map(str, obtain_all(spec.downloads, replace=True)))
 
 
 def _verify(spec: ModelSpec) -> str:
@@ -176,9 +197,12 @@ def _describe(model: str) -> dict[str, Any]:
 
 
 def _describe_download(spec: ModelSpec) -> dict[str, Any]:
-    wanted = spec.download
-    if wanted is None:
-        return {}
+    if len(spec.downloads) < 2:
+        return _describe_file(spec.downloads[0]) if spec.downloads else {}
+    return {"files": [_describe_file(wanted) for wanted in spec.downloads]}
+
+
+def _describe_file(wanted: Download) -> dict[str, Any]:
     file = {"file": str(wanted.path), "bytes": wanted.bytes, "sha256": wanted.sha256}
     return file | {"sources": [source.url for source in wanted.sources]}
 
@@ -191,9 +215,22 @@ def _describe_weights(model: str) -> dict[str, Any]:
     architecture, config, tensors = registry.read_weights(path)
     return {
         "architecture": architecture,
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "parameters": _count(architecture, config, tensors),
         "file": str(path),
         "bytes": path.stat().st_size,
         "sha256": file_sha256(path),
         "config": config,
     }
+
+
+def _count(architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> int:
+    """Numbers in the parameters of the network, without its tables; of one that is not known here, all numbers."""
+    import torch
+
+    from onestepsr.models.architectures import ARCHITECTURES
+
+    if architecture not in ARCHITECTURES:
+        return sum(tensor.numel() for tensor in tensors.values())
+    with torch.device("meta"):
+        network = ARCHITECTURES[architecture](config)
+    return sum(parameter.numel() for parameter in network.parameters())

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from onestepsr.config import from_mapping
@@ -23,7 +22,7 @@ from onestepsr.models import diffusers_folder, single_file
 from onestepsr.models.architectures import is_random, random_backbone, random_encoder
 from onestepsr.models.catalog import resolve
 from onestepsr.models.generators import NoisePredictor, OneStepLatentGenerator
-from onestepsr.models.registry import FORMAT, load_network, read_weights
+from onestepsr.models.registry import architecture_of, load_network, read_weights
 from onestepsr.models.stable_diffusion import (
     StableDiffusionAutoencoder,
     StableDiffusionUNet,
@@ -117,7 +116,7 @@ def _load_generator(name_or_path: str | Path, prompt: PromptConfig) -> OneStepLa
     if Path(name_or_path).is_dir():
         return _generator_from_folder(Path(name_or_path), prompt)
     path = resolve(name_or_path)
-    if not _is_ours(path):
+    if not architecture_of(path):
         return _generator_from_file(path, prompt)
     generator = load_network(path)
     if not isinstance(generator, OneStepLatentGenerator):
@@ -184,7 +183,7 @@ def _load_encoder(name_or_path: str | Path, sdxl: SDXLConditioning | None) -> tu
         tensors = diffusers_folder.read_folder_weights(diffusers_folder.unet_folder(folder))
         return _filled_encoder(config, sdxl, tensors, f"{folder}: unet"), None
     path = resolve(name_or_path)
-    if _is_ours(path):
+    if architecture_of(path):
         return _own_encoder(path, sdxl)
     checkpoint = single_file.open_checkpoint(path)
     config, _ = single_file.detect(path, checkpoint)
@@ -235,14 +234,3 @@ def _empty_encoder(config: UNetConfig, sdxl: SDXLConditioning | None) -> StableD
     if config.addition_embed_type:
         encoder.pooled_prompt = nn.Parameter(torch.zeros(1, config.pooled_width))
     return encoder
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether the file carries our mark; one that cannot be read does not, and the reader says why."""
-    if path.suffix != ".safetensors":
-        return False
-    try:
-        with safe_open(path, framework="pt") as handle:
-            return (handle.metadata() or {}).get("format") == FORMAT
-    except (OSError, SafetensorError):
-        return False

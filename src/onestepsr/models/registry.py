@@ -21,7 +21,6 @@ from onestepsr.models.architectures import ARCHITECTURES, is_random, random_gene
 from onestepsr.models.catalog import (
     BICUBIC,
     DEFAULT_MODEL,
-    ModelSpec,
     get_model,
     list_models,
     require_upscaler,
@@ -29,17 +28,21 @@ from onestepsr.models.catalog import (
     verify,
 )
 from onestepsr.models.generators import BicubicGenerator, OneStepLatentGenerator
+from onestepsr.models.model_spec import ModelSpec
+from onestepsr.models.residual_checkpoints import is_published, load_published
 from onestepsr.models.residual_generator import ResidualShiftGenerator
 from onestepsr.models.safetensors_file import write_safetensors
 
 FORMAT = "onestepsr"
 MAX_WEIGHT_BYTES = 20 * 2**30
+PICKLES = (".pth", ".pt", ".ckpt")
 __all__ = [
     "ARCHITECTURES",
     "BICUBIC",
     "DEFAULT_MODEL",
     "FORMAT",
     "ModelSpec",
+    "architecture_of",
     "file_sha256",
     "get_model",
     "list_models",
@@ -68,7 +71,8 @@ def read_weights(
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file ({error})") from error
+        hint = "; 'onestepsr models convert' makes one of it" if path.suffix in PICKLES else ""
+        raise UserError(f"{path}: not a safetensors file ({error}){hint}") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: not onestepsr weights (no 'format: {FORMAT}' in the file's metadata)")
     try:
@@ -80,6 +84,18 @@ def read_weights(
     if broken:
         raise UserError(f"{path}: weight '{broken[0]}' holds values that are not finite; the file is damaged")
     return architecture, config, tensors
+
+
+def architecture_of(path: str | Path) -> str:
+    """The architecture that a weights file of ours names; empty for any other file, and for one that cannot be read."""
+    if Path(path).suffix != ".safetensors":
+        return ""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+    except (OSError, SafetensorError):
+        return ""
+    return str(metadata.get("architecture", "unnamed")) if metadata.get("format") == FORMAT else ""
 
 
 def save_model(
@@ -104,6 +120,8 @@ def save_model(
 def load_network(name_or_path: str | Path) -> nn.Module:
     """Build the network a weights file describes and load it strictly, in float32 on the CPU, in eval mode."""
     require_upscaler(name_or_path)
+    if is_published(name_or_path):
+        return load_published(str(name_or_path))
     path = resolve(name_or_path)
     architecture, config, tensors = read_weights(path)
     if architecture not in ARCHITECTURES:

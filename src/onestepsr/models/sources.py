@@ -6,10 +6,11 @@ comes is checked against its SHA-256 before it appears under its name. Docs: ``d
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Download:
     """A file of a model, the addresses that offer it, and what to tell the person who needs it."""
 
     model: str
-    """Alias; also the name of the folder in the cache."""
+    """Alias; also the name of the folder in the cache, unless ``folder`` is given."""
     file: str
     """Name of the file."""
     sources: tuple[Source, ...]
@@ -66,6 +67,8 @@ class Download:
     """Licence and terms of use, logged before the first download."""
     alternative: str = "give the path of the file instead of its name"
     """How to name a file that lies elsewhere."""
+    folder: str = ""
+    """Folder in the cache of a file that several models share; empty is the model's own."""
 
     def __post_init__(self) -> None:
         if len({(source.sha256, source.bytes) for source in self.sources}) != 1:
@@ -84,7 +87,12 @@ class Download:
     @property
     def path(self) -> Path:
         """Where the file lies in the cache, or would."""
-        return cache_folder() / self.model / self.file
+        return cache_folder() / self.place
+
+    @property
+    def place(self) -> str:
+        """Folder and name of the file in the cache, and in a mirror that is a copy of a cache."""
+        return f"{self.folder or self.model}/{self.file}"
 
     @property
     def state(self) -> str:
@@ -141,6 +149,17 @@ def obtain(download: Download, *, replace: bool = False) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{download.path.parent}: cannot be written ({reason}); {CACHE} names another") from error
     return download.path
+
+
+def obtain_all(downloads: Iterable[Download], *, replace: bool = False) -> list[Path]:
+    """The files of one model, see :func:`obtain`; its terms are logged once."""
+    paths: list[Path] = []
+    told = False
+    for download in downloads:
+        absent = not download.path.exists()
+        paths.append(obtain(dataclasses.replace(download, notice="") if told else download, replace=replace))
+        told = told or absent
+    return paths
 
 
 def check(download: Download, *, thorough: bool = False) -> str:
@@ -223,7 +242,7 @@ def _transfer(place: str | Path, part: PartialFile, sha256: str, size: int | Non
 
 def _places(download: Download) -> list[str | Path]:
     """Folders and addresses to try: the mirror of the environment first; no addresses when offline."""
-    names = (f"{download.model}/{download.file}", download.file)
+    names = (download.place, download.file)
     mirror = os.environ.get(MIRROR, "")
     places: list[str | Path] = []
     if "://" not in mirror:
@@ -254,7 +273,7 @@ def _missing(download: Download, failures: list[str]) -> str:
         f"{download.model}: {download.file} ({size}) is not in {folder} and could not be fetched ({'; '.join(tried)}). "
         f"Three ways to provide it: (1) run 'onestepsr models download {download.model}' on a machine with a network "
         f"and copy the file into {folder}; (2) {download.alternative}; (3) set {MIRROR} to a folder or an address that "
-        f"holds {download.model}/{download.file}"
+        f"holds {download.place}"
     )
 
 

@@ -69,18 +69,27 @@ def column_mask(window: int, device: torch.device | None = None) -> Tensor:
 
 
 def shifted_window_masks(rows: int, columns: int, window: int) -> Tensor:
-    """The masks (rows * columns, L, L) of all windows of a shifted map in raster order, see :func:`column_mask`."""
-    masks = torch.zeros(rows, columns, window**2, window**2)
+    """The masks (rows * columns, L, L) of all windows of a shifted map in raster order, see :func:`column_mask`; on the
+    CPU."""
+    masks = torch.zeros(rows, columns, window**2, window**2, device="cpu")
     masks[-1] = column_mask(window, masks.device)
     return masks.flatten(0, 1)
 
 
 def relative_positions(window: int) -> Tensor:
-    """Row of the bias table for each pair of tokens in a window: (L, L) of (dy + w - 1) * (2 w - 1) + dx + w - 1."""
-    row, column = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+    """Row of the bias table for each pair of tokens in a window: (L, L) of (dy + w - 1) * (2 w - 1) + dx + w - 1; on
+    the CPU."""
+    side = torch.arange(window, device="cpu")
+    row, column = torch.meshgrid(side, side, indexing="ij")
     dy = row.flatten()[:, None] - row.flatten()[None, :]
     dx = column.flatten()[:, None] - column.flatten()[None, :]
     return (dy + window - 1) * (2 * window - 1) + dx + window - 1
+
+
+def _placed(table: Tensor) -> Tensor:
+    """A table on the default device. It is computed elsewhere, because for the operations of a table on the meta device
+    PyTorch loads its compiler."""
+    return table.to(torch.empty(0).device)
 
 
 class WindowAttention(nn.Module):
@@ -93,7 +102,7 @@ class WindowAttention(nn.Module):
         self.config = config
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * config.window - 1) ** 2, config.heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.register_buffer("relative_position_index", relative_positions(config.window))
+        self.register_buffer("relative_position_index", _placed(relative_positions(config.window)))
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
 
@@ -135,7 +144,7 @@ class SwinBlock(nn.Module):
         self.shift = config.window // 2 if shifted and side > config.window else 0
         if self.shift:  # part of the published weights; the masks in use depend on the size at hand
             masks = shifted_window_masks(side // config.window, side // config.window, config.window)
-            self.register_buffer("attn_mask", masks)
+            self.register_buffer("attn_mask", _placed(masks))
         self.norm1 = GroupNorm(norm_groups, width)
         self.attn = WindowAttention(config)
         self.norm2 = GroupNorm(norm_groups, width)

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from onestepsr.errors import UserError
 from onestepsr.models.tensors import LazyTensors
 
+LISTED = 10
+"""How many missing and unexpected keys a message names."""
+
 
 def fill(network: nn.Module, tensors: LazyTensors, where: str, ignored: Iterable[str] = ()) -> None:
     """Give ``network``, built on the meta device, exactly ``tensors``, in its own types; raises :class:`UserError`
@@ -20,10 +23,16 @@ def fill(network: nn.Module, tensors: LazyTensors, where: str, ignored: Iterable
     unknown = sorted(key for key in tensors.keys() - expected.keys() if not key.startswith(tuple(ignored)))
     missing = sorted(expected.keys() - tensors.keys())
     if missing or unknown:
-        problem = f"no weight '{missing[0]}'" if missing else f"an unexpected weight '{unknown[0]}'"
-        raise UserError(f"{where}: {problem} ({len(missing)} missing, {len(unknown)} unexpected)")
+        problems = [f"no weight {_listed(missing)}"] if missing else []
+        problems += [f"unexpected weight {_listed(unknown)}"] if unknown else []
+        raise UserError(f"{where}: {'; '.join(problems)} ({len(missing)} missing, {len(unknown)} unexpected)")
     state = {key: _checked(tensors[key](), like, f"{where}: weight '{key}'") for key, like in expected.items()}
     network.load_state_dict(state, assign=True)
+
+
+def _listed(keys: list[str]) -> str:
+    """The first of the keys, quoted."""
+    return ", ".join(f"'{key}'" for key in keys[:LISTED]) + (", …" if len(keys) > LISTED else "")
 
 
 def _checked(value: Tensor, like: Tensor, label: str) -> Tensor:
