@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from micro_training import build, trainer_of, weights_of
 from safetensors.torch import load_file
 from toy_training import ToyImages, killable, toy_config, toy_method, weights
 
+from onestepsr.errors import UserError
+from onestepsr.models.architectures import describe
+from onestepsr.models.registry import save_model
+from onestepsr.models.residual_backbones import load_residual_generator
 from onestepsr.train.checkpoint import Checkpoints
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
 
@@ -100,3 +105,40 @@ def test_sigterm_saves_before_leaving(tmp_path: Path) -> None:
     latest = trainer.checkpoints.latest()
     assert latest is not None
     assert latest.step == trainer.step == 4
+
+
+@pytest.mark.parametrize("name", ["resshift", "sinsr in 16 bits"])
+def test_resume_of_residual_methods(tmp_path: Path, name: str) -> None:
+    def stop(record: StepRecord) -> None:
+        if record.step == 4:
+            raise KeyboardInterrupt
+
+    build(name, tmp_path)
+    whole = trainer_of(name, tmp_path, steps=6)
+    whole.run()
+    expected = tensors_of(tmp_path / name, 6)
+    (tmp_path / name).rename(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(name, tmp_path, steps=6, hooks=Hooks(on_step=stop)).run()
+    resumed = trainer_of(name, tmp_path, steps=6)
+    latest = resumed.checkpoints.latest()
+    assert latest is not None
+    assert latest.step == 3
+    resumed.resume(latest)
+    resumed.run()
+    assert_identical(expected, tensors_of(tmp_path / name, 6))
+
+
+def test_resume_with_another_teacher_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_of("sinsr", tmp_path)
+    trainer.run()
+    latest = trainer.checkpoints.latest()
+    assert latest is not None
+    teacher = load_residual_generator(weights_of("resshift", tmp_path))
+    with torch.no_grad():
+        next(teacher.unet.parameters()).mul_(1.01)
+    architecture, config = describe(teacher)
+    path = weights_of("resshift", tmp_path)
+    save_model(path, architecture=architecture, config=config, state_dict=teacher.state_dict())
+    with pytest.raises(UserError, match="the frozen weights of 'teacher' are not those this run started with"):
+        trainer_of("sinsr", tmp_path).resume(latest)

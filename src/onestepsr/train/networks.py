@@ -30,10 +30,10 @@ class NetworkSet:
         self.states: dict[str, NetworkState] = {}
         self.optimizers: dict[str, Any] = {}
         self._wrapped: dict[str, nn.Module] = {}
-        self.fingerprints = fingerprints(method.networks)
-        """Digests of the frozen weights, taken before they are converted."""
         for network in method.frozen.values():
             network.requires_grad_(False).eval()
+        self.fingerprints = fingerprints({**method.networks, **method.frozen})
+        """Digests of the frozen weights, taken before they are converted."""
         for network in (*method.networks.values(), *method.frozen.values()):
             keep_frozen_in(network, getattr(torch, config.frozen_dtype))
             _place(network, accelerator.device, config.channels_last)
