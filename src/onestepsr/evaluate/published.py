@@ -123,7 +123,7 @@ def mismatches(result: EvaluationResult, table: PublishedTable, rows: PublishedS
 
 
 def counterpart(result: EvaluationResult, metric: str, variant: str) -> str | None:
-    """The metric of ``result`` nearest to a published one: the same variant, the same name, or another of its family."""
+    """The metric of ``result`` nearest to a published one: its variant, its name, or another of its family."""
     known = {name: record for name, record in result.metrics.items() if _family(name) == _family(metric)}
     same = [name for name, record in known.items() if variant and record.variant == variant]
     named = [metric] if metric in known else []

@@ -29,6 +29,8 @@ UNKNOWN_PROTOCOL = "unknown"
 """Protocol of results of schema 1, which did not say."""
 DERIVED = ("mean", "std", "interval95", "count")
 """Keys of the file that follow from the others."""
+REQUIRED = ("label", "protocol", "images", "mean")
+"""Keys without which a file is none of ours."""
 
 Setting = str | bool | int | float | None
 NAME_LENGTH = 1000
@@ -179,6 +181,8 @@ class EvaluationResult:
             )
         if schema == 1:
             return _from_first_schema(content)
+        if missing := [key for key in REQUIRED if key not in content]:
+            raise UserError(f"'{missing[0]}' is missing, so this is no result of an evaluation")
         own = {key: value for key, value in content.items() if key not in ("schema", *DERIVED)}
         own["protocol"] = _nested_settings(own.get("protocol"))
         result = from_mapping(cls, own)
