@@ -155,14 +155,24 @@ class Upscaler:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path = "d3sr-tiny", device: str = "auto", dtype: str = "auto"
+        cls,
+        name_or_path: str | Path = "d3sr-tiny",
+        device: str = "auto",
+        dtype: str = "auto",
+        *,
+        steps: int | None = None,
+        sampler: str | None = None,
     ) -> Upscaler:
-        """Load a model by alias or from a file; raises UnknownModel or UserError in one line."""
+        """Load a model by alias or from a file; raises UnknownModel or UserError in one line.
+
+        A model of the ResShift family can run another number of ``steps`` than it was made for, or another ``sampler``
+        ("ancestral" or "deterministic").
+        """
         from onestepsr.models.registry import load_generator
 
         target = resolve_device(device)
         number_format = resolve_dtype(dtype, target)
-        generator = load_generator(name_or_path, device=target, dtype=number_format)
+        generator = load_generator(name_or_path, device=target, dtype=number_format, steps=steps, sampler=sampler)
         return cls(generator, device, dtype, str(name_or_path))
 
     def __call__(

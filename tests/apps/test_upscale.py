@@ -182,6 +182,8 @@ def test_one_bad_file_does_not_stop_the_others(run, tmp_path: Path) -> None:
         (["a.png", "--tile", "3"], "tile 3: accepted"),
         (["a.png", "--tile", "much"], "tile 'much': accepted"),
         (["a.png", "--color-fix", "x"], "color fix 'x': accepted"),
+        (["a.png", "--steps", "4"], "--steps 4: "),
+        (["a.png", "--sampler", "ancestral"], "takes no steps"),
         (["a.png", "--tile-blend", "mean"], "tile blend 'mean': accepted: smooth, average"),
         (["long.png", "--format", "webp"], "holds at most 16383 a side"),
         (["-", "a.png"], "must be the only input"),

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from onestepsr.apps.cli import app, main
@@ -27,6 +28,7 @@ from onestepsr.models.residual_architectures import (
 )
 from onestepsr.models.residual_backbones import load_residual_generator
 from onestepsr.models.residual_checkpoints import load_published
+from onestepsr.upscaler import UpscaleOptions, Upscaler
 from weights_by_name import fill_by_name
 
 KINDS = {"resshift-realsr-v1": 15, "resshift-realsr-v3": 4, "sinsr": 1}
@@ -79,8 +81,15 @@ def same(first, second) -> bool:
     return bool((found - expected).abs().max() < 1e-4 * expected.std())
 
 
-@pytest.mark.parametrize("alias", KINDS)
-@pytest.mark.parametrize(("prefix", "under"), [("", None), ("module.", None), ("module._orig_mod.", "state_dict")])
+@pytest.mark.parametrize(
+    ("alias", "prefix", "under"),
+    [
+        ("resshift-realsr-v1", "", None),
+        ("resshift-realsr-v3", "module.", None),
+        ("sinsr", "_orig_mod.", None),
+        ("sinsr", "module._orig_mod.", "state_dict"),
+    ],
+)
 def test_published_files_load_under_every_wrapper(micro, tmp_path, alias, prefix, under):
     generator = made(alias)
     unet, autoencoder = publish(generator, tmp_path / "files", prefix, under)
@@ -122,10 +131,29 @@ def test_an_alias_works_from_the_files_in_the_cache(micro, tmp_path):
     write_picture(from_array(np.zeros((5, 7, 3), np.uint8)), tmp_path / "in.png")
     command = ["upscale", str(tmp_path / "in.png"), "--model", "sinsr", "-o", str(tmp_path / "out.png")]
     assert run(app, command).exit_code == 0
+    outputs = [np.asarray(Image.open(tmp_path / "out.png"))]
+    for sampling in (["--steps", "15"], ["--steps", "15", "--sampler", "ancestral"]):
+        assert run(app, [*command, "--overwrite", *sampling]).exit_code == 0
+        outputs.append(np.asarray(Image.open(tmp_path / "out.png")))
+    assert len({output.tobytes() for output in outputs}) == 3
     assert run(app, ["models", "convert", "sinsr", str(tmp_path / "own.safetensors")]).exit_code == 0
     assert same(load_generator(tmp_path / "own.safetensors"), made("sinsr"))
     assert catalog.get_model("sinsr").state == "cached"
     assert run(app, ["models", "verify", "sinsr"]).stdout.count(",") == 2
+
+
+def test_a_model_that_does_not_enlarge_works_at_any_size(tmp_path):
+    sizes = RANDOM_RESIDUAL[MICRO]
+    unet = replace(sizes.unet, latent_channels=8, lq_size=128)
+    autoencoder = replace(sizes.autoencoder, multipliers=(1, 1, 1, 2), blocks=(1, 1, 1, 1), latent_channels=8)
+    config = replace(PUBLISHED["resshift-face"], unet=unet, autoencoder=autoencoder)
+    torch.manual_seed(0)
+    generator = residual_shift_generator(config)
+    fill_by_name(generator)
+    picture = from_array(np.random.default_rng(0).integers(0, 256, (33, 20, 3), dtype=np.uint8))
+    for scale, expected in ((1.0, (33, 20, 3)), (2.0, (66, 40, 3))):
+        out = Upscaler(generator, "cpu", "float32").upscale_picture(picture, UpscaleOptions(scale=scale))
+        assert out.pixels.shape == expected
 
 
 def test_a_file_of_ours_changes_its_number_format(micro, tmp_path):

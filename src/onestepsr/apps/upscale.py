@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
 import typer
 
@@ -79,6 +79,12 @@ def upscale(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     color_fix: Annotated[str, typer.Option(help="Colours from the input: wavelet, adain or none.")] = "wavelet",
     seed: Annotated[int | None, typer.Option(help="For models that draw noise.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Network evaluations, for ResShift's family; by default as trained.")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="For ResShift's family: ancestral (new noise in every step) or deterministic.")
+    ] = None,
     file_format: Annotated[str, typer.Option("--format", help=f"keep, {', '.join(FORMATS)}.")] = "keep",
     recursive: Annotated[bool, typer.Option(help="Read subfolders too and keep their tree.")] = False,
     skip_existing: Annotated[
@@ -101,15 +107,16 @@ def upscale(
     options = _options(
         tile, scale=scale, width=width, height=height, tile_blend=tile_blend, color_fix=color_fix, seed=seed
     )
+    loading = _Loading(model, device, dtype, steps, sampler)
     if STREAM in inputs:
         if len(inputs) > 1 or (as_json and out in (None, STREAM)):
             raise UserError("- (stdin): must be the only input, and --json needs -o FILE with it")
-        _upscale_stream(_load(model, device, dtype), options, out, file_format, overwrite)
+        _upscale_stream(_load(loading), options, out, file_format, overwrite)
         return
     naming = Naming(out=None if out is None else Path(out), file_format=file_format, suffix=_suffix(options))
     jobs = plan_jobs(inputs, naming, recursive)
     skipped = _existing(jobs, skip_existing, overwrite)
-    results = _run_all(jobs, skipped, options, (model, device, dtype))
+    results = _run_all(jobs, skipped, options, loading)
     _report(results, model, as_json)
 
 
@@ -126,11 +133,23 @@ def _suffix(options: UpscaleOptions) -> str:
     return "_" + "".join(f"{name}{side}" for name, side in sides if side is not None)
 
 
-def _load(model: str, device: str, dtype: str) -> Upscaler:
+class _Loading(NamedTuple):
+    """Which model runs, and how."""
+
+    model: str
+    device: str
+    dtype: str
+    steps: int | None
+    sampler: str | None
+
+
+def _load(wanted: _Loading) -> Upscaler:
     from onestepsr.upscaler import Upscaler
 
-    upscaler = Upscaler.from_pretrained(model, device, dtype)
-    logger.info("%s on %s in %s", model, upscaler.device, upscaler.dtype)
+    upscaler = Upscaler.from_pretrained(
+        wanted.model, wanted.device, wanted.dtype, steps=wanted.steps, sampler=wanted.sampler
+    )
+    logger.info("%s on %s in %s", wanted.model, upscaler.device, upscaler.dtype)
     return upscaler
 
 
@@ -145,9 +164,7 @@ def _existing(jobs: list[Job], skip_existing: bool, overwrite: bool) -> set[Path
     return set(present) if skip_existing else set()
 
 
-def _run_all(
-    jobs: list[Job], skipped: set[Path], options: UpscaleOptions, loading: tuple[str, str, str]
-) -> list[Result]:
+def _run_all(jobs: list[Job], skipped: set[Path], options: UpscaleOptions, loading: _Loading) -> list[Result]:
     from onestepsr.image_write import check_writable
 
     wanted = [job for job in jobs if job.target not in skipped]
@@ -156,7 +173,7 @@ def _run_all(
     results = [Result(input=str(j.source), output=str(j.target), status="skipped") for j in jobs if j.target in skipped]
     if not wanted:
         return results
-    upscaler = _load(*loading)
+    upscaler = _load(loading)
     with _progress() as progress:
         files = progress.add_task("files", total=len(wanted), visible=len(wanted) > 1)
         for job in wanted:
