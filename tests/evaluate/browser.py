@@ -27,7 +27,10 @@ def find_browser() -> str | None:
 
 
 class Browser:
-    """One tab. Every request of it is kept in ``requests``, every message of its console in ``messages``."""
+    """One tab. Every request of it is kept in ``requests``, every message of its console in ``messages``.
+
+    ``blocked`` holds those of the requests that the page was not allowed to make, with the reason.
+    """
 
     def __init__(self, path: str, profile: Path, width: int = 1200, height: int = 900) -> None:
         child_read, self._write = os.pipe()
@@ -45,7 +48,9 @@ class Browser:
         os.close(child_write)
         self._buffer, self._number, self._session = b"", 0, ""
         self.requests: list[str] = []
+        self.blocked: list[tuple[str, str]] = []
         self.messages: list[str] = []
+        self._urls: dict[str, str] = {}
         self._loaded = False
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -115,6 +120,9 @@ class Browser:
         method, content = event.get("method"), event.get("params", {})
         if method == "Network.requestWillBeSent":
             self.requests.append(content["request"]["url"])
+            self._urls[content["requestId"]] = content["request"]["url"]
+        elif method == "Network.loadingFailed" and content.get("blockedReason"):
+            self.blocked.append((self._urls[content["requestId"]], content["blockedReason"]))
         elif method == "Page.loadEventFired":
             self._loaded = True
         elif method in ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled"):
