@@ -218,7 +218,7 @@ def test_seed_decides_the_noise() -> None:
 def test_values_that_are_not_finite(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OneStepSRError, match=r"broken: values that are not finite in torch\.bfloat16; try --dtype"):
         Upscaler(Broken(), "cpu", "bfloat16", "broken")(photo(8, 8))
-    monkeypatch.setattr(module, "_cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(module, "_bfloat16_pays", lambda: True)
     automatic = Upscaler(Broken(), "cpu", "auto", "broken")
     assert automatic.dtype == torch.bfloat16
     assert automatic(photo(8, 8)).size == (32, 32)

@@ -1,8 +1,21 @@
-"""What the machine is, as far as choices depend on it."""
+"""What the machine is, what was measured on it, and how much memory a process takes."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from onestepsr.files import replacing
+
+SPEEDS_FILE = "processor.json"
+"""Name of the file in the cache folder that keeps what was measured on this processor."""
+SPEEDS_SCHEMA = 1
 
 
 def processor() -> dict[str, str]:
@@ -19,3 +32,97 @@ def instructions() -> frozenset[str]:
     """Names of the instruction sets that the processor offers, x86 or ARM; empty where they are not known."""
     described = processor()
     return frozenset((described.get("flags") or described.get("Features") or "").split())
+
+
+def processor_name() -> str:
+    """Model of the processor, or as much as is known of it."""
+    return processor().get("model name") or platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def accelerators() -> list[dict[str, Any]]:
+    """Device name, model and memory in GB (None if unknown) of every accelerator that PyTorch can use."""
+    import torch
+
+    found: list[dict[str, Any]] = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = round(properties.total_memory / 1e9, 1)
+        found.append({"device": f"cuda:{index}", "model": properties.name, "memory_gb": memory})
+    if torch.backends.mps.is_available():
+        found.append({"device": "mps", "model": "Apple GPU", "memory_gb": None})
+    return found
+
+
+def describe_machine(packages: Sequence[str] = ()) -> str:
+    """Processor, cores and accelerators; with ``packages``, the versions of Python and of these too. One phrase."""
+    parts = [f"{processor_name()} ({cores()} cores)", *(device["model"] for device in accelerators())]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    software = f" with Python {platform.python_version()}, {', '.join(versions)}" if versions else ""
+    return ", ".join(parts) + software
+
+
+def remember_speeds(folder: Path, speeds: Mapping[str, float]) -> bool:
+    """Keep TFLOP/s by number format, as measured on this processor, in ``folder``; False where it cannot be written."""
+    content = {"schema": SPEEDS_SCHEMA, **_circumstances(), "tflops": dict(speeds)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / SPEEDS_FILE) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError:
+        return False
+    return True
+
+
+def recall_speeds(folder: Path) -> dict[str, float]:
+    """What :func:`remember_speeds` kept in ``folder``; empty if nothing, or for another processor or PyTorch."""
+    path = folder / SPEEDS_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size < 2**16 else None
+    except (OSError, ValueError):
+        return {}
+    known = {"schema": SPEEDS_SCHEMA, **_circumstances()}
+    if not isinstance(content, dict) or {key: content.get(key) for key in known} != known:
+        return {}
+    speeds = content.get("tflops")
+    if not isinstance(speeds, dict) or not all(isinstance(speed, (int, float)) for speed in speeds.values()):
+        return {}
+    return {str(name): float(speed) for name, speed in speeds.items()}
+
+
+def _circumstances() -> dict[str, str]:
+    return {"processor": processor_name(), "torch": importlib.metadata.version("torch")}
+
+
+def resident_memory() -> dict[str, int]:
+    """Bytes that this process holds in memory ("now") and the most that it has held so far ("peak").
+
+    Where the system tells the peak only, both are that; empty where it tells neither.
+    """
+    sizes = dict(_linux_sizes())
+    if len(sizes) == len(_SIZES):
+        return sizes
+    if sys.platform == "win32":
+        return {}
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"now": peak, "peak": peak}
+
+
+_SIZES = {"VmRSS": "now", "VmHWM": "peak"}
+
+
+def _linux_sizes() -> Iterator[tuple[str, int]]:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return
+    for key, _, value in (line.partition(":") for line in lines):
+        if key in _SIZES and value.split()[1:] == ["kB"]:
+            yield _SIZES[key], int(value.split()[0]) << 10

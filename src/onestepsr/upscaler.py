@@ -27,13 +27,15 @@ from onestepsr.errors import OneStepSRError, UserError
 from onestepsr.image import Picture, from_array, from_pil, read_picture, samples_to_tensor, tensor_to_samples, to_pil
 from onestepsr.image_profile import MatrixProfile, matrix_profile
 from onestepsr.image_resample import fill_transparent, resize
-from onestepsr.machine import instructions
+from onestepsr.machine import instructions, recall_speeds
 from onestepsr.tiling import OVERLAP, PUBLISHED_OVERLAPS, TileBlend, choose_tile, join_of, places
 
 logger = logging.getLogger(__name__)
 
 ColorFix = Literal["wavelet", "adain", "none"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BFLOAT16_GAIN = 1.2
+"""How many times as fast as float32 bfloat16 must be on a CPU to be worth its fewer digits."""
 SCALE_RANGE = (1, 8)
 """Smallest and largest factor between input and output along either axis."""
 SMALLEST_TILE = 16
@@ -115,18 +117,24 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The number format called ``name``.
 
     "auto" is float16 on a CUDA GPU (its 11 bits matter more to a picture than bfloat16's range; should it overflow, the
-    picture is repeated in float32), bfloat16 on a CPU with instructions for it (AMX or AVX-512 BF16), else float32.
+    picture is repeated in float32), bfloat16 on a CPU where it is faster, else float32.
     """
     if name == "auto":
         if device.type == "cuda":
             return torch.float16
-        return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else torch.float32
+        return torch.bfloat16 if device.type == "cpu" and _bfloat16_pays() else torch.float32
     if name not in DTYPES:
         raise UserError(f"dtype '{name}': accepted: auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def _cpu_has_bfloat16() -> bool:
+def _bfloat16_pays() -> bool:
+    """As ``doctor`` measured it on this processor; where it did not, if there are instructions for it."""
+    from onestepsr.models.sources import cache_folder
+
+    speeds = recall_speeds(cache_folder())
+    if {"bfloat16", "float32"} <= speeds.keys():
+        return speeds["bfloat16"] > BFLOAT16_GAIN * speeds["float32"]
     return not {"amx_bf16", "avx512_bf16"}.isdisjoint(instructions())
 
 

@@ -1,6 +1,7 @@
 """The doctor command tells what is there, and never fails because something is not."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from typer.testing import CliRunner
 
 from onestepsr import __version__, machine
 from onestepsr.apps import doctor
+from onestepsr.benchmark import ceiling
 from onestepsr.models.registry import list_models
+from onestepsr.upscaler import resolve_dtype
 
 app = typer.Typer()
 app.callback()(lambda: None)
@@ -17,8 +20,9 @@ doctor.register(app)
 
 
 @pytest.fixture(autouse=True)
-def short_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_probe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.001)
+    monkeypatch.setenv("ONESTEPSR_CACHE", str(tmp_path))
 
 
 def test_json_holds_everything() -> None:
@@ -59,7 +63,6 @@ def test_missing_parts_are_named_with_their_remedy(monkeypatch: pytest.MonkeyPat
 
 def test_unknown_processor_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "processor", dict)
-    monkeypatch.setattr(doctor, "processor", dict)
     cpu = doctor.examine_cpu()
     assert cpu["features"] == []
     assert cpu["model"]
@@ -67,7 +70,30 @@ def test_unknown_processor_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_instructions_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     described = {"model name": "Some CPU", "flags": "fpu avx2 amx_bf16"}
-    for module in (machine, doctor):
-        monkeypatch.setattr(module, "processor", lambda: described)
+    monkeypatch.setattr(machine, "processor", lambda: described)
     assert doctor.examine_cpu()["features"] == ["avx2", "amx_bf16"]
     assert doctor.examine_cpu()["model"] == "Some CPU"
+
+
+def test_the_measured_speeds_decide_the_number_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for bfloat16, chosen in ((2.0, "bfloat16"), (1.1, "float32")):
+        speeds = {torch.float32: 1.0, torch.bfloat16: bfloat16}
+        monkeypatch.setattr(ceiling, "convolution_speed", lambda device, dtype, *_, speeds=speeds, **__: speeds[dtype])
+        findings = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
+        assert findings["tflops"] == {"float32": 1.0, "bfloat16": bfloat16}
+        assert findings["chosen"]["dtype"] == chosen
+        assert resolve_dtype("auto", cpu) == getattr(torch, chosen)
+
+
+def test_without_a_measurement_the_instructions_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, chosen in (("avx2 avx512_bf16", torch.bfloat16), ("avx2", torch.float32)):
+        described = {"model name": "Some CPU", "flags": flags}
+        monkeypatch.setattr(machine, "processor", lambda described=described: described)
+        assert resolve_dtype("auto", torch.device("cpu")) == chosen
+
+
+def test_a_folder_that_cannot_be_written_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("ONESTEPSR_CACHE", str(tmp_path / "file" / "cache"))
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from onestepsr.errors import UserError
+from onestepsr.machine import describe_machine
 
 if TYPE_CHECKING:
     from onestepsr.train.ablation import Ablation
@@ -87,16 +88,16 @@ def compare(
 ) -> tuple[Results, list[Path]]:
     """Measure what was trained and write the report into ``folder``."""
     from onestepsr.train.ablation_report import Circumstances, measure, write_report
+    from onestepsr.train.comparison import Candidate
 
     today = datetime.date.today().isoformat()
     results = measure(
-        ablation, held_out, Circumstances(command=command, machine=machine(), date=today), failures, _track
+        ablation, held_out, Circumstances(command=command, machine=describe_machine(), date=today), failures, _track
     )
-    shown = {
-        ablation.suite.config.variants[item.run.variant].title: item.model
-        for item in ablation.planned
-        if item.run.seed == ablation.seeds[0] and item.run.name not in failures
-    }
+    first = (item for item in ablation.planned if item.run.seed == ablation.seeds[0] and item.run.name not in failures)
+    found = {item.run.variant: Candidate(item.model) for item in first} | ablation.models
+    titles = {name: ablation.suite.config.variants[name].title for name in ablation.variants}
+    shown = {titles[name]: found[name] for name in ablation.variants if name in found}
     return results, write_report(results, held_out.pictures(shown), folder)
 
 
@@ -138,14 +139,6 @@ def show_results(results: Results) -> None:
         cells = ["-" if score is None else f"{score:.4f}" for score in scores]
         table.add_row(row["title"], *cells, str(len(row["runs"])) if "differences" in row else "-")
     Console().print(table)
-
-
-def machine() -> str:
-    """Processor, cores and accelerators in one line."""
-    from onestepsr.apps.doctor import examine_cpu, examine_devices
-
-    cpu = examine_cpu()
-    return ", ".join([f"{cpu['model']} ({cpu['cores']} cores)", *(device["model"] for device in examine_devices())])
 
 
 def _command(suite: str, settings: Sequence[str] | None, seeds: str, only: str) -> str:

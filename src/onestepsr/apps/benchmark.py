@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperCommand
 
-from onestepsr.errors import UserError
-from onestepsr.files import replacing
+from onestepsr.apps import benchmark_speed
+from onestepsr.apps.benchmark_output import (
+    MEASURED_WITH,
+    STDOUT,
+    OptionalJsonFile,
+    check_outputs,
+    show_tables,
+    write_json,
+)
+from onestepsr.machine import describe_machine
 
 if TYPE_CHECKING:
     from onestepsr.benchmark.complexity_report import Report
 
-STDOUT = "-"
 LARGEST_SIDE = 65_536
-PIPE_WIDTH = 160
-COUNTED_WITH = ("torch", "diffusers", "peft")
 
 benchmark = typer.Typer(help="Count and measure what the models cost.", no_args_is_help=True)
 
@@ -32,17 +32,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(benchmark, name="benchmark")
 
 
-class OptionalJsonFile(TyperCommand):
-    """Lets ``--json`` stand alone, for standard output, or be followed by a file."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the dash for standard output where ``--json`` has no file behind it."""
-        filled: list[str] = []
-        for argument, following in zip(args, [*args[1:], "--"], strict=False):
-            filled.append(argument)
-            if argument == "--json" and following.startswith("-") and following != STDOUT:
-                filled.append(STDOUT)
-        return super().parse_args(ctx, filled)
+benchmark_speed.register(benchmark)
 
 
 @benchmark.command(cls=OptionalJsonFile)
@@ -58,19 +48,18 @@ def complexity(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a page of Markdown.")] = False,
 ) -> None:
     """Count parameters and multiply-accumulate operations, stage by stage, without weights or computation."""
-    if json_file == STDOUT and markdown:
-        raise UserError("--json and --markdown would both print: give --json a file, or leave one out")
-    if json_file not in (None, STDOUT) and not Path(json_file).parent.is_dir():
-        raise UserError(f"--json {json_file}: the folder {Path(json_file).parent} does not exist")
+    check_outputs(json_file, markdown)
     report = make_report(model, size)
-    if json_file is not None:
-        write_json(json_file, report)
-    if markdown:
-        from onestepsr.benchmark.complexity_report import as_markdown
 
-        typer.echo(as_markdown(report, command=_command(model, size), machine=describe_machine()), nl=False)
+    from onestepsr.benchmark.complexity_report import as_document, as_markdown, tables
+
+    if json_file is not None:
+        write_json(json_file, as_document(report))
+    if markdown:
+        machine = describe_machine(MEASURED_WITH)
+        typer.echo(as_markdown(report, command=_command(model, size), machine=machine), nl=False)
     elif json_file != STDOUT:
-        show(report)
+        show_tables(tables(report))
 
 
 def make_report(names: Sequence[str] | None, side: int) -> Report:
@@ -89,49 +78,6 @@ def make_report(names: Sequence[str] | None, side: int) -> Report:
     networks = [measure(name, side) for name in steps]
     published = D3SR_SD21 in chosen and side == COMPLEXITY_SIDE
     return Report(side=side, networks=networks, adapters=compare_adapters(side, networks) if published else ())
-
-
-def write_json(path: str, report: Report) -> None:
-    """Print the report as JSON, or write it under ``path`` in one step."""
-    from onestepsr.benchmark.complexity_report import as_document
-
-    text = json.dumps(as_document(report), indent=1, allow_nan=False)
-    if path == STDOUT:
-        typer.echo(text)
-        return
-    try:
-        with replacing(Path(path)) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from error
-
-
-def show(report: Report) -> None:
-    """Print every table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from onestepsr.benchmark.complexity_report import tables
-
-    console = Console()
-    if not console.is_terminal:  # a pipe has no width: nothing needs to be cut
-        console = Console(width=PIPE_WIDTH)
-    for content in tables(report):
-        table = Table(*content.columns, title=content.title, title_justify="left")
-        for column in table.columns[content.words :]:
-            column.justify = "right"
-        for row in content.rows:
-            table.add_row(*row)
-        console.print(table)
-
-
-def describe_machine() -> str:
-    """Processor and versions, in one phrase."""
-    from onestepsr.apps.doctor import examine_cpu
-
-    cpu = examine_cpu()
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in COUNTED_WITH)
-    return f"{cpu['model']} ({cpu['cores']} cores) with Python {platform.python_version()}, {versions}"
 
 
 def _command(names: Sequence[str] | None, side: int) -> str:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import re
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from onestepsr.errors import UserError
-from onestepsr.machine import instructions, processor
+from onestepsr.machine import accelerators, cores, instructions, processor_name, remember_speeds
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +23,9 @@ FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve"
 """Names in /proc/cpuinfo of the instructions that matter for speed, x86 and ARM."""
 DEVELOPMENT_EXTRAS = ("test",)
 PROBE_SECONDS = 0.15
-"""Time given to each number format; one convolution that takes longer is measured once."""
-CHANNELS = 64
+"""Time given to each number format."""
+PROBES = {"cpu": ((1, 64, 64),), "cuda": ((1, 64, 1024),)}
+"""Samples, channels and side of the pictures that are convolved, by device type: those of "cuda" for all others."""
 
 
 def register(app: typer.Typer) -> None:
@@ -46,21 +45,22 @@ def doctor_command(
 
 
 def examine() -> dict[str, Any]:
-    """Everything the command shows, as plain data."""
+    """Everything the command shows, as plain data. The speeds are kept for ``--dtype auto``."""
     import torch
 
     from onestepsr.upscaler import resolve_device, resolve_dtype
 
     device = resolve_device("auto")
+    speeds = measure_speeds(device)
     return {
         "schema": SCHEMA,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "cpu": examine_cpu(),
-        "devices": examine_devices(),
+        "devices": accelerators(),
         "chosen": {"device": str(device), "dtype": _name(resolve_dtype("auto", device))},
         "threads": torch.get_num_threads(),
-        "tflops": {_name(dtype): measure_convolution(device, dtype) for dtype in _probed(device)},
+        "tflops": speeds,
         "models": examine_models(),
         "extras": examine_extras(),
     }
@@ -73,46 +73,30 @@ def examine_cpu() -> dict[str, Any]:
     from onestepsr.tiling import free_memory
 
     flags = instructions()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "model": processor().get("model name") or platform.processor() or platform.machine(),
+        "model": processor_name(),
         "features": [name for name in FEATURES if name in flags],
-        "cores": cores,
+        "cores": cores(),
         "free_memory_gb": round(free_memory(torch.device("cpu")) / 1e9, 1),
     }
 
 
-def examine_devices() -> list[dict[str, Any]]:
-    """Accelerators that PyTorch can use."""
-    import torch
+def measure_speeds(device: torch.device) -> dict[str, float]:
+    """TFLOP/s of a 3 x 3 convolution, the operation that our networks mostly are, by number format.
 
-    found: list[dict[str, Any]] = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        memory = round(properties.total_memory / 1e9, 1)
-        found.append({"device": f"cuda:{index}", "model": properties.name, "memory_gb": memory})
-    if torch.backends.mps.is_available():
-        found.append({"device": "mps", "model": "Apple GPU", "memory_gb": None})
-    return found
+    Those of a processor are kept in the cache folder, where ``--dtype auto`` finds them.
+    """
+    from onestepsr.benchmark.ceiling import convolution_speed
+    from onestepsr.models.sources import cache_folder
 
-
-def measure_convolution(device: torch.device, dtype: torch.dtype) -> float:
-    """Best throughput of a 3 x 3 convolution of 64 channels, in TFLOP/s: the operation that our networks mostly are."""
-    import torch
-    from torch.nn import functional
-
-    side = 64 if device.type == "cpu" else 1024
-    image = torch.randn(1, CHANNELS, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    weight = torch.randn(CHANNELS, CHANNELS, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    operations = 2 * CHANNELS * CHANNELS * 9 * side * side
-    best, begun = float("inf"), time.perf_counter()
-    with torch.inference_mode():
-        while time.perf_counter() - begun < PROBE_SECONDS:
-            started = time.perf_counter()
-            # Reading one number waits for the device to finish.
-            float(functional.conv2d(image, weight, padding=1)[0, 0, 0, 0])
-            best = min(best, time.perf_counter() - started)
-    return float(f"{operations / best / 1e12:.3g}")
+    shapes = PROBES.get(device.type, PROBES["cuda"])
+    speeds = {
+        _name(dtype): float(f"{convolution_speed(device, dtype, shapes, seconds=PROBE_SECONDS):.3g}")
+        for dtype in _probed(device)
+    }
+    if device.type == "cpu":
+        remember_speeds(cache_folder(), speeds)
+    return speeds
 
 
 def examine_models() -> list[dict[str, str]]:

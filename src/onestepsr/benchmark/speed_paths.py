@@ -1,0 +1,152 @@
+"""Two ways of enlarging pictures from file to file, with a stopwatch: the product, and what published scripts do."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from onestepsr.benchmark.stages import NETWORK, Stopwatch, stages_of
+from onestepsr.color import wavelet
+from onestepsr.image import Picture, read_picture, samples_to_tensor, tensor_to_samples
+from onestepsr.image_write import write_picture
+from onestepsr.upscaler import UpscaleOptions, Upscaler, enlarge
+
+WHOLE, READ, UPSCALE, WRITE = "whole", "read", "upscale", "write"
+Samples = NDArray[Any]
+
+
+class EnlargingPath(Protocol):
+    """A way of enlarging pictures of equal size."""
+
+    @property
+    def generator(self) -> nn.Module:
+        """The network."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its number format."""
+        ...
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Order of its tensors in memory."""
+        ...
+
+    def enlarge(self, pictures: Sequence[Picture]) -> list[Samples]:
+        """The pictures four times as large, (H, W, 3) of their own kind."""
+        ...
+
+    def tile(self, height: int, width: int) -> int:
+        """Tile side in input pixels for pictures of this size; the larger side where there is one tile only."""
+        ...
+
+
+class ProductPath:
+    """Every picture through the upscaler, tiles and all."""
+
+    memory_format: torch.memory_format = torch.channels_last
+
+    def __init__(self, upscaler: Upscaler, options: UpscaleOptions) -> None:
+        self.upscaler, self.options = upscaler, options
+
+    @property
+    def generator(self) -> nn.Module:
+        """The network, which the upscaler may exchange when a number format overflows."""
+        return self.upscaler.generator
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.upscaler.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the network."""
+        return self.upscaler.dtype
+
+    def enlarge(self, pictures: Sequence[Picture]) -> list[Samples]:
+        """One after the other."""
+        return [self.upscaler.upscale_picture(picture, self.options).pixels for picture in pictures]
+
+    def tile(self, height: int, width: int) -> int:
+        """What the upscaler plans."""
+        return min(self.upscaler.plan_tile(height, width, self.options), max(height, width))
+
+
+class WholePath:
+    """All pictures at once and whole through the network, then the wavelet colour fix."""
+
+    def __init__(
+        self, generator: nn.Module, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> None:
+        self.generator, self.device, self.dtype, self.memory_format = generator, device, dtype, memory_format
+        self._takes_rng = "rng" in inspect.signature(generator.forward).parameters
+
+    def enlarge(self, pictures: Sequence[Picture]) -> list[Samples]:
+        """The network draws the noise that the upscaler gives a picture of one tile, where it draws any."""
+        extra: dict[str, Any] = {"rng": torch.Generator().manual_seed(0)} if self._takes_rng else {}
+        with torch.inference_mode():
+            lr = torch.cat([samples_to_tensor(picture.pixels) for picture in pictures]).to(self.device)
+            sr = self.generator(lr.to(self.dtype).contiguous(memory_format=self.memory_format), **extra)
+            fixed = wavelet(sr.float().clamp(0.0, 1.0), enlarge(lr, cast(int, self.generator.scale)))
+        return [tensor_to_samples(values, np.uint8) for values in fixed]
+
+    def tile(self, height: int, width: int) -> int:
+        """The whole picture."""
+        return max(height, width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One batch from files to files."""
+
+    seconds: dict[str, float]
+    """Time by stage, and of ``network`` and ``whole``, of which the stages are parts."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Shapes of the LR pictures (N, 3, h, w) that the network was called with."""
+    pixels: list[Samples]
+    """What came out."""
+
+
+def run_path(path: EnlargingPath, sources: Sequence[Path], folder: Path) -> Run:
+    """Enlarge the files ``sources`` into ``folder``.
+
+    ``enlarge`` is what the generator does besides its stages; ``colour`` is what the path does besides the generator:
+    number formats, joining of tiles, colour fix, rounding.
+    """
+    watch = Stopwatch(path.device)
+    with watch.section(WHOLE), watch.watching(path.generator):
+        with watch.section(READ):
+            pictures = [read_picture(source) for source in sources]
+        with watch.section(UPSCALE):
+            pixels = path.enlarge(pictures)
+        with watch.section(WRITE):
+            for source, samples in zip(sources, pixels, strict=True):
+                write_picture(Picture(pixels=samples), folder / source.name)
+    return Run(seconds=_completed(watch.read(), path.generator), shapes=tuple(watch.shapes), pixels=pixels)
+
+
+def stage_names(generator: nn.Module) -> list[str]:
+    """The stages of a run with this generator, in order."""
+    return [READ, "enlarge", *stages_of(generator).values(), "colour", WRITE]
+
+
+def _completed(seconds: dict[str, float], generator: nn.Module) -> dict[str, float]:
+    """With the two stages that are what is left of a whole."""
+    parts = sum(seconds.get(stage, 0.0) for stage in stages_of(generator).values())
+    upscale, network = seconds.pop(UPSCALE), seconds.get(NETWORK, 0.0)
+    return {**seconds, "enlarge": max(0.0, network - parts), "colour": max(0.0, upscale - network)}

@@ -1,0 +1,52 @@
+"""What the machine is, and speeds that are kept for this processor and PyTorch only."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from onestepsr import machine
+
+SPEEDS = {"float32": 0.5, "bfloat16": 1.5}
+
+
+def test_speeds_come_back(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there"
+    assert machine.recall_speeds(folder) == {}
+    assert machine.remember_speeds(folder, SPEEDS)
+    assert machine.recall_speeds(folder) == SPEEDS
+    assert [path.name for path in folder.iterdir()] == [machine.SPEEDS_FILE]
+
+
+@pytest.mark.parametrize("change", [{"processor": "Another"}, {"torch": "0.1"}, {"schema": 0}, {"tflops": "fast"}])
+def test_speeds_of_something_else_are_forgotten(tmp_path: Path, change: dict[str, object]) -> None:
+    machine.remember_speeds(tmp_path, SPEEDS)
+    path = tmp_path / machine.SPEEDS_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert machine.recall_speeds(tmp_path) == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b" " * 2**17])
+def test_a_damaged_file_is_as_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / machine.SPEEDS_FILE).write_bytes(content)
+    assert machine.recall_speeds(tmp_path) == {}
+
+
+def test_the_description_names_processor_cores_accelerators_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "processor", lambda: {"model name": "Some CPU"})
+    monkeypatch.setattr(machine, "cores", lambda: 3)
+    monkeypatch.setattr(machine, "accelerators", lambda: [{"device": "cuda:0", "model": "Some GPU", "memory_gb": 1.0}])
+    assert machine.describe_machine() == "Some CPU (3 cores), Some GPU"
+    assert machine.describe_machine(["torch"]).startswith("Some CPU (3 cores), Some GPU with Python 3.")
+    assert ", torch 2." in machine.describe_machine(["torch"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
+def test_resident_memory_sees_what_is_written_to() -> None:
+    before = machine.resident_memory()["now"]
+    block = bytearray(os.urandom(1)) * 50_000_000
+    after = machine.resident_memory()
+    assert after["now"] - before > 30_000_000
+    assert after["peak"] >= after["now"] - 5_000_000
+    del block
