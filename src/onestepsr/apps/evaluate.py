@@ -1,26 +1,38 @@
-"""``onestepsr evaluate``: metrics of super-resolved pictures, as a table and as JSON."""
+"""``onestepsr evaluate``: metrics of super-resolved pictures, or of a model that is run first."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from onestepsr.apps.evaluate_compare import WithCompare
+from onestepsr.apps.evaluate_measure import (
+    MeasureOptions,
+    ModelOptions,
+    Outcome,
+    measure_model,
+    measure_pictures,
+    show_missing,
+)
+from onestepsr.apps.evaluate_output import (
+    BesideOption,
+    CsvOption,
+    LatexOption,
+    MarkdownOption,
+    Outputs,
+    ReportOption,
+    check_file,
+)
 from onestepsr.errors import UserError
-from onestepsr.files import replacing
 
-if TYPE_CHECKING:
-    from onestepsr.evaluate.catalog import MetricSpec
-    from onestepsr.evaluate.folder import Pairing, Score, Summary
-
-DEFAULT_WITH_REFERENCE = "psnr,ssim,grid"
-DEFAULT_ALONE = "grid"
-LISTED_NAMES = 10
-"""How many names of pictures without counterpart are shown."""
+LIST = "help"
+"""Value of ``--metrics`` that lists them."""
 
 
 def register(app: typer.Typer) -> None:
@@ -29,81 +41,140 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate_command(
-    sr: Annotated[Path, typer.Argument(help="Super-resolved picture, or a folder of them.", show_default=False)],
+    sr: Annotated[
+        Path | None, typer.Argument(help="Super-resolved picture, or a folder of them.", show_default=False)
+    ] = None,
     *,
     hr: Annotated[Path | None, typer.Option(help="Reference picture or folder; matched by file name.")] = None,
+    model: Annotated[str | None, typer.Option(help="Run this model on --data or --lr first: name or file.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Data set: folders LR and HR in it, names ending in _LR and _HR, or LR pictures alone."),
+    ] = None,
+    lr: Annotated[Path | None, typer.Option(help="Folder of LR pictures; --hr may name their references.")] = None,
+    degradation: Annotated[
+        str | None,
+        typer.Option(help="--data holds HR photos: make LR pictures by this recipe, as 'onestepsr degrade' does."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of --degradation, and of models that draw noise.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Keep the pictures of --model in this folder.")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="basic, d3sr or osediff: metrics, crops, borders.")] = "basic",
     metrics: Annotated[
         str | None,
-        typer.Option(
-            help="Comma-separated: psnr, psnr_rgb, ssim, overshoot (these need --hr), niqe, grid. "
-            f"Default: {DEFAULT_WITH_REFERENCE}; without --hr: {DEFAULT_ALONE}.",
-            show_default=False,
-        ),
+        typer.Option(help=f"Comma-separated, instead of the protocol's; '{LIST}' lists them.", show_default=False),
     ] = None,
-    suffix: Annotated[str, typer.Option(help="Ending that SR names have beyond HR names, such as _x4.")] = "",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all values to this file.")] = None,
+    crop_border: Annotated[int | None, typer.Option(help="Pixels cut from every side before measuring.")] = None,
+    resize: Annotated[
+        str | None, typer.Option(help="Where SR and HR differ in size: never, crop, sr-to-hr or hr-to-sr.")
+    ] = None,
+    suffix: Annotated[str, typer.Option(help="Ending that SR names have beyond HR names, such as -mine.")] = "",
+    label: Annotated[str | None, typer.Option(help="Name of the method in tables.")] = None,
+    tile: Annotated[str, typer.Option(help="For --model: tile side in input pixels, auto or off.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="For --model: auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="Of networks: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    color_fix: Annotated[str, typer.Option(help="For --model: wavelet, adain or none.")] = "wavelet",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
+    csv: CsvOption = None,
+    markdown: MarkdownOption = None,
+    latex: LatexOption = None,
+    report: ReportOption = None,
+    beside: BesideOption = None,
 ) -> None:
-    """Measure super-resolved pictures, against references where there are any.
+    """Measure super-resolved pictures, against references where there are any; or run a model and measure it.
 
-    Ends with exit code 1 if a picture could not be read, paired or measured; the others are measured all the same.
+    'onestepsr evaluate compare A.json B.json' puts results side by side. Ends with exit code 1 if a picture could not
+    be read, paired or measured, or a metric of --metrics could not; the others are measured all the same.
     """
-    from rich.console import Console
-    from rich.progress import track
-
-    from onestepsr.evaluate.catalog import select_metrics
-    from onestepsr.evaluate.folder import pair_by_name, report, score_pairs, summarize
-
-    if json_file is not None and not json_file.parent.is_dir():
-        raise UserError(f"--json {json_file}: the folder {json_file.parent} does not exist")
-    names = metrics if metrics is not None else (DEFAULT_ALONE if hr is None else DEFAULT_WITH_REFERENCE)
-    chosen = select_metrics([name.strip() for name in names.split(",") if name.strip()], with_reference=hr is not None)
-    pairing = pair_by_name(sr, hr, suffix=suffix)
-    found = score_pairs(pairing.pairs, chosen)
-    console = Console(stderr=True)
-    total, hidden = len(pairing.pairs), not console.is_terminal
-    scores = list(track(found, "Measuring", total=total, console=console, transient=True, disable=hidden))
-    summaries = summarize(scores, chosen)
-    failed = show_problems(pairing, scores)
-    show_table(chosen, summaries)
-    if json_file is not None:
-        write_json(json_file, report(scores, summaries))
-    if failed:
+    if metrics == LIST:
+        return list_metrics()
+    outputs = Outputs(csv=csv, markdown=markdown, latex=latex, report=report, beside=beside)
+    outputs.check()
+    check_file("--json", json_file)
+    measuring = MeasureOptions(
+        protocol=protocol, metrics=metrics, crop_border=crop_border, resize=resize, device=device, label=label
+    )
+    if model is None:
+        _refuse_without_model({"--data": data, "--lr": lr, "--degradation": degradation, "--out": out})
+        if sr is None:
+            raise UserError("nothing to measure: give SR pictures, or --model with --data")
+        outcome = measure_pictures(sr, hr, suffix, measuring)
+        show(outcome, outputs, json_file)
+    else:
+        if sr is not None:
+            raise UserError(f"'{sr}' and --model exclude each other: --data or --lr names the model's input")
+        options = ModelOptions(
+            model=model,
+            data=data,
+            lr=lr,
+            hr=hr,
+            degradation=degradation,
+            seed=seed,
+            tile=tile,
+            dtype=dtype,
+            device=device,
+            color_fix=color_fix,
+        )
+        with kept(out, report) as keep:
+            outcome = measure_model(options, measuring, keep)
+            show(outcome, outputs, json_file, pictures_stay=keep == out)
+    if outcome.result.failed or outcome.lonely or (metrics is not None and outcome.result.unavailable):
         raise typer.Exit(1)
 
 
-def show_problems(pairing: Pairing, scores: Sequence[Score]) -> bool:
-    """Tell on stderr what could not be measured; returns whether an SR picture is among it."""
-    for title, paths in (("SR without HR", pairing.lonely_sr), ("HR without SR", pairing.lonely_hr)):
-        if paths:
-            names = ", ".join(path.name for path in paths[:LISTED_NAMES])
-            more = f" and {len(paths) - LISTED_NAMES} more" if len(paths) > LISTED_NAMES else ""
-            typer.echo(f"{title} ({len(paths)}): {names}{more}", err=True)
-    problems = [problem for score in scores for problem in score.problems]
-    for problem in problems:
-        typer.echo(f"failed: {problem}", err=True)
-    return bool(problems or pairing.lonely_sr)
+def show(outcome: Outcome, outputs: Outputs, json_file: Path | None, *, pictures_stay: bool = True) -> None:
+    """Print failures and the table, and write what was asked for."""
+    from onestepsr.evaluate.comparison import compare
+    from onestepsr.evaluate.evaluation import without_pictures
+    from onestepsr.evaluate.result import safe_text, write_result
+    from onestepsr.evaluate.tables import result_grid
+
+    result = outcome.result
+    for reason in result.failed.values():
+        typer.echo(f"failed: {safe_text(reason)}", err=True)
+    show_missing({name: reason for name, reason in result.unavailable.items() if name not in outcome.told})
+    grid = result_grid(result)
+    replace(grid, notes=()).show()
+    if json_file is not None:
+        write_result(json_file, result if pictures_stay else without_pictures(result))
+    if result.images or result.whole:
+        outputs.write(compare([result]), [grid])
 
 
-def show_table(metrics: Sequence[MetricSpec], summaries: Mapping[str, Summary]) -> None:
-    """Print mean, standard deviation and count of each metric."""
-    from rich.console import Console
-    from rich.table import Table
+def list_metrics() -> None:
+    """Print the metrics and what their numbers are."""
+    from onestepsr.evaluate.catalog import METRICS
+    from onestepsr.evaluate.tables import Grid
 
-    table = Table("metric", "better", "mean", "std", "images")
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for metric in metrics:
-        summary = summaries.get(metric.name)
-        better = "higher" if metric.higher_is_better else "lower"
-        values = (f"{summary.mean:.4f}", f"{summary.std:.4f}", str(summary.count)) if summary else ("-", "-", "0")
-        table.add_row(metric.title, better, *values)
-    Console().print(table)
+    rows = [
+        (
+            spec.name,
+            spec.title,
+            "higher" if spec.higher_is_better else "lower",
+            "yes" if spec.needs_reference else "no",
+            spec.variant,
+        )
+        for spec in METRICS.values()
+    ]
+    Grid(title="", columns=("name", "title", "better", "needs HR", "variant"), rows=tuple(rows), words=5).show()
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` under ``path`` in one step."""
-    try:
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from error
+@contextmanager
+def kept(out: Path | None, report: Path | None) -> Iterator[Path | None]:
+    """The folder for SR pictures: the one asked for, a passing one if only a report needs them, or none."""
+    if out is not None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out {out}: is there already; name a new or empty folder")
+        yield out
+    elif report is not None:
+        with tempfile.TemporaryDirectory(prefix="onestepsr-") as folder:
+            yield Path(folder)
+    else:
+        yield None
+
+
+def _refuse_without_model(options: Mapping[str, object]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise UserError(f"{given[0]} needs --model")

@@ -1,0 +1,129 @@
+"""The pictures that a model is measured on: read as they are, cut to a protocol's crops, or made from HR photos."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from onestepsr.data.degradation import Recipe, apply_degradation, draw_degradation, target_of
+from onestepsr.data.photos import read_pixels
+from onestepsr.data.sampling import generator
+from onestepsr.errors import UserError
+from onestepsr.evaluate.folder import Case
+from onestepsr.evaluate.result import Files
+from onestepsr.evaluate.running import Loaded
+from onestepsr.image import Picture, Samples, from_array, read_picture, samples_to_tensor, tensor_to_samples
+from onestepsr.image_write import write_picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Degrader:
+    """Makes LR pictures from HR photos: with the same recipe, seed and names, those that ``onestepsr degrade`` writes.
+
+    The degradation of a photo depends on the seed and on its path in ``folder`` alone.
+    """
+
+    recipe: Recipe
+    seed: int
+    folder: Path
+    scale: int = 4
+
+    def __call__(self, path: Path) -> tuple[Samples, Samples]:
+        """LR samples (h, w, 3) and HR samples (h * scale, w * scale, 3), which are cut at the bottom and right."""
+        name = path.relative_to(self.folder).as_posix() if path != self.folder else path.name
+        pixels = read_pixels(path)
+        height, width = (side // self.scale * self.scale for side in pixels.shape[:2])
+        if not height or not width:
+            raise UserError(f"{path}: {pixels.shape[1]} x {pixels.shape[0]}, expected sides of at least {self.scale}")
+        hr = samples_to_tensor(pixels[:height, :width])[0]
+        drawn = draw_degradation(self.recipe, generator(self.seed, "degrade", name))
+        lr = apply_degradation(hr, drawn, generator(self.seed, "degrade noise", name), self.scale)
+        kind = pixels.dtype.type
+        return tensor_to_samples(lr, kind), tensor_to_samples(target_of(hr, drawn), kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    """Reads cases for a model of factor ``scale``."""
+
+    scale: int
+    crop: int = 0
+    """Side of the central square of HR that is measured; 0 for whole pictures."""
+    degrade: Degrader | None = None
+    """Makes the LR pictures; None where they are there."""
+
+    def __post_init__(self) -> None:
+        if self.crop % self.scale:
+            raise UserError(f"crop {self.crop}: expected a multiple of the model's factor, {self.scale}")
+
+    def __call__(self, case: Case) -> Loaded:
+        """Read one case; UserError in one line for what cannot be read or is too small."""
+        if self.degrade is not None and case.hr is not None:
+            lr, hr = self.degrade(case.hr)
+            return self._cut(from_array(lr), hr, str(case.hr))
+        assert case.lr is not None
+        picture = read_picture(case.lr)
+        if case.hr is None:
+            return self._cut(picture, None, str(case.lr))
+        return self._cut(picture, read_picture(case.hr).pixels, f"{case.lr} enlarged, against {case.hr}")
+
+    def _cut(self, lr: Picture, hr: Samples | None, label: str) -> Loaded:
+        if not self.crop:
+            return Loaded(lr=lr, hr=hr, label=label)
+        side = self.crop // self.scale
+        if min(lr.height, lr.width) < side:
+            raise UserError(f"{label}: the LR picture is {lr.width} x {lr.height}, the protocol needs {side} x {side}")
+        top, left = (lr.height - side) // 2, (lr.width - side) // 2
+        if hr is not None:
+            hr = _window(hr, top * self.scale, left * self.scale, self.crop)
+        alpha = None if lr.alpha is None else _window(lr.alpha, top, left, side)
+        return Loaded(lr=replace(lr, pixels=_window(lr.pixels, top, left, side), alpha=alpha), hr=hr, label=label)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeper:
+    """Saves the pictures of an evaluation as PNG in ``SR`` of a folder, and in ``LR`` and ``HR`` what is in no file."""
+
+    folder: Path
+    made: bool
+    """Whether LR and HR as measured are in no file of their own: made, or cut."""
+
+    def __call__(self, case: Case, loaded: Loaded, sr: Picture) -> None:
+        """Write the pictures of one case; UserError if that fails."""
+        pictures = {"SR": sr}
+        if self.made:
+            pictures["LR"] = loaded.lr
+            if loaded.hr is not None:
+                pictures["HR"] = from_array(loaded.hr)
+        for name, picture in pictures.items():
+            path = self.folder / name / f"{case.name}.png"
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{path.parent}: cannot be made ({error.strerror})") from error
+            write_picture(picture, path)
+
+    def folders(self, originals: Files) -> Files:
+        """The folders of an evaluation's pictures, with the saved ones in place of none."""
+        if self.made:
+            hr = str(self.folder / "HR") if originals.hr is not None else None
+            return Files(lr=str(self.folder / "LR"), sr=str(self.folder / "SR"), hr=hr)
+        return replace(originals, sr=str(self.folder / "SR"))
+
+    def files(self, case: Case, original: Files) -> Files:
+        """The files of one case relative to :meth:`folders`."""
+        own = f"{case.name}.png"
+        if self.made:
+            return Files(lr=own, sr=own, hr=own if original.hr is not None else None)
+        return replace(original, sr=own)
+
+
+def relative(path: Path | None, folder: Path | None) -> str | None:
+    """``path`` as a result file names it: relative to its folder, with forward slashes."""
+    if path is None or folder is None:
+        return None
+    return path.name if path == folder else path.relative_to(folder).as_posix()
+
+
+def _window(samples: Samples, top: int, left: int, side: int) -> Samples:
+    return samples[top : top + side, left : left + side].copy()
