@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional
@@ -19,9 +20,10 @@ from torch.nn import functional
 from onestepsr.data.datasets import build_dataset
 from onestepsr.errors import UserError
 from onestepsr.evaluate.metrics import as_eight_bit, psnr_y
+from onestepsr.models.registry import BICUBIC
 from onestepsr.train import ablation
 from onestepsr.train.ablation import Ablation, claimed, plan_ablation, run_process, train_all, training_seconds
-from onestepsr.train.comparison import HeldOut, find_metric, over_seeds, refuse_training_photos
+from onestepsr.train.comparison import Candidate, HeldOut, find_metric, over_seeds, refuse_training_photos
 from onestepsr.train.recipes import load_run
 from onestepsr.train.session import execute, prepare
 from onestepsr.train.suites import EvaluationConfig, Suite, load_suite
@@ -200,7 +202,7 @@ def test_values_are_those_of_the_metrics_on_fixed_pairs(suite: Suite) -> None:
     held_out, again = HeldOut(suite.config.evaluation), HeldOut(suite.config.evaluation)
     assert [metric.name for metric in held_out.metrics] == ["psnr", "ssim", "dists_oriented", "lpips_oriented", "grid"]
     assert "NIQE was not measured" in held_out.notes[0]
-    values = held_out.measure("bicubic")
+    values = held_out.measure(Candidate(BICUBIC))
     for index in range(3):
         pair = again.pairs[index]
         enlarged = functional.interpolate(pair["lr"][None], scale_factor=4, mode="bicubic")
@@ -222,7 +224,7 @@ def test_whole_pairs_of_any_size_are_each_used_once(suite: Suite, tmp_path: Path
     )
     assert plan(pairs, tmp_path / "out").planned[0].run.config.validation.data is None
     held_out = HeldOut(pairs.config.evaluation)
-    assert [len(column) for column in held_out.measure("bicubic").values()] == [2, 2, 2, 2, 2]
+    assert [len(column) for column in held_out.measure(Candidate(BICUBIC)).values()] == [2, 2, 2, 2, 2]
     assert [row["HR"].shape for row in held_out.pictures({})] == [(3, 24, 24), (3, 24, 24)]
 
 
@@ -252,3 +254,26 @@ def test_means_and_deviations_are_over_seeds() -> None:
     assert scores["psnr"] == {"mean": 22.5, "std": pytest.approx(statistics.stdev([21, 24]))}
     assert scores["niqe"] == {"mean": 4.0, "std": None}
     assert over_seeds([]) == {}
+
+
+def test_a_model_that_is_there_is_measured_and_not_trained(micro_suite: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(micro_suite.read_text())
+    shifting = {"title": "many steps", "model": "random:resshift-micro", "steps": 3, "sampler": "deterministic"}
+    values["variants"] = {"before": {"title": "before", "model": "bicubic"}, **values["variants"], "shifting": shifting}
+    micro_suite.write_text(yaml.safe_dump(values, sort_keys=False))
+    suite = load_suite(str(micro_suite), [f"validation={tmp_path / 'held-out'}"])
+    planned = plan(suite, tmp_path / "out")
+    assert list(states(planned)) == ["mse/seed-0", "dists/seed-0"]
+    assert planned.variants == ["before", "mse", "dists", "shifting"]
+    assert planned.models["before"] == Candidate("bicubic")
+    generator = planned.models["shifting"].load()
+    assert (generator.schedule.steps, generator.sampler) == (3, "deterministic")
+    held_out = HeldOut(suite.config.evaluation)
+    assert held_out.measure(planned.models["before"]) == held_out.measure(Candidate(BICUBIC))
+    rows = held_out.pictures(planned.models)
+    assert list(rows[0]) == ["bicubic", "before", "shifting", "HR"]
+    with pytest.raises(UserError, match="nothing to train: of before there are models already"):
+        plan(suite, tmp_path / "out", only=["before"])
+    settings = [f"validation={tmp_path / 'held-out'}", "variants.shifting.steps=9"]
+    with pytest.raises(UserError, match="variant 'shifting': 9 steps: this schedule has 4"):
+        plan(load_suite(str(micro_suite), settings), tmp_path / "out")

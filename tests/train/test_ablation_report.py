@@ -66,6 +66,17 @@ def test_the_table_shows_means_deviations_and_the_best_variant() -> None:
     assert "| HR | - | 0.0200 ± 0.0010 | - |" in lines
 
 
+def test_models_that_were_there_are_shown_and_not_counted() -> None:
+    there = row("t", "teacher", 30.0, 0.01, differences=["model=x"], trained=False)
+    rows = [*results()["rows"][:3], there, results()["rows"][3]]
+    text = markdown(results(rows=rows), "small.png")
+    assert "| teacher | 30.00 ± 0.25 | 0.0100 ± 0.0010 | - |" in text, "no bold: it had another budget"
+    assert "| MSE | **23.50** ± 0.25" in text
+    assert "4 runs of 1,500 steps" in text
+    assert "in bold. Measured beside them, not trained here: teacher." in text
+    assert "- **teacher**: `model=x`" in text
+
+
 def test_the_report_says_how_it_came_about_and_what_is_missing() -> None:
     text = markdown(results(), "small.png")
     for part in (

@@ -22,7 +22,7 @@ from onestepsr.config import read_mapping, to_mapping
 from onestepsr.errors import UserError
 from onestepsr.files import replacing
 from onestepsr.train.checkpoint import Checkpoints
-from onestepsr.train.comparison import refuse_training_photos
+from onestepsr.train.comparison import Candidate, refuse_training_photos
 from onestepsr.train.interruption import Interruption
 from onestepsr.train.recipes import RunConfig, check_resumable, load_run
 from onestepsr.train.session import CONFIG, MODEL, config_text, prepare
@@ -61,6 +61,12 @@ class Ablation:
     out: Path
     planned: list[PlannedRun]
 
+    @property
+    def models(self) -> dict[str, Candidate]:
+        """By variant, those that are there already."""
+        found = {name: self.suite.config.variants[name] for name in self.variants}
+        return {name: Candidate(v.model, v.steps, v.sampler) for name, v in found.items() if v.model is not None}
+
 
 def plan_ablation(
     suite: Suite, *, only: Sequence[str], seeds: Sequence[int], out: Path, reuse: Sequence[Path] = ()
@@ -71,13 +77,16 @@ def plan_ablation(
     _check_out(suite, out)
     others = _finished_runs(reuse)
     planned = [_look_up(run, others) for run in runs]
-    for variant in variants:
+    for variant in suite.trained(variants):
         first = next(item.run for item in planned if item.run.variant == variant)
         refuse_training_photos(suite.config.evaluation.data, first.config.data)
         unfinished = next((i.run for i in planned if i.run.variant == variant and i.state != "finished"), None)
         if unfinished is not None:
             _check_run(unfinished)
-    return Ablation(suite=suite, variants=variants, seeds=list(seeds), out=out, planned=planned)
+    ablation = Ablation(suite=suite, variants=variants, seeds=list(seeds), out=out, planned=planned)
+    for name, model in ablation.models.items():
+        _check_model(name, model)
+    return ablation
 
 
 def train_all(
@@ -263,6 +272,13 @@ def _is_finished(folder: Path, config: RunConfig) -> bool:
     except (OSError, SafetensorError):
         return False
     return metadata.get("step") == str(config.train.steps)
+
+
+def _check_model(name: str, model: Candidate) -> None:
+    try:
+        model.load()
+    except UserError as error:
+        raise UserError(f"variant '{name}': {error}") from error
 
 
 def _check_run(run: VariantRun) -> None:

@@ -19,8 +19,9 @@ from onestepsr import __version__
 from onestepsr.config import to_mapping
 from onestepsr.errors import UserError
 from onestepsr.files import file_sha256, replacing
+from onestepsr.models.catalog import BICUBIC
 from onestepsr.train.ablation import Ablation, PlannedRun, training_seconds
-from onestepsr.train.comparison import HeldOut, Track, Values, describe_metrics, over_seeds, untracked
+from onestepsr.train.comparison import Candidate, HeldOut, Track, Values, describe_metrics, over_seeds, untracked
 from onestepsr.train.previews import FONT_SIZE, draw_grid
 from onestepsr.train.suites import override_lines
 
@@ -54,10 +55,13 @@ def measure(
     if not trained:
         raise UserError(f"none of the {len(ablation.planned)} runs was finished; see the messages above")
     for name in ablation.variants:
-        runs = [_measure_run(item, held_out, track) for item in trained if item.run.variant == name]
         variant = suite.config.variants[name]
-        rows.append(_row(name, variant.title, runs) | {"differences": variant.differences})
-    baseline = _row("bicubic", "bicubic", [{"values": held_out.measure("bicubic", track)}])
+        runs = [_measure_run(item, held_out, track) for item in trained if item.run.variant == name]
+        if name in ablation.models:
+            runs = [_measure_model(ablation.models[name], held_out, track)]
+        row = _row(name, variant.title, runs) | {"differences": variant.differences}
+        rows.append(row | {"trained": name not in ablation.models})
+    baseline = _row("bicubic", "bicubic", [{"values": held_out.measure(Candidate(BICUBIC), track)}])
     reference = _row("hr", "HR", [{"values": held_out.measure_references(track)}])
     training = trained[0].run.config.train
     return {
@@ -113,14 +117,14 @@ def sheet(rows: Sequence[Mapping[str, Tensor]], limit: int = MAX_PICTURE_BYTES) 
 
 def markdown(results: Results, picture: str) -> str:
     """The report as Markdown: table, pictures, the paper's table, and how to repeat it."""
-    runs = sum(len(row["runs"]) for row in _variants(results))
+    runs = sum(len(row["runs"]) for row in _trained(results))
     lines = [
         f"# {results['title']}",
         "",
         f"Follows {results['source']}. {runs} {'run' if runs == 1 else 'runs'} of {results['steps']:,} steps "
         f"with batch {results['batch_size']}, "
         f"{_seeds(results['seeds'])}; {results['evaluation']['pairs']} held-out pairs, the same for every model. "
-        "Best variant in bold.",
+        "Best variant in bold." + _untrained_note(results),
         "",
         *_table(results),
         "",
@@ -143,19 +147,29 @@ def markdown(results: Results, picture: str) -> str:
 
 
 def _measure_run(item: PlannedRun, held_out: HeldOut, track: Track) -> dict[str, Any]:
-    values = held_out.measure(item.model, lambda items, title: track(items, item.run.name))
+    values = held_out.measure(Candidate(item.model), lambda items, title: track(items, item.run.name))
     return {
         "seed": item.run.seed,
         "folder": str(item.folder),
         "sha256": file_sha256(item.model),
         "seconds": training_seconds(item.folder),
-        "values": {name: [_rounded(value) for value in column] for name, column in values.items()},
+        "values": _all_rounded(values),
     }
+
+
+def _measure_model(candidate: Candidate, held_out: HeldOut, track: Track) -> dict[str, Any]:
+    path = Path(candidate.model)
+    checksum = file_sha256(path) if path.is_file() else None
+    return {"model": str(path), "sha256": checksum, "values": _all_rounded(held_out.measure(candidate, track))}
 
 
 def _row(name: str, title: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     values: list[Values] = [run["values"] for run in runs]
     return {"name": name, "title": title, "runs": runs, "scores": over_seeds(values)}
+
+
+def _all_rounded(values: Values) -> Values:
+    return {name: [_rounded(value) for value in column] for name, column in values.items()}
 
 
 def _rounded(value: float | None) -> float | None:
@@ -165,6 +179,15 @@ def _rounded(value: float | None) -> float | None:
 
 def _variants(results: Results) -> list[dict[str, Any]]:
     return [row for row in results["rows"] if "differences" in row]
+
+
+def _trained(results: Results) -> list[dict[str, Any]]:
+    return [row for row in _variants(results) if row.get("trained", True)]
+
+
+def _untrained_note(results: Results) -> str:
+    titles = [row["title"] for row in _variants(results) if not row.get("trained", True)]
+    return f" Measured beside them, not trained here: {', '.join(titles)}." if titles else ""
 
 
 def _table(results: Results) -> list[str]:
@@ -179,7 +202,7 @@ def _table(results: Results) -> list[str]:
 
 
 def _best(results: Results, metric: Mapping[str, Any]) -> str | None:
-    scores = {row["name"]: row["scores"].get(metric["name"], {}).get("mean") for row in _variants(results)}
+    scores = {row["name"]: row["scores"].get(metric["name"], {}).get("mean") for row in _trained(results)}
     known: dict[str, float] = {name: score for name, score in scores.items() if score is not None}
     if len(known) < 2:
         return None

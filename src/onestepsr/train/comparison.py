@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -28,6 +28,22 @@ OPTIONAL = "niqe"
 
 Values = dict[str, list[float | None]]
 """By metric, one value for each held-out pair; none where a picture cannot be measured (NIQE of a flat one)."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A generator to measure."""
+
+    model: str | Path
+    """Its name or weights file."""
+    steps: int | None = None
+    """Network evaluations, for a model that takes several; none is what it was made for."""
+    sampler: str | None = None
+    """How it takes them, likewise."""
+
+    def load(self, device: torch.device | str = "cpu") -> nn.Module:
+        """The generator, ready for inference."""
+        return load_generator(self.model, device=device, steps=self.steps, sampler=self.sampler)
 
 
 class Track(Protocol):
@@ -62,10 +78,11 @@ class HeldOut:
         whole = self.config.data.crop == 0
         return range(min(self.config.images, len(self.pairs)) if whole else self.config.images)
 
-    def measure(self, model: str | Path, track: Track = untracked) -> Values:
-        """Values of a generator, named or from a weights file, computed in float32 and rounded to 8 bits."""
-        generator = load_generator(model, device=self.device)
-        return self._collect(lambda pair: self.restore(generator, pair["lr"]), self.metrics, track, str(model))
+    def measure(self, candidate: Candidate, track: Track = untracked) -> Values:
+        """Values of a generator, computed in float32 and rounded to 8 bits."""
+        generator = candidate.load(self.device)
+        title = str(candidate.model)
+        return self._collect(lambda pair: self.restore(generator, pair["lr"]), self.metrics, track, title)
 
     def measure_references(self, track: Track = untracked) -> Values:
         """Values of the HR pictures themselves, for the metrics that compare with nothing."""
@@ -77,12 +94,12 @@ class HeldOut:
         with torch.no_grad():
             return as_eight_bit(generator(lr[None].to(self.device)).float().cpu())
 
-    def pictures(self, models: Mapping[str, str | Path]) -> list[dict[str, Tensor]]:
+    def pictures(self, candidates: Mapping[str, Candidate]) -> list[dict[str, Tensor]]:
         """Rows of the picture sheet: centre parts (3, side, side) by title, bicubic first and HR last."""
         count = min(self.config.pictures, len(self.indices))
         rows: list[dict[str, Tensor]] = [{} for _ in range(count)]
-        for title, model in {"bicubic": BICUBIC, **models}.items():
-            generator = load_generator(model, device=self.device)
+        for title, candidate in {"bicubic": Candidate(BICUBIC), **candidates}.items():
+            generator = candidate.load(self.device)
             for index, row in enumerate(rows):
                 row[title] = self._centre(self.restore(generator, self.pairs[index]["lr"])[0])
         for index, row in enumerate(rows):

@@ -47,11 +47,23 @@ class VariantConfig:
 
     Whichever way a variant comes to another method, ``config`` settings of suite and command line do not reach it.
     """
+    model: str | None = None
+    """A generator that is there already, by name or weights file: it is measured beside the others and not trained."""
+    steps: int | None = None
+    """Network evaluations of that model, where it is one that takes several; null is what it was made for."""
+    sampler: str | None = None
+    """How it takes them, likewise."""
+
+    def __post_init__(self) -> None:
+        if self.model is not None and (self.overrides or self.recipe or self.method):
+            raise ValueError(f"'{self.title}' has a model that is there already: overrides, recipe, method have no use")
+        if self.model is None and (self.steps is not None or self.sampler is not None):
+            raise ValueError(f"'{self.title}' has steps or sampler and no model: expected with a model alone")
 
     @property
     def differences(self) -> list[str]:
         """What makes it differ, in ``key=value`` lines for a reader."""
-        given = {"recipe": self.recipe, "method": self.method}
+        given = {key: getattr(self, key) for key in ("recipe", "method", "model", "steps", "sampler")}
         return [*(f"{key}={value}" for key, value in given.items() if value), *override_lines(self.overrides)]
 
 
@@ -125,6 +137,8 @@ class SuiteConfig:
         for name in self.variants:
             if not _NAME.fullmatch(name) or name in ROWS:
                 raise ValueError(f"variants.{name}: expected a name of a-z, 0-9, - and _, other than {', '.join(ROWS)}")
+        if all(variant.model is not None for variant in self.variants.values()):
+            raise ValueError("variants are all models that are there already: expected at least one that is trained")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +158,10 @@ class Suite:
                     f"suite '{self.name}' has no variant '{name}': {did_you_mean(name, self.config.variants)}"
                 )
         return [name for name in self.config.variants if not names or name in names]
+
+    def trained(self, names: Sequence[str]) -> list[str]:
+        """Those of the variants ``names`` that are trained and not there already."""
+        return [name for name in names if self.config.variants[name].model is None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +188,8 @@ def suite_names() -> list[str]:
 def load_suite(suite: str, settings: Sequence[str] = ()) -> Suite:
     """Read a packaged suite or a file; ``settings`` are the ``key=value`` words of the command line.
 
-    ``validation=FOLDER`` names the held-out photos, ``evaluation.KEY=VALUE`` changes how models are compared, and all
-    others change the runs.
+    ``validation=FOLDER`` names the held-out photos, ``evaluation.KEY=VALUE`` changes how models are compared,
+    ``variants.NAME.KEY=VALUE`` a variant, and all others change the runs.
     """
     values = _read_suite(suite)
     changes: list[str] = []
@@ -179,7 +197,7 @@ def load_suite(suite: str, settings: Sequence[str] = ()) -> Suite:
         key, _, value = setting.partition("=")
         if key == HELD_OUT:
             values = apply_overrides(values, [f"evaluation.data.paths={json.dumps(_folders(value))}"])
-        elif key.split(".")[0] == "evaluation":
+        elif key.split(".")[0] in ("evaluation", "variants"):
             values = apply_overrides(values, [setting])
         else:
             changes.append(setting)
@@ -190,11 +208,13 @@ def load_suite(suite: str, settings: Sequence[str] = ()) -> Suite:
 
 
 def plan_runs(suite: Suite, variants: Sequence[str], seeds: Sequence[int], out: Path) -> list[VariantRun]:
-    """Every variant with every seed, seed by seed, so that an interrupted suite has whole seeds to compare.
+    """Every trained variant with every seed, seed by seed, so that an interrupted suite has whole seeds to compare.
 
     All settings are checked here, and that all variants have the same budget.
     """
-    runs = [_plan_run(suite, name, seed, out) for seed in seeds for name in variants]
+    runs = [_plan_run(suite, name, seed, out) for seed in seeds for name in suite.trained(variants)]
+    if not runs:
+        raise UserError(f"nothing to train: of {', '.join(variants)} there are models already; choose another one too")
     first = runs[0]
     for run in runs:
         for key in ("steps", "batch_size"):
@@ -268,7 +288,8 @@ def _previews(data: DataConfig) -> list[str]:
 def _refuse_ineffective(config: SuiteConfig, changes: Sequence[str]) -> None:
     """Settings of the command line that would be overwritten everywhere, which nobody can mean."""
     options = {"train.seed": "--seeds", "out": "--out", "method": "the suite's variants"}
-    own = [{line.split("=")[0] for line in override_lines(variant.overrides)} for variant in config.variants.values()]
+    trained = [variant for variant in config.variants.values() if variant.model is None]
+    own = [{line.split("=")[0] for line in override_lines(variant.overrides)} for variant in trained]
     for key in (line.split("=")[0] for line in changes):
         if key in options:
             raise UserError(f"{key}: set by {options[key]}, not by {key}=VALUE")
