@@ -10,7 +10,7 @@ import numpy as np
 from onestepsr.evaluate.report.markup import Markup, element, join
 from onestepsr.evaluate.statistics import Summary
 
-WIDTH, ROW, GAP, AXIS = 640, 84, 22, 26
+WIDTH, ROW, GAP, AXIS = 420, 64, 22, 26
 """Sizes of a plot in its own units: width, height of a histogram, room above it for its name, and of the axis."""
 TICKS = 5
 COLOURS = 6

@@ -44,11 +44,8 @@ def distributions(comparison: Comparison, bins: int) -> Markup:
     plots = []
     for metric, record in comparison.metrics.items():
         common = comparison.common(metric)
-        values = {
-            result.label: [result.values(metric)[name] for name in common]
-            for result in comparison.results
-            if common and result.values(metric)
-        }
+        having = {result.label: own for result in comparison.results if (own := result.values(metric))}
+        values = {label: [own[name] for name in common] for label, own in having.items()} if common else {}
         if values:
             rows = zip(comparison.labels, comparison.summaries, strict=True)
             summaries = {label: row[metric] for label, row in rows if metric in row}
