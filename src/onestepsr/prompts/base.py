@@ -18,30 +18,39 @@ TOKENS = 77
 class PromptExtractor(Protocol):
     """Sees what a picture shows."""
 
-    identity: str
-    """What the texts depend on besides the picture: kind and weights, for caches and records."""
-
     def describe(self, picture: Image.Image) -> str:
-        """A text about ``picture`` (RGB, 8 bit, any size): a sentence or tags joined with ", "."""
+        """The part of a prompt that is about ``picture`` (RGB, 8 bit, any size); weights are loaded when needed."""
+        ...
+
+    def release(self) -> None:
+        """Drop the weights from memory until they are needed again."""
         ...
 
 
 class PromptSource(Protocol):
     """Knows the text of every picture."""
 
-    needs_picture: bool
-    """Whether :meth:`text` looks at the picture itself and not only at its name."""
+    @property
+    def needs_picture(self) -> bool:
+        """Whether :meth:`text` looks at the picture itself and not only at its name."""
+        ...
 
     def text(self, path: Path, picture: Image.Image | None) -> str:
         """The prompt of the picture at ``path``, whose content (RGB, 8 bit) is given if ``needs_picture``."""
+        ...
+
+    def release(self) -> None:
+        """Drop from memory what the next :meth:`text` can load again."""
         ...
 
 
 class Embedder(Protocol):
     """Turns texts into what a diffusion UNet reads."""
 
-    width: int
-    """Channels C of an embedding."""
+    @property
+    def width(self) -> int:
+        """Channels C of an embedding."""
+        ...
 
     def embed(self, texts: list[str]) -> Tensor:
         """Embeddings (N, 77, C) of N texts, float32 on the CPU; equal texts give equal embeddings."""

@@ -1,0 +1,105 @@
+"""The text of every picture: fixed, from files, or from what an extractor sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from onestepsr.config import read_mapping
+from onestepsr.errors import UserError
+from onestepsr.prompts.base import PromptExtractor
+from onestepsr.prompts.tags import format_tags
+
+MAX_PROMPT_BYTES = 16_384
+"""Larger files are no prompts."""
+
+
+class FixedPrompt:
+    """The same text for every picture; the empty text is Stable Diffusion's null prompt."""
+
+    needs_picture = False
+
+    def __init__(self, prompt: str = "") -> None:
+        self.prompt = prompt
+
+    def text(self, path: Path, picture: Image.Image | None = None) -> str:
+        """The text, whatever the picture."""
+        return self.prompt
+
+    def release(self) -> None:
+        """Nothing to drop."""
+
+
+class FilePrompts:
+    """Texts from a folder with ``NAME.txt`` for ``NAME.jpg``, from one text file, or from a table.
+
+    A single ``.txt`` holds the prompt of all pictures; a ``.json`` or ``.yaml`` maps names, with or without suffix, to
+    prompts.
+    """
+
+    needs_picture = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._table: dict[str, str] | None = None
+        if path.suffix in (".json", ".yaml", ".yml"):
+            self._table = _read_table(path)
+        elif not path.is_dir():
+            _read_prompt(path)
+
+    def text(self, path: Path, picture: Image.Image | None = None) -> str:
+        """The text that belongs to ``path`` by its name; :class:`UserError` if there is none."""
+        if self._table is not None:
+            found = self._table.get(path.name, self._table.get(path.stem))
+            if found is None:
+                raise UserError(f"{self.path}: no prompt for {path.name}")
+            return found
+        return _read_prompt(self.path / f"{path.stem}.txt" if self.path.is_dir() else self.path)
+
+    def release(self) -> None:
+        """Nothing to drop."""
+
+
+class ExtractedPrompts:
+    """What an extractor sees in each picture, and the user's words behind it, in the format of OSEDiff."""
+
+    needs_picture = True
+
+    def __init__(self, extractor: PromptExtractor, user_prompt: str = "") -> None:
+        self.extractor, self.user_prompt = extractor, user_prompt
+
+    def text(self, path: Path, picture: Image.Image | None) -> str:
+        """``<what is seen>, <the user's words>,``, which without any words ends in ", ,"."""
+        if picture is None:
+            raise ValueError("an extractor needs the picture")
+        return format_tags([self.extractor.describe(picture)], self.user_prompt)
+
+    def release(self) -> None:
+        """Drop the extractor's weights."""
+        self.extractor.release()
+
+
+def _read_prompt(path: Path) -> str:
+    try:
+        with path.open("rb") as handle:
+            content = handle.read(MAX_PROMPT_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); a prompt was expected there") from error
+    if len(content) > MAX_PROMPT_BYTES:
+        raise UserError(f"{path}: larger than {MAX_PROMPT_BYTES:,} bytes, which is no prompt")
+    try:
+        prompt = " ".join(content.decode("utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text") from error
+    if not prompt:
+        raise UserError(f"{path}: empty; for pictures without a prompt, give --prompt ''")
+    return prompt
+
+
+def _read_table(path: Path) -> dict[str, str]:
+    table = read_mapping(path)
+    for name, prompt in table.items():
+        if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT_BYTES:
+            raise UserError(f"{path}: the prompt of '{name}' is {str(prompt)[:40]!r}, expected a text")
+    return {str(name): prompt for name, prompt in table.items()}

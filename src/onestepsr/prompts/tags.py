@@ -1,0 +1,96 @@
+"""From a tagger's numbers to a prompt, as OSEDiff does it with RAM's network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from onestepsr.errors import UserError
+
+TAGGER_SIDE = 384
+"""Side of the picture that RAM's networks see, whatever its proportions were."""
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+MAX_LIST_BYTES = 4_000_000
+
+
+def format_tags(tags: Sequence[str], user_prompt: str = "") -> str:
+    """OSEDiff's prompt at inference: the tags, the user's words, and a comma after either.
+
+    Without words of the user it ends in ", ,": the published models were measured with that.
+    """
+    return f"{', '.join(tags)}, {user_prompt},"
+
+
+def select_tags(probabilities: Tensor, thresholds: Tensor | float, names: Sequence[str]) -> list[str]:
+    """The ``names`` whose probability (K,) lies above the threshold of their class (K,), in the order of the list."""
+    if probabilities.shape != (len(names),):
+        raise ValueError(f"probabilities {tuple(probabilities.shape)}: expected ({len(names)},), one for each name")
+    chosen = torch.nonzero(probabilities.cpu() > thresholds).flatten().tolist()
+    return [names[index] for index in chosen]
+
+
+def tagger_input(picture: Image.Image, *, antialias: bool = True) -> Tensor:
+    """``picture`` as RAM's network takes it: (1, 3, 384, 384), stretched to a square, in ImageNet's statistics.
+
+    OSEDiff gives it the enlarged LR image (:func:`published_input`). Whether the published resizing widened its filter
+    depends on the version of torchvision it ran with: those since 0.17 do, 0.15, which its requirements name, does not.
+    """
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
+    square = F.interpolate(image, (TAGGER_SIDE, TAGGER_SIDE), mode="bilinear", antialias=antialias)
+    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
+    return (square - mean) / deviation
+
+
+def published_input(picture: Image.Image, scale: int = 4, process_side: int = 512) -> Image.Image:
+    """``picture`` as OSEDiff's script prepares it for tagger and network alike, 8 bit.
+
+    A short side below ``process_side / scale`` is raised to that; then all is enlarged ``scale`` times, both bicubic;
+    then shrunk by Lanczos to whole multiples of 8, which loses up to 7 pixels of either side.
+    """
+    picture = picture.convert("RGB")
+    shortest = process_side // scale
+    if min(picture.size) < shortest:
+        factor = shortest / min(picture.size)
+        picture = picture.resize((int(factor * picture.width), int(factor * picture.height)))
+    picture = picture.resize((picture.width * scale, picture.height * scale))
+    even = (picture.width - picture.width % 8, picture.height - picture.height % 8)
+    return picture.resize(even, Image.Resampling.LANCZOS)
+
+
+def read_tag_names(path: Path) -> list[str]:
+    """One tag per line."""
+    return [line.strip() for line in _read_lines(path)]
+
+
+def read_thresholds(path: Path, count: int) -> Tensor:
+    """One number from 0 to 1 per line, ``count`` of them, as (count,) float32."""
+    lines = _read_lines(path)
+    try:
+        values = [float(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path}: expected one number per line ({error})") from error
+    if len(values) != count:
+        raise UserError(f"{path}: {len(values)} thresholds for {count} tags")
+    if not all(0 <= value <= 1 for value in values):
+        raise UserError(f"{path}: a threshold outside 0 to 1")
+    return torch.tensor(values)
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        if path.stat().st_size > MAX_LIST_BYTES:
+            raise UserError(f"{path}: larger than {MAX_LIST_BYTES:,} bytes, which is no list of tags")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text") from error
+    return text.splitlines()
