@@ -114,6 +114,13 @@ def test_what_is_wrong_is_one_line(
     assert err.count("\n") == 1
 
 
+def test_files_are_written_where_no_published_table_fits(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("first.json", "--beside", "realset65", "--csv", "c.csv", "--markdown", "c.md", code=2)
+    assert "no metric of these results is among those published on 'realset65'" in capsys.readouterr().err
+    assert Path("c.csv").is_file()
+    assert "bicubic" in Path("c.md").read_text()
+
+
 def test_help_is_that_of_the_right_command(capsys: pytest.CaptureFixture[str]) -> None:
     run("--help")
     assert "evaluate compare [OPTIONS]" in capsys.readouterr().out

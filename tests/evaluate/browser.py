@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+SILENCE = 60
+"""Seconds without a word after which the browser counts as stuck."""
 LAUNCH = """
 import fcntl, os, sys
 read, write = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
@@ -110,6 +113,8 @@ class Browser:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._read], [], [], SILENCE)
+            assert ready, f"the browser has been silent for {SILENCE} seconds"
             block = os.read(self._read, 2**16)
             assert block, "the browser has ended"
             self._buffer += block

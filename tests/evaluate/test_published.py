@@ -126,6 +126,17 @@ def test_osediffs_variants_are_ours_where_we_have_them() -> None:
         assert (own.variant, own.higher_is_better) == (record.variant, record.higher_is_better), name
 
 
+@pytest.mark.parametrize(("name", "place"), [("osediff", "osediff/realsr"), ("d3sr", "d3sr-table1/realset65")])
+def test_our_protocols_are_the_papers(name: str, place: str) -> None:
+    from onestepsr.evaluate.protocols import PROTOCOLS, applicable
+
+    specs = applicable(PROTOCOLS[name], with_reference=True)
+    ((table, rows),) = find_published(place)
+    images = {f"p{number}": {"niqe": 5.0} for number in range(rows.images or 1)}
+    result = EvaluationResult(label="x", protocol=PROTOCOLS[name].record(specs), images=images)
+    assert "" not in mismatches(result, table, rows)
+
+
 def test_tables_without_a_common_metric_are_left_out() -> None:
     titles = [grid.title for grid in beside([make_result("x", HUNDRED)], "realsr")]
     assert len(titles) == 2

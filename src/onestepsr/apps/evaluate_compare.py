@@ -79,9 +79,9 @@ def compare_command(
     grids = [method_grid(comparison)] + ([difference_grid(comparison)] if comparison.differences else [])
     for grid in grids:
         grid.show()
-    outputs.write(comparison, grids)
     if json_file is not None:
         write_texts({json_file: json.dumps(comparison.to_mapping(), indent=1, allow_nan=False) + "\n"})
+    outputs.write(comparison, grids)
 
 
 def _refuse_repeats(files: list[Path]) -> None:

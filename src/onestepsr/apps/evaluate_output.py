@@ -64,11 +64,19 @@ class Outputs:
             find_published(self.beside)
 
     def write(self, comparison: Comparison, grids: Sequence[Grid]) -> None:
-        """Print the published numbers and write the files; ``grids`` are the tables that were printed."""
+        """Print the published numbers and write the files; ``grids`` are the tables that were printed.
+
+        UserError, once everything else is written, if no published table has a metric of the results.
+        """
         from onestepsr.evaluate.published import beside
         from onestepsr.evaluate.tables import values_csv, write_texts
 
-        published = beside(comparison.results, self.beside) if self.beside else []
+        published: list[Grid] = []
+        problem: UserError | None = None
+        try:
+            published = beside(comparison.results, self.beside) if self.beside else []
+        except UserError as error:  # measuring may have taken hours: the files come first
+            problem = error
         for grid in published:
             grid.show()
         tables = [*grids, *published]
@@ -80,6 +88,8 @@ class Outputs:
         write_texts({path: text for path, text in texts.items() if path is not None})
         if self.report is not None:
             write_report_folder(self.report, comparison, published)
+        if problem is not None:
+            raise problem
 
 
 def check_file(option: str, path: Path | None) -> None:
