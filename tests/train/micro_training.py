@@ -40,6 +40,14 @@ ADAPTERS = {"backbone": "diffusion", "lora": LORA, "discriminator": {"hidden": [
 DENOISER = {"latent_channels": 8, "widths": [8, 16], "down_blocks": [1, 1], "up_blocks": [1, 1], "time_width": 16}
 LPIPS = {"distance": "lpips", "features": "oriented"}
 JUDGE = {"head": {"width": 4, "norm_groups": 4}}
+PROMPTLESS = {
+    "backbone": "diffusion",
+    "timestep": 399,
+    "posterior": "sample",
+    "lora": LORA,
+    "autoencoder_lora": LORA,
+    "vsd": {"lora": LORA},
+}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "autoencoder": ("autoencoder", {"model": SIZES}),
     "diffusion": ("diffusion", {"autoencoder": "autoencoder", "backbone": {"model": SIZES}}),
@@ -55,6 +63,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "discriminator": {"kind": "diffusion_gan", "tuning": "full", "hidden": [8], "adaptive": {"images": 50}},
         },
     ),
+    "osediff": ("osediff", PROMPTLESS),
+    "osediff in 16 bits": ("osediff", PROMPTLESS),
     "resshift": (
         "resshift",
         {"autoencoder": "autoencoder", "denoiser": DENOISER, "perceptual_weight": 1.0, "perceptual": LPIPS},
@@ -73,7 +83,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 
 IN_16_BITS = {"mixed_precision": "bf16", "frozen_dtype": "bfloat16"}
 LOOPS: dict[str, dict[str, Any]] = dict.fromkeys(
-    (f"{name} in 16 bits" for name in ("d3sr", "sinsr", "tadsr")), IN_16_BITS
+    (f"{name} in 16 bits" for name in ("d3sr", "osediff", "sinsr", "tadsr")), IN_16_BITS
 )
 """Settings of the loop in which a run differs from the others."""
 

@@ -5,4 +5,4 @@ from __future__ import annotations
 
 def load_methods() -> None:
     """Import the modules of all methods."""
-    from onestepsr.methods import autoencoder, d3sr, diffusion, resshift, sinsr, tadsr  # noqa: F401
+    from onestepsr.methods import autoencoder, d3sr, diffusion, osediff, resshift, sinsr, tadsr  # noqa: F401

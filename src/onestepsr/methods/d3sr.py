@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -16,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.errors import UserError
-from onestepsr.methods.base import Batch, Exported, LossFn, Method, MethodEntry, Networks, Phase, SampleRandom, register
-from onestepsr.methods.judges import CRITIC, DISCRIMINATOR, Judge, Made, latent_judge, picture_judge
+from onestepsr.methods.base import Batch, Exported, LossFn, Method, MethodEntry, Networks, SampleRandom, register
+from onestepsr.methods.judges import CRITIC, DISCRIMINATOR, Judge, Made, judged_phases, latent_judge, picture_judge
 from onestepsr.methods.latent_discriminator import (
     DiscriminatorConfig,
     Tuning,
@@ -121,7 +122,7 @@ def build(config: D3SRConfig) -> Method:
     return Method(
         networks=networks,
         frozen=spatial.frozen,
-        phases=_phases(spatial, judges),
+        phases=judged_phases(partial(_generator_phase, spatial), judges),
         ema=("generator",),
         preview=_preview,
         export=_export,
@@ -145,21 +146,6 @@ def _prepare_generator(config: D3SRConfig) -> OneStepLatentGenerator:
 
 def _belongs_to_decoder(name: str) -> bool:
     return any(part.startswith("decoder") or part == "post_quant_conv" for part in name.split("."))
-
-
-def _phases(spatial: SpatialLoss, judges: list[Judge]) -> tuple[Phase, ...]:
-    """The generator on the spatial loss, joined by each judge from its start on; then the judges."""
-    starts = sorted({0, *(judge.start for judge in judges)})
-    phases = [
-        Phase(
-            network="generator",
-            loss=_generator_phase(spatial, [judge for judge in judges if judge.start <= start]),
-            start=start,
-            stop=stop,
-        )
-        for start, stop in zip(starts, [*starts[1:], None], strict=True)
-    ]
-    return (*phases, *(Phase(network=judge.network, loss=judge.learn, start=judge.start) for judge in judges))
 
 
 def _generator_phase(spatial: SpatialLoss, judges: list[Judge]) -> LossFn:

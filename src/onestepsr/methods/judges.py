@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from onestepsr.losses.adversarial import bce_discriminator_loss, bce_generator_loss
-from onestepsr.methods.base import Batch, LossFn, Networks, SampleRandom
+from onestepsr.methods.base import Batch, LossFn, Networks, Phase, SampleRandom
 from onestepsr.methods.noising import LatentNoise
 
 DISCRIMINATOR = "discriminator"
@@ -24,6 +24,8 @@ class Made:
     """Pictures (N, 3, H, W) in about [0, 1]."""
     z_sr: Tensor
     """Their latents (N, C, h, w)."""
+    prompt: Tensor | None = None
+    """Prompt embeddings (N, L, C) of the pictures, where each has its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,3 +74,21 @@ def picture_judge(weight: float, start: int) -> Judge:
         return {"critic": bce_discriminator_loss(real, fake)}
 
     return Judge(network=CRITIC, term="critic_adversarial", start=start, judge=judge, learn=learn)
+
+
+def judged_phases(generator_loss: Callable[[list[Judge]], LossFn], judges: list[Judge]) -> tuple[Phase, ...]:
+    """The generator alone, joined by each judge from its start on; then the judges.
+
+    ``generator_loss`` makes the generator's loss for those judges that take part.
+    """
+    starts = sorted({0, *(judge.start for judge in judges)})
+    phases = [
+        Phase(
+            network="generator",
+            loss=generator_loss([judge for judge in judges if judge.start <= start]),
+            start=start,
+            stop=stop,
+        )
+        for start, stop in zip(starts, [*starts[1:], None], strict=True)
+    ]
+    return (*phases, *(Phase(network=judge.network, loss=judge.learn, start=judge.start) for judge in judges))

@@ -34,8 +34,8 @@ ENCODER_LAYERS = r"(vae\.)?(encoder|quant_conv)(\..*)?"
 """Layers of an autoencoder that belong to its encoder: in Stable Diffusion's 32, at rank 4 369,356 parameters."""
 DECODER_LAYERS = r"(vae\.)?(decoder|decoder_linear|post_quant_conv)(\..*)?"
 """Those that belong to its decoder."""
-FIRST_LAYER = r"(unet|encoder)\.conv_in(\.base_layer)?\.(weight|bias)"
-"""Parameters of a UNet's first convolution, which OSEDiff trains themselves beside their adapters."""
+FIRST_LAYER = r"(unet|encoder)\.conv_in"
+"""A UNet's first convolution, whose own weights OSEDiff trains beside its adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,11 @@ def read_published(path: Path) -> Adapters:
     )
 
 
+def read_any(path: Path) -> Adapters:
+    """The content of either file."""
+    return read_adapters(path) if path.suffix == ".safetensors" else read_published(path)
+
+
 def write_published(path: Path, adapters: Adapters) -> None:
     """Write the published layout; equal content gives equal bytes."""
     content = {

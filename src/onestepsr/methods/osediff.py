@@ -1,0 +1,297 @@
+"""OSEDiff (Wu et al., "One-Step Effective Diffusion Network for Real-World Image Super-Resolution", 2024).
+
+Generator: MSE + 2 LPIPS + variational score distillation of its latents. Every iteration updates the generator, then
+the regulariser, which learns to predict the noise on the latents that the generator's phase has made.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onestepsr.errors import UserError
+from onestepsr.methods.base import Batch, Exported, LossFn, Method, MethodEntry, Networks, SampleRandom, register
+from onestepsr.methods.judges import DISCRIMINATOR, Judge, Made, judged_phases, latent_judge
+from onestepsr.methods.latent_discriminator import DiscriminatorConfig, build_discriminator, checkpoint_gradients
+from onestepsr.methods.spatial import PerceptualConfig, SpatialLoss, SpatialWeights
+from onestepsr.methods.variational import (
+    REGULARIZER,
+    TEACHER,
+    AdapterConfig,
+    VariationalConfig,
+    build_pair,
+    unet_adapters,
+    variational_judge,
+)
+from onestepsr.models.architectures import describe
+from onestepsr.models.backbones import load_backbone, read_prompt
+from onestepsr.models.lora import LoraConfig, add_lora, merged_state_dict
+from onestepsr.models.osediff import (
+    DECODER_LAYERS,
+    ENCODER_LAYERS,
+    FIRST_LAYER,
+    TIMESTEP,
+    OSEDiffGenerator,
+    Posterior,
+)
+from onestepsr.models.osediff_adapters import copy_into_adapters
+from onestepsr.models.osediff_file import read_any
+from onestepsr.models.sharing import sharing_copy
+from onestepsr.models.stable_diffusion_config import PromptConfig
+
+ENCODER = "encoder"
+"""Name of the frozen encoder in :class:`onestepsr.methods.base.Method`, where one is needed."""
+Part = Literal["encoder", "unet", "decoder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OSEDiffPerceptualConfig(PerceptualConfig):
+    """The perceptual distance: LPIPS."""
+
+    distance: Literal["ea_dists", "dists", "lpips"] = "lpips"
+    """OSEDiff's LPIPS, or one of those that D3SR compares."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OSEDiffPromptConfig:
+    """The condition of all three UNets, for pictures that bring no prompt embedding of their own."""
+
+    kind: Literal["null", "learnable", "file"] = "null"
+    """``null``: the embedding that a backbone of ours was trained with; zeros for a Stable Diffusion, which is not its
+    embedding of an empty text (``file`` can hold that one). ``learnable``: trained with the generator."""
+    file: Path | None = None
+    """With ``file``: safetensors file of one embedding (L, C)."""
+    negative_file: Path | None = None
+    """Likewise, of the negative prompt, which guides the teacher; without one there is no guidance."""
+    start: PromptConfig = field(default_factory=PromptConfig)
+    """How a learnable embedding starts on a backbone that brings none."""
+
+    def __post_init__(self) -> None:
+        if (self.kind == "file") != (self.file is not None):
+            raise ValueError(
+                f"kind '{self.kind}' with file {self.file}: a file belongs to the kind 'file', and only to it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OSEDiffConfig:
+    """Backbone, what is trained of it, losses. The defaults are the published code's but for ``posterior``."""
+
+    backbone: str
+    """Pretrained latent-diffusion backbone: a name, a diffusers folder, a single-file checkpoint, or weights of ours
+    from the ``diffusion`` method or an earlier generator; ``random:NAME`` needs no file and knows nothing."""
+    scale: int = 4
+    """Upscaling factor; 1 restores without enlarging, as the face model does."""
+    timestep: int = TIMESTEP
+    """The step at which the UNet is evaluated."""
+    posterior: Posterior = "mean"
+    """What the encoder gives to the UNet: the mean, or a sample as the published code draws it. The mean by default,
+    because one picture then has one result."""
+    prompt: OSEDiffPromptConfig = field(default_factory=OSEDiffPromptConfig)
+    """The text condition."""
+    parts: tuple[Part, ...] = ("encoder", "unet")
+    """What is trained of the generator; the paper compares encoder and decoder, each with and without."""
+    tuning: Literal["lora", "full"] = "lora"
+    """How these parts are trained: adapters, and the UNet's whole first convolution beside them; or all parameters."""
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
+    """The UNet's adapters."""
+    autoencoder_lora: AdapterConfig = field(default_factory=AdapterConfig)
+    """The adapters of encoder and decoder; the paper compares the ranks 2, 4 and 8."""
+    adapters: Path | None = None
+    """Published weights, or a file of adapters of ours, to start from."""
+    share_frozen: bool = True
+    """Keep one copy of the layers that generator, regulariser and teacher have in common and do not train. The
+    published code keeps three; results are the same."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: about a third slower, far less memory."""
+    mse_weight: float = 1.0
+    """Weight of the squared error of images in [-1, 1]."""
+    perceptual_weight: float = 2.0
+    """Weight of the perceptual distance; 0 leaves it out."""
+    lattice_weight: float = 0.0
+    """Weight of the penalty on patterns locked to the latent grid, in [-1, 1]; not in the paper."""
+    perceptual: OSEDiffPerceptualConfig = field(default_factory=OSEDiffPerceptualConfig)
+    """The perceptual distance, LPIPS in the paper."""
+    regularization: Literal["vsd", "vsd_image", "gan", "none"] = "vsd"
+    """What makes pictures natural: distillation of latents; the same of pictures, which pass through the decoder and
+    the untrained encoder first (our reading of what the paper calls the image domain); D3SR's discriminator instead;
+    nothing."""
+    vsd: VariationalConfig = field(default_factory=VariationalConfig)
+    """Variational score distillation."""
+    adversarial_weight: float = 0.5
+    """Weight of the discriminator's term with ``gan``. The paper gives none; this is D3SR's first default."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """The discriminator of ``gan``."""
+
+    def __post_init__(self) -> None:
+        if min(self.mse_weight, self.perceptual_weight, self.lattice_weight, self.adversarial_weight) < 0:
+            raise ValueError("loss weights must not be negative")
+        if not self.mse_weight + self.perceptual_weight:
+            raise ValueError("mse_weight and perceptual_weight are both 0: nothing ties the output to the photo")
+        if not self.parts or len(set(self.parts)) != len(self.parts):
+            raise ValueError(f"parts is {list(self.parts)}: expected one or more of encoder, unet, decoder, each once")
+        if not 1 <= self.scale <= 16:
+            raise ValueError(f"scale is {self.scale}: expected 1 to 16")
+        if self.adapters is not None and (self.tuning != "lora" or set(self.parts) != {"encoder", "unet"}):
+            raise ValueError("adapters: published weights need tuning 'lora' and the parts encoder and unet")
+
+
+class TrainableOSEDiff(nn.Module):
+    """A generator as training calls it: through ``forward`` alone, which also returns the latents to be judged."""
+
+    def __init__(self, generator: OSEDiffGenerator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, lr: Tensor, prompt: Tensor | None = None, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """SR image (N, 3, s h, s w) and its latent; see :meth:`OSEDiffGenerator.restore`."""
+        return self.generator.restore(lr, prompt=prompt, noise=noise)
+
+
+class FrozenEncoder(nn.Module):
+    """The backbone's encoder before training."""
+
+    def __init__(self, autoencoder: nn.Module) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Latent (N, C, H/f, W/f) of an image (N, 3, H, W) in [0, 1]."""
+        return cast(Tensor, self.autoencoder.encode(x * 2 - 1))  # type: ignore[operator]
+
+
+def build(config: OSEDiffConfig) -> Method:
+    """Generator phase, then that of the regulariser or the discriminator."""
+    generator = _prepare_generator(config)
+    spatial = SpatialLoss(
+        SpatialWeights(mse=config.mse_weight, perceptual=config.perceptual_weight, lattice=config.lattice_weight),
+        config.perceptual,
+    )
+    networks: dict[str, nn.Module] = {"generator": TrainableOSEDiff(generator)}
+    frozen = dict(spatial.frozen)
+    judges = _add_judge(generator, config, networks, frozen)
+    _tune(generator, config)  # after the judges have copied the plain networks
+    return Method(
+        networks=networks,
+        frozen=frozen,
+        phases=judged_phases(partial(_generator_loss, generator, spatial, config), judges),
+        ema=("generator",),
+        preview=partial(_preview, generator.scale),
+        export=_export,
+        scale=generator.scale,
+        hr_multiple=generator.scale * generator.lr_multiple,
+    )
+
+
+def _prepare_generator(config: OSEDiffConfig) -> OSEDiffGenerator:
+    prompt = config.prompt.start if config.prompt.kind == "learnable" else PromptConfig(std=0.0)
+    backbone = load_backbone(config.backbone, prompt=prompt, prompt_file=config.prompt.file)
+    last = backbone.schedule.steps - 1
+    if not 0 <= config.timestep <= last:
+        raise UserError(f"config.timestep: {config.timestep}, but {config.backbone} knows steps from 0 to {last}")
+    generator = OSEDiffGenerator.of(backbone, timestep=config.timestep, scale=config.scale, posterior=config.posterior)
+    generator.requires_grad_(False)
+    generator.prompt.requires_grad_(config.prompt.kind == "learnable")
+    if config.gradient_checkpointing:
+        checkpoint_gradients(generator.unet, generator.autoencoder)
+    return generator
+
+
+def _add_judge(
+    generator: OSEDiffGenerator, config: OSEDiffConfig, networks: dict[str, nn.Module], frozen: dict[str, nn.Module]
+) -> list[Judge]:
+    """Put what judges the generator among the networks."""
+    if config.regularization == "none":
+        return []
+    share = config.share_frozen and config.tuning == "lora"
+    if config.regularization != "vsd":
+        autoencoder = generator.autoencoder
+        frozen[ENCODER] = FrozenEncoder(sharing_copy(autoencoder) if share else copy.deepcopy(autoencoder))
+    if config.regularization == "gan":
+        networks[DISCRIMINATOR], noise = build_discriminator(
+            generator, config.discriminator, name=config.backbone, checkpointing=config.gradient_checkpointing
+        )
+        return [latent_judge(noise, config.adversarial_weight, config.discriminator.start)]
+    file = config.prompt.negative_file
+    negative = None if file is None else read_prompt(file, generator.prompt_width)
+    networks[REGULARIZER], frozen[TEACHER] = build_pair(generator, config.vsd, negative, share=share)
+    return [variational_judge(generator, config.vsd)]
+
+
+def _tune(generator: OSEDiffGenerator, config: OSEDiffConfig) -> None:
+    """Make the parts that are trained trainable."""
+    layers = "|".join(
+        pattern for part, pattern in (("encoder", ENCODER_LAYERS), ("decoder", DECODER_LAYERS)) if part in config.parts
+    )
+    if config.tuning == "full":
+        _require_gradients(generator.autoencoder, rf"({layers})" if layers else "(?!)")
+        generator.unet.requires_grad_("unet" in config.parts)
+        return
+    if layers:
+        own = config.autoencoder_lora
+        add_lora(generator.autoencoder, LoraConfig(rank=own.rank, alpha=own.alpha, targets=own.targets or layers))
+    if "unet" in config.parts:
+        add_lora(generator.unet, unet_adapters(generator.unet, config.lora))
+        _require_gradients(generator.unet, rf"{FIRST_LAYER}\.base_layer")
+    if config.adapters is not None:
+        copy_into_adapters(generator, read_any(config.adapters), str(config.adapters))
+
+
+def _require_gradients(network: nn.Module, layers: str) -> None:
+    """Train the parameters of the layers whose whole name ``layers`` matches."""
+    for name, parameter in network.named_parameters():
+        if re.fullmatch(layers, name.rpartition(".")[0]):
+            parameter.requires_grad_(True)
+
+
+def _generator_loss(
+    generator: OSEDiffGenerator, spatial: SpatialLoss, config: OSEDiffConfig, judges: list[Judge]
+) -> LossFn:
+    def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        for judge in judges:
+            judge.settle()
+        lr, prompt = batch["lr"], batch.get("prompt")
+        noise = random.normal(generator.latent_like(lr)) if config.posterior == "sample" else None
+        sr, z_sr = networks["generator"](lr, prompt, noise)
+        if judges and config.regularization == "vsd_image":
+            z_sr = networks[ENCODER](sr)
+        made = Made(sr=sr, z_sr=z_sr, prompt=prompt)
+        if judges:
+            batch["z_sr"] = z_sr.detach()
+        if judges and config.regularization == "gan":
+            with torch.no_grad():
+                batch["z_hr"] = networks[ENCODER](batch["hr"])
+        return spatial(sr, batch["hr"]) | {judge.term: judge.judge(networks, made, random) for judge in judges}
+
+    return loss
+
+
+def _preview(scale: int, networks: Networks, batch: Batch) -> dict[str, Tensor]:
+    sr = networks["generator"](batch["lr"], batch.get("prompt"))[0]
+    enlarged = F.interpolate(batch["lr"], scale_factor=float(scale), mode="bicubic", align_corners=False)
+    return {"LR (bicubic)": enlarged.clamp(0, 1), "SR": sr.clamp(0, 1), "HR": batch["hr"]}
+
+
+def _export(networks: Mapping[str, nn.Module]) -> Exported:
+    generator = cast(TrainableOSEDiff, networks["generator"]).generator
+    architecture, described = describe(generator)
+    return Exported(state_dict=merged_state_dict(generator), architecture=architecture, config=described)
+
+
+register(
+    MethodEntry(
+        name="osediff",
+        summary="one-step generator trained with MSE, LPIPS and variational score distillation",
+        config=OSEDiffConfig,
+        build=build,
+    )
+)
