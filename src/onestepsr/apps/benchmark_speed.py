@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "d3sr-tiny"
 LARGEST_SIDE = 16_384
 TABLE_WIDTH = 200
+CEILING_SECONDS = 0.5
+"""Time for every shape that the ceiling is looked for with."""
 COMMAND = ("onestepsr", "benchmark", "speed")
 
 
@@ -85,6 +87,7 @@ def speed(
         warmup=warmup,
         baseline=baseline,
         memory=memory,
+        ceiling_seconds=CEILING_SECONDS,
     )
     report = measure(list(dict.fromkeys(model or [DEFAULT_MODEL])), numbers, config)
     _put_out(report, json_file, markdown)

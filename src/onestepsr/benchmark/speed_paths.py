@@ -17,6 +17,7 @@ from onestepsr.benchmark.stages import NETWORK, Stopwatch, stages_of
 from onestepsr.color import wavelet
 from onestepsr.image import Picture, read_picture, samples_to_tensor, tensor_to_samples
 from onestepsr.image_write import write_picture
+from onestepsr.models.generators import pad_to
 from onestepsr.upscaler import UpscaleOptions, Upscaler, enlarge
 
 WHOLE, READ, UPSCALE, WRITE = "whole", "read", "upscale", "write"
@@ -94,16 +95,24 @@ class WholePath:
         self, generator: nn.Module, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
     ) -> None:
         self.generator, self.device, self.dtype, self.memory_format = generator, device, dtype, memory_format
+        self._scale = int(cast(int, generator.scale))
         self._takes_rng = "rng" in inspect.signature(generator.forward).parameters
 
     def enlarge(self, pictures: Sequence[Picture]) -> list[Samples]:
         """The network draws the noise that the upscaler gives a picture of one tile, where it draws any."""
         extra: dict[str, Any] = {"rng": torch.Generator().manual_seed(0)} if self._takes_rng else {}
         with torch.inference_mode():
-            lr = torch.cat([samples_to_tensor(picture.pixels) for picture in pictures]).to(self.device)
+            lr = self._padded(torch.cat([samples_to_tensor(picture.pixels) for picture in pictures]).to(self.device))
             sr = self.generator(lr.to(self.dtype).contiguous(memory_format=self.memory_format), **extra)
-            fixed = wavelet(sr.float().clamp(0.0, 1.0), enlarge(lr, cast(int, self.generator.scale)))
-        return [tensor_to_samples(values, np.uint8) for values in fixed]
+            fixed = wavelet(sr.float().clamp(0.0, 1.0), enlarge(lr, self._scale))
+        height, width = (side * self._scale for side in (pictures[0].height, pictures[0].width))
+        return [tensor_to_samples(values[:, :height, :width], np.uint8) for values in fixed]
+
+    def _padded(self, lr: torch.Tensor) -> torch.Tensor:
+        """Padded before everything, as the upscaler does, so that the colour fix sees the same borders."""
+        multiple = cast(int, getattr(self.generator, "lr_multiple", 1))
+        height, width = (-(-side // multiple) * multiple for side in lr.shape[-2:])
+        return pad_to(lr, height, width)
 
     def tile(self, height: int, width: int) -> int:
         """The whole picture."""
