@@ -28,7 +28,10 @@ def test_pairs_follow_names_and_not_order(tmp_path: Path) -> None:
     assert [path.name for path in pairing.lonely_hr] == ["a.png"]
 
 
-@pytest.mark.parametrize("made", ["a_x4.png", "a_LR_x4.png", "a_LR4.png", "a_SR.png", "a-LR_x2.5.png", "a.png"])
+MADE = ("a_x4.png", "a_LR_x4.png", "a_LR4.png", "a_SR.png", "a-LR_x2.5.png", "a.png", "a_HR.png", "a_HR_x4.png")
+
+
+@pytest.mark.parametrize("made", MADE)
 def test_usual_endings_need_no_suffix(tmp_path: Path, made: str) -> None:
     hr = touch(tmp_path / "hr", "a_HR.png", "a_LR4.png", "b_HR.png")
     pairing = pair_by_name(touch(tmp_path / "sr", made), hr)

@@ -12,8 +12,9 @@ from onestepsr.errors import UserError
 
 LR_ENDING = re.compile(r"[_-]LR(?:x?\d+)?$", re.IGNORECASE)
 HR_ENDING = re.compile(r"[_-]HR$", re.IGNORECASE)
-MADE_ENDING = re.compile(r"(?:[_-](?:LR(?:x?\d+)?|SR))?(?:_x\d+(?:\.\d+)?)?$", re.IGNORECASE)
-"""What SR pictures have at their end beyond the name of the scene: the ending of their LR picture, a factor."""
+MADE_ENDING = re.compile(r"(?:[_-](?:LR(?:x?\d+)?|SR|HR))?(?:_x\d+(?:\.\d+)?)?$", re.IGNORECASE)
+"""What SR pictures have at their end beyond the name of the scene: the ending of their LR picture or, where all folders
+use the same names, of their reference; a factor."""
 LR_FOLDERS = ("LR", "test_LR")
 HR_FOLDERS = ("HR", "test_HR")
 """Names, in any case, of the folders inside a data set that has its pictures in two."""
