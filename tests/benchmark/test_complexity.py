@@ -71,6 +71,34 @@ def test_half_unets_miss_only_attention_too(report: Report) -> None:
     assert stage.cost.macs - stage.cost.layer_macs == expected
 
 
+def test_resshift_and_sinsr_have_the_published_sizes_and_operations(report: Report) -> None:
+    """The table prints 173.8 M, which is the layers' share; 4,903 G; and 2,059 G, which fits none of our counts."""
+    many, one = of(report, "resshift-realsr-v1"), of(report, "sinsr")
+    for network in (many, one):
+        assert network.parts == {"unet": 118_593_583, "autoencoder": 55_322_782}
+        assert sum(stage.cost.thop_parameters for stage in network.stages) / 1e6 == pytest.approx(173.8, abs=0.05)
+    assert (many.steps, one.steps) == (15, 1)
+    rows = softmax_rows()
+    assert (many.layer_macs + 15 * rows * (3 * 64 - 1)) / 1e9 == pytest.approx(4903, abs=0.5)
+    assert (one.layer_macs + rows * (3 * 64 - 1)) / 1e9 == pytest.approx(2095, abs=0.5)
+    (unet,) = (stage.cost for stage in one.stages if stage.name == "unet")
+    assert unet.macs - unet.layer_macs == rows // 6 * 2 * 64 * 192
+
+
+def softmax_rows() -> int:
+    """Rows that the window attention of one evaluation normalises: six heads for every token of every block, for
+    latents of 128 x 128. Blocks: two on the way down and two up per level, and two in the middle."""
+    return 6 * sum(blocks * (128 >> level) ** 2 for level, blocks in enumerate((4, 4, 4, 6)))
+
+
+def test_random_weights_and_aliases_of_the_family_are_counted_without_weights(report: Report) -> None:
+    named = of(report, "sinsr")
+    assert measure("random:sinsr", 512).macs == named.macs
+    small = measure("random:resshift-realsr", 256)
+    assert layer_macs_by_stage(small)["unet"] == pytest.approx(layer_macs_by_stage(named)["unet"] / 4, rel=1e-3)
+    assert measure("resshift-realsr-v2", 256).macs == small.macs
+
+
 def test_adapter_sets_agree_with_the_profiler_itself(report: Report) -> None:
     """thop 0.1.1 run on the same networks (diffusers 0.42.1, peft 0.21.2) printed these MACs and parameters."""
     printed = {
@@ -148,6 +176,7 @@ def test_a_file_of_weights_is_counted_without_reading_them(tmp_path: Path) -> No
         ("vgg16", 512, UnknownModel, "unknown network 'vgg16'"),
         ("bicubic", 512, UserError, "no weights file"),
         ("random:sdxl-base", 512, UserError, "discriminator's backbone only"),
+        ("sinsr", 500, UserError, "multiple of 256, such as 512"),
         ("d3sr-tiny", 500, UserError, "multiple of 16, such as 496"),
         ("d3sr-tiny", 3, UserError, "such as 16"),
         ("sd21-discriminator", 100, UserError, "multiple of 8"),

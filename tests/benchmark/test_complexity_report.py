@@ -28,7 +28,7 @@ def test_document_is_plain_data_whose_totals_add_up(report: Report) -> None:
         "macs_billions": 2132,
     }
     for network in document["networks"]:
-        assert network["macs"] == sum(stage["macs"] for stage in network["stages"])
+        assert network["macs"] == sum(stage["times"] * stage["macs"] for stage in network["stages"])
         assert network["parameters"] == sum(network["parts"].values())
 
 
@@ -37,6 +37,9 @@ def test_published_figures_stand_beside_ours_only_at_their_size(report: Report, 
     methods = [row[0] for row in tables(report)[2].rows]
     assert methods[:2] == ["StableSR", "DiffBIR"]
     assert "d3sr-sd21, counted here" in methods
+    steps = {row[0].partition(",")[0]: row[1] for row in tables(report)[2].rows}
+    assert [steps[name] for name in ("resshift-realsr-v1", "resshift-realsr-v3", "sinsr")] == ["15", "4", "1"]
+    assert "15 x unet" in {row[1] for row in tables(report)[0].rows}
 
 
 def test_every_row_has_a_cell_for_every_column(report: Report) -> None:

@@ -14,6 +14,9 @@ from onestepsr.benchmark.counting import Cost, count, number_of
 from onestepsr.errors import UserError
 from onestepsr.models.discriminators import DiffusionEncoder, NoiseAwareDiscriminator
 from onestepsr.models.generators import OneStepLatentGenerator
+from onestepsr.models.residual_generator import ResidualShiftGenerator
+
+Generator = OneStepLatentGenerator | ResidualShiftGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,9 @@ class Stage:
     name: str
     """``encode``, ``unet``, ``decode``, or ``discriminator``."""
     cost: Cost
-    """What it costs for one picture."""
+    """What one evaluation costs."""
+    times: int = 1
+    """How often it is evaluated for one picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +51,26 @@ class Complexity:
     """The parts of one evaluation, in order."""
 
     @property
+    def steps(self) -> int:
+        """Evaluations of the diffusion network for one picture."""
+        return max(stage.times for stage in self.stages)
+
+    @property
     def macs(self) -> int:
         """MACs of all stages, by PyTorch's counter."""
-        return sum(stage.cost.macs for stage in self.stages)
+        return sum(stage.times * stage.cost.macs for stage in self.stages)
 
     @property
     def layer_macs(self) -> int:
         """MACs of all stages in convolution and linear layers."""
-        return sum(stage.cost.layer_macs for stage in self.stages)
+        return sum(stage.times * stage.cost.layer_macs for stage in self.stages)
 
 
-def measure_generator(generator: OneStepLatentGenerator, side: int, *, name: str, summary: str) -> Complexity:
-    """Complexity of encoding, one UNet evaluation and decoding for one picture of ``side`` x ``side`` pixels.
+def measure_generator(generator: Generator, side: int, *, name: str, summary: str) -> Complexity:
+    """Complexity of encoding, every UNet evaluation and decoding for one picture of ``side`` x ``side`` pixels.
 
-    ``generator`` must be on the meta device. Bicubic enlargement and Eq. 1 around the UNet count nothing: they have no
-    products of matrices. Raises :class:`UserError` for a side that the network would pad.
+    ``generator`` must be on the meta device. Bicubic enlargement and the formulas around the UNet count nothing: they
+    have no products of matrices. Raises :class:`UserError` for a side that the network would pad.
     """
     multiple = generator.scale * generator.lr_multiple
     if side < 1 or side % multiple:
@@ -69,14 +79,23 @@ def measure_generator(generator: OneStepLatentGenerator, side: int, *, name: str
     stages, value = [], torch.empty(1, 3, side, side, device="meta")
     parts: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
         ("encode", generator.encode),
-        ("unet", generator.step),
+        ("unet", _step(generator, side // generator.scale)),
         ("decode", generator.decode),
     )
+    steps = generator.schedule.steps if isinstance(generator, ResidualShiftGenerator) else 1
     with torch.device("meta"):  # tables of a schedule built on this device stay there
         for part, evaluate in parts:
             value, cost = count(generator, lambda evaluate=evaluate, value=value: evaluate(value))  # type: ignore[misc]
-            stages.append(Stage(name=part, cost=cost))
+            stages.append(Stage(name=part, cost=cost, times=steps if part == "unet" else 1))
     return _complexity(generator, stages, side, name=name, summary=summary)
+
+
+def _step(generator: Generator, side: int) -> Callable[[Tensor], Tensor]:
+    """One evaluation of the UNet on a latent, for an LR picture of ``side`` pixels."""
+    if isinstance(generator, OneStepLatentGenerator):
+        return generator.step
+    t, lr = torch.empty(1, dtype=torch.long, device="meta"), torch.empty(1, 3, side, side, device="meta")
+    return lambda z: cast(Tensor, generator.unet(z, t, lr))
 
 
 def measure_discriminator(

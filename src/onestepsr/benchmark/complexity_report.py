@@ -25,11 +25,11 @@ attention, queries with keys and weights with values. *Layers only* looks at con
 profilers do, and so leaves the two products of attention out. Normalisation, activations, additions, Eq. 1 of the paper
 and bicubic enlargement are in neither."""
 STAGES = """\
-Inference runs `encode`, `unet` once and `decode`. A discriminator is there in training only: it is evaluated three
-times for every photo, once for the generator's update and twice for its own. A stage's parameters are those that it
-uses; the prompt embedding belongs to `unet`. With adapters beside their layers the UNet costs more than with adapters
-merged into them, which is how it runs in the end. The prompt is constant too, so that its keys and values could be kept
-as well; that is not counted."""
+Inference runs `encode`, `unet` as often as its line says (once if it says nothing) and `decode`. A discriminator is
+there in training only: it is evaluated three times for every photo, once for the generator's update and twice for its
+own. A stage's parameters are those that it uses; the prompt embedding belongs to `unet`. With adapters beside their
+layers the UNet costs more than with adapters merged into them, which is how it runs in the end. The prompt is constant
+too, so that its keys and values could be kept as well; that is not counted."""
 PUBLISHED = """\
 The paper's rows are as printed (its 1.4e3 and the like are two digits). Ours name both ways of counting. Time needs a
 real machine and is no matter of this page."""
@@ -78,7 +78,7 @@ def _network(network: Complexity) -> dict[str, Any]:
         "parts": dict(network.parts),
         "macs": network.macs,
         "layer_macs": network.layer_macs,
-        "stages": [{"name": stage.name, **asdict(stage.cost)} for stage in network.stages],
+        "stages": [{"name": stage.name, "times": stage.times, **asdict(stage.cost)} for stage in network.stages],
     }
 
 
@@ -108,9 +108,10 @@ def stage_table(report: Report) -> Table:
     rows: list[tuple[str, ...]] = []
     for network in report.networks:
         for stage in network.stages:
-            cost = stage.cost
+            cost, times = stage.cost, stage.times
             counts = (millions(cost.parameters), millions(cost.trainable))
-            rows.append((network.name, stage.name, *counts, billions(cost.macs), billions(cost.layer_macs)))
+            macs = (billions(times * cost.macs), billions(times * cost.layer_macs))
+            rows.append((network.name, stage.name if times == 1 else f"{times} x {stage.name}", *counts, *macs))
         if len(network.stages) > 1:
             counts = (millions(network.parameters), millions(network.trainable))
             rows.append((network.name, "total", *counts, billions(network.macs), billions(network.layer_macs)))
@@ -135,7 +136,9 @@ def published_table(report: Report) -> Table:
     for network in report.networks:
         if len(network.stages) > 1:
             macs = f"{billions(network.layer_macs)} layers only, {billions(network.macs)} all products"
-            rows.append((f"{network.name}, counted here", "1", "", f"{network.parameters / 1e6:,.1f}", macs))
+            rows.append(
+                (f"{network.name}, counted here", str(network.steps), "", f"{network.parameters / 1e6:,.1f}", macs)
+            )
     columns = ("method", "steps", "time, s", "parameters, M", "MACs, G")
     return Table(title=f"Beside {COMPLEXITY_SOURCE}", note=PUBLISHED, columns=columns, rows=tuple(rows))
 

@@ -18,6 +18,9 @@ from onestepsr.models.discriminators import NoiseAwareDiscriminator
 from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.lora import LoraConfig, add_lora
 from onestepsr.models.registry import read_weights
+from onestepsr.models.residual_architectures import PUBLISHED, residual_shift_generator
+from onestepsr.models.residual_checkpoints import is_published
+from onestepsr.models.residual_generator import ResidualShiftGenerator
 
 D3SR_SD21 = "d3sr-sd21"
 D3SR_SD21_MERGED = "d3sr-sd21-merged"
@@ -55,6 +58,10 @@ def _tiny_generator() -> nn.Module:
     return generator
 
 
+def _published(alias: str) -> nn.Module:
+    return residual_shift_generator(PUBLISHED[alias]).requires_grad_(False)
+
+
 def _discriminator(backbone: str, *, adapters: bool) -> NoiseAwareDiscriminator:
     encoder, prompt = load_discriminator_backbone(backbone)
     discriminator = NoiseAwareDiscriminator(encoder, prompt)
@@ -74,6 +81,15 @@ NETWORKS: dict[str, CountedNetwork] = {
     D3SR_SD21_MERGED: CountedNetwork(
         summary="the same as it runs: adapters merged into their layers, nothing left to train",
         build=lambda: sd21_generator(adapters=False),
+    ),
+    "resshift-realsr-v1": CountedNetwork(
+        summary="ResShift in 15 steps, nothing trained", build=lambda: _published("resshift-realsr-v1")
+    ),
+    "resshift-realsr-v3": CountedNetwork(
+        summary="ResShift in 4 steps, nothing trained", build=lambda: _published("resshift-realsr-v3")
+    ),
+    "sinsr": CountedNetwork(
+        summary="SinSR, the same networks in one step, as TAD-SR's", build=lambda: _published("sinsr")
     ),
     "tiny-discriminator": CountedNetwork(
         summary="half of the tiny UNet, all of it trained; training only",
@@ -111,7 +127,7 @@ def measure(name_or_path: str, side: int) -> Complexity:
         network.eval()
     if isinstance(network, NoiseAwareDiscriminator):
         return measure_discriminator(network, side, factor, name=name_or_path, summary=summary)
-    if not isinstance(network, OneStepLatentGenerator):
+    if not isinstance(network, (OneStepLatentGenerator, ResidualShiftGenerator)):
         raise UserError(f"{name_or_path}: a {type(network).__name__} has no stages to count, expected a generator")
     return measure_generator(network, side, name=name_or_path, summary=summary)
 
@@ -125,6 +141,8 @@ def _build(name_or_path: str) -> tuple[nn.Module, str, int]:
     if is_random(name_or_path) or kinds.get(name_or_path) == "backbone":
         network = random_generator(name_or_path if is_random(name_or_path) else f"{RANDOM}{name_or_path}")
         return network.requires_grad_(False), "a backbone as it comes, nothing trained", 0
+    if is_published(name_or_path):
+        return _published(name_or_path), "a published model as it runs, nothing trained", 0
     if kinds.get(name_or_path) != "upscaler" and not Path(name_or_path).is_file():
         raise UnknownModel(
             f"unknown network '{name_or_path}', and no weights file of ours: {did_you_mean(name_or_path, NETWORKS)}"
