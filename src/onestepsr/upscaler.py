@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -28,77 +26,18 @@ from onestepsr.image import Picture, from_array, from_pil, read_picture, samples
 from onestepsr.image_profile import MatrixProfile, matrix_profile
 from onestepsr.image_resample import fill_transparent, resize
 from onestepsr.machine import instructions, recall_speeds
-from onestepsr.tiling import OVERLAP, PUBLISHED_OVERLAPS, TileBlend, choose_tile, join_of, places
+from onestepsr.tiling import PUBLISHED_OVERLAPS, TileBlend, choose_tile, join_of, places
+from onestepsr.upscale_options import ColorFix, UpscaleOptions, target_size
+
+__all__ = ["ColorFix", "UpscaleOptions", "Upscaler", "enlarge", "resolve_device", "resolve_dtype", "target_size"]
 
 logger = logging.getLogger(__name__)
 
-ColorFix = Literal["wavelet", "adain", "none"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BFLOAT16_GAIN = 1.2
 """How many times as fast as float32 bfloat16 must be on a CPU to be worth its fewer digits."""
-SCALE_RANGE = (1, 8)
-"""Smallest and largest factor between input and output along either axis."""
-SMALLEST_TILE = 16
-"""Smallest side of a tile that can be asked for, in input pixels."""
 DEFAULT_MEMORY_PER_PIXEL = 6000.0
 """Peak bytes per input pixel assumed of a generator that does not tell, at 4 bytes per number."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpscaleOptions:
-    """How a picture is upscaled; the defaults suit photographs."""
-
-    scale: float = 4.0
-    """Output side / input side, 1 to 8; ignored when ``width`` or ``height`` is given."""
-    width: int | None = None
-    """Output columns; with ``height`` absent the aspect ratio is kept."""
-    height: int | None = None
-    """Output rows."""
-    tile: int | Literal["auto", "off"] = "auto"
-    """Tile side in input pixels; "auto" follows the free memory, "off" runs the whole picture at once."""
-    overlap: int = OVERLAP
-    """Overlap of neighbouring tiles in input pixels, at most a third of a tile."""
-    tile_blend: TileBlend = "smooth"
-    """How tiles are joined. "average" is what ResShift and SinSR published, for comparison: the plain mean where tiles
-    overlap, and tiles anywhere, also between a network's cells; those of 512, 256 and 64 overlap by 64, 32 and 16."""
-    color_fix: ColorFix = "wavelet"
-    """Which colour statistics of the input the output is given; "none" leaves the network's colours."""
-    seed: int | None = None
-    """For generators that draw noise; None is 0. Others ignore it."""
-
-    def __post_init__(self) -> None:
-        if self.color_fix not in get_args(ColorFix):
-            raise UserError(f"color fix '{self.color_fix}': accepted: {', '.join(get_args(ColorFix))}")
-        if self.tile_blend not in get_args(TileBlend):
-            raise UserError(f"tile blend '{self.tile_blend}': accepted: {', '.join(get_args(TileBlend))}")
-        if isinstance(self.tile, str) and self.tile not in ("auto", "off"):
-            raise UserError(f"tile '{self.tile}': accepted: auto, off or a number of input pixels")
-        if isinstance(self.tile, int) and self.tile < SMALLEST_TILE:
-            raise UserError(f"tile {self.tile}: accepted: auto, off or {SMALLEST_TILE} input pixels and more")
-        if self.overlap < 0:
-            raise UserError(f"overlap {self.overlap}: accepted: 0 input pixels and more")
-
-
-def target_size(width: int, height: int, options: UpscaleOptions) -> tuple[int, int]:
-    """Output (width, height): input x factor, rounded half up, at least 1. Raises UserError beyond 1x to 8x."""
-    low, high = SCALE_RANGE
-    wide, tall = options.width, options.height
-    if wide is None and tall is None:
-        if not low <= options.scale <= high:  # also refuses NaN
-            raise UserError(f"scale {options.scale:g}: accepted: {low} to {high}")
-        factor = Fraction(str(options.scale))  # the decimal number that was written, not its binary neighbour
-        return _round(width * factor), _round(height * factor)
-    for name, new, old in (("width", wide, width), ("height", tall, height)):
-        if new is not None and not low * old <= new <= high * old:
-            raise UserError(f"{name} {new}: the input has {old}, accepted: {low * old} to {high * old}")
-    return (
-        wide if wide is not None else _round(Fraction(cast(int, tall) * width, height)),
-        tall if tall is not None else _round(Fraction(cast(int, wide) * height, width)),
-    )
-
-
-def _round(value: Fraction) -> int:
-    return max(1, math.floor(value + Fraction(1, 2)))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -145,7 +84,8 @@ class Upscaler:
     any size to (N, 3, h * scale, w * scale) in about [0, 1]. It may have ``memory_per_pixel(dtype)``, peak bytes per
     input pixel, ``lr_multiple``, at multiples of which tiles start, and ``largest_tile``, the side that "auto" stays
     below; it may take a keyword ``rng``, a ``torch.Generator`` for the noise it draws, and ``origin``, the row and
-    column of a tile in the picture, by which the noise of a place is the same in every tile.
+    column of a tile in the picture, by which the noise of a place is the same in every tile; one that reads text takes
+    ``prompt_embedding`` (1, L, C) and has C as ``prompt_width``.
     """
 
     def __init__(
@@ -156,8 +96,10 @@ class Upscaler:
         self.name = name
         self.scale = int(cast(int, generator.scale))
         self._may_fall_back = dtype == "auto"
-        parameters = inspect.signature(generator.forward).parameters
-        self._takes_rng, self._takes_origin = "rng" in parameters, "origin" in parameters
+        taken = inspect.signature(generator.forward).parameters
+        self._takes_rng, self._takes_origin = "rng" in taken, "origin" in taken
+        self.prompt_width = int(cast(int, generator.prompt_width)) if "prompt_embedding" in taken else None
+        """Channels of the prompt embeddings that the generator reads; None if it reads no text."""
         self.generator = generator.eval().requires_grad_(False)
         self._move(self.dtype)
 
@@ -194,6 +136,7 @@ class Upscaler:
         tile_blend: TileBlend = "smooth",
         color_fix: ColorFix = "wavelet",
         seed: int | None = None,
+        prompt_embedding: Tensor | None = None,
     ) -> Image.Image:
         """Enlarge a file, a Pillow image or (H, W[, C]) uint8/uint16 samples; see :class:`UpscaleOptions`.
 
@@ -201,7 +144,14 @@ class Upscaler:
         such input comes back with 8 bits: :meth:`upscale_picture` keeps it.
         """
         options = UpscaleOptions(
-            scale=scale, width=width, height=height, tile=tile, tile_blend=tile_blend, color_fix=color_fix, seed=seed
+            scale=scale,
+            width=width,
+            height=height,
+            tile=tile,
+            tile_blend=tile_blend,
+            color_fix=color_fix,
+            seed=seed,
+            prompt_embedding=prompt_embedding,
         )
         if isinstance(source, np.ndarray):
             picture = from_array(source)
@@ -225,6 +175,8 @@ class Upscaler:
         """
         options = options or UpscaleOptions()
         width, height = target_size(picture.width, picture.height, options)
+        if options.prompt_embedding is not None:
+            self.require_prompt_width(options.prompt_embedding.shape[-1])
         try:
             samples = self._enlarge(picture, options, progress)
         except _NonFiniteError:
@@ -238,6 +190,15 @@ class Upscaler:
         if alpha is not None:
             alpha = resize(alpha[..., None], height, width)[..., 0]
         return replace(picture, pixels=resize(samples, height, width), alpha=alpha)
+
+    def require_prompt_width(self, width: int) -> None:
+        """Raise :class:`UserError` unless the generator reads prompt embeddings of ``width`` channels."""
+        if self.prompt_width is None:
+            raise UserError(f"{self.name}: reads no text, so it takes no prompt; models of the OSEDiff kind do")
+        if self.prompt_width != width:
+            raise UserError(
+                f"{self.name}: reads prompts of {self.prompt_width} channels, the text encoder gives {width}"
+            )
 
     def plan_tile(self, height: int, width: int, options: UpscaleOptions) -> int:
         """Tile side in input pixels for a picture of this size."""
@@ -349,6 +310,8 @@ class _TileStep:
         if self.owner._takes_rng:  # otherwise every tile has its own, the same in every run
             own = 0 if self.owner._takes_origin else self.done
             extra["rng"] = torch.Generator().manual_seed((self.options.seed or 0) * 1_000_003 + own)
+        if self.options.prompt_embedding is not None:
+            extra["prompt_embedding"] = self.options.prompt_embedding.to(self.owner.device, self.owner.dtype)
         output = self.owner.generator(rgb, **extra).float()
         expected = (1, 3, *(side * self.owner.scale for side in lr.shape[-2:]))
         if output.shape != expected:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 import typer
 
 from onestepsr.apps.upscale_files import FORMATS, STREAM, Job, Naming, plan_jobs
+from onestepsr.apps.upscale_prompts import Prepared, PromptChoice, Prompts, prompted
 from onestepsr.errors import OneStepSRError, UserError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Result:
     output_size: tuple[int, int] | None = None
     seconds: float = 0.0
     error: str | None = None
+    prompt: str | None = None
 
 
 def upscale(
@@ -85,6 +87,24 @@ def upscale(
     sampler: Annotated[
         str | None, typer.Option(help="For ResShift's family: ancestral (new noise in every step) or deterministic.")
     ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="For models that read text: what the picture shows; '' is the empty prompt."),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help="Folder with NAME.txt for NAME.jpg, one text file for all, or a JSON/YAML table of prompts."),
+    ] = None,
+    prompt_from: Annotated[
+        str | None,
+        typer.Option(help="Captioner or tagger that looks at each picture: a folder, blip, or owner/name of the hub."),
+    ] = None,
+    text_encoder: Annotated[
+        str, typer.Option(help="Who reads the prompts: a diffusers folder, sd21-base, or owner/name of the hub.")
+    ] = "sd21-base",
+    truncate_prompt: Annotated[
+        bool, typer.Option("--truncate-prompt", help="Cut prompts off after 75 tokens instead of refusing them.")
+    ] = False,
     file_format: Annotated[str, typer.Option("--format", help=f"keep, {', '.join(FORMATS)}.")] = "keep",
     recursive: Annotated[bool, typer.Option(help="Read subfolders too and keep their tree.")] = False,
     skip_existing: Annotated[
@@ -108,15 +128,20 @@ def upscale(
         tile, scale=scale, width=width, height=height, tile_blend=tile_blend, color_fix=color_fix, seed=seed
     )
     loading = _Loading(model, device, dtype, steps, sampler)
+    choice = PromptChoice(
+        text=prompt, file=prompt_file, extractor=prompt_from, text_encoder=text_encoder, truncate=truncate_prompt
+    )
     if STREAM in inputs:
         if len(inputs) > 1 or (as_json and out in (None, STREAM)):
             raise UserError("- (stdin): must be the only input, and --json needs -o FILE with it")
-        _upscale_stream(_load(loading), options, out, file_format, overwrite)
+        upscaler = _load(loading)
+        prompts = Prompts(choice, upscaler) if choice.is_given else None
+        _upscale_stream(upscaler, options, prompts, out=out, file_format=file_format, overwrite=overwrite)
         return
     naming = Naming(out=None if out is None else Path(out), file_format=file_format, suffix=_suffix(options))
     jobs = plan_jobs(inputs, naming, recursive)
     skipped = _existing(jobs, skip_existing, overwrite)
-    results = _run_all(jobs, skipped, options, loading)
+    results = _run_all(jobs, skipped, options, loading, choice)
     _report(results, model, as_json)
 
 
@@ -164,7 +189,9 @@ def _existing(jobs: list[Job], skip_existing: bool, overwrite: bool) -> set[Path
     return set(present) if skip_existing else set()
 
 
-def _run_all(jobs: list[Job], skipped: set[Path], options: UpscaleOptions, loading: _Loading) -> list[Result]:
+def _run_all(
+    jobs: list[Job], skipped: set[Path], options: UpscaleOptions, loading: _Loading, choice: PromptChoice
+) -> list[Result]:
     from onestepsr.image_write import check_writable
 
     wanted = [job for job in jobs if job.target not in skipped]
@@ -174,31 +201,36 @@ def _run_all(jobs: list[Job], skipped: set[Path], options: UpscaleOptions, loadi
     if not wanted:
         return results
     upscaler = _load(loading)
+    prompts = Prompts(choice, upscaler) if choice.is_given else None
     with _progress() as progress:
         files = progress.add_task("files", total=len(wanted), visible=len(wanted) > 1)
-        for job in wanted:
-            results.append(_run(job, upscaler, options, progress))
+        for job, prompt in zip(wanted, prompted([job.source for job in wanted], prompts), strict=True):
+            results.append(_run(job, upscaler, options, prompt, progress))
             progress.advance(files)
     return results
 
 
-def _run(job: Job, upscaler: Upscaler, options: UpscaleOptions, progress: Progress) -> Result:
+def _run(job: Job, upscaler: Upscaler, options: UpscaleOptions, prompt: Prepared, progress: Progress) -> Result:
     import torch
 
     from onestepsr.image import read_picture
     from onestepsr.image_write import check_size, format_of, write_picture
     from onestepsr.upscaler import target_size
 
-    result = Result(input=str(job.source), output=str(job.target), status="failed")
+    result = Result(input=str(job.source), output=str(job.target), status="failed", prompt=prompt.text)
     started = time.perf_counter()
     task = progress.add_task(job.source.name, total=None)
     try:
+        if prompt.error is not None:
+            raise prompt.error
         picture = read_picture(job.source)
         result.input_size = (picture.width, picture.height)
         size = target_size(picture.width, picture.height, options)
         check_size(format_of(job.target), *size, str(job.target))
         enlarged = upscaler.upscale_picture(
-            picture, options, lambda done, total: progress.update(task, completed=done, total=total)
+            picture,
+            prompt.added_to(options),
+            lambda done, total: progress.update(task, completed=done, total=total),
         )
         write_picture(enlarged, job.target)
         result.output_size, result.status = size, "written"
@@ -240,7 +272,13 @@ def _report(results: list[Result], model: str, as_json: bool) -> None:
 
 
 def _upscale_stream(
-    upscaler: Upscaler, options: UpscaleOptions, out: str | None, file_format: str, overwrite: bool
+    upscaler: Upscaler,
+    options: UpscaleOptions,
+    prompts: Prompts | None,
+    *,
+    out: str | None,
+    file_format: str,
+    overwrite: bool,
 ) -> None:
     from onestepsr.image import MAX_BYTES, read_picture
     from onestepsr.image_write import check_size, check_writable, encode_picture, format_of, write_picture
@@ -260,6 +298,8 @@ def _upscale_stream(
         wanted = format_of(Path("a" + FORMATS[file_format]))
     wanted = format_of(target) if target is not None else wanted
     check_size(wanted, *target_size(picture.width, picture.height, options), "output")
+    if prompts is not None:
+        options = prompts.of_picture(Path("stdin"), picture).added_to(options)
     enlarged = upscaler.upscale_picture(picture, options)
     if target is not None:
         write_picture(enlarged, target)

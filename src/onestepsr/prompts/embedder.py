@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -53,40 +54,52 @@ class PromptEmbedder:
         The text encoder is loaded if the cache lacks one of them, and dropped before this returns. Raises
         :class:`UserError` for a text that is too long.
         """
-        if not texts:
-            return torch.empty(0, TOKENS, self.width)
-        found = {text: self.cache.get(self._identity, text, self.width) for text in dict.fromkeys(texts)}
-        missing = [text for text, embedding in found.items() if embedding is None]
-        known = {text: embedding for text, embedding in found.items() if embedding is not None}
-        if missing:
-            known |= self._encoded(missing)
-        return torch.stack([known[text] for text in texts])
+        found = self.try_embed(texts)
+        for embedding in found:
+            if isinstance(embedding, UserError):
+                raise embedding
+        good = [embedding for embedding in found if not isinstance(embedding, UserError)]
+        return torch.stack(good) if good else torch.empty(0, TOKENS, self.width)
 
-    def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
-        encoder = self.source.load(self.device)
-        try:
-            cut = [text for text in texts if self._is_too_long(text, encoder)]
-            known: dict[str, Tensor] = {}
-            for start in range(0, len(texts), BATCH):
-                batch = texts[start : start + BATCH]
-                known |= dict(zip(batch, encoder.encode(batch), strict=True))
-        finally:
+    def try_embed(self, texts: list[str]) -> list[Tensor | UserError]:
+        """:meth:`embed` with the error of a text in its place, so that the others are not lost; (77, C) each."""
+        known: dict[str, Tensor | UserError] = {}
+        for text in dict.fromkeys(texts):
+            embedding = self.cache.get(self._identity, text, self.width)
+            if embedding is not None:
+                known[text] = embedding
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        if missing:
+            encoder = self.source.load(self.device)
+            known |= self._encoded(missing, encoder)
             del encoder
             gc.collect()
-        for text, embedding in known.items():
-            if text not in cut:  # the cache answers without counting tokens, so it must not hold what needs leave
-                self.cache.put(self._identity, text, embedding)
+        return [known[text] for text in texts]
+
+    def _encoded(self, texts: list[str], encoder: TextEncoder) -> dict[str, Tensor | UserError]:
+        known: dict[str, Tensor | UserError] = {}
+        lengths = {text: encoder.length(text) for text in texts}
+        for text, length in lengths.items():
+            if length > TOKENS and not self.truncate:
+                known[text] = _too_long(text, length)
+            elif length > TOKENS:
+                logger.info("prompt '%s': %d of its %d tokens are cut off", _shown(text), length - TOKENS, length - 2)
+        readable = [text for text in texts if text not in known]
+        for start in range(0, len(readable), BATCH):
+            batch = readable[start : start + BATCH]
+            known |= dict(zip(batch, encoder.encode(batch), strict=True))
+        for text in readable:
+            if lengths[text] <= TOKENS:  # the cache answers without counting, so what needs leave is not kept there
+                self.cache.put(self._identity, text, cast(Tensor, known[text]))
         return known
 
-    def _is_too_long(self, text: str, encoder: TextEncoder) -> bool:
-        length = encoder.length(text)
-        if length <= TOKENS:
-            return False
-        shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
-        if not self.truncate:
-            raise UserError(
-                f"prompt '{shown}': {length - 2} tokens, at most {TOKENS - 2} are read; shorten it, or have the rest "
-                "cut off (--truncate-prompt)"
-            )
-        logger.info("prompt '%s': the last %d of %d tokens are cut off", shown, length - TOKENS, length - 2)
-        return True
+
+def _too_long(text: str, length: int) -> UserError:
+    return UserError(
+        f"prompt '{_shown(text)}': {length - 2} tokens, at most {TOKENS - 2} are read; shorten it, or have the rest "
+        "cut off (--truncate-prompt)"
+    )
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
