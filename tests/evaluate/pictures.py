@@ -1,5 +1,6 @@
 """Small pictures for tests of evaluation."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,18 @@ from PIL import Image
 from torch import Tensor
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def published_pair(which: str) -> tuple[Tensor, Tensor]:
+    """SR and HR (1, 3, H, W) of the ``first`` or ``second`` golden pair."""
+    if which == "first":
+        with np.load(GOLDEN / "metrics_sr.npz") as made, np.load(GOLDEN / "metrics_hr.npz") as reference:
+            arrays = [made["sr"], reference["hr"]]
+    else:
+        with np.load(GOLDEN / "metrics_second.npz") as pair:
+            arrays = [np.array(Image.open(io.BytesIO(pair[name].tobytes()))) for name in ("sr_png", "hr_png")]
+    sr, hr = (torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255 for array in arrays)
+    return sr, hr
 
 
 def scene(height: int, width: int, seed: int = 0) -> Tensor:

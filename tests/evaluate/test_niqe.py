@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import published_pair
 from torch import Tensor
 
 from onestepsr.errors import UserError
@@ -41,6 +42,27 @@ def test_published_implementation_is_matched() -> None:
     )
     assert niqe(image, parameters).item() == pytest.approx(expected["niqe_yiq"].item(), abs=0.03)
     assert niqe(image, parameters, luma="studio").item() == pytest.approx(expected["niqe_ycbcr"].item(), abs=0.03)
+
+
+def test_the_second_pair_is_matched_too() -> None:
+    parameters = published_parameters()
+    sr, _ = published_pair("second")
+    weights = torch.tensor([299.0, 587.0, 114.0], dtype=torch.float64).reshape(1, 3, 1, 1)
+    exact = ((sr.double() * 255).round() * weights).sum(dim=1)[0] / 1000
+    with np.load(GOLDEN.with_name("metrics_second.npz")) as arrays:
+        luma = exact.round() + torch.from_numpy(arrays["niqe_luma_correction"])
+        expected = {name.removeprefix("second."): float(arrays[name]) for name in arrays if name.startswith("second.")}
+    assert niqe_from_luma(luma, parameters) == pytest.approx(expected["niqe_from_given_y"], abs=1e-4)
+    assert niqe(sr, parameters).item() == pytest.approx(expected["niqe_yiq"], abs=0.03)
+    assert niqe(sr, parameters, luma="studio").item() == pytest.approx(expected["basicsr_niqe_crop0"], abs=0.03)
+
+
+def test_bands_give_the_bits_of_one_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    luma = golden()["niqe_luma"].double()
+    luma[:60] = 255  # saturated: here the last bit of a mean decides on which side of zero a pixel counts
+    in_bands = niqe_features(luma)
+    monkeypatch.setattr("onestepsr.evaluate.niqe.BAND_PIXELS", 10**9)
+    torch.testing.assert_close(in_bands, niqe_features(luma), rtol=0, atol=0)
 
 
 def test_value_with_simple_parameters_stays() -> None:
@@ -98,9 +120,31 @@ def test_an_installed_basicsr_is_found_without_importing_it(tmp_path: Path, monk
     assert "basicsr" not in sys.modules
 
 
+def test_the_download_of_iqa_pytorch_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    io = pytest.importorskip("scipy.io")
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "pyiqa").mkdir()
+    path = tmp_path / "pyiqa" / "niqe_modelparameters.mat"
+    io.savemat(path, {"mu_prisparam": np.zeros((1, 36)), "cov_prisparam": np.eye(36)})
+    assert NiqeParameters.find().covariance.equal(SIMPLE.covariance)
+    io.savemat(path, {"mu_prisparam": np.zeros((1, 36))})
+    with pytest.raises(UserError, match=r"expected a .mat file with mu_prisparam and cov_prisparam"):
+        NiqeParameters.find()
+    for content in (b"", b"not Matlab's", bytes(200)):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="no NIQE statistics"):
+            NiqeParameters.find()
+    path.write_bytes(bytes(1_000_001))
+    with pytest.raises(UserError, match="larger than"):
+        NiqeParameters.find()
+
+
 def test_missing_parameters_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(UserError, match=f"{ENVIRONMENT_VARIABLE}.*basicsr.*IQA-PyTorch"):
         NiqeParameters.find()
 

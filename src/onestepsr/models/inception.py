@@ -101,6 +101,7 @@ class ConvolutionUnit(nn.Module):
         padding = (high // 2, wide // 2) if same and stride == 1 else (0, 0)
         self.conv = nn.Conv2d(width, out, (high, wide), stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out, eps=0.001)
+        self.bn.num_batches_tracked = None  # a counter of training, which published files may lack
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, width, H, W) to (N, out, H', W')."""
@@ -165,12 +166,13 @@ class InceptionFeatures(nn.Module):
     @classmethod
     def from_file(cls, path: Path) -> InceptionFeatures:
         """Load the published conversion (``.pth`` or safetensors; its classifier is ignored)."""
-        network, tensors = cls(), read_tensors(path, limit=MAX_BYTES)
-        wanted = [key for key in network.state_dict() if not key.endswith("num_batches_tracked")]
-        missing = [key for key in wanted if key not in tensors]
+        with torch.device("meta"):  # filled at once: random values first would take longer than reading the file
+            network = cls()
+        tensors, wanted = read_tensors(path, limit=MAX_BYTES), network.state_dict().keys()
+        missing = sorted(wanted - tensors.keys())
         if missing:
             raise UserError(f"{path}: not the Inception weights of FID (missing {missing[0]})")
-        network.load_state_dict({key: tensors[key] for key in wanted}, strict=False)
+        network.load_state_dict({key: tensors[key].float() for key in wanted}, assign=True, strict=False)
         return network
 
     def forward(self, x: Tensor) -> Tensor:
