@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 PARTS = ("generator", "discriminator")
+FORMATS = ("safetensors", "osediff-pkl")
 DTYPES = ("float32", "bfloat16", "float16")
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
@@ -98,10 +99,10 @@ def convert(
         str,
         typer.Argument(
             help="Backbone: diffusers folder, single-file checkpoint, name, or a file of ours. Or a published model of "
-            "the ResShift family: its name, or its UNet's file with --as."
+            "the ResShift family: its name, or its UNet's file with --as. Or OSEDiff's weights: name or file."
         ),
     ],
-    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    target: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .pkl with --to osediff-pkl.")],
     *,
     part: Annotated[
         str,
@@ -113,6 +114,15 @@ def convert(
     autoencoder: Annotated[
         Path | None, typer.Option(help="File of its autoencoder; by default the one of the published model.")
     ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Of OSEDiff's weights: what they are added to; by default sd21-base.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Of OSEDiff: embedding of the prompt for pictures that come without one.")
+    ] = None,
+    to: Annotated[
+        str, typer.Option(help="safetensors: a file of ours. osediff-pkl: OSEDiff's adapters as it publishes them.")
+    ] = "safetensors",
     dtype: Annotated[str, typer.Option(help="Number format: float32, bfloat16 or float16.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET if it exists.")] = False,
     as_json: JsonFlag = False,
@@ -122,19 +132,27 @@ def convert(
         raise UserError(f"--part '{part}': accepted: {', '.join(PARTS)}")
     if dtype not in DTYPES:
         raise UserError(f"--dtype '{dtype}': accepted: {', '.join(DTYPES)}")
+    if to not in FORMATS:
+        raise UserError(f"--to '{to}': accepted: {', '.join(FORMATS)}")
     import torch
 
     from onestepsr.models.convert import convert as write
+    from onestepsr.models.convert import convert_to_published
 
-    done = write(
-        source,
-        target,
-        part=cast(Any, part),
-        published_as=published_as,
-        autoencoder=autoencoder,
-        dtype=getattr(torch, dtype),
-        overwrite=overwrite,
-    )
+    if to == "osediff-pkl":
+        done = convert_to_published(source, target, overwrite=overwrite)
+    else:
+        done = write(
+            source,
+            target,
+            part=cast(Any, part),
+            published_as=published_as,
+            autoencoder=autoencoder,
+            backbone=backbone,
+            prompt_file=prompt_file,
+            dtype=getattr(torch, dtype),
+            overwrite=overwrite,
+        )
     if as_json:
         document = {"schema": SCHEMA, "file": str(done.file), "architecture": done.architecture}
         typer.echo(json.dumps(document | {"parameters": done.parameters, "bytes": done.bytes}, indent=2))

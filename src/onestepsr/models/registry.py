@@ -29,6 +29,7 @@ from onestepsr.models.catalog import (
 )
 from onestepsr.models.generators import BicubicGenerator, OneStepLatentGenerator
 from onestepsr.models.model_spec import ModelSpec
+from onestepsr.models.osediff_catalog import OSEDIFF_SCALES
 from onestepsr.models.residual_checkpoints import is_published, load_published
 from onestepsr.models.residual_generator import ResidualShiftGenerator
 from onestepsr.models.safetensors_file import write_safetensors
@@ -122,6 +123,12 @@ def load_network(name_or_path: str | Path) -> nn.Module:
     require_upscaler(name_or_path)
     if is_published(name_or_path):
         return load_published(str(name_or_path))
+    if str(name_or_path) in OSEDIFF_SCALES and not Path(name_or_path).is_file():
+        from onestepsr.models.osediff_published import (
+            load_published as load_osediff,  # it reads a backbone through here
+        )
+
+        return load_osediff(name_or_path)
     path = resolve(name_or_path)
     architecture, config, tensors = read_weights(path)
     if architecture not in ARCHITECTURES:
