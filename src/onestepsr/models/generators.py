@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onestepsr.models.enlarging import bicubic
 from onestepsr.schedules import DiffusionSchedule
 
 
@@ -139,7 +140,7 @@ class OneStepLatentGenerator(nn.Module):
 
     def enlarge(self, lr: Tensor) -> Tensor:
         """The LR image at output size: bicubic (a = -0.75), not clamped."""
-        return F.interpolate(lr, scale_factor=float(self.scale), mode="bicubic", align_corners=False)
+        return bicubic(lr, self.scale)
 
     def restore(self, lr: Tensor) -> tuple[Tensor, Tensor]:
         """SR image (N, 3, s h, s w), not clamped, and its latent, for LR (N, 3, h, w) with sides multiples of
@@ -162,7 +163,7 @@ class BicubicGenerator(nn.Module):
 
     def forward(self, lr: Tensor) -> Tensor:
         """Enlarged image (N, 3, 4h, 4w) of LR (N, 3, h, w) in [0, 1]; bicubic (a = -0.75), not clamped."""
-        return F.interpolate(lr, scale_factor=float(self.scale), mode="bicubic", align_corners=False)
+        return bicubic(lr, self.scale)
 
 
 class TrainableGenerator(nn.Module):

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Literal, Protocol, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.data.sampling import generator as seeded
 from onestepsr.errors import UserError
+from onestepsr.models.enlarging import bicubic
 from onestepsr.models.generators import LatentAutoencoder, pad_to
 from onestepsr.residual_schedule import Noise, Predict, ResidualShiftSchedule
 
@@ -132,7 +132,7 @@ class ResidualShiftGenerator(nn.Module):
 
     def enlarge(self, lr: Tensor) -> Tensor:
         """The LR image at output size: bicubic (a = -0.75), not clamped."""
-        return F.interpolate(lr, scale_factor=float(self.scale), mode="bicubic", align_corners=False)
+        return bicubic(lr, self.scale)
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent (N, C, H/f, W/f), float32, of an image (N, 3, H, W) in [0, 1] whose sides are multiples of f."""
