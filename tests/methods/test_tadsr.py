@@ -26,6 +26,8 @@ from onestepsr.models import registry
 from onestepsr.models.lora import LoraConfig
 from onestepsr.models.time_aware import HeadConfig
 from onestepsr.residual_schedule import ResidualShiftSchedule
+from onestepsr.train.recipes import load_run
+from onestepsr.train.suites import load_suite, plan_runs
 
 TINY = "random:d3sr-tiny"
 HEAD = HeadConfig(width=4, norm_groups=4)
@@ -239,8 +241,36 @@ def test_exported_student_takes_one_step(tmp_path: Path) -> None:
     assert not torch.allclose(columns["SR"], columns["teacher"], atol=1e-3)
 
 
+def test_recipes_have_the_papers_weights_and_steps() -> None:
+    photographs, faces = (load_run("tadsr", name).config for name in ("tadsr-realsr", "tadsr-face"))
+    assert (photographs.score_weight, photographs.adversarial_weight) == (1.0, 0.02)
+    assert (faces.score_weight, faces.adversarial_weight) == (0.1, 0.2)
+    assert (photographs.score.kind, photographs.score.t_min, photographs.score.t_max) == ("hsd", 0, 2)
+    assert load_run("tadsr", "tadsr-realsr").train.steps == 30_000
+    assert load_run("tadsr", "tadsr-face").data.scale == 1
+    assert load_run("tadsr", "tadsr-sd21").config.teacher_steps == 50
+
+
+def test_the_suite_holds_table_five_and_its_neighbours() -> None:
+    suite = load_suite("tadsr-tiny", ["data.paths=[photos]", "validation=[others]"])
+    runs = {run.variant: run.config for run in plan_runs(suite, suite.chosen(), [0], Path("out"))}
+    found = {
+        name: (c.config.score.kind, c.config.discriminator.kind) for name, c in runs.items() if c.method == "tadsr"
+    }
+    assert found == {
+        "distillation": ("none", "none"),
+        "sds_gan": ("sds", "plain"),
+        "sds_time_aware": ("sds", "time_aware"),
+        "hsd_gan": ("hsd", "plain"),
+        "hsd_time_aware": ("hsd", "time_aware"),
+    }
+    assert runs["sinsr"].method == "sinsr"
+    assert len({config.config.teacher for config in runs.values()}) == 1
+    assert suite.config.published is not None
+
+
 def test_mistakes_are_named() -> None:
-    with pytest.raises(UserError, match=r"teacher: .*'random:nothing'"):
+    with pytest.raises(UserError, match=r"unknown name 'random:nothing'"):
         method_of("random:nothing")
     with pytest.raises(UserError, match=r"config\.discriminator: scales must be different numbers from 0 to 1"):
         method_of(judge={"scales": (0, 7)})

@@ -120,5 +120,5 @@ def test_teachers_of_the_other_kind_are_refused() -> None:
         ResidualShiftTeacher(TINY, None)
     with pytest.raises(UserError, match="is no latent-diffusion backbone"):
         LatentDiffusionTeacher(MICRO, None, LatentDiffusionConfig())
-    with pytest.raises(UserError, match="9 steps: this schedule has 4"):
+    with pytest.raises(UserError, match=r"config\.teacher_steps: 9 steps: this schedule has 4"):
         ResidualShiftTeacher(MICRO, 9)

@@ -136,13 +136,10 @@ def build(config: TADSRConfig) -> Method:
 
 def load_teacher(config: TADSRConfig) -> Teacher:
     """The teacher that ``config`` names, frozen."""
-    try:
-        if config.family == "residual_shift":
-            teacher: Teacher = ResidualShiftTeacher(config.teacher, config.teacher_steps)
-        else:
-            teacher = LatentDiffusionTeacher(config.teacher, config.teacher_steps, config.latent_diffusion)
-    except UserError as error:
-        raise UserError(f"teacher: {error}") from error
+    if config.family == "residual_shift":
+        teacher: Teacher = ResidualShiftTeacher(config.teacher, config.teacher_steps)
+    else:
+        teacher = LatentDiffusionTeacher(config.teacher, config.teacher_steps, config.latent_diffusion)
     teacher.network.requires_grad_(False).eval()
     return teacher
 

@@ -7,7 +7,8 @@ appendix carries it over. Networks reach every function as arguments, because th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -111,7 +112,8 @@ class ResidualShiftTeacher:
         self.feature_channels, self.time_channels = features.feature_channels, features.time_channels
         self.schedule = whole_schedule(generator)
         self.steps = self.schedule.steps
-        self._sampling = self.schedule if steps is None else self.schedule.respaced(steps)
+        with _naming_steps():
+            self._sampling = self.schedule if steps is None else self.schedule.respaced(steps)
 
     def start(self, z_y: Tensor, noise: Tensor) -> Tensor:
         """N(z_y, kappa^2 eta_T): without the share 1 - eta_T of z_0, which inference does not know (Eq. 6)."""
@@ -166,7 +168,8 @@ class LatentDiffusionTeacher:
         if not 0 < start <= last:
             raise UserError(f"config.latent_diffusion.start: {start}, but {name} knows steps from 1 to {last}")
         self.steps = start + 1
-        self._sampling: Sequence[int] = kept_steps(self.steps, DDIM_STEPS if steps is None else steps)
+        with _naming_steps():
+            self._sampling: Sequence[int] = kept_steps(self.steps, DDIM_STEPS if steps is None else steps)
 
     def start(self, z_y: Tensor, noise: Tensor) -> Tensor:
         """The LR latent, noised to T."""
@@ -209,6 +212,14 @@ class LatentDiffusionTeacher:
             scale=self.generator.scale,
             schedule=self.schedule,
         )
+
+
+@contextmanager
+def _naming_steps() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"config.teacher_steps: {error}") from error
 
 
 def student_of(teacher: Teacher) -> nn.Module:
