@@ -75,6 +75,10 @@ def evaluate_command(
     dtype: Annotated[str, typer.Option(help="For --model: auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="Of networks: auto, cpu, cuda, cuda:1, mps.")] = "auto",
     color_fix: Annotated[str, typer.Option(help="For --model: wavelet, adain or none.")] = "wavelet",
+    steps: Annotated[int | None, typer.Option(help="For --model of ResShift's family: network evaluations.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="For --model of ResShift's family: ancestral or deterministic.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
     csv: CsvOption = None,
     markdown: MarkdownOption = None,
@@ -115,6 +119,8 @@ def evaluate_command(
             dtype=dtype,
             device=device,
             color_fix=color_fix,
+            steps=steps,
+            sampler=sampler,
         )
         with kept(out, report) as keep:
             outcome = measure_model(options, measuring, keep)

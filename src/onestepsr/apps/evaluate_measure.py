@@ -79,6 +79,8 @@ class ModelOptions:
     dtype: str
     device: str
     color_fix: str
+    steps: int | None
+    sampler: str | None
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.lr is None):
@@ -111,13 +113,15 @@ class ModelOptions:
         from onestepsr.evaluate.result import ModelRecord
         from onestepsr.upscaler import UpscaleOptions, Upscaler
 
-        upscaler = Upscaler.from_pretrained(self.model, self.device, self.dtype)
+        chosen = {"steps": self.steps, "sampler": self.sampler}
+        upscaler = Upscaler.from_pretrained(self.model, self.device, self.dtype, steps=self.steps, sampler=self.sampler)
         tile = int(self.tile) if self.tile.lstrip("-").isdigit() else self.tile
         options = UpscaleOptions(
             scale=upscaler.scale, tile=cast(Any, tile), color_fix=cast(Any, self.color_fix), seed=self.seed
         )
         used = {"device": str(upscaler.device), "dtype": str(upscaler.dtype).removeprefix("torch.")}
         settings = {"tile": self.tile, "color_fix": self.color_fix, "seed": self.seed}
+        settings |= {name: value for name, value in chosen.items() if value is not None}
         return EvaluatedModel(
             enlarge=lambda picture: upscaler.upscale_picture(picture, options),
             scale=upscaler.scale,

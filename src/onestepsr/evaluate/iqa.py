@@ -65,15 +65,23 @@ def load_iqa(name: str) -> Callable[[Tensor], Tensor]:
     Raises MissingExtra without pyiqa, and UserError in one line when it cannot be imported or fetch its weights.
     """
     package = _package()
+    made: dict[torch.device, Any] = {}
+
+    def on(device: torch.device) -> Any:
+        if device not in made:
+            with _lock, _seeded():
+                made[device] = package.create_metric(name, device=device)
+        return made[device]
+
     try:
-        with _lock, _seeded():
-            metric = package.create_metric(name, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        on(torch.device("cpu"))
     except Exception as error:  # whatever stops one metric of another package must not stop the others
         raise UserError(f"pyiqa {_version(package)} cannot create '{name}': {_first_line(error)}") from error
 
     def measure(image: Tensor) -> Tensor:
         check_image(image)
         try:
+            metric = on(image.device)
             with _lock, torch.no_grad():
                 values = [_one(metric, picture[None].float()) for picture in image]
         except Exception as error:
