@@ -24,7 +24,8 @@ LazyTensors = Mapping[str, Callable[[], Tensor]]
 def open_weights(path: Path, *, limit: int = MAX_BYTES) -> LazyTensors:
     """Tensors of a safetensors file or of a PyTorch pickle (read with ``weights_only=True``, mapped into memory).
 
-    Of a training checkpoint, the dictionary under ``state_dict`` is taken. Raises :class:`UserError` in one line.
+    Of a training checkpoint, the dictionary under ``state_dict`` or ``model`` is taken. Raises :class:`UserError` in
+    one line.
     """
     try:
         if path.stat().st_size > limit:
@@ -43,8 +44,9 @@ def _open_safetensors(path: Path) -> LazyTensors:
 
 def _open_pickle(path: Path) -> LazyTensors:
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    for inner in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(inner), Mapping):
+            content = content[inner]
     if not isinstance(content, Mapping):
         raise ValueError(f"a {type(content).__name__}, not a dictionary")
     return {str(key): partial(given, value) for key, value in content.items() if isinstance(value, Tensor)}

@@ -14,12 +14,15 @@ from onestepsr.errors import UserError
 from onestepsr.prompts.base import PromptExtractor, require_transformers
 from onestepsr.prompts.hub import model_folder
 from onestepsr.prompts.loading import load_network, load_preprocessing
+from onestepsr.prompts.ram import RamTagger, is_tagger, usual_folder
 from onestepsr.prompts.tags import read_thresholds, select_tags
 
 FILES = ("*.json", "*.txt", "*.safetensors")
 """What is fetched of a repository: configuration, vocabulary, weights."""
 CAPTION_TOKENS = 40
 """So many tokens end a caption at the latest; the text encoder reads 75."""
+DAPE = "dape"
+"""Name of OSEDiff's tagger."""
 THRESHOLDS = "thresholds.txt"
 """Beside a tagger's weights: one probability per class."""
 
@@ -92,9 +95,14 @@ class ClassTagger(_TransformersExtractor):
 def load_extractor(name_or_path: str | Path, device: torch.device | str = "cpu") -> PromptExtractor:
     """The captioner or tagger in a folder, or called by an alias or ``owner/name[@revision]`` of the hub.
 
-    What it is follows from the folder's ``config.json``; nothing is loaded yet. :class:`UserError` if it is neither.
+    A folder with RAM's files, or ``dape`` for their usual place, is the tagger of OSEDiff. What any other is follows
+    from its ``config.json``; no weights are loaded yet. :class:`UserError` if it is neither.
     """
+    if str(name_or_path) == DAPE:
+        return RamTagger(usual_folder(), device)
     folder = model_folder(name_or_path, FILES, "prompt extractor")
+    if is_tagger(folder):
+        return RamTagger(folder, device)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; expected a captioner or tagger in transformers' layout")
     if not any(folder.glob("*.safetensors")):

