@@ -13,8 +13,9 @@ from onestepsr.errors import UserError
 from onestepsr.losses.variational import guided, variational_gradient
 from onestepsr.methods import osediff
 from onestepsr.methods.base import SampleRandom
+from onestepsr.methods.conditions import ConditionConfig
 from onestepsr.methods.judges import Made
-from onestepsr.methods.osediff import OSEDiffConfig, OSEDiffPromptConfig
+from onestepsr.methods.osediff import OSEDiffConfig
 from onestepsr.methods.variational import AdapterConfig, GuidedTeacher, VariationalConfig, variational_judge
 from onestepsr.models import registry
 from onestepsr.models.osediff_adapters import collect
@@ -211,7 +212,7 @@ def prompt_file(path: Path, seed: int, tokens: int = 5) -> Path:
 
 
 def test_guidance_needs_a_negative_prompt_and_takes_both_in_one_evaluation(backbone, tmp_path):
-    kinds = OSEDiffPromptConfig(kind="file", file=prompt_file(tmp_path / "a.safetensors", 1))
+    kinds = ConditionConfig(kind="file", file=prompt_file(tmp_path / "a.safetensors", 1))
     without = built(OSEDiffConfig(backbone=backbone, prompt=kinds, **FULL))
     assert without.frozen["teacher"].negative is None
     with_negative = replace(kinds, negative_file=prompt_file(tmp_path / "b.safetensors", 2))
@@ -231,10 +232,38 @@ def test_guidance_needs_a_negative_prompt_and_takes_both_in_one_evaluation(backb
     assert not prompt.requires_grad
 
 
+class Lengths:
+    """An embedder that needs no weights: the embedding of a text holds its length."""
+
+    width = WIDTH
+
+    def __init__(self, name_or_path: str) -> None:
+        assert name_or_path == "sd21-base"
+
+    def embed(self, texts: list[str]) -> torch.Tensor:
+        return torch.stack([torch.full((77, WIDTH), float(len(text))) for text in texts])
+
+
+def test_texts_are_embedded_once_before_training(backbone, monkeypatch):
+    monkeypatch.setattr("onestepsr.prompts.embedder.PromptEmbedder", Lengths)
+    condition = ConditionConfig(kind="text", text="a photo", negative="blurred")
+    method = built(OSEDiffConfig(backbone=backbone, prompt=condition, **FULL))
+    assert method.networks["generator"].generator.prompt[0, :, 0].tolist() == [7.0] * 77
+    assert method.frozen["teacher"].negative.shape == (1, 77, WIDTH)
+    assert "generator.prompt" not in iterate(method, pair())[1]["generator"]
+    monkeypatch.setattr(Lengths, "width", 1024)
+    with pytest.raises(UserError, match="'sd21-base' gives embeddings of width 1024, the backbone takes 16"):
+        osediff.build(OSEDiffConfig(backbone=backbone, prompt=condition))
+    monkeypatch.undo()
+    with torch.device("meta"):  # a dry run needs no text encoder
+        planned = osediff.build(OSEDiffConfig(backbone="random:sd21-base", prompt=condition))
+    assert planned.networks["generator"].generator.prompt.shape == (1, 77, 1024)
+
+
 def test_prompts_are_fixed_learnt_or_of_each_picture(backbone):
     null = built(OSEDiffConfig(backbone=backbone, regularization="none", **FULL)).networks["generator"].generator
     assert not null.prompt.requires_grad
-    learnable = built(OSEDiffConfig(backbone=backbone, prompt=OSEDiffPromptConfig(kind="learnable"), **FULL))
+    learnable = built(OSEDiffConfig(backbone=backbone, prompt=ConditionConfig(kind="learnable"), **FULL))
     assert "generator.prompt" in iterate(learnable, pair())[1]["generator"]
     method = built(OSEDiffConfig(backbone=backbone, **FULL))
     seen = []
@@ -343,6 +372,7 @@ def test_faces_keep_their_size(backbone):
         ({"parts": ["text"]}, "'text' is not one of 'encoder', 'unet', 'decoder'"),
         ({"prompt": {"kind": "file"}}, "a file belongs to the kind 'file', and only to it"),
         ({"prompt": {"kind": "file", "file": "none.safetensors"}}, "none.safetensors: cannot be read"),
+        ({"prompt": {"negative": "blurred"}}, "negative: belongs to the kind 'text', not to 'null'"),
         ({"mse_weight": 0, "perceptual_weight": 0}, "nothing ties the output"),
         ({"tuning": "full", "adapters": "x.pkl"}, "published weights need tuning 'lora'"),
         ({"adapters": "none.pkl"}, "none.pkl: cannot be read"),

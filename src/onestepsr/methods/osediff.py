@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from onestepsr.errors import UserError
 from onestepsr.methods.base import Batch, Exported, LossFn, Method, MethodEntry, Networks, SampleRandom, register
+from onestepsr.methods.conditions import ConditionConfig
 from onestepsr.methods.judges import DISCRIMINATOR, Judge, Made, judged_phases, latent_judge
 from onestepsr.methods.latent_discriminator import DiscriminatorConfig, build_discriminator, checkpoint_gradients
 from onestepsr.methods.spatial import PerceptualConfig, SpatialLoss, SpatialWeights
@@ -33,7 +34,7 @@ from onestepsr.methods.variational import (
     variational_judge,
 )
 from onestepsr.models.architectures import describe
-from onestepsr.models.backbones import load_backbone, read_prompt
+from onestepsr.models.backbones import load_backbone
 from onestepsr.models.lora import LoraConfig, add_lora, merged_state_dict
 from onestepsr.models.osediff import (
     DECODER_LAYERS,
@@ -46,7 +47,6 @@ from onestepsr.models.osediff import (
 from onestepsr.models.osediff_adapters import copy_into_adapters
 from onestepsr.models.osediff_file import read_any
 from onestepsr.models.sharing import sharing_copy
-from onestepsr.models.stable_diffusion_config import PromptConfig
 
 ENCODER = "encoder"
 """Name of the frozen encoder in :class:`onestepsr.methods.base.Method`, where one is needed."""
@@ -59,27 +59,6 @@ class OSEDiffPerceptualConfig(PerceptualConfig):
 
     distance: Literal["ea_dists", "dists", "lpips"] = "lpips"
     """OSEDiff's LPIPS, or one of those that D3SR compares."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OSEDiffPromptConfig:
-    """The condition of all three UNets, for pictures that bring no prompt embedding of their own."""
-
-    kind: Literal["null", "learnable", "file"] = "null"
-    """``null``: the embedding that a backbone of ours was trained with; zeros for a Stable Diffusion, which is not its
-    embedding of an empty text (``file`` can hold that one). ``learnable``: trained with the generator."""
-    file: Path | None = None
-    """With ``file``: safetensors file of one embedding (L, C)."""
-    negative_file: Path | None = None
-    """Likewise, of the negative prompt, which guides the teacher; without one there is no guidance."""
-    start: PromptConfig = field(default_factory=PromptConfig)
-    """How a learnable embedding starts on a backbone that brings none."""
-
-    def __post_init__(self) -> None:
-        if (self.kind == "file") != (self.file is not None):
-            raise ValueError(
-                f"kind '{self.kind}' with file {self.file}: a file belongs to the kind 'file', and only to it"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +75,8 @@ class OSEDiffConfig:
     posterior: Posterior = "mean"
     """What the encoder gives to the UNet: the mean, or a sample as the published code draws it. The mean by default,
     because one picture then has one result."""
-    prompt: OSEDiffPromptConfig = field(default_factory=OSEDiffPromptConfig)
-    """The text condition."""
+    prompt: ConditionConfig = field(default_factory=ConditionConfig)
+    """The text condition of all three UNets."""
     parts: tuple[Part, ...] = ("encoder", "unet")
     """What is trained of the generator; the paper compares encoder and decoder, each with and without."""
     tuning: Literal["lora", "full"] = "lora"
@@ -172,13 +151,14 @@ class FrozenEncoder(nn.Module):
 def build(config: OSEDiffConfig) -> Method:
     """Generator phase, then that of the regulariser or the discriminator."""
     generator = _prepare_generator(config)
+    negative = config.prompt.put_on(generator)
     spatial = SpatialLoss(
         SpatialWeights(mse=config.mse_weight, perceptual=config.perceptual_weight, lattice=config.lattice_weight),
         config.perceptual,
     )
     networks: dict[str, nn.Module] = {"generator": TrainableOSEDiff(generator)}
     frozen = dict(spatial.frozen)
-    judges = _add_judge(generator, config, networks, frozen)
+    judges = _add_judge(generator, config, negative, networks, frozen)
     _tune(generator, config)  # after the judges have copied the plain networks
     return Method(
         networks=networks,
@@ -193,21 +173,23 @@ def build(config: OSEDiffConfig) -> Method:
 
 
 def _prepare_generator(config: OSEDiffConfig) -> OSEDiffGenerator:
-    prompt = config.prompt.start if config.prompt.kind == "learnable" else PromptConfig(std=0.0)
-    backbone = load_backbone(config.backbone, prompt=prompt, prompt_file=config.prompt.file)
+    backbone = load_backbone(config.backbone, prompt=config.prompt.initial)
     last = backbone.schedule.steps - 1
     if not 0 <= config.timestep <= last:
         raise UserError(f"config.timestep: {config.timestep}, but {config.backbone} knows steps from 0 to {last}")
     generator = OSEDiffGenerator.of(backbone, timestep=config.timestep, scale=config.scale, posterior=config.posterior)
     generator.requires_grad_(False)
-    generator.prompt.requires_grad_(config.prompt.kind == "learnable")
     if config.gradient_checkpointing:
         checkpoint_gradients(generator.unet, generator.autoencoder)
     return generator
 
 
 def _add_judge(
-    generator: OSEDiffGenerator, config: OSEDiffConfig, networks: dict[str, nn.Module], frozen: dict[str, nn.Module]
+    generator: OSEDiffGenerator,
+    config: OSEDiffConfig,
+    negative: Tensor | None,
+    networks: dict[str, nn.Module],
+    frozen: dict[str, nn.Module],
 ) -> list[Judge]:
     """Put what judges the generator among the networks."""
     if config.regularization == "none":
@@ -221,8 +203,6 @@ def _add_judge(
             generator, config.discriminator, name=config.backbone, checkpointing=config.gradient_checkpointing
         )
         return [latent_judge(noise, config.adversarial_weight, config.discriminator.start)]
-    file = config.prompt.negative_file
-    negative = None if file is None else read_prompt(file, generator.prompt_width)
     networks[REGULARIZER], frozen[TEACHER] = build_pair(generator, config.vsd, negative, share=share)
     return [variational_judge(generator, config.vsd)]
 

@@ -124,11 +124,9 @@ def load_network(name_or_path: str | Path) -> nn.Module:
     if is_published(name_or_path):
         return load_published(str(name_or_path))
     if str(name_or_path) in OSEDIFF_SCALES and not Path(name_or_path).is_file():
-        from onestepsr.models.osediff_published import (
-            load_published as load_osediff,  # it reads a backbone through here
-        )
+        from onestepsr.models import osediff_published  # imported here: it reads a backbone by this module
 
-        return load_osediff(name_or_path)
+        return osediff_published.load_published(name_or_path)
     path = resolve(name_or_path)
     architecture, config, tensors = read_weights(path)
     if architecture not in ARCHITECTURES:

@@ -1,0 +1,84 @@
+"""The prompt embeddings under which networks on a text-to-image backbone are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from onestepsr.errors import UserError
+from onestepsr.models.backbones import read_prompt
+from onestepsr.models.generators import OneStepLatentGenerator
+from onestepsr.models.stable_diffusion_config import PromptConfig
+
+TEXT_TOKENS = 77
+"""Length of a text's embedding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionConfig:
+    """The condition of all networks, for pictures that bring no prompt embedding of their own."""
+
+    kind: Literal["null", "learnable", "text", "file"] = "null"
+    """``null``: the embedding that a backbone of ours was trained with; zeros for a Stable Diffusion, which is not its
+    embedding of an empty text. ``learnable``: trained with the generator. ``text``: of one text for all pictures.
+    ``file``: read from a file."""
+    text: str = ""
+    """With ``text``: the prompt; empty is what Stable Diffusion was trained with where there was no text."""
+    negative: str | None = None
+    """With ``text``: the negative prompt, which guides the teacher; null for no guidance."""
+    text_encoder: str = "sd21-base"
+    """With ``text``: a diffusers folder with tokenizer and text encoder, or the name of one on the hub; it is in memory
+    only before training."""
+    file: Path | None = None
+    """With ``file``: safetensors file of one embedding (L, C)."""
+    negative_file: Path | None = None
+    """Likewise, of the negative prompt; null for no guidance."""
+    start: PromptConfig = field(default_factory=PromptConfig)
+    """How a learnable embedding starts on a backbone that brings none."""
+
+    def __post_init__(self) -> None:
+        if (self.kind == "file") != (self.file is not None):
+            raise ValueError(
+                f"kind '{self.kind}' with file {self.file}: a file belongs to the kind 'file', and only to it"
+            )
+        if self.negative is not None and self.kind != "text":
+            raise ValueError(f"negative: belongs to the kind 'text', not to '{self.kind}' (negative_file is for any)")
+
+    @property
+    def initial(self) -> PromptConfig:
+        """How the embedding of a backbone that brings none starts."""
+        return self.start if self.kind == "learnable" else PromptConfig(std=0.0)
+
+    def put_on(self, generator: OneStepLatentGenerator) -> Tensor | None:
+        """Give ``generator`` its prompt, trainable if it is to be learnt; returns the negative one (1, L, C), if any.
+
+        Raises :class:`UserError` in one line for embeddings of another width.
+        """
+        width, negative = generator.prompt.shape[2], None
+        if self.kind == "text":
+            texts = [self.text] if self.negative is None else [self.text, self.negative]
+            prompt, *others = self._embedded(texts, width)[:, None]
+            generator.prompt, negative = nn.Parameter(prompt), others[0] if others else None
+        elif self.file is not None:
+            generator.prompt = nn.Parameter(read_prompt(self.file, width))
+        if self.negative_file is not None:
+            negative = read_prompt(self.negative_file, width)
+        generator.prompt.requires_grad_(self.kind == "learnable")
+        return negative
+
+    def _embedded(self, texts: list[str], width: int) -> Tensor:
+        if torch.empty(0).device.type == "meta":  # a dry run has no use for values
+            return torch.empty(len(texts), TEXT_TOKENS, width)
+        from onestepsr.prompts.embedder import PromptEmbedder
+
+        embedder = PromptEmbedder(self.text_encoder)
+        if embedder.width != width:
+            raise UserError(
+                f"config.prompt.text_encoder: '{self.text_encoder}' gives embeddings of width {embedder.width}, the "
+                f"backbone takes {width}"
+            )
+        return embedder.embed(texts)
