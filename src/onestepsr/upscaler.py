@@ -112,17 +112,21 @@ class Upscaler:
         *,
         steps: int | None = None,
         sampler: str | None = None,
+        fidelity: float | None = None,
     ) -> Upscaler:
         """Load a model by alias or from a file; raises UnknownModel or UserError in one line.
 
         A model of the ResShift family can run another number of ``steps`` than it was made for, or another ``sampler``
-        ("ancestral" or "deterministic").
+        ("ancestral" or "deterministic"). ``fidelity`` moves ``d3sr-tiny`` from crisp (0, as it is) towards faithful (1),
+        along the line between the weights of the two.
         """
         from onestepsr.models.registry import load_generator
 
         target = resolve_device(device)
         number_format = resolve_dtype(dtype, target)
-        generator = load_generator(name_or_path, device=target, dtype=number_format, steps=steps, sampler=sampler)
+        generator = load_generator(
+            name_or_path, device=target, dtype=number_format, steps=steps, sampler=sampler, fidelity=fidelity
+        )
         return cls(generator, device, dtype, str(name_or_path))
 
     def __call__(

@@ -87,6 +87,10 @@ def upscale(
     sampler: Annotated[
         str | None, typer.Option(help="For ResShift's family: ancestral (new noise in every step) or deterministic.")
     ] = None,
+    fidelity: Annotated[
+        float | None,
+        typer.Option(help="For d3sr-tiny: 0 (crisp, as it is) to 1 (faithful: fewer details drawn, higher PSNR)."),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(help="For models that read text: what the picture shows; '' is the empty prompt."),
@@ -127,7 +131,7 @@ def upscale(
     options = _options(
         tile, scale=scale, width=width, height=height, tile_blend=tile_blend, color_fix=color_fix, seed=seed
     )
-    loading = _Loading(model, device, dtype, steps, sampler)
+    loading = _Loading(model, device, dtype, steps, sampler, fidelity)
     choice = PromptChoice(
         text=prompt, file=prompt_file, extractor=prompt_from, text_encoder=text_encoder, truncate=truncate_prompt
     )
@@ -166,13 +170,19 @@ class _Loading(NamedTuple):
     dtype: str
     steps: int | None
     sampler: str | None
+    fidelity: float | None
 
 
 def _load(wanted: _Loading) -> Upscaler:
     from onestepsr.upscaler import Upscaler
 
     upscaler = Upscaler.from_pretrained(
-        wanted.model, wanted.device, wanted.dtype, steps=wanted.steps, sampler=wanted.sampler
+        wanted.model,
+        wanted.device,
+        wanted.dtype,
+        steps=wanted.steps,
+        sampler=wanted.sampler,
+        fidelity=wanted.fidelity,
     )
     logger.info("%s on %s in %s", wanted.model, upscaler.device, upscaler.dtype)
     return upscaler

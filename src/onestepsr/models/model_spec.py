@@ -58,6 +58,8 @@ class ModelSpec:
     """The files that belong to it, where weights are published in several."""
     scale: int = 4
     """Factor of an upscaler's network itself."""
+    faithful: str = ""
+    """The upscaler at the other end of the fidelity control: of the same shape, trained for faithful pictures."""
 
     @property
     def downloads(self) -> tuple[Download, ...]:

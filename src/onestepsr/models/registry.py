@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from onestepsr.errors import UserError, did_you_mean
 from onestepsr.files import file_sha256, replacing
 from onestepsr.models.architectures import ARCHITECTURES, is_random, random_generator
+from onestepsr.models.blend import blend
 from onestepsr.models.catalog import (
     BICUBIC,
     DEFAULT_MODEL,
@@ -156,16 +157,20 @@ def load_generator(
     dtype: torch.dtype = torch.float32,
     steps: int | None = None,
     sampler: str | None = None,
+    fidelity: float | None = None,
 ) -> nn.Module:
     """The generator called ``name_or_path`` (alias, safetensors file or ``random:ALIAS``), ready for inference.
 
     It maps LR (N, 3, h, w) in [0, 1] of any size to SR (N, 3, s h, s w), where s is its attribute ``scale``. Of a model
-    that shifts residuals, ``steps`` and ``sampler`` can be chosen; None is what it was made for.
+    that shifts residuals, ``steps`` and ``sampler`` can be chosen; None is what it was made for. Of a model with a
+    faithful counterpart, ``fidelity`` (0 to 1) chooses a place between the two.
     """
     network = _generator_without_file(str(name_or_path)) or load_network(name_or_path)
     if not isinstance(network, (OneStepLatentGenerator, ResidualShiftGenerator, BicubicGenerator)):
         raise UserError(f"{name_or_path}: a {type(network).__name__} is no generator; it cannot upscale by itself")
     _choose_sampling(network, str(name_or_path), steps, sampler)
+    if fidelity is not None:
+        network = blend(network, load_network(_faithful(str(name_or_path))), fidelity)
     network.requires_grad_(False).to(device=device, dtype=dtype)
     if isinstance(network, OneStepLatentGenerator):
         network.freeze_prompt()
@@ -178,6 +183,15 @@ def _choose_sampling(network: nn.Module, name: str, steps: int | None, sampler: 
     elif steps is not None or sampler is not None:
         wish = f"--steps {steps}" if steps is not None else f"--sampler {sampler}"
         raise UserError(f"{wish}: '{name}' takes no steps; the ResShift family does, see 'onestepsr models list'")
+
+
+def _faithful(name: str) -> str:
+    """The counterpart of a model at the faithful end of the fidelity control."""
+    having = [spec.id for spec in list_models() if spec.faithful]
+    spec = get_model(name) if name in having else None
+    if spec is None:
+        raise UserError(f"fidelity: '{name}' has no faithful counterpart; accepted: {', '.join(having)}")
+    return spec.faithful
 
 
 def _generator_without_file(name: str) -> nn.Module | None:
