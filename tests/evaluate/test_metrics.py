@@ -108,6 +108,12 @@ def test_ms_ssim_is_the_product_over_scales() -> None:
     assert ms_ssim(sr[..., :208, :224], hr).item() == pytest.approx(expected, abs=1e-9)
 
 
+def test_ms_ssim_of_opposites_is_a_number() -> None:
+    # The mean of negative terms to a broken power would be none.
+    hr = load_pair()[1]
+    assert 0 <= ms_ssim(1 - hr, hr).item() < 0.1
+
+
 def test_values_that_are_no_numbers_are_refused() -> None:
     bad = noise_image(1, 3, 24, 24)
     bad[0, 1, 3, 4] = float("nan")
