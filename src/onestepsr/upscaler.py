@@ -117,8 +117,8 @@ class Upscaler:
         """Load a model by alias or from a file; raises UnknownModel or UserError in one line.
 
         A model of the ResShift family can run another number of ``steps`` than it was made for, or another ``sampler``
-        ("ancestral" or "deterministic"). ``fidelity`` moves ``d3sr-tiny`` from crisp (0, as it is) towards faithful (1),
-        along the line between the weights of the two.
+        ("ancestral" or "deterministic"). ``fidelity`` moves ``d3sr-tiny`` from crisp (0, as it is) towards faithful
+        (1), along the line between the weights of the two.
         """
         from onestepsr.models.registry import load_generator
 
