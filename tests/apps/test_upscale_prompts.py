@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_diffusion import AUTOENCODER, UNET
+from small_text_model import WIDTH, write_tagger, write_text_encoder
 from torch import Tensor, nn
 from torch.nn import functional
 from typer.testing import CliRunner
@@ -18,9 +20,6 @@ from onestepsr.apps import upscale as command
 from onestepsr.errors import UserError
 from onestepsr.models import registry, sources
 from onestepsr.upscaler import Upscaler
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "prompts"))
-from small_text_model import WIDTH, write_tagger, write_text_encoder
 
 
 class Reader(nn.Module):
@@ -145,6 +144,32 @@ def test_mistakes_are_one_line_and_leave_nothing(
         run("a.png", *arguments, model=model)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*_x4*"))
+
+
+def test_a_generator_of_osediff_follows_the_prompt_in_every_tile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_folder: Path
+) -> None:
+    from onestepsr.config import to_mapping
+    from onestepsr.models.osediff import OSEDiffGeneratorConfig, osediff_generator
+    from onestepsr.prompts.embedder import PromptEmbedder
+
+    monkeypatch.setenv(sources.CACHE, str(tmp_path / "cache"))
+    config = OSEDiffGeneratorConfig(unet=UNET, autoencoder=AUTOENCODER)
+    torch.manual_seed(0)
+    weights = osediff_generator(config).state_dict()
+    path = tmp_path / "osediff.safetensors"
+    registry.save_model(path, architecture="osediff", config=to_mapping(config), state_dict=weights)
+    upscaler = Upscaler.from_pretrained(path, "cpu", "float32")
+    assert upscaler.prompt_width == WIDTH
+    samples = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
+    cat, none = PromptEmbedder(text_folder).embed(["a cat", ""])[:, None]
+    pictures = [
+        np.asarray(upscaler(samples, tile=24, prompt_embedding=embedding)).astype(int) for embedding in (cat, none, cat)
+    ]
+    assert (pictures[0] == pictures[2]).all()
+    changed = (pictures[0] != pictures[1]).any(2)
+    assert changed[:, :60].any()
+    assert changed[:, 100:].any()
 
 
 def test_nothing_of_prompts_is_imported_without_one() -> None:
