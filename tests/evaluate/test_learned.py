@@ -35,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def published(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    monkeypatch.setattr(learned, "weights", files.__getitem__)
+    monkeypatch.setattr(learned, "weights", lambda *aliases: [files[alias] for alias in aliases])
     return files
 
 
@@ -67,9 +67,14 @@ def test_catalogue_values_are_those_of_the_losses(published: dict[str, Path], na
 
 def test_missing_weights_say_which_command_brings_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONESTEPSR_CACHE", str(tmp_path))
-    for name, alias in (("lpips", "alexnet"), ("lpips_vgg", "vgg16"), ("dists", "vgg16"), ("fid", "inception-fid")):
+    for name, aliases in {
+        "lpips": "alexnet lpips-alex",
+        "lpips_vgg": "vgg16 lpips-vgg",
+        "ea_dists": "vgg16 dists",
+        "fid": "inception-fid",
+    }.items():
         spec = METRICS[name]
-        with pytest.raises(UserError, match=f"^needs weights that are not here: 'onestepsr models download {alias}'"):
+        with pytest.raises(UserError, match=f"^needs weights that are not here: 'onestepsr models download {aliases}'"):
             (spec.of_sets or spec.load)()
     (tmp_path / "alexnet" / "alexnet-owt-7be5be79.pth").write_bytes(b"half a file")
     with pytest.raises(UserError, match="11 bytes instead of 244,408,911"):

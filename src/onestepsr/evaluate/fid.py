@@ -55,7 +55,8 @@ class FID:
 
 def load_fid() -> FID:
     """FID with the published weights, which have to be on this machine."""
-    return FID(InceptionFeatures.from_file(weights("inception-fid")))
+    (path,) = weights("inception-fid")
+    return FID(InceptionFeatures.from_file(path))
 
 
 def resize_for_inception(image: Tensor) -> Tensor:

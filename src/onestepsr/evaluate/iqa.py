@@ -103,7 +103,7 @@ def _package() -> Any:
         package = importlib.import_module("pyiqa")
     except ModuleNotFoundError as error:
         if error.name == "pyiqa":
-            raise MissingExtra("metrics of pyiqa", "iqa") from error
+            raise MissingExtra("this metric of pyiqa", "iqa") from error
         raise UserError(f"pyiqa is installed but cannot be imported: {_first_line(error)}") from error
     except Exception as error:  # torchvision beside another build of PyTorch raises RuntimeError
         raise UserError(f"pyiqa is installed but cannot be imported: {_first_line(error)}") from error

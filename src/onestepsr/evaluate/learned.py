@@ -57,11 +57,13 @@ def load_lpips(network: Literal["alexnet", "vgg16"]) -> Metric:
     """LPIPS 0.1 on AlexNet, as tables print it, or on VGG-16, as trainings use it."""
     features: AlexNetFeatures | VGG16Features
     if network == "alexnet":
-        features = AlexNetFeatures.from_file(weights("alexnet"))
+        backbone, linear = weights("alexnet", "lpips-alex")
+        features = AlexNetFeatures.from_file(backbone)
     else:
-        features = VGG16Features.from_file(weights("vgg16"), pooling="max")
-    tensors = read_tensors(weights("lpips-alex" if network == "alexnet" else "lpips-vgg"), limit=SMALL_WEIGHTS)
-    return LearnedDistance(features, LPIPS(features.channels[1:], read_lpips_weights(tensors)))
+        backbone, linear = weights("vgg16", "lpips-vgg")
+        features = VGG16Features.from_file(backbone, pooling="max")
+    layers = read_lpips_weights(read_tensors(linear, limit=SMALL_WEIGHTS))
+    return LearnedDistance(features, LPIPS(features.channels[1:], layers))
 
 
 def load_dists() -> Metric:
@@ -75,21 +77,28 @@ def load_ea_dists() -> Metric:
     return LearnedDistance(features, distance, lambda sr, hr: ea_dists(distance, features, sr, hr))
 
 
-def weights(alias: str) -> Path:
-    """The file of a model's weights on this machine; UserError with the command that fetches it otherwise."""
-    try:
-        with without_downloads("measuring downloads nothing"):
-            return resolve(alias)
-    except UserError as error:
-        if get_model(alias).path.is_file():
-            raise
-        raise UserError(f"needs weights that are not here: 'onestepsr models download {alias}' fetches them") from error
+def weights(*aliases: str) -> list[Path]:
+    """Files of models' weights on this machine; UserError with the command that fetches the missing ones."""
+    found, missing = [], []
+    with without_downloads("measuring downloads nothing"):
+        for alias in aliases:
+            try:
+                found.append(resolve(alias))
+            except UserError:
+                if get_model(alias).path.is_file():  # there, and damaged
+                    raise
+                missing.append(alias)
+    if missing:
+        raise UserError(
+            f"needs weights that are not here: 'onestepsr models download {' '.join(missing)}' fetches them"
+        )
+    return found
 
 
 def _dists() -> tuple[VGG16Features, DISTS]:
-    features = VGG16Features.from_file(weights("vgg16"))
-    alpha, beta = read_dists_weights(read_tensors(weights("dists"), limit=SMALL_WEIGHTS))
-    return features, DISTS(features.channels, alpha, beta)
+    backbone, channels = weights("vgg16", "dists")
+    features = VGG16Features.from_file(backbone)
+    return features, DISTS(features.channels, *read_dists_weights(read_tensors(channels, limit=SMALL_WEIGHTS)))
 
 
 def without_gradients(measure: Metric) -> Metric:
