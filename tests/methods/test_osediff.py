@@ -372,7 +372,7 @@ def test_faces_keep_their_size(backbone):
         ({"parts": ["text"]}, "'text' is not one of 'encoder', 'unet', 'decoder'"),
         ({"prompt": {"kind": "file"}}, "a file belongs to the kind 'file', and only to it"),
         ({"prompt": {"kind": "file", "file": "none.safetensors"}}, "none.safetensors: cannot be read"),
-        ({"prompt": {"negative": "blurred"}}, "negative: belongs to the kind 'text', not to 'null'"),
+        ({"prompt": {"negative": "blurred"}}, "negative: belongs to the kind 'text', not to 'none'"),
         ({"mse_weight": 0, "perceptual_weight": 0}, "nothing ties the output"),
         ({"tuning": "full", "adapters": "x.pkl"}, "published weights need tuning 'lora'"),
         ({"adapters": "none.pkl"}, "none.pkl: cannot be read"),

@@ -22,8 +22,8 @@ TEXT_TOKENS = 77
 class ConditionConfig:
     """The condition of all networks, for pictures that bring no prompt embedding of their own."""
 
-    kind: Literal["null", "learnable", "text", "file"] = "null"
-    """``null``: the embedding that a backbone of ours was trained with; zeros for a Stable Diffusion, which is not its
+    kind: Literal["none", "learnable", "text", "file"] = "none"
+    """``none``: the embedding that a backbone of ours was trained with; zeros for a Stable Diffusion, which is not its
     embedding of an empty text. ``learnable``: trained with the generator. ``text``: of one text for all pictures.
     ``file``: read from a file."""
     text: str = ""

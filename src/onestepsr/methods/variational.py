@@ -59,14 +59,17 @@ class VariationalConfig:
     """Smallest step at which the regulariser learns."""
     regularizer_t_max: int = 999
     """Largest one."""
+    start: int = 0
+    """First iteration of both; before it the generator trains on the other terms alone. 0 in the published code, whose
+    generator starts from a good picture; that of a small backbone has to find one first."""
 
     def __post_init__(self) -> None:
         for name in ("t", "regularizer_t"):
             low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
             if not 0 <= low <= high:
                 raise ValueError(f"need 0 <= {name}_min <= {name}_max, got {low} and {high}")
-        if self.weight < 0 or self.regularizer_weight < 0 or self.guidance < 0:
-            raise ValueError("weights and guidance must not be negative")
+        if min(self.weight, self.regularizer_weight, self.guidance, self.start) < 0:
+            raise ValueError("weights, guidance and start must not be negative")
 
 
 class GuidedTeacher(nn.Module):
@@ -147,7 +150,7 @@ def variational_judge(generator: OSEDiffGenerator, config: VariationalConfig) ->
         eps = networks[REGULARIZER](schedule.add_noise(z, noise, t), t, prompt)
         return {"eps": config.regularizer_weight * noise_prediction_loss(eps, noise)}
 
-    return Judge(network=REGULARIZER, term="vsd", start=0, judge=judge, learn=learn)
+    return Judge(network=REGULARIZER, term="vsd", start=config.start, judge=judge, learn=learn)
 
 
 def _copied(unet: nn.Module, *, share: bool) -> nn.Module:
