@@ -125,6 +125,14 @@ def test_single_precision_is_enough(name: str) -> None:
     assert double == pytest.approx(single, rel=1e-4)
 
 
+def test_single_precision_is_enough_without_references() -> None:
+    photo = samples_to_tensor(read_picture(PHOTO).pixels).expand(-1, 3, -1, -1)
+    exact = (photo.double() * 255).round() / 255
+    assert metrics.grid_artifact(exact).item() == pytest.approx(metrics.grid_artifact(photo).item(), rel=1e-6)
+    flat = NiqeParameters(mean=torch.zeros(36, dtype=torch.float64), covariance=torch.eye(36, dtype=torch.float64))
+    assert niqe(exact, flat).item() == pytest.approx(niqe(photo, flat).item(), rel=1e-9)
+
+
 @pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("kind", ["different", "equal", "flat"])
 def test_gradients_of_losses_are_finite(name: str, kind: str) -> None:

@@ -185,8 +185,10 @@ def show_missing(reasons: Mapping[str, str]) -> None:
 
 def show_lonely(title: str, paths: Sequence[Path]) -> None:
     """Name pictures without counterpart on stderr, the first ten of them."""
+    from onestepsr.evaluate.result import safe_text
+
     if paths:
-        names = ", ".join(path.name for path in paths[:LISTED_NAMES])
+        names = safe_text(", ".join(path.name for path in paths[:LISTED_NAMES]))
         more = f" and {len(paths) - LISTED_NAMES} more" if len(paths) > LISTED_NAMES else ""
         typer.echo(f"{title} ({len(paths)}): {names}{more}", err=True)
 
