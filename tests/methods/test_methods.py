@@ -7,7 +7,7 @@ import torch
 
 from onestepsr.config import to_mapping
 from onestepsr.errors import UserError
-from onestepsr.methods import autoencoder, d3sr, diffusion
+from onestepsr.methods import autoencoder, d3sr, diffusion, judges
 from onestepsr.methods.base import MethodEntry, Phase, SampleRandom, get_method, method_names, register
 from onestepsr.methods.catalog import load_methods
 from onestepsr.methods.spatial import PerceptualConfig
@@ -171,6 +171,19 @@ def test_critic_of_pictures_joins_beside_the_discriminator(backbone):
     assert terms[2] == spatial
     assert terms[3] == spatial | {"critic_adversarial", "critic"}
     assert terms[5] == terms[3] | {"adversarial", "discriminator"}
+
+
+def test_a_critic_sees_every_picture_from_a_place_of_its_own():
+    x = torch.arange(2 * 3 * 20 * 24, dtype=torch.float32).reshape(2, 3, 20, 24)
+    places = set()
+    for number in range(6):
+        parts = judges.shifted(x, SampleRandom("test", number, samples=range(2)))
+        assert parts.shape == (2, 3, 12, 16)
+        for part, whole in zip(parts, x, strict=True):
+            row, column = divmod(int(part[0, 0, 0] - whole[0, 0, 0]), 24)
+            assert torch.equal(part, whole[:, row : row + 12, column : column + 16])
+            places.add((row, column))
+    assert len(places) > 6
 
 
 def test_critic_learns_to_tell_pictures_and_teaches_the_generator(backbone):

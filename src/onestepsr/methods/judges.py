@@ -14,6 +14,9 @@ from onestepsr.methods.noising import LatentNoise
 
 DISCRIMINATOR = "discriminator"
 CRITIC = "critic"
+LARGEST_SHIFT = 8
+"""Pixels by which pictures are moved before a critic sees them: the critic's strides and the generator's latent cells
+would else share one grid, and the critic would teach patterns that follow it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +67,14 @@ def latent_judge(noise: LatentNoise, weight: float, start: int) -> Judge:
 
 
 def picture_judge(weight: float, start: int) -> Judge:
-    """A critic of pictures, with the same losses on what it sees: no noise, no step."""
+    """A critic of pictures, with the same losses on pictures cut at random places: no noise, no step."""
 
     def judge(networks: Networks, made: Made, random: SampleRandom) -> Tensor:
-        return weight * bce_generator_loss(networks[CRITIC](made.sr))
+        return weight * bce_generator_loss(networks[CRITIC](shifted(made.sr, random)))
 
     def learn(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
-        real, fake = networks[CRITIC](torch.cat([batch["hr"], batch["sr"]])).chunk(2)
+        pictures = torch.cat([shifted(batch[name], random) for name in ("hr", "sr")])
+        real, fake = networks[CRITIC](pictures).chunk(2)
         return {"critic": bce_discriminator_loss(real, fake)}
 
     return Judge(network=CRITIC, term="critic_adversarial", start=start, judge=judge, learn=learn)
@@ -92,3 +96,11 @@ def judged_phases(generator_loss: Callable[[list[Judge]], LossFn], judges: list[
         for start, stop in zip(starts, [*starts[1:], None], strict=True)
     ]
     return (*phases, *(Phase(network=judge.network, loss=judge.learn, start=judge.start) for judge in judges))
+
+
+def shifted(x: Tensor, random: SampleRandom) -> Tensor:
+    """Parts (N, C, H - 8, W - 8) of pictures (N, C, H, W), each cut at a place of its own."""
+    height, width = x.shape[-2] - LARGEST_SHIFT, x.shape[-1] - LARGEST_SHIFT
+    rows, columns = (random.integers(0, LARGEST_SHIFT + 1).tolist() for _ in range(2))
+    places = zip(x, rows, columns, strict=True)
+    return torch.stack([one[:, row : row + height, column : column + width] for one, row, column in places])
