@@ -107,8 +107,8 @@ def test_sigterm_saves_before_leaving(tmp_path: Path) -> None:
     assert latest.step == trainer.step == 4
 
 
-@pytest.mark.parametrize("name", ["resshift", "sinsr in 16 bits", "tadsr"])
-def test_resume_of_residual_methods(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["osediff in 16 bits", "resshift", "sinsr in 16 bits", "tadsr"])
+def test_resume_of_distilled_methods(tmp_path: Path, name: str) -> None:
     def stop(record: StepRecord) -> None:
         if record.step == 4:
             raise KeyboardInterrupt
