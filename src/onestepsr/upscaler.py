@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from onestepsr.allocator import freed_memory_kept
 from onestepsr.color import Statistics, gray, match_statistics, statistics, wavelet
 from onestepsr.errors import OneStepSRError, UserError
 from onestepsr.image import Picture, from_array, from_pil, read_picture, samples_to_tensor, tensor_to_samples, to_pil
@@ -243,7 +244,7 @@ class Upscaler:
         def rows(fn: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
             return _cropped(join.rows(fn, source, self.scale), shape[0], shape[1])
 
-        with torch.inference_mode():
+        with freed_memory_kept(self.device.type == "cpu"), torch.inference_mode():
             if options.color_fix != "adain":
                 return _stored(rows(step), shape, pixels.dtype.type)
             # AdaIN needs statistics of the whole output: it is kept with 16 bits until they are known.

@@ -154,7 +154,7 @@ def agreement(one: Sequence[Samples], other: Sequence[Samples]) -> float:
 def _product(upscaler: Upscaler, config: SpeedConfig) -> EnlargingPath:
     if config.batch == 1:
         return ProductPath(upscaler, UpscaleOptions(tile=config.tile))
-    return WholePath(upscaler.generator, upscaler.device, upscaler.dtype, torch.channels_last)
+    return WholePath(upscaler.generator, upscaler.device, upscaler.dtype, torch.channels_last, keep_memory=True)
 
 
 def _plain(

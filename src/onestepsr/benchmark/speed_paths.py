@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from onestepsr.allocator import freed_memory_kept
 from onestepsr.benchmark.stages import NETWORK, Stopwatch, stages_of
 from onestepsr.color import wavelet
 from onestepsr.image import Picture, read_picture, samples_to_tensor, tensor_to_samples
@@ -92,8 +93,16 @@ class WholePath:
     """All pictures at once and whole through the network, then the wavelet colour fix."""
 
     def __init__(
-        self, generator: nn.Module, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
+        self,
+        generator: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        *,
+        keep_memory: bool = False,
     ) -> None:
+        """``keep_memory``: treat freed memory as the upscaler does, see :mod:`onestepsr.allocator`."""
+        self._keep_memory = keep_memory and device.type == "cpu"
         self.generator, self.device, self.dtype, self.memory_format = generator, device, dtype, memory_format
         self._scale = int(cast(int, generator.scale))
         self._takes_rng = "rng" in inspect.signature(generator.forward).parameters
@@ -101,7 +110,7 @@ class WholePath:
     def enlarge(self, pictures: Sequence[Picture]) -> list[Samples]:
         """The network draws the noise that the upscaler gives a picture of one tile, where it draws any."""
         extra: dict[str, Any] = {"rng": torch.Generator().manual_seed(0)} if self._takes_rng else {}
-        with torch.inference_mode():
+        with freed_memory_kept(self._keep_memory), torch.inference_mode():
             lr = self._padded(torch.cat([samples_to_tensor(picture.pixels) for picture in pictures]).to(self.device))
             sr = self.generator(lr.to(self.dtype).contiguous(memory_format=self.memory_format), **extra)
             fixed = wavelet(sr.float().clamp(0.0, 1.0), enlarge(lr, self._scale))
