@@ -75,7 +75,7 @@ def test_the_face_model_and_a_prompt_of_ones_own(folder, capsys):
     embedding = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     save_file({"prompt": embedding}, folder / "prompt.safetensors")
     target = folder / "face.safetensors"
-    options = ["--backbone", backbone, "--as", "osediff-face", "--prompt-file", str(folder / "prompt.safetensors")]
+    options = ["--backbone", backbone, "--as", "osediff-face", "--prompt-embedding", str(folder / "prompt.safetensors")]
     assert run(capsys, "models", "convert", pickle, str(target), *options)[0] == 0
     loaded = registry.load_generator(target)
     assert loaded.scale == 1
@@ -93,7 +93,10 @@ def test_the_face_model_and_a_prompt_of_ones_own(folder, capsys):
         (["osediff.pkl", "x.safetensors", "--to", "osediff-pkl"], "must end in .pkl"),
         (["osediff.pkl", "x.safetensors", "--to", "pth"], "--to 'pth': accepted: safetensors, osediff-pkl"),
         (["backbone.safetensors", "x.pkl", "--to", "osediff-pkl"], "holds no adapters of OSEDiff; they are in a file"),
-        (["backbone.safetensors", "x.safetensors", "--prompt-file", "y"], "which --backbone and --prompt-file are for"),
+        (
+            ["backbone.safetensors", "x.safetensors", "--prompt-embedding", "y"],
+            "which --backbone and --prompt-embedding are for",
+        ),
         (["none.pkl", "x.safetensors"], "none.pkl: no such weights file"),
     ],
 )

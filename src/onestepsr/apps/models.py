@@ -117,8 +117,8 @@ def convert(
     backbone: Annotated[
         str | None, typer.Option(help="Of OSEDiff's weights: what they are added to; by default sd21-base.")
     ] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="Of OSEDiff: embedding of the prompt for pictures that come without one.")
+    prompt_embedding: Annotated[
+        Path | None, typer.Option(help="Of OSEDiff: file of the embedding for pictures that come without a prompt.")
     ] = None,
     to: Annotated[
         str, typer.Option(help="safetensors: a file of ours. osediff-pkl: OSEDiff's adapters as it publishes them.")
@@ -149,7 +149,7 @@ def convert(
             published_as=published_as,
             autoencoder=autoencoder,
             backbone=backbone,
-            prompt_file=prompt_file,
+            prompt_file=prompt_embedding,
             dtype=getattr(torch, dtype),
             overwrite=overwrite,
         )

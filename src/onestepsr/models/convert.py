@@ -65,7 +65,7 @@ def convert(
     if adapters is not None:
         network: nn.Module = _osediff(source, part, published_as, backbone, prompt_file)
     elif backbone is not None or prompt_file is not None:
-        raise UserError(f"{source}: holds no adapters of OSEDiff, which --backbone and --prompt-file are for")
+        raise UserError(f"{source}: holds no adapters of OSEDiff, which --backbone and --prompt-embedding are for")
     elif published_as is not None or autoencoder is not None or _is_residual(source):
         network = _residual(source, part, published_as, autoencoder)
     else:
