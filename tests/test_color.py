@@ -81,3 +81,20 @@ def test_luma_of_known_colours() -> None:
     assert float(color.gray(white)) == pytest.approx(1, abs=1e-6)
     assert (color.rgb_to_ycbcr(red) * 255).ravel().tolist() == pytest.approx([81.481, 90.203, 240.0], abs=1e-3)
     assert float(color.rgb_to_ycbcr(red)[:, :1]) == pytest.approx(float(color.luma(red)), abs=1e-7)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_fast_correction_equals_its_formula_exactly(layout: torch.memory_format) -> None:
+    def plain_blur(values: torch.Tensor, r: int) -> torch.Tensor:
+        p = torch.nn.functional.pad(values, (r,) * 4, mode="replicate")
+        columns = p[..., : -2 * r] + p[..., 2 * r :] + 2 * p[..., r:-r]
+        return (columns[..., : -2 * r, :] + columns[..., 2 * r :, :] + 2 * columns[..., r:-r, :]) / 16
+
+    content = TARGET.contiguous(memory_format=layout)
+    low = SOURCE - content
+    for radius in color.WAVELET_RADII:
+        low = plain_blur(low, radius)
+    kept = content.clone(), SOURCE.clone()
+    assert torch.equal(color.wavelet(content, SOURCE), (content + low).clamp(0, 1))
+    assert torch.equal(content, kept[0])
+    assert torch.equal(SOURCE, kept[1])

@@ -267,3 +267,13 @@ def test_tiles_start_where_the_networks_cells_do(tile: int) -> None:
     whole = np.asarray(upscaler(pixels, tile="off", color_fix="none"))
     assert whole.shape == (180, 148, 3)
     assert np.array_equal(np.asarray(upscaler(pixels, tile=tile, color_fix="none")), whole)
+
+
+def test_freed_memory_is_kept_for_large_work_only() -> None:
+    generator = SmallConvolution()
+    upscaler = Upscaler(generator, "cpu", "float32")
+    area = int(module.LARGE_WORK / upscaler.memory_per_pixel())
+    assert not upscaler.keeps_freed_memory(area - 1)
+    assert upscaler.keeps_freed_memory(area + 1)
+    upscaler.device = torch.device("cuda")
+    assert not upscaler.keeps_freed_memory(area + 1)

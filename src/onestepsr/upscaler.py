@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BFLOAT16_GAIN = 1.2
 """How many times as fast as float32 bfloat16 must be on a CPU to be worth its fewer digits."""
+LARGE_WORK = 400_000_000
+"""Peak bytes of a tile on a CPU from which on freed memory is kept while the picture is enlarged; smaller work lives on
+what the C library keeps by itself, and would only pay for handing it back."""
 DEFAULT_MEMORY_PER_PIXEL = 6000.0
 """Peak bytes per input pixel assumed of a generator that does not tell, at 4 bytes per number."""
 
@@ -224,6 +228,10 @@ class Upscaler:
         own = float(tell(self.dtype)) if callable(tell) else DEFAULT_MEMORY_PER_PIXEL * self.dtype.itemsize / 4
         return own + 200 * self.scale**2 / 16
 
+    def keeps_freed_memory(self, area: int) -> bool:
+        """Whether tiles of ``area`` input pixels are worth :func:`onestepsr.allocator.freed_memory_kept`."""
+        return self.device.type == "cpu" and area * self.memory_per_pixel() > LARGE_WORK
+
     def _move(self, dtype: torch.dtype) -> None:
         self.generator = cast(Any, self.generator).to(
             device=self.device, dtype=dtype, memory_format=torch.channels_last
@@ -244,7 +252,8 @@ class Upscaler:
         def rows(fn: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
             return _cropped(join.rows(fn, source, self.scale), shape[0], shape[1])
 
-        with freed_memory_kept(self.device.type == "cpu"), torch.inference_mode():
+        area = math.prod(min(join.tile, side) for side in source.shape[2:])
+        with freed_memory_kept(self.keeps_freed_memory(area)), torch.inference_mode():
             if options.color_fix != "adain":
                 return _stored(rows(step), shape, pixels.dtype.type)
             # AdaIN needs statistics of the whole output: it is kept with 16 bits until they are known.

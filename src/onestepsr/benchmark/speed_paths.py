@@ -102,7 +102,7 @@ class WholePath:
         keep_memory: bool = False,
     ) -> None:
         """``keep_memory``: treat freed memory as the upscaler does, see :mod:`onestepsr.allocator`."""
-        self._keep_memory = keep_memory and device.type == "cpu"
+        self._keep_memory = keep_memory
         self.generator, self.device, self.dtype, self.memory_format = generator, device, dtype, memory_format
         self._scale = int(cast(int, generator.scale))
         self._takes_rng = "rng" in inspect.signature(generator.forward).parameters
