@@ -37,6 +37,18 @@ def test_the_last_step_gives_the_published_x0():
     assert [t.tolist() for t in asked] == [[999]]
 
 
+def test_sixteen_bits_are_for_the_networks_alone():
+    generator = plain().to(torch.bfloat16)
+    predictions = []
+    generator.unet.register_forward_hook(lambda module, arguments, output: predictions.append(output))
+    z_l = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    z_h = generator.step(z_l)
+    assert predictions[0].dtype == torch.bfloat16
+    expected = generator.schedule.x0_from_eps(z_l.double(), predictions[0].double(), TIMESTEP)
+    assert (z_h - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert generator(photo().bfloat16()).dtype == torch.bfloat16
+
+
 def test_a_prompt_of_the_picture_replaces_the_saved_one():
     generator = plain()
     own = generator(photo())

@@ -7,6 +7,7 @@ differ from picture to picture, and an encoder whose posterior may be sampled.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Self, cast
 
@@ -107,10 +108,20 @@ class OSEDiffGenerator(OneStepLatentGenerator):
         height, width = (side * self.scale // factor for side in lr.shape[-2:])
         return lr.new_empty(lr.shape[0], self.latent_channels, height, width)
 
+    def step(self, z_l: Tensor, prompt: Tensor | None = None) -> Tensor:
+        """Latent estimate of the HR image, in float32 whatever the type of ``z_l`` (N, C, h, w).
+
+        At the last step the prediction nearly cancels the latent and the rest is divided by 0.07: in a 16-bit type its
+        rounding would be the picture.
+        """
+        t = torch.full((z_l.shape[0],), self.timestep, device=z_l.device, dtype=torch.long)
+        eps = cast(Callable[..., Tensor], self.unet)(z_l, t, self.prompt if prompt is None else prompt)
+        return self.schedule.x0_from_eps(z_l.float(), eps.float(), self.timestep)
+
     def restore(
         self, lr: Tensor, *, prompt: Tensor | None = None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """SR image (N, 3, s h, s w), not clamped, and its latent, for LR (N, 3, h, w) with sides multiples of
+        """SR image (N, 3, s h, s w), not clamped, and its float32 latent, for LR (N, 3, h, w) with sides multiples of
         ``lr_multiple``.
 
         ``prompt`` is (1 or N, L, C). ``noise``, standard normal and shaped like the latent, samples the encoder's
@@ -119,7 +130,7 @@ class OSEDiffGenerator(OneStepLatentGenerator):
         image = self.enlarge(lr) if self.scale != 1 else lr
         z_l = self.encode(image) if noise is None else sampled_latent(self.autoencoder, image * 2 - 1, noise)
         z_h = self.step(z_l, prompt)
-        return self.decode(z_h), z_h
+        return self.decode(z_h.to(z_l.dtype)), z_h
 
     def forward(
         self,
