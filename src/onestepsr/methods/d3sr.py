@@ -82,9 +82,6 @@ class D3SRConfig:
     lattice_weight: float = 0.0
     """Weight of the penalty on patterns locked to the latent grid, in [-1, 1]; not in the paper, whose decoder does not
     make them."""
-    lattice_detail_weight: float = 0.0
-    """Weight of the penalty on detail that lies unevenly on the latent grid, such as dots along edges; not in the paper
-    either."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     """The perceptual distance, EA-DISTS in the paper."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -95,7 +92,7 @@ class D3SRConfig:
     def __post_init__(self) -> None:
         if min(self.adversarial_weight, self.critic_weight) < 0 or min(self.mse_weight, self.perceptual_weight) < 0:
             raise ValueError("loss weights must not be negative")
-        if min(self.lattice_weight, self.lattice_detail_weight) < 0:
+        if self.lattice_weight < 0:
             raise ValueError("loss weights must not be negative")
         if not self.mse_weight + self.perceptual_weight:
             raise ValueError("mse_weight and perceptual_weight are both 0: nothing ties the output to the photo")
@@ -103,12 +100,7 @@ class D3SRConfig:
     @property
     def spatial_weights(self) -> SpatialWeights:
         """The weights of the spatial loss."""
-        return SpatialWeights(
-            mse=self.mse_weight,
-            perceptual=self.perceptual_weight,
-            lattice=self.lattice_weight,
-            lattice_detail=self.lattice_detail_weight,
-        )
+        return SpatialWeights(mse=self.mse_weight, perceptual=self.perceptual_weight, lattice=self.lattice_weight)
 
 
 def build(config: D3SRConfig) -> Method:

@@ -13,7 +13,7 @@ from typing import Literal, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestepsr.losses.lattice import lattice_detail_loss, lattice_loss
+from onestepsr.losses.lattice import lattice_loss
 from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists, read_dists_weights, read_lpips_weights
 from onestepsr.models.features import OrientedFeatures, VGG16Features
 from onestepsr.models.registry import resolve
@@ -52,7 +52,7 @@ class PerceptualConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SpatialWeights:
-    """Weights of the terms; a term of weight 0 is not computed."""
+    """Weights of the three terms; a term of weight 0 is not computed."""
 
     mse: float
     """Of the squared error of images in [-1, 1]."""
@@ -60,8 +60,6 @@ class SpatialWeights:
     """Of the perceptual distance, lambda_2 in D3SR."""
     lattice: float = 0.0
     """Of the penalty on patterns locked to the latent grid."""
-    lattice_detail: float = 0.0
-    """Of the penalty on detail that some positions of that grid have more of than others."""
 
 
 class SpatialLoss:
@@ -84,8 +82,6 @@ class SpatialLoss:
             terms[self.config.distance] = self.weights.perceptual * self._distance(sr, hr).mean()
         if self.weights.lattice:
             terms["lattice"] = self.weights.lattice * 4 * lattice_loss(sr, hr)
-        if self.weights.lattice_detail:
-            terms["lattice_detail"] = self.weights.lattice_detail * lattice_detail_loss(sr)
         return terms
 
     def _distance(self, sr: Tensor, hr: Tensor) -> Tensor:
