@@ -154,7 +154,8 @@ def agreement(one: Sequence[Samples], other: Sequence[Samples]) -> float:
 def _product(upscaler: Upscaler, config: SpeedConfig) -> EnlargingPath:
     if config.batch == 1:
         return ProductPath(upscaler, UpscaleOptions(tile=config.tile))
-    return WholePath(upscaler.generator, upscaler.device, upscaler.dtype, torch.channels_last, keep_memory=True)
+    kept = upscaler.keeps_freed_memory(config.width * config.height * config.batch)
+    return WholePath(upscaler.generator, upscaler.device, upscaler.dtype, torch.channels_last, keep_memory=kept)
 
 
 def _plain(
