@@ -66,7 +66,11 @@ def test_info_counts_parameters_and_shows_the_configuration():
 def test_verify_checks_every_model():
     result = run(app, ["models", "verify"])
     assert result.exit_code == 0
-    assert [line.split(",")[0] for line in result.stdout.splitlines()] == ["d3sr-tiny: ok", "bicubic: ok"]
+    assert [line.split(",")[0] for line in result.stdout.splitlines()] == [
+        "d3sr-tiny: ok",
+        "d3sr-tiny-fidelity: ok",
+        "bicubic: ok",
+    ]
 
 
 def test_info_of_a_download_shows_terms_and_addresses_and_downloads_nothing(tmp_path):

@@ -33,7 +33,7 @@ def test_networks_stay_as_they_are():
 
 @pytest.mark.parametrize("share", [-0.1, 1.01, float("nan")])
 def test_share_out_of_range(share):
-    with pytest.raises(UserError, match=r"fidelity: .* accepted: 0"):
+    with pytest.raises(UserError, match=r"share between two models: .* accepted: 0"):
         blend(network(0), network(1), share)
 
 

@@ -123,6 +123,11 @@ def convert(
     to: Annotated[
         str, typer.Option(help="safetensors: a file of ours. osediff-pkl: OSEDiff's adapters as it publishes them.")
     ] = "safetensors",
+    towards: Annotated[
+        Path | None,
+        typer.Option(help="A second backbone or generator of the same shape: the weights written lie between the two."),
+    ] = None,
+    share: Annotated[float, typer.Option(help="How far towards it, 0 to 1.")] = 0.5,
     dtype: Annotated[str, typer.Option(help="Number format: float32, bfloat16 or float16.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET if it exists.")] = False,
     as_json: JsonFlag = False,
@@ -150,6 +155,8 @@ def convert(
             autoencoder=autoencoder,
             backbone=backbone,
             prompt_file=prompt_embedding,
+            towards=towards,
+            share=share,
             dtype=getattr(torch, dtype),
             overwrite=overwrite,
         )

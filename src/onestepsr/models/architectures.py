@@ -40,7 +40,7 @@ from onestepsr.models.stable_diffusion_config import (
     StableDiffusionEncoderConfig,
     StableDiffusionGeneratorConfig,
 )
-from onestepsr.models.tiny import TinyAutoencoder, TinyConfig, TinyUNet
+from onestepsr.models.tiny import BUNDLED, TinyAutoencoder, TinyConfig, TinyUNet
 from onestepsr.schedules import DiffusionSchedule, DiffusionScheduleConfig
 
 RANDOM = "random:"
@@ -140,7 +140,7 @@ def _describe_generator(generator: OneStepLatentGenerator) -> tuple[str, dict[st
 
 
 _RANDOM_GENERATORS: dict[str, Callable[[], OneStepLatentGenerator]] = {
-    "d3sr-tiny": lambda: tiny_generator(TinyGeneratorConfig()),
+    "d3sr-tiny": lambda: tiny_generator(TinyGeneratorConfig(model=BUNDLED)),
     "sd21-base": lambda: stable_diffusion_generator(StableDiffusionGeneratorConfig()),
 }
 _RANDOM_ENCODERS = {"sd21-base": SD21_BASE, "sdxl-base": SDXL_BASE}

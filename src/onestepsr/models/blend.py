@@ -22,12 +22,12 @@ def blend(first: nn.Module, second: nn.Module, share: float) -> nn.Module:
     ``first``. Raises UserError for a share out of range and for networks of different shapes.
     """
     if not 0.0 <= share <= 1.0:
-        raise UserError(f"fidelity: {share:g}, accepted: 0 (the model as it is) to 1 (its faithful counterpart)")
+        raise UserError(f"share between two models: {share:g}, accepted: 0 (the first) to 1 (the second)")
     ours, theirs = first.state_dict(), second.state_dict()
     different = sorted(ours.keys() ^ theirs.keys())
     different += [key for key in ours.keys() & theirs.keys() if ours[key].shape != theirs[key].shape]
     if different:
-        raise UserError(f"fidelity: the two models differ in shape, first at '{different[0]}'")
+        raise UserError(f"the two models differ in shape, first at '{different[0]}'")
     blended = copy.deepcopy(first)
     mixed = {
         key: torch.lerp(value, theirs[key].to(value), share) if value.is_floating_point() else value

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from onestepsr.errors import UserError
 from onestepsr.models.architectures import RESIDUAL, TINY_RESIDUAL, describe
 from onestepsr.models.backbones import load_backbone, load_discriminator_backbone
+from onestepsr.models.blend import blend
 from onestepsr.models.osediff_file import write_adapters, write_published
 from onestepsr.models.osediff_published import adapters_of, holds_adapters
 from onestepsr.models.osediff_published import load_published as load_osediff
@@ -48,6 +49,8 @@ def convert(
     autoencoder: Path | None = None,
     backbone: str | Path | None = None,
     prompt_file: Path | None = None,
+    towards: Path | None = None,
+    share: float = 0.5,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> Converted:
@@ -58,7 +61,8 @@ def convert(
     ``autoencoder`` is the file of its autoencoder, by default that of the alias. Raises :class:`UserError` in one line
     when the source is none, ``target`` exists already or the numbers do not fit ``dtype``; nothing is left behind then.
     Adapters stay as they are in a second file, whose name ends in ``.adapters.safetensors``; the model's prompt for
-    pictures that come without one is read from ``prompt_file``.
+    pictures that come without one is read from ``prompt_file``. ``towards`` is a second backbone of the same shape: the
+    weights written lie the part ``share`` of the way to its own.
     """
     _check_target(target, overwrite)
     adapters = _adapters_file(target, overwrite) if holds_adapters(source) else None
@@ -70,6 +74,9 @@ def convert(
         network = _residual(source, part, published_as, autoencoder)
     else:
         network = load_backbone(source) if part == "generator" else load_discriminator_backbone(source)[0]
+    if towards is not None:
+        other = load_backbone(towards) if part == "generator" else load_discriminator_backbone(towards)[0]
+        network = blend(network, other, share)
     architecture, config = describe(network)
     state = {key: _cast(key, value, dtype) for key, value in network.state_dict().items()}
     parameters = sum(parameter.numel() for parameter in network.parameters())

@@ -170,6 +170,8 @@ def load_generator(
         raise UserError(f"{name_or_path}: a {type(network).__name__} is no generator; it cannot upscale by itself")
     _choose_sampling(network, str(name_or_path), steps, sampler)
     if fidelity is not None:
+        if not 0.0 <= fidelity <= 1.0:
+            raise UserError(f"fidelity: {fidelity:g}, accepted: 0 (the model as it is) to 1 (its faithful counterpart)")
         network = blend(network, load_network(_faithful(str(name_or_path))), fidelity)
     network.requires_grad_(False).to(device=device, dtype=dtype)
     if isinstance(network, OneStepLatentGenerator):

@@ -17,6 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FACTOR = 4
+"""Pixels per latent cell along each axis."""
 LORA_TARGETS = r".*(conv\w*|to_q|to_k|to_v|to_out|time|skip_gain)"
 """Layers of the UNet that get adapters: every convolution, every projection of the attention and of the time."""
 MEMORY_PER_PIXEL = 225.0
@@ -27,7 +29,7 @@ STATISTICS_MOMENTUM = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class TinyConfig:
-    """Sizes of the tiny backbone; the defaults are those of the bundled model."""
+    """Sizes of the tiny backbone; the defaults are a little smaller than :data:`BUNDLED`."""
 
     luma_channels: int = 14
     """Latent channels that start as luma DCT coefficients (of 16 in a 4x4 block, lowest frequencies first)."""
@@ -65,8 +67,8 @@ class TinyConfig:
         return self.luma_channels + 2 * self.chroma_channels
 
 
-FACTOR = 4
-"""Pixels per latent cell along each axis."""
+BUNDLED = TinyConfig(decoder_width=64, refine_width=16, widths=(64, 96, 160), up_blocks=(2, 2, 1))
+"""Sizes of the model that comes with the package."""
 
 
 def block_dct(luma: int, chroma: int) -> Tensor:
