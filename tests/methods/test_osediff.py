@@ -27,6 +27,7 @@ from onestepsr.models.stable_diffusion_config import (
     StableDiffusionGeneratorConfig,
     UNetConfig,
 )
+from onestepsr.train.recipes import load_run
 
 WIDTH = 16
 FULL = {"tuning": "full", "vsd": VariationalConfig(tuning="full")}
@@ -392,3 +393,43 @@ def test_defaults_are_the_published_codes():
     assert (config.mse_weight, config.perceptual_weight, config.perceptual.distance) == (1.0, 2.0, "lpips")
     assert (config.lora.rank, config.lora.alpha, config.vsd.guidance) == (4, 8.0, 7.5)
     assert (config.vsd.t_min, config.vsd.t_max, config.vsd.regularizer_t_max) == (20, 979, 999)
+
+
+PUBLISHED = {
+    "scale": 4,
+    "timestep": 999,
+    "posterior": "sample",
+    "parts": ("encoder", "unet"),
+    "tuning": "lora",
+    "mse_weight": 1.0,
+    "perceptual_weight": 2.0,
+    "regularization": "vsd",
+}
+
+
+@pytest.mark.parametrize("name", ["osediff-sd21", "osediff-sd21-24gb", "osediff-face"])
+def test_recipes_say_what_was_published(name):
+    run = load_run("osediff", name)
+    face = name == "osediff-face"
+    assert {key: getattr(run.config, key) for key in PUBLISHED} == PUBLISHED | ({"scale": 1} if face else {})
+    assert (run.config.lora, run.config.autoencoder_lora, run.config.vsd.lora) == (AdapterConfig(),) * 3
+    assert (run.config.perceptual.distance, run.config.perceptual.features) == ("lpips", "vgg16")
+    assert run.config.prompt.negative is not None
+    assert run.config.prompt.negative.startswith("blurring, dirty" if face else "painting, oil painting, illustration")
+    assert run.config.prompt.negative.endswith("deformed, lowres, over-smooth")
+    assert (run.data.crop, run.data.scale) == (512, 1 if face else 4)
+    assert run.data.degradation == ("face_osediff" if face else "real_esrgan")
+    optimizer = run.train.optimizer_of("regularizer")
+    assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.eps) == (5e-5, (0.9, 0.999), 0.01, 1e-8)
+    assert (run.train.batch_size, run.train.gradient_clip, run.train.ema_decay) == (16, 1.0, 0.0)
+
+
+def test_the_tiny_recipe_differs_from_d3srs_in_the_losses_alone():
+    ours, theirs = load_run("osediff", "osediff-tiny"), load_run("d3sr", "d3sr-tiny-single-stage")
+    assert ours.data == theirs.data
+    assert replace(ours.train, optimizers={}) == replace(theirs.train, optimizers={})
+    assert ours.train.optimizer_of("generator") == theirs.train.optimizer_of("generator")
+    assert ours.config.vsd.start == theirs.config.discriminator.start
+    same = ("backbone", "timestep", "tuning", "mse_weight", "lattice_weight")
+    assert all(getattr(ours.config, key) == getattr(theirs.config, key) for key in same)
+    assert ("decoder" in ours.config.parts, "encoder" in ours.config.parts) == (theirs.config.train_decoder, False)
