@@ -201,6 +201,16 @@ def test_steps_are_the_papers_unless_given() -> None:
         step_range(StepRange(t_min=20), 2, 14, "score")
 
 
+def test_default_steps_of_a_teacher_with_fifteen() -> None:
+    method = method_of("random:resshift-tiny", teacher_steps=1)
+    networks, seen = spied(method)
+    batch = {name: picture[:1].repeat(60, 1, 1, 1) for name, picture in pair(4).items()}
+    run(method, batch, networks)
+    assert set(seen["teacher"][-1][1].tolist()) == {0, 1, 2}, "score distillation"
+    judged = set(batch["t"].tolist())
+    assert {min(judged), max(judged)} == {0, 14}, "discriminator"
+
+
 def test_score_distillation_uses_steps_of_its_range() -> None:
     method = filled(method_of(score={"t_min": 1, "t_max": 2}, judge={"kind": "none"}))
     networks, seen = spied(method)
