@@ -17,7 +17,7 @@ from onestepsr.evaluate.result import (
     Files,
     ModelRecord,
     Setting,
-    describe_machine,
+    machine_entries,
     now,
 )
 from onestepsr.evaluate.running import Clock, ModelRun, score_pairs
@@ -96,7 +96,7 @@ class _Collected:
             failed={name: "; ".join(score.problems) for name, score in self.scores.items() if score.problems},
             unavailable=unavailable,
             seconds={name: round(value, 3) for name, value in seconds.items()},
-            machine={**describe_machine(), "torch": str(torch.__version__), "metrics_on": str(self.measurer.device)},
+            machine={**machine_entries(), "torch": str(torch.__version__), "metrics_on": str(self.measurer.device)},
             date=now(),
         )
 

@@ -21,6 +21,7 @@ from onestepsr.config import from_mapping, to_mapping
 from onestepsr.errors import UserError
 from onestepsr.evaluate.statistics import Summary, summarize
 from onestepsr.files import replacing
+from onestepsr.machine import processor_name
 
 SCHEMA = 2
 READABLE = (1, 2)
@@ -234,13 +235,11 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def describe_machine() -> dict[str, Setting]:
+def machine_entries() -> dict[str, Setting]:
     """Entries of :attr:`EvaluationResult.machine` that need no PyTorch."""
-    from onestepsr.machine import processor
-
     return {
         "system": platform.system(),
-        "processor": processor().get("model name") or platform.machine(),
+        "processor": processor_name(),
         "python": platform.python_version(),
     }
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.data.sampling import generator
@@ -125,6 +126,12 @@ class MethodEntry:
     build: Callable[[Any], Method]
     needs_lr: bool = True
     """Whether batches must carry degraded images beside the HR ones."""
+
+
+def preview_columns(sr: Tensor, batch: Batch, scale: int) -> dict[str, Tensor]:
+    """What :attr:`Method.preview` shows of a restored batch: LR enlarged ``scale`` times, SR and HR, (N, 3, H, W)."""
+    enlarged = F.interpolate(batch["lr"], scale_factor=float(scale), mode="bicubic", align_corners=False)
+    return {"LR (bicubic)": enlarged.clamp(0, 1), "SR": sr.clamp(0, 1), "HR": batch["hr"]}
 
 
 _METHODS: dict[str, MethodEntry] = {}

@@ -13,11 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.errors import UserError
-from onestepsr.methods.base import Batch, Exported, LossFn, Method, MethodEntry, Networks, SampleRandom, register
+from onestepsr.methods.base import (
+    Batch,
+    Exported,
+    LossFn,
+    Method,
+    MethodEntry,
+    Networks,
+    SampleRandom,
+    preview_columns,
+    register,
+)
 from onestepsr.methods.judges import CRITIC, DISCRIMINATOR, Judge, Made, judged_phases, latent_judge, picture_judge
 from onestepsr.methods.latent_discriminator import (
     DiscriminatorConfig,
@@ -124,7 +133,7 @@ def build(config: D3SRConfig) -> Method:
         frozen=spatial.frozen,
         phases=judged_phases(partial(_generator_phase, spatial), judges),
         ema=("generator",),
-        preview=_preview,
+        preview=partial(_preview, generator.scale),
         export=_export,
         scale=generator.scale,
         hr_multiple=generator.scale * generator.lr_multiple,
@@ -163,10 +172,8 @@ def _generator_phase(spatial: SpatialLoss, judges: list[Judge]) -> LossFn:
     return loss
 
 
-def _preview(networks: Networks, batch: Batch) -> dict[str, Tensor]:
-    sr = networks["generator"](batch["lr"])[0]
-    enlarged = F.interpolate(batch["lr"], scale_factor=4.0, mode="bicubic", align_corners=False)
-    return {"LR (bicubic)": enlarged.clamp(0, 1), "SR": sr.clamp(0, 1), "HR": batch["hr"]}
+def _preview(scale: int, networks: Networks, batch: Batch) -> dict[str, Tensor]:
+    return preview_columns(networks["generator"](batch["lr"])[0], batch, scale)
 
 
 def _export(networks: Mapping[str, nn.Module]) -> Exported:

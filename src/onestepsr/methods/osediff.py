@@ -15,11 +15,20 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.errors import UserError
-from onestepsr.methods.base import Batch, Exported, LossFn, Method, MethodEntry, Networks, SampleRandom, register
+from onestepsr.methods.base import (
+    Batch,
+    Exported,
+    LossFn,
+    Method,
+    MethodEntry,
+    Networks,
+    SampleRandom,
+    preview_columns,
+    register,
+)
 from onestepsr.methods.conditions import ConditionConfig
 from onestepsr.methods.judges import DISCRIMINATOR, Judge, Made, judged_phases, latent_judge
 from onestepsr.methods.latent_discriminator import DiscriminatorConfig, build_discriminator, checkpoint_gradients
@@ -256,9 +265,7 @@ def _generator_loss(
 
 
 def _preview(scale: int, networks: Networks, batch: Batch) -> dict[str, Tensor]:
-    sr = networks["generator"](batch["lr"], batch.get("prompt"))[0]
-    enlarged = F.interpolate(batch["lr"], scale_factor=float(scale), mode="bicubic", align_corners=False)
-    return {"LR (bicubic)": enlarged.clamp(0, 1), "SR": sr.clamp(0, 1), "HR": batch["hr"]}
+    return preview_columns(networks["generator"](batch["lr"], batch.get("prompt"))[0], batch, scale)
 
 
 def _export(networks: Mapping[str, nn.Module]) -> Exported:
