@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -128,6 +128,9 @@ class SuiteConfig:
     """Rows of the table in order, by a short name that is also a folder's."""
     overrides: Overrides = ()
     """Settings that all variants share, the budget above all."""
+    budget: Literal["steps", "time"] = "steps"
+    """What is equal for all variants: the number of steps, or, where their steps cost differently, the time. For the
+    latter each variant names the ``train.steps`` that fit into it, as measured; the report shows both."""
     published: PublishedTable | None = None
     """The paper's own table."""
 
@@ -210,14 +213,16 @@ def load_suite(suite: str, settings: Sequence[str] = ()) -> Suite:
 def plan_runs(suite: Suite, variants: Sequence[str], seeds: Sequence[int], out: Path) -> list[VariantRun]:
     """Every trained variant with every seed, seed by seed, so that an interrupted suite has whole seeds to compare.
 
-    All settings are checked here, and that all variants have the same budget.
+    All settings are checked here, and that all variants have the same budget; of equal time only the batch size can be
+    checked before anything has run.
     """
     runs = [_plan_run(suite, name, seed, out) for seed in seeds for name in suite.trained(variants)]
     if not runs:
         raise UserError(f"nothing to train: of {', '.join(variants)} there are models already; choose another one too")
     first = runs[0]
+    equal = ("steps", "batch_size") if suite.config.budget == "steps" else ("batch_size",)
     for run in runs:
-        for key in ("steps", "batch_size"):
+        for key in equal:
             own, other = getattr(run.config.train, key), getattr(first.config.train, key)
             if own != other:
                 raise UserError(
