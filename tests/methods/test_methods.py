@@ -177,8 +177,9 @@ def test_a_critic_sees_every_picture_from_a_place_of_its_own():
     x = torch.arange(2 * 3 * 20 * 24, dtype=torch.float32).reshape(2, 3, 20, 24)
     places = set()
     for number in range(6):
-        parts = judges.shifted(x, SampleRandom("test", number, samples=range(2)))
+        parts, other = judges.shifted([x, -x], SampleRandom("test", number, samples=range(2)))
         assert parts.shape == (2, 3, 12, 16)
+        assert torch.equal(parts, -other), "the same place in every picture of a sample"
         for part, whole in zip(parts, x, strict=True):
             row, column = divmod(int(part[0, 0, 0] - whole[0, 0, 0]), 24)
             assert torch.equal(part, whole[:, row : row + 12, column : column + 16])
@@ -186,8 +187,10 @@ def test_a_critic_sees_every_picture_from_a_place_of_its_own():
     assert len(places) > 6
 
 
-def test_critic_learns_to_tell_pictures_and_teaches_the_generator(backbone):
-    config = d3sr.D3SRConfig(backbone=backbone, adversarial_weight=0.0, critic_weight=1.0, tuning="full")
+@pytest.mark.parametrize("views", [{}, {"contrast": True, "conditional": True, "matching": 1.0}])
+def test_critic_learns_to_tell_pictures_and_teaches_the_generator(backbone, views):
+    critic = d3sr.CriticConfig(**views)
+    config = d3sr.D3SRConfig(backbone=backbone, adversarial_weight=0.0, critic_weight=1.0, critic=critic, tuning="full")
     method = d3sr.build(config)
     generator_phase, critic_phase = method.phases
     critic = method.networks["critic"]

@@ -51,10 +51,18 @@ class CriticConfig:
     """Channels at a half, a quarter, ... of the picture's resolution."""
     start: int = 0
     """First iteration with a critic."""
+    contrast: bool = False
+    """Show it the locally normalised brightness too, in which faint texture is as strong as an edge."""
+    conditional: bool = False
+    """Show it the enlarged input too, so that it can tell invented detail from restored detail."""
+    matching: float = 0.0
+    """Weight of the distance between its features of picture and photo, relative to its adversarial term."""
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1 or self.start < 0:
             raise ValueError(f"need widths of at least 1 and start >= 0, got {self.widths} and {self.start}")
+        if self.matching < 0:
+            raise ValueError(f"matching must not be negative, got {self.matching}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +132,11 @@ def build(config: D3SRConfig) -> Method:
         )
         judges.append(latent_judge(noise, config.adversarial_weight, config.discriminator.start))
     if config.critic_weight:
-        networks[CRITIC] = PatchCritic(config.critic.widths)
-        judges.append(picture_judge(config.critic_weight, config.critic.start))
+        critic = config.critic
+        networks[CRITIC] = PatchCritic(critic.widths, contrast=critic.contrast, conditional=critic.conditional)
+        judges.append(
+            picture_judge(config.critic_weight, critic.start, conditional=critic.conditional, matching=critic.matching)
+        )
     if config.tuning == "lora":  # after the discriminator has copied the plain UNet
         add_lora(generator.unet, config.lora)
     return Method(
@@ -164,7 +175,7 @@ def _generator_phase(spatial: SpatialLoss, judges: list[Judge]) -> LossFn:
         for judge in judges:
             judge.settle()
         sr, z_sr, *z_hr = networks["generator"](batch["lr"], batch["hr"] if needs_latent else None)
-        made = Made(sr=sr, z_sr=z_sr)
+        made = Made(sr=sr, z_sr=z_sr, lr=batch["lr"], hr=batch["hr"])
         if judges:
             batch |= {"sr": sr.detach(), "z_sr": z_sr.detach()} | ({"z_hr": z_hr[0]} if z_hr else {})
         return spatial(sr, batch["hr"]) | {judge.term: judge.judge(networks, made, random) for judge in judges}

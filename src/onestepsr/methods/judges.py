@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from onestepsr.losses.adversarial import bce_discriminator_loss, bce_generator_loss
 from onestepsr.methods.base import Batch, LossFn, Networks, Phase, SampleRandom
 from onestepsr.methods.noising import LatentNoise
+from onestepsr.models.enlarging import bicubic
 
 DISCRIMINATOR = "discriminator"
 CRITIC = "critic"
@@ -29,6 +31,10 @@ class Made:
     """Their latents (N, C, h, w)."""
     prompt: Tensor | None = None
     """Prompt embeddings (N, L, C) of the pictures, where each has its own."""
+    lr: Tensor | None = None
+    """What they were made from (N, 3, h, w), for a judge of pictures."""
+    hr: Tensor | None = None
+    """The photos (N, 3, H, W), likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +72,33 @@ def latent_judge(noise: LatentNoise, weight: float, start: int) -> Judge:
     return Judge(network=DISCRIMINATOR, term="adversarial", start=start, judge=judge, learn=learn, settle=noise.settle)
 
 
-def picture_judge(weight: float, start: int) -> Judge:
-    """A critic of pictures, with the same losses on pictures cut at random places: no noise, no step."""
+def picture_judge(weight: float, start: int, *, conditional: bool = False, matching: float = 0.0) -> Judge:
+    """A critic of pictures, with the same losses on pictures cut at random places: no noise, no step.
+
+    With ``conditional`` it sees the enlarged input beside each picture. ``matching`` weighs the mean absolute
+    difference of its features between picture and photo, relative to its adversarial term (Wang et al., "pix2pixHD",
+    2018).
+    """
+
+    def views(pictures: Sequence[Tensor], lr: Tensor | None, random: SampleRandom) -> tuple[Tensor, ...]:
+        """Pictures at one random place each, joined along the batch, and the enlarged input at the same places."""
+        if not conditional or lr is None:
+            return (torch.cat(shifted(pictures, random)),)
+        *cut, condition = shifted([*pictures, bicubic(lr, pictures[0].shape[-1] // lr.shape[-1])], random)
+        return torch.cat(cut), condition.repeat(len(cut), 1, 1, 1)
 
     def judge(networks: Networks, made: Made, random: SampleRandom) -> Tensor:
-        return weight * bce_generator_loss(networks[CRITIC](shifted(made.sr, random)))
+        if not matching or made.hr is None:
+            logits, *_ = networks[CRITIC](*views([made.sr], made.lr, random))
+            return weight * bce_generator_loss(logits)
+        seen = networks[CRITIC](*views([made.sr, made.hr], made.lr, random))
+        (logits, _), *features = (part.chunk(2) for part in seen)
+        distances = [F.l1_loss(fake, real.detach()) for fake, real in features]
+        return weight * (bce_generator_loss(logits) + matching * torch.stack(distances).mean())
 
     def learn(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
-        pictures = torch.cat([shifted(batch[name], random) for name in ("hr", "sr")])
-        real, fake = networks[CRITIC](pictures).chunk(2)
-        return {"critic": bce_discriminator_loss(real, fake)}
+        logits, *_ = networks[CRITIC](*views([batch["hr"], batch["sr"]], batch.get("lr"), random))
+        return {"critic": bce_discriminator_loss(*logits.chunk(2))}
 
     return Judge(network=CRITIC, term="critic_adversarial", start=start, judge=judge, learn=learn)
 
@@ -98,9 +121,14 @@ def judged_phases(generator_loss: Callable[[list[Judge]], LossFn], judges: list[
     return (*phases, *(Phase(network=judge.network, loss=judge.learn, start=judge.start) for judge in judges))
 
 
-def shifted(x: Tensor, random: SampleRandom) -> Tensor:
-    """Parts (N, C, H - 8, W - 8) of pictures (N, C, H, W), each cut at a place of its own."""
-    height, width = x.shape[-2] - LARGEST_SHIFT, x.shape[-1] - LARGEST_SHIFT
+def shifted(pictures: Sequence[Tensor], random: SampleRandom) -> list[Tensor]:
+    """Parts (N, C, H - 8, W - 8) of pictures (N, C, H, W): every sample is cut at a place of its own, the same in each
+    of ``pictures``."""
     rows, columns = (random.integers(0, LARGEST_SHIFT + 1).tolist() for _ in range(2))
-    places = zip(x, rows, columns, strict=True)
-    return torch.stack([one[:, row : row + height, column : column + width] for one, row, column in places])
+    places = list(zip(rows, columns, strict=True))
+    return [torch.stack([_part(one, *place) for one, place in zip(x, places, strict=True)]) for x in pictures]
+
+
+def _part(x: Tensor, row: int, column: int) -> Tensor:
+    height, width = x.shape[-2] - LARGEST_SHIFT, x.shape[-1] - LARGEST_SHIFT
+    return x[:, row : row + height, column : column + width]

@@ -6,6 +6,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Protocol, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -69,16 +70,51 @@ class PatchCritic(nn.Module):
     nothing.
     """
 
-    def __init__(self, widths: tuple[int, ...] = (48, 96, 128), *, slope: float = 0.2) -> None:
-        """``widths`` are the channels at a half, a quarter, ... of the picture's resolution."""
+    def __init__(
+        self,
+        widths: tuple[int, ...] = (48, 96, 128),
+        *,
+        slope: float = 0.2,
+        contrast: bool = False,
+        conditional: bool = False,
+    ) -> None:
+        """``widths`` are the channels at a half, a quarter, ... of the picture's resolution. With ``contrast`` it sees
+        :func:`local_contrast` beside the colours, with ``conditional`` the enlarged input of the generator too."""
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(12, widths[0], 3, padding=1), nn.LeakyReLU(slope)]
+        self.contrast, self.conditional = contrast, conditional
+        channels = 4 * (3 + contrast + 3 * conditional)
+        layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1), nn.LeakyReLU(slope)]
         for fine, coarse in pairwise(widths):
             layers += [spectral_norm(nn.Conv2d(fine, coarse, 4, stride=2, padding=1)), nn.LeakyReLU(slope)]
         deepest = widths[-1]
         layers += [spectral_norm(nn.Conv2d(deepest, deepest, 3, padding=1)), nn.LeakyReLU(slope)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(deepest, 1, 3, padding=1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Realism logits (N, 1, h', w') of pictures (N, 3, H, W) in [0, 1], H and W even."""
-        return cast(Tensor, self.layers(F.pixel_unshuffle(x * 2 - 1, 2)))
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Realism logits (N, 1, h', w') of pictures (N, 3, H, W) in [0, 1], H and W even, then the features behind
+        every activation, finest first; ``condition`` (N, 3, H, W) is the enlarged input."""
+        if self.conditional != (condition is not None):
+            raise ValueError("a conditional critic needs the enlarged input, another has no use for it")
+        seen = [x * 2 - 1]
+        seen += [local_contrast(x)] if self.contrast else []
+        seen += [condition * 2 - 1] if condition is not None else []
+        h, features = F.pixel_unshuffle(torch.cat(seen, dim=1), 2), []
+        for layer in self.layers:
+            h = layer(h)
+            if isinstance(layer, nn.LeakyReLU):
+                features.append(h)
+        return h, *features
+
+
+def local_contrast(x: Tensor, *, window: int = 7, floor: float = 4 / 255) -> Tensor:
+    """Brightness (N, 1, H, W) of pictures (N, 3, H, W) in [0, 1], less its local mean, over its local deviation.
+
+    In it, faint texture is as strong as an edge, as it is to the eye and to natural-scene statistics (Ruderman, 1994).
+    ``floor`` is added to the deviation and keeps sensor noise of a level or two small.
+    """
+    y = x.float().mean(dim=1, keepdim=True)
+    y = F.pad(y, (window // 2,) * 4, mode="reflect")
+    mean, square = (F.avg_pool2d(plane, window, stride=1) for plane in (y, y.square()))
+    deviation = (square - mean.square()).clamp(min=1e-7).sqrt()
+    inner = y[..., window // 2 : -(window // 2), window // 2 : -(window // 2)]
+    return (inner - mean) / (deviation + floor)
