@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from onestepsr import machine
 
@@ -57,3 +58,19 @@ def test_resident_memory_sees_what_is_written_to() -> None:
     ).stdout.split()
     assert int(grown) > 30_000_000
     assert int(above) >= -5_000_000
+
+
+def test_container_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.free_memory(torch.device("cpu")) > 1e7
+    files = {
+        "/proc/meminfo": "MemTotal: 99 kB\nMemAvailable: 8000000 kB\n",
+        "/proc/self/cgroup": "0::/box\n",
+        "/sys/fs/cgroup/memory.max": "1500000000\n",
+        "/sys/fs/cgroup/memory.current": "500000000\n",
+    }
+    monkeypatch.setattr(machine, "_read", lambda path: files.get(str(path)))
+    assert machine.free_memory(torch.device("cpu")) == 1e9
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert machine.free_memory(torch.device("cpu")) == 8_192_000_000
+    files.clear()
+    assert machine.free_memory(torch.device("cpu")) > 1e7

@@ -13,6 +13,7 @@ from PIL import Image, ImageCms
 from torch import Tensor, nn
 from torch.nn import functional
 
+from onestepsr import devices, memory_plan
 from onestepsr import upscaler as module
 from onestepsr.errors import OneStepSRError, UserError
 from onestepsr.image import Picture
@@ -138,7 +139,7 @@ def test_published_tiles_leave_seams_and_ours_do_not() -> None:
 
 def test_published_tiles_have_a_published_side(monkeypatch: pytest.MonkeyPatch) -> None:
     upscaler = Upscaler(Bicubic(), "cpu", "float32")
-    monkeypatch.setattr(module, "choose_tile", lambda *values: 300)
+    monkeypatch.setattr(memory_plan, "largest_side", lambda *values: 300)
     assert upscaler.plan_tile(900, 900, UpscaleOptions(tile_blend="average")) == 256
     assert upscaler.plan_tile(900, 900, UpscaleOptions()) == 300
     assert upscaler.plan_tile(200, 400, UpscaleOptions(tile_blend="average")) == 400
@@ -218,7 +219,7 @@ def test_seed_decides_the_noise() -> None:
 def test_values_that_are_not_finite(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OneStepSRError, match=r"broken: values that are not finite in torch\.bfloat16; try --dtype"):
         Upscaler(Broken(), "cpu", "bfloat16", "broken")(photo(8, 8))
-    monkeypatch.setattr(module, "_bfloat16_pays", lambda: True)
+    monkeypatch.setattr(devices, "_bfloat16_pays", lambda: True)
     automatic = Upscaler(Broken(), "cpu", "auto", "broken")
     assert automatic.dtype == torch.bfloat16
     assert automatic(photo(8, 8)).size == (32, 32)

@@ -9,13 +9,17 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onestepsr.files import replacing
+
+if TYPE_CHECKING:
+    import torch
 
 SPEEDS_FILE = "processor.json"
 """Name of the file in the cache folder that keeps what was measured on this processor."""
 SPEEDS_SCHEMA = 1
+_FALLBACK_BYTES = 2_000_000_000
 
 
 def processor() -> dict[str, str]:
@@ -126,3 +130,47 @@ def _linux_sizes() -> Iterator[tuple[str, int]]:
     for key, _, value in (line.partition(":") for line in lines):
         if key in _SIZES and value.split()[1:] == ["kB"]:
             yield _SIZES[key], int(value.split()[0]) << 10
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can be allocated: of the GPU, or of the machine within the limits of its container."""
+    if device.type == "cuda":
+        import torch
+
+        return float(torch.cuda.mem_get_info(device)[0])
+    known = [value for value in (_available_memory(), *_container_headroom()) if value is not None]
+    return min(known, default=_FALLBACK_BYTES)
+
+
+def _available_memory() -> float | None:
+    text = _read(Path("/proc/meminfo"))
+    for line in (text or "").splitlines():
+        if line.startswith("MemAvailable:"):
+            return float(line.split()[1]) * 1024
+    try:  # macOS and others: what is installed, of which half is taken to be free
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _container_headroom() -> Iterator[float]:
+    """What the control groups of this process (version 2, then 1) still allow."""
+    lines = (_read(Path("/proc/self/cgroup")) or "").splitlines()
+    for _, controllers, name in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers == "":
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        for folder in {root / name.lstrip("/"), root}:  # inside a container the group is mounted as the root
+            limit, used = (_read(folder / file) for file in names)
+            if limit and used and limit.strip().isdigit():
+                yield max(0.0, float(limit) - float(used))
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None

@@ -1,4 +1,4 @@
-"""Work on pictures of any size in tiles: where they lie, how they are joined, how large they may be.
+"""Work on pictures of any size in tiles: where they lie and how they are joined.
 
 Tiles are laid over each other from left to right and from top to bottom, each with an opacity that is zero on the
 outermost pixels of a tile (where a network lacks context), rises smoothly across the rest of the overlap and is one
@@ -8,18 +8,15 @@ equal results.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
-
-from onestepsr.errors import UserError
 
 TileBlend = Literal["smooth", "average"]
 OVERLAP = 32
@@ -30,11 +27,8 @@ correction."""
 
 PUBLISHED_OVERLAPS = {512: 64, 256: 32, 64: 16}
 """Tile sides of ResShift's and SinSR's commands at scale 4, and how far neighbours overlap there, in input pixels."""
-
-_LARGEST_TILE = {"cpu": 320, "cuda": 768}
-"""Beyond these sides a larger tile saves no time worth its memory: the overlap costs a fifth or less."""
-_MEMORY_SHARE = 0.6
-_FALLBACK_BYTES = 2_000_000_000
+Work = Callable[[Iterable[Tensor]], Iterator[Tensor]]
+"""Tiles (1, C, h, w) to results (1, D, h * scale, w * scale), in order; it may look ahead and take several at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +44,15 @@ class TileJoin:
     blend: TileBlend
     """``smooth`` is :func:`tiled_rows`, ``average`` :func:`averaged_rows`."""
 
-    def rows(self, fn: Callable[[Tensor], Tensor], source: Tensor, scale: int) -> Iterator[Tensor]:
-        """``fn`` over all tiles of ``source`` (1, C, H, W), as bands of finished rows (1, D, rows, W * scale)."""
+    def rows(self, work: Work, source: Tensor, scale: int) -> Iterator[Tensor]:
+        """``work`` on all tiles of ``source`` (1, C, H, W), as bands of finished rows (1, D, rows, W * scale)."""
         if self.blend == "average":
-            return averaged_rows(fn, source, scale, self.tile, self.overlap)
-        return tiled_rows(fn, source, scale, self.tile, self.overlap, margin=min(MARGIN, self.overlap // 3))
+            return averaged_rows(work, source, scale, self.tile, self.overlap)
+        return tiled_rows(work, source, scale, self.tile, self.overlap, margin=min(MARGIN, self.overlap // 3))
+
+    def starts(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Row and column where each tile of a padded picture starts, in order."""
+        return places(height, width, self.tile, self.overlap)
 
 
 def join_of(tile: int, overlap: int, multiple: int, blend: TileBlend) -> TileJoin:
@@ -102,22 +100,23 @@ def tiled(
     ``fn`` maps (1, C, h, w) to (1, D, h * scale, w * scale). When the value of ``fn`` at a pixel depends on at most
     ``margin`` input pixels around it, the result equals that of one call on the whole.
     """
-    return torch.cat(list(tiled_rows(fn, x, scale, tile, overlap, margin=margin)), dim=2)
+    work = functools.partial(map, fn)
+    return torch.cat(list(tiled_rows(work, x, scale, tile, overlap, margin=margin)), dim=2)
 
 
 def tiled_rows(
-    fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, tile: int, overlap: int = OVERLAP, *, margin: int = MARGIN
+    work: Work, x: Tensor, scale: int, tile: int, overlap: int = OVERLAP, *, margin: int = MARGIN
 ) -> Iterator[Tensor]:
     """The result of :func:`tiled` as consecutive bands of finished rows (1, D, rows, W * scale).
 
-    No more than one row of tiles is in memory at a time, so that the caller can round and store each band.
+    No more than one row of tiles is in memory at a time, so that the caller can round and store each band. All tiles
+    have one shape.
     """
     height, width = x.shape[-2:]
     starts, columns = plan(height, tile, overlap), plan(width, tile, overlap)
-    side, tail = min(tile, height), None
+    pieces, tail = work(_cut(x, tile, overlap)), None
     for top, following in zip(starts, [*starts[1:], height], strict=True):
-        rows = x[..., top : top + side, :]
-        band = _row_of_tiles(fn, rows, scale, columns, side=min(tile, width), overlap=overlap, margin=margin)
+        band = _row_of_tiles(pieces, columns, width * scale, scale, overlap=overlap, margin=margin)
         if tail is not None:
             weights = opacity(tail.shape[2], overlap * scale, margin * scale)[:, None]
             band[:, :, : tail.shape[2]] = torch.lerp(tail, band[:, :, : tail.shape[2]], weights)
@@ -137,16 +136,16 @@ def averaged(fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, tile: int, o
 
     Their own settings are in :data:`PUBLISHED_OVERLAPS`.
     """
-    return torch.cat(list(averaged_rows(fn, x, scale, tile, overlap)), dim=2)
+    return torch.cat(list(averaged_rows(functools.partial(map, fn), x, scale, tile, overlap)), dim=2)
 
 
-def averaged_rows(fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, tile: int, overlap: int) -> Iterator[Tensor]:
+def averaged_rows(work: Work, x: Tensor, scale: int, tile: int, overlap: int) -> Iterator[Tensor]:
     """The result of :func:`averaged` as consecutive bands of finished rows, one row of tiles in memory at a time."""
     height, width = x.shape[-2:]
     starts, columns = plan(height, tile, overlap), plan(width, tile, overlap)
-    side, above = min(tile, height), None
+    pieces, above = work(_cut(x, tile, overlap)), None
     for top, following in zip(starts, [*starts[1:], height], strict=True):
-        sums = _sum_of_tiles(fn, x[..., top : top + side, :], scale, columns, side=min(tile, width))
+        sums = _sum_of_tiles(pieces, columns, width * scale, scale)
         if above is not None:
             sums[:, :, : above.shape[2]] += above
         done = (following - top) * scale
@@ -189,15 +188,22 @@ def _bell(length: int, middle: float, variance: float = 0.01) -> Tensor:
     return torch.exp(-(distance**2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
 
 
+def _cut(x: Tensor, tile: int, overlap: int) -> Iterator[Tensor]:
+    """The tiles of ``x`` (1, C, H, W), as views of it."""
+    for top, left in places(x.shape[-2], x.shape[-1], tile, overlap):
+        yield x[..., top : top + tile, left : left + tile]
+
+
 def _row_of_tiles(
-    fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, starts: list[int], *, side: int, overlap: int, margin: int
+    pieces: Iterator[Tensor], starts: list[int], width: int, scale: int, *, overlap: int, margin: int
 ) -> Tensor:
+    """The next tiles of ``pieces``, one for each start, joined to a band (1, D, h * scale, ``width``)."""
     band: Tensor | None = None
     filled = 0
     for left in starts:
-        piece = fn(x[..., left : left + side]).to("cpu", torch.float32)
+        piece = next(pieces).to("cpu", torch.float32)
         if band is None:
-            band = piece.new_empty((*piece.shape[:3], x.shape[-1] * scale))
+            band = piece.new_empty((*piece.shape[:3], width))
         start = left * scale
         shared = filled - start
         if shared > 0:
@@ -209,75 +215,15 @@ def _row_of_tiles(
     return band
 
 
-def _sum_of_tiles(fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, starts: list[int], *, side: int) -> Tensor:
-    """The sum of a row of tiles (1, D + 1, h * scale, W * scale); the last channel counts the tiles at each pixel."""
+def _sum_of_tiles(pieces: Iterator[Tensor], starts: list[int], width: int, scale: int) -> Tensor:
+    """Their sum (1, D + 1, h * scale, ``width``) instead; the last channel counts the tiles at each pixel."""
     sums: Tensor | None = None
     for left in starts:
-        piece = fn(x[..., left : left + side]).to("cpu", torch.float32)
+        piece = next(pieces).to("cpu", torch.float32)
         if sums is None:
-            sums = piece.new_zeros((1, piece.shape[1] + 1, piece.shape[2], x.shape[-1] * scale))
-        window = sums[..., left * scale : (left + side) * scale]
+            sums = piece.new_zeros((1, piece.shape[1] + 1, piece.shape[2], width))
+        window = sums[..., left * scale : left * scale + piece.shape[-1]]
         window[:, :-1] += piece
         window[:, -1:] += 1
     assert sums is not None
     return sums
-
-
-def choose_tile(bytes_per_pixel: float, device: torch.device, overlap: int = OVERLAP) -> int:
-    """Side of the tiles, in input pixels, that fits the free memory of ``device``.
-
-    ``bytes_per_pixel`` is what the network needs per input pixel. Raises UserError when not even the smallest tile
-    fits.
-    """
-    budget = _MEMORY_SHARE * free_memory(device)
-    side = int(math.sqrt(budget / bytes_per_pixel)) // 16 * 16
-    smallest = max(3 * overlap, 16)
-    if side < smallest:
-        needed = smallest**2 * bytes_per_pixel / _MEMORY_SHARE
-        raise UserError(
-            f"not enough memory on {device}: {budget / _MEMORY_SHARE / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB "
-            f"needed for the smallest tile ({smallest} px): free some, or set --tile yourself"
-        )
-    return min(side, max(_LARGEST_TILE.get(device.type, 320), smallest))
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that can be allocated: of the GPU, or of the machine within the limits of its container."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    known = [value for value in (_available_memory(), *_container_headroom()) if value is not None]
-    return min(known, default=_FALLBACK_BYTES)
-
-
-def _available_memory() -> float | None:
-    text = _read(Path("/proc/meminfo"))
-    for line in (text or "").splitlines():
-        if line.startswith("MemAvailable:"):
-            return float(line.split()[1]) * 1024
-    try:  # macOS and others: what is installed, of which half is taken to be free
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def _container_headroom() -> Iterator[float]:
-    """What the control groups of this process (version 2, then 1) still allow."""
-    lines = (_read(Path("/proc/self/cgroup")) or "").splitlines()
-    for _, controllers, name in (line.split(":", 2) for line in lines if line.count(":") >= 2):
-        if controllers == "":
-            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        for folder in {root / name.lstrip("/"), root}:  # inside a container the group is mounted as the root
-            limit, used = (_read(folder / file) for file in names)
-            if limit and used and limit.strip().isdigit():
-                yield max(0.0, float(limit) - float(used))
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None

@@ -31,6 +31,12 @@ class UpscaleOptions:
     """Output rows."""
     tile: int | Literal["auto", "off"] = "auto"
     """Tile side in input pixels; "auto" follows the free memory, "off" runs the whole picture at once."""
+    tile_batch: int | Literal["auto"] = "auto"
+    """Tiles of one picture that go through the network together, where it takes several; "auto" follows the free memory
+    on a CUDA GPU and is 1 elsewhere."""
+    memory: float | None = None
+    """Most gigabytes (10^9 bytes) to plan with, on the device that computes: weights, feature maps and, on a CPU, the
+    picture and the enlarged one; what Python and its libraries take comes on top. None is what is free."""
     overlap: int = OVERLAP
     """Overlap of neighbouring tiles in input pixels, at most a third of a tile."""
     tile_blend: TileBlend = "smooth"
@@ -53,6 +59,10 @@ class UpscaleOptions:
             raise UserError(f"tile '{self.tile}': accepted: auto, off or a number of input pixels")
         if isinstance(self.tile, int) and self.tile < SMALLEST_TILE:
             raise UserError(f"tile {self.tile}: accepted: auto, off or {SMALLEST_TILE} input pixels and more")
+        if self.tile_batch != "auto" and not (isinstance(self.tile_batch, int) and self.tile_batch >= 1):
+            raise UserError(f"tile batch {self.tile_batch}: accepted: auto or 1 tile and more")
+        if self.memory is not None and not 0.0 < self.memory < math.inf:  # also refuses NaN
+            raise UserError(f"memory {self.memory:g}: accepted: more than 0 gigabytes")
         if self.overlap < 0:
             raise UserError(f"overlap {self.overlap}: accepted: 0 input pixels and more")
 

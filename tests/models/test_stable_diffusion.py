@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_diffusion import AUTOENCODER, GENERATOR, UNET, XL, diffusers_unet, diffusers_vae
 
-from onestepsr import tiling
+from onestepsr.memory_plan import SHARE, largest_side
 from onestepsr.models.architectures import describe
 from onestepsr.models.backbones import half_of, load_backbone, load_discriminator_backbone
 from onestepsr.models.stable_diffusion import (
@@ -209,11 +209,10 @@ def test_memory_need_covers_the_hungrier_of_the_two(generator):
     assert generator.memory_per_pixel(torch.bfloat16) < generator.memory_per_pixel(torch.float32)
 
 
-def test_a_big_picture_is_tiled(monkeypatch):
+def test_a_big_picture_is_tiled():
     with torch.device("meta"):
         backbone = load_backbone("random:sd21-base")
-    monkeypatch.setattr(tiling, "free_memory", lambda device: 4e9)
-    sides = [tiling.choose_tile(backbone.memory_per_pixel(dtype), torch.device("cpu")) for dtype in DTYPES]
+    sides = [largest_side(SHARE * 4e9, backbone.memory_per_pixel(dtype)) for dtype in DTYPES]
     assert sides == [192, 272]  # bicubically enlarged, 768 and 1088 pixels
     assert all(side % backbone.lr_multiple == 0 for side in sides)
 

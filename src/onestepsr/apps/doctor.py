@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onestepsr.errors import UserError
-from onestepsr.machine import accelerators, cores, instructions, processor_name, remember_speeds
+from onestepsr.machine import accelerators, cores, free_memory, instructions, processor_name, remember_speeds
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +69,6 @@ def examine() -> dict[str, Any]:
 def examine_cpu() -> dict[str, Any]:
     """Model, instruction sets that matter, cores this process may use and free memory in GB."""
     import torch
-
-    from onestepsr.tiling import free_memory
 
     flags = instructions()
     return {

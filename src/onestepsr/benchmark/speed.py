@@ -34,7 +34,7 @@ from onestepsr.benchmark.speed_paths import (
 from onestepsr.benchmark.speed_result import ModelSpeed, PathSpeed, StageSpeed, spread
 from onestepsr.benchmark.stages import NETWORK, count_stages
 from onestepsr.errors import UserError
-from onestepsr.tiling import free_memory
+from onestepsr.machine import free_memory
 from onestepsr.upscaler import UpscaleOptions, Upscaler
 
 logger = logging.getLogger(__name__)

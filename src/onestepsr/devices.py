@@ -1,0 +1,49 @@
+"""Names of devices and number formats, and which are chosen where nobody names one."""
+
+from __future__ import annotations
+
+import torch
+
+from onestepsr.errors import UserError
+from onestepsr.machine import instructions, recall_speeds
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BFLOAT16_GAIN = 1.2
+"""How many times as fast as float32 bfloat16 must be on a CPU to be worth its fewer digits."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called ``name``; "auto" is the first CUDA GPU, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{name}': not available here; accepted: auto, cpu, cuda, cuda:N, mps") from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format called ``name``.
+
+    "auto" is float16 on a CUDA GPU (its 11 bits matter more to a picture than bfloat16's range; should it overflow, the
+    picture is repeated in float32), bfloat16 on a CPU where it is faster, else float32.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.float16
+        return torch.bfloat16 if device.type == "cpu" and _bfloat16_pays() else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"dtype '{name}': accepted: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _bfloat16_pays() -> bool:
+    """As ``doctor`` measured it on this processor; where it did not, if there are instructions for it."""
+    from onestepsr.models.sources import cache_folder
+
+    speeds = recall_speeds(cache_folder())
+    if {"bfloat16", "float32"} <= speeds.keys():
+        return speeds["bfloat16"] > BFLOAT16_GAIN * speeds["float32"]
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(instructions())

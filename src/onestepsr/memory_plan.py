@@ -1,0 +1,260 @@
+"""How much of a picture goes through a network at once, so that the memory suffices.
+
+What a network takes follows from what it says of itself: peak bytes per input pixel, measured for each kind of network
+as growth of the resident memory. One tile side serves encoder, UNet and decoder (``docs/benchmark.md`` says why).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from onestepsr.errors import UserError
+from onestepsr.machine import free_memory
+from onestepsr.tiling import PUBLISHED_OVERLAPS, join_of
+from onestepsr.upscale_options import UpscaleOptions
+
+DEFAULT_MEMORY_PER_PIXEL = 6000.0
+"""Peak bytes per input pixel assumed of a generator that does not tell, at 4 bytes per number."""
+COLOUR_BYTES = 200
+"""Peak bytes per input pixel that the colour fix takes, at scale 4."""
+LARGEST_TILE = {"cpu": 320, "cuda": 768}
+"""Beyond these sides a larger tile saves no time worth its memory: the overlap costs a fifth or less."""
+LARGEST_BATCH = 8
+"""So many tiles at once are enough to keep a GPU busy; beyond it they only take memory."""
+SHARE = 0.6
+"""Part of the free memory that is planned with; the rest is for what the estimate does not know of."""
+BANDS = 1.5
+"""Bytes of joined rows over those of one row of tiles: the row itself and what of it the next row overlaps."""
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "bad_alloc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a picture goes through the network."""
+
+    tile: int
+    """Side of a tile in input pixels; the picture's larger side where one tile is all of it."""
+    tiles: int
+    """How many there are."""
+    batch: int
+    """Tiles that go through the network together."""
+    pixels: int
+    """Input pixels that do so, padding included."""
+    dtype: str
+    """Number format of the network."""
+    device: str
+    """Where it runs."""
+    expected_peak: int
+    """Bytes that this takes on the device: weights, feature maps and, on a CPU, the picture and the enlarged one."""
+    retries: int = 0
+    """How often less had to be tried, because memory ran out."""
+
+    def __str__(self) -> str:
+        cut = "whole" if self.tiles == 1 else f"{self.tiles} tiles of {self.tile} pixels"
+        batch = f", {self.batch} at once" if self.batch > 1 else ""
+        tried = f", after {self.retries} tries that ran out of it" if self.retries else ""
+        where = f"{self.dtype} on {self.device}"
+        return f"{cut}{batch}, {where}: about {self.expected_peak / 1e9:.2f} GB of memory{tried}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Its fields by name; bytes as ``expected_peak``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What a generator takes and asks for; :meth:`of` reads it from the generator."""
+
+    name: str
+    """What the model is called."""
+    dtype: torch.dtype
+    """Number format that the rest is said of."""
+    scale: int
+    """Output side / input side."""
+    weights: int
+    """Bytes of its weights."""
+    per_pixel: float
+    """Peak bytes per input pixel of its feature maps and of the colour fix."""
+    multiple: int = 1
+    """Tiles start at multiples of this."""
+    largest_tile: int | None = None
+    """Side that tiles chosen by memory stay below."""
+    takes_batches: bool = True
+    """Whether it may be given several tiles of one picture at once."""
+
+    @staticmethod
+    def of(generator: nn.Module, dtype: torch.dtype, name: str, *, takes_batches: bool = True) -> Demand:
+        """The demand of ``generator`` once its weights are in ``dtype``."""
+        scale = int(cast(int, generator.scale))
+        tell = getattr(generator, "memory_per_pixel", None)
+        own = float(tell(dtype)) if callable(tell) else DEFAULT_MEMORY_PER_PIXEL * dtype.itemsize / 4
+        largest = getattr(generator, "largest_tile", None)
+        return Demand(
+            name=name,
+            dtype=dtype,
+            scale=scale,
+            weights=sum(parameter.numel() for parameter in generator.parameters()) * dtype.itemsize,
+            per_pixel=own + COLOUR_BYTES * scale**2 / 16,
+            multiple=int(getattr(generator, "lr_multiple", 1)),
+            largest_tile=None if largest is None else int(largest),
+            takes_batches=takes_batches,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """The size of a picture."""
+
+    height: int
+    """Rows."""
+    width: int
+    """Columns."""
+    pixel_bytes: int = 3
+    """Bytes of a pixel: samples times bytes per sample."""
+
+
+class Planner:
+    """Chooses how a picture of one extent goes through one generator."""
+
+    def __init__(self, extent: Extent, demand: Demand, options: UpscaleOptions, device: torch.device) -> None:
+        self.extent, self.demand, self.options, self.device = extent, demand, options, device
+        self.on_host = device.type != "cuda"
+        self.free = free_memory(device)
+        self.pictures = self._picture_bytes() if self.on_host else 0
+        free_for_tiles = SHARE * (self.free - self.pictures)
+        allowed = math.inf if options.memory is None else options.memory * 1e9 - demand.weights - self.pictures
+        self.limited = allowed < free_for_tiles
+        self.budget = min(allowed, free_for_tiles)
+        """Bytes for feature maps and, on a CPU, for the rows that tiles are joined in."""
+
+    def plan(self, most_pixels: int | None = None) -> Plan:
+        """The plan; with ``most_pixels``, no more input pixels at once than these where tiles can be so small.
+
+        :class:`UserError` if the memory, or ``options.memory``, does not suffice for the smallest tiles, or the latter
+        not for those that ``options.tile`` asks for.
+        """
+        side = self._side()
+        if most_pixels is not None and self._geometry(side)[0] > most_pixels:
+            side = max(math.isqrt(most_pixels), smallest_side(self.options))
+        plan = self._of_side(side, most_pixels)
+        limit = self.options.memory
+        if limit is not None and plan.expected_peak > limit * 1e9:
+            raise UserError(self._over_the_limit(plan, limit))
+        return plan
+
+    def _side(self) -> int:
+        height, width, wanted = self.extent.height, self.extent.width, self.options.tile
+        if wanted == "off":
+            return max(height, width)
+        if wanted != "auto":
+            return wanted
+        together = 1 if self.options.tile_batch == "auto" else self.options.tile_batch
+        side = largest_side(self.budget, together * self.demand.per_pixel, self._row_bytes())
+        smallest = smallest_side(self.options)
+        if side < smallest:
+            self._require(smallest)
+            side = smallest
+        side = min(side, max(LARGEST_TILE.get(self.device.type, 320), smallest), self.demand.largest_tile or side)
+        if height * width <= side * side:
+            return max(height, width)
+        published = [known for known in PUBLISHED_OVERLAPS if known <= side]
+        return max(published) if published and self.options.tile_blend == "average" else side
+
+    def _require(self, smallest: int) -> None:
+        """Raise unless tiles of this side, or the whole of a smaller picture, fit."""
+        needed = self._geometry(smallest)[0] * self.demand.per_pixel + self._rows(smallest)
+        if needed <= self.budget:
+            return
+        if self.limited and self.options.memory is not None:
+            raise UserError(self._over_the_limit(self._of_side(smallest, 0), self.options.memory))
+        raise UserError(
+            f"not enough memory on {self.device}: {self.free / 1e9:.1f} GB free, about "
+            f"{(needed / SHARE + self.pictures) / 1e9:.1f} GB needed for the smallest tile ({smallest} px): free some, "
+            "or set --tile yourself"
+        )
+
+    def _of_side(self, side: int, most_pixels: int | None) -> Plan:
+        area, tiles = self._geometry(side)
+        batch = self._batch(area, tiles, most_pixels)
+        features = batch * area * self.demand.per_pixel
+        return Plan(
+            tile=side,
+            tiles=tiles,
+            batch=batch,
+            pixels=batch * area,
+            dtype=str(self.demand.dtype).removeprefix("torch."),
+            device=str(self.device),
+            expected_peak=round(self.demand.weights + self.pictures + features + self._rows(side)),
+        )
+
+    def _geometry(self, side: int) -> tuple[int, int]:
+        """Input pixels of a tile of ``side``, and how many tiles there are."""
+        join = join_of(side, self.options.overlap, self.demand.multiple, self.options.tile_blend)
+        padded = [-(-length // join.multiple) * join.multiple for length in (self.extent.height, self.extent.width)]
+        return math.prod(min(join.tile, length) for length in padded), len(join.starts(padded[0], padded[1]))
+
+    def _batch(self, area: int, tiles: int, most_pixels: int | None) -> int:
+        """Tiles at once: as many as fit, spread evenly over the batches."""
+        if not self.demand.takes_batches:
+            return 1
+        wanted, most = self.options.tile_batch, 1
+        if wanted != "auto":
+            most = wanted
+        elif self.device.type == "cuda":
+            most = min(LARGEST_BATCH, int(self.budget / (area * self.demand.per_pixel)))
+        if most_pixels is not None:
+            most = min(most, most_pixels // area)
+        return -(-tiles // -(-tiles // max(1, min(most, tiles))))
+
+    def _picture_bytes(self) -> int:
+        """Bytes of the picture, with its padded copy, and of the enlarged one; AdaIN keeps that in 16 bits too."""
+        own, area = self.extent.pixel_bytes, self.demand.scale**2
+        fine = 6 if self.options.color_fix == "adain" else 0
+        return self.extent.height * self.extent.width * (2 * own + area * (own + fine))
+
+    def _row_bytes(self) -> float:
+        """Bytes of joined rows per input row of a tile: three float32 channels over the whole width."""
+        return BANDS * 12 * self.demand.scale**2 * self.extent.width if self.on_host else 0.0
+
+    def _rows(self, side: int) -> float:
+        return min(side, self.extent.height) * self._row_bytes()
+
+    def _over_the_limit(self, plan: Plan, limit: float) -> str:
+        needed = math.ceil(plan.expected_peak / 1e8) / 10
+        other = "" if self.options.tile == "auto" else ", or --tile auto"
+        return (
+            f"memory {limit:g} GB: {self.demand.name} in {plan.dtype} needs about {needed:g} GB for this picture with "
+            f"tiles of {plan.tile} pixels; accepted: {needed:g} and more{other}"
+        )
+
+
+def smallest_side(options: UpscaleOptions) -> int:
+    """Side of the smallest tiles chosen by memory: smaller ones would be mostly overlap."""
+    return max(3 * options.overlap, 16)
+
+
+def largest_side(budget: float, per_pixel: float, per_row: float = 0.0) -> int:
+    """Side of the tiles, a multiple of 16, that takes ``budget`` bytes: side^2 x ``per_pixel`` + side x ``per_row``."""
+    if budget <= 0:
+        return 0
+    root = math.sqrt(per_row**2 + 4 * per_pixel * budget) - per_row
+    return int(root / (2 * per_pixel)) // 16 * 16
+
+
+def smaller(plan: Plan, options: UpscaleOptions) -> int | None:
+    """Input pixels to try at once after ``plan`` ran out of memory: half the side; None below the smallest tiles."""
+    smallest = smallest_side(options)
+    side = math.isqrt(plan.pixels)
+    return None if side <= smallest else max(side // 2, smallest) ** 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, whatever the device says that with."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)

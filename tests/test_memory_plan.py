@@ -1,0 +1,214 @@
+"""The plan follows memory and limit, keeps its promises in number, and shrinks until it fits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from onestepsr import memory_plan
+from onestepsr.errors import UserError
+from onestepsr.image import Picture
+from onestepsr.memory_plan import Demand, Extent, Plan, Planner, is_out_of_memory, largest_side, smaller
+from onestepsr.upscaler import UpscaleOptions, Upscaler
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LARGE = Extent(height=1225, width=1225)
+SD = Demand(name="sd", dtype=torch.bfloat16, scale=4, weights=1_900_000_000, per_pixel=32_200.0, multiple=16)
+
+
+@pytest.fixture(autouse=True)
+def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: 20e9)
+
+
+def plan(extent: Extent = LARGE, demand: Demand = SD, device: torch.device = CPU, **options: object) -> Plan:
+    return Planner(extent, demand, UpscaleOptions(**options), device).plan()
+
+
+def test_side_follows_the_memory() -> None:
+    assert largest_side(0.6e9, 6000.0) == 304
+    assert largest_side(0.6e9, 60_000.0) == 96
+    assert largest_side(0.0, 1.0) == 0
+    side = largest_side(1e9, 5000.0, 100_000.0)
+    assert side**2 * 5000 + side * 100_000 <= 1e9 < (side + 16) ** 2 * 5000 + (side + 16) * 100_000
+
+
+def test_without_a_limit_tiles_stay_at_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan().tile == 320
+    assert plan(device=CUDA).tile == 608
+    assert plan(demand=Demand(name="small", dtype=torch.float32, scale=4, weights=0, per_pixel=900.0)).tile == 320
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: 0.5e9)
+    with pytest.raises(UserError, match=r"0\.5 GB free, about 0\.\d GB needed for the smallest tile \(96 px\)"):
+        plan()
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.floats(0.05, 8.0), st.sampled_from(["cpu", "cuda"]))
+def test_a_limit_is_kept_or_refused(height: int, width: int, limit: float, device: str) -> None:
+    extent = Extent(height=height, width=width)
+    least = plan(extent, device=torch.device(device), tile=96, tile_batch=1).expected_peak
+    if least > limit * 1e9:
+        with pytest.raises(UserError, match="accepted: "):
+            plan(extent, device=torch.device(device), memory=limit)
+        return
+    found = plan(extent, device=torch.device(device), memory=limit)
+    assert found.expected_peak <= limit * 1e9
+    assert found.tile >= 96 or found.tiles == 1
+
+
+def test_stated_peaks_can_be_had() -> None:
+    assert plan(memory=6.0).tile >= 256  # 24 megapixels at the size of Stable Diffusion
+    huge = Extent(height=2500, width=2500)
+    assert plan(huge, memory=6.0).tile >= 256
+    assert plan(huge).expected_peak < 1.1 * plan().expected_peak
+
+
+def test_a_limit_that_cannot_be_kept_names_one_that_can() -> None:
+    with pytest.raises(UserError, match=r"memory 2 GB: sd in bfloat16 needs about 2\.4 GB .* 2\.4 and more$"):
+        plan(memory=2.0)
+    assert plan(memory=2.4).tile == 96
+    with pytest.raises(UserError, match=r"tiles of 512 pixels; accepted: 10\.\d and more, or --tile auto"):
+        plan(memory=6.0, tile=512)
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="accepted: more than 0"):
+            UpscaleOptions(memory=wrong)
+
+
+def test_batches_are_even_and_only_where_they_help() -> None:
+    small = Demand(name="small", dtype=torch.float16, scale=4, weights=0, per_pixel=1000.0)
+    found = plan(demand=small, device=CUDA, tile=256)  # 6 x 6 tiles
+    assert (found.tiles, found.batch) == (36, 8)
+    assert plan(demand=small, device=CUDA, tile=320).batch == 7  # 25 tiles in four batches, not 8 + 8 + 8 + 1
+    assert plan(demand=small, tile=256).batch == 1
+    assert plan(demand=small, tile=256, tile_batch=4).batch == 4
+    one_by_one = Demand(name="noisy", dtype=torch.float16, scale=4, weights=0, per_pixel=1000.0, takes_batches=False)
+    assert plan(demand=one_by_one, device=CUDA, tile=256).batch == 1
+    with pytest.raises(UserError, match="tile batch 0: accepted: auto or 1"):
+        UpscaleOptions(tile_batch=0)
+
+
+def test_half_of_what_was_too_much() -> None:
+    options = UpscaleOptions()
+    found = plan()
+    pixels = smaller(found, options)
+    assert pixels == (found.tile // 2) ** 2
+    second = Planner(LARGE, SD, options, CPU).plan(pixels)
+    assert second.tile == found.tile // 2
+    third = smaller(second, options)
+    assert third == 96**2
+    assert smaller(Planner(LARGE, SD, options, CPU).plan(third), options) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
+            True,
+        ),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (UserError("not enough memory"), False),
+    ],
+)
+def test_what_counts_as_running_out(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+class Bounded(nn.Module):
+    """Enlarges; fails as PyTorch does when it is given more than ``most`` pixels at once. Counts its calls."""
+
+    scale = 4
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix = nn.Conv2d(3, 3, 3, padding=1)
+        self.most, self.shapes = most, list[tuple[int, ...]]()
+
+    def forward(self, lr: Tensor) -> Tensor:
+        self.shapes.append(tuple(lr.shape))
+        if lr.shape[0] * lr.shape[2] * lr.shape[3] > self.most:
+            torch.empty(2**62, dtype=torch.uint8)  # what no machine can give: the allocator's own error
+        return functional.interpolate(self.mix(lr), scale_factor=4.0)
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (200, 230, 3), dtype=np.uint8)
+
+
+def test_memory_that_runs_out_halves_the_tile_once_for_all(caplog: pytest.LogCaptureFixture) -> None:
+    upscaler = Upscaler(Bounded(128**2), "cpu", "float32", "bounded")
+    whole = Upscaler(Bounded(10**9), "cpu", "float32").upscale_picture(Picture(pixels=PIXELS))
+    result = upscaler.upscale_picture(Picture(pixels=PIXELS))
+    assert np.abs(result.pixels.astype(int) - whole.pixels).max() <= 1
+    used = upscaler.last_plan
+    assert used is not None
+    assert (used.tile, used.retries) == (107, 1)  # the square root of 200 x 230 is 214
+    assert caplog.text.count("memory ran out with whole") == 1
+    upscaler.upscale_picture(Picture(pixels=PIXELS))
+    assert upscaler.last_plan is not None
+    assert (upscaler.last_plan.tile, upscaler.last_plan.retries) == (107, 0)
+    assert caplog.text.count("memory ran out") == 1
+
+
+def test_memory_that_never_suffices_is_one_line() -> None:
+    upscaler = Upscaler(Bounded(0), "cpu", "float32", "bounded")
+    with pytest.raises(UserError, match=r"bounded: memory ran out on cpu even with 12 tiles of 96 pixels"):
+        upscaler.upscale_picture(Picture(pixels=PIXELS))
+    assert upscaler.last_plan is None
+
+
+def test_other_errors_are_not_tried_again() -> None:
+    class Wrong(Bounded):
+        def forward(self, lr: Tensor) -> Tensor:
+            self.shapes.append(tuple(lr.shape))
+            raise RuntimeError("shapes cannot be multiplied")
+
+    generator = Wrong(0)
+    with pytest.raises(RuntimeError, match="multiplied"):
+        Upscaler(generator, "cpu", "float32").upscale_picture(Picture(pixels=PIXELS))
+    assert len(generator.shapes) == 1
+
+
+def test_float32_that_does_not_fit_becomes_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("onestepsr.devices._bfloat16_pays", lambda: False)
+    options = UpscaleOptions(memory=0.055)  # 96 x 96 x 6200 bytes and the picture are 66 MB, half of it in bfloat16
+    automatic = Upscaler(Bounded(10**9), "cpu", "auto", "bounded")
+    automatic.upscale_picture(Picture(pixels=PIXELS), options)
+    assert automatic.last_plan is not None
+    assert automatic.last_plan.dtype == "bfloat16"
+    assert "does not fit: bfloat16 from here on" in caplog.text
+    with pytest.raises(UserError, match="accepted"):
+        Upscaler(Bounded(10**9), "cpu", "float32").upscale_picture(Picture(pixels=PIXELS), options)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_batches_of_tiles_equal_one_by_one(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without a device that is given more work before its results are looked at."""
+    monkeypatch.setattr("onestepsr.tile_step.AHEAD", {"cpu": ahead})
+    seen: list[tuple[int, int]] = []
+    results = []
+    for batch in (1, 4):
+        generator = Bounded(10**9)
+        upscaler = Upscaler(generator, "cpu", "float32")
+        options = UpscaleOptions(tile=96, tile_batch=batch)
+        results.append(upscaler.upscale_picture(Picture(pixels=PIXELS), options, lambda *at: seen.append(at)).pixels)
+    assert generator.shapes == [(4, 3, 96, 96)] * 3
+    assert np.abs(results[0].astype(int) - results[1]).max() <= 1
+    assert seen == [(done, 12) for done in range(1, 13)] * 2
+
+
+def test_the_plan_in_one_line_and_as_data() -> None:
+    found = plan(memory=6.0)
+    assert str(found).startswith(f"{found.tiles} tiles of {found.tile} pixels, bfloat16 on cpu: about ")
+    assert found.as_json()["expected_peak"] == found.expected_peak
+    assert str(plan(Extent(height=64, width=64))).startswith("whole, bfloat16 on cpu")
