@@ -73,11 +73,12 @@ class TileStep:
         *,
         batch: int = 1,
         progress: Callable[[int, int], None] | None = None,
+        fill: bool = False,
     ) -> None:
         """``places`` holds row and column of every tile, in the order of the calls; ``progress(done, total)`` is called
-        after each."""
+        after each. ``fill``: the last batch repeats its last tile until it is as large as the others."""
         self.network, self.profile, self.options, self.progress = network, profile, options, progress
-        self.places, self.batch = places, batch
+        self.places, self.batch, self.fill = places, batch, fill
         self._launched = self._done = 0
 
     def __call__(self, tiles: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -95,7 +96,7 @@ class TileStep:
     def _launch(self, tiles: list[Tensor]) -> _Launched:
         # Elsewhere than on CUDA and the CPU only the network is sure to run.
         home = self.network.device if self.network.device.type == "cuda" else torch.device("cpu")
-        lr = _on(home, tiles)
+        lr = _on(home, [*tiles, *tiles[-1:] * (self.batch - len(tiles))] if self.fill else tiles)
         output = self._run(lr if self.profile is None else self.profile.to_srgb(lr))
         extremes = Arrival(torch.stack(output.aminmax()))  # far cheaper than looking at every value
         if home.type == "cpu":

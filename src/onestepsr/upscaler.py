@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from onestepsr.allocator import freed_memory_kept
 from onestepsr.color import Statistics, match_statistics, statistics
+from onestepsr.compiling import compile_networks, compiler_errors_named, require_compiler
 from onestepsr.devices import DTYPES, resolve_device, resolve_dtype
 from onestepsr.errors import UserError
 from onestepsr.image import Picture, from_array, from_pil, read_picture, samples_to_tensor, tensor_to_samples, to_pil
@@ -62,8 +64,15 @@ class Upscaler:
     """
 
     def __init__(
-        self, generator: nn.Module, device: str = "auto", dtype: str = "auto", name: str = "generator"
+        self,
+        generator: nn.Module,
+        device: str = "auto",
+        dtype: str = "auto",
+        name: str = "generator",
+        *,
+        compiled: bool = False,
     ) -> None:
+        """``compiled``: through ``torch.compile``, for large pictures or many of one size."""
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         self.name = name
@@ -78,6 +87,10 @@ class Upscaler:
         """Channels of the prompt embeddings that the generator reads; None if it reads no text."""
         self.generator = generator.eval().requires_grad_(False)
         self._convert(self.dtype)
+        self.compiled = compiled
+        if compiled:
+            require_compiler(self.device)
+            compile_networks(self.generator)
 
     @classmethod
     def from_pretrained(
@@ -89,12 +102,13 @@ class Upscaler:
         steps: int | None = None,
         sampler: str | None = None,
         fidelity: float | None = None,
+        compiled: bool = False,
     ) -> Upscaler:
         """Load a model by alias or from a file; raises UnknownModel or UserError in one line.
 
         A model of the ResShift family can run another number of ``steps`` than it was made for, or another ``sampler``
         ("ancestral" or "deterministic"). ``fidelity`` moves ``d3sr-tiny`` from crisp (0, as it is) towards faithful
-        (1), along the line between the weights of the two.
+        (1), along the line between the weights of the two. ``compiled``: through ``torch.compile``.
         """
         from onestepsr.models.registry import load_generator
 
@@ -103,7 +117,7 @@ class Upscaler:
         generator = load_generator(
             name_or_path, device=target, dtype=number_format, steps=steps, sampler=sampler, fidelity=fidelity
         )
-        return cls(generator, device, dtype, str(name_or_path))
+        return cls(generator, device, dtype, str(name_or_path), compiled=compiled)
 
     def __call__(
         self,
@@ -268,12 +282,15 @@ class Upscaler:
         source = _padded(pixels, join.multiple)
         profile = None if picture.gray else matrix_profile(picture.icc)
         starts = join.starts(source.shape[2], source.shape[3])
-        step = TileStep(self._network(), profile, options, starts, batch=plan.batch, progress=progress)
+        step = TileStep(
+            self._network(), profile, options, starts, batch=plan.batch, progress=progress, fill=self.compiled
+        )
 
         def rows(work: Work) -> Iterator[Tensor]:
             return _cropped(join.rows(work, source, self.scale), shape[0], shape[1])
 
-        with freed_memory_kept(self.keeps_freed_memory(plan.pixels)), torch.inference_mode():
+        errors = compiler_errors_named(self.name) if self.compiled else nullcontext()
+        with errors, freed_memory_kept(self.keeps_freed_memory(plan.pixels)), torch.inference_mode():
             if options.color_fix != "adain":
                 return _stored(rows(step), shape, pixels.dtype.type)
             # AdaIN needs statistics of the whole output: it is kept with 16 bits until they are known.
