@@ -58,7 +58,7 @@ def check_size(file_format: str, width: int, height: int, label: str) -> None:
         )
 
 
-def write_picture(picture: Picture, path: Path, file_format: str | None = None) -> None:
+def write_picture(picture: Picture, path: Path, file_format: str | None = None, *, sweep: bool = True) -> None:
     """Write ``picture`` to ``path``, replacing it in one step; the format follows the name's ending unless given.
 
     PNG and TIFF keep 16 bits, the others are rounded to 8. JPEG (quality 95, no chroma subsampling) and BMP cannot hold
@@ -67,7 +67,7 @@ def write_picture(picture: Picture, path: Path, file_format: str | None = None) 
     """
     chosen = file_format or format_of(path)
     check_size(chosen, picture.width, picture.height, str(path))
-    with _replacing(path) as stream:
+    with _replacing(path, sweep) as stream:
         _encode(picture, stream, chosen, str(path))
 
 
@@ -90,10 +90,15 @@ def check_writable(path: Path) -> None:
         probe.unlink()
 
 
-def remove_leftovers(path: Path) -> None:
-    """Delete unfinished files that a killed run left for this very target."""
-    for leftover in path.parent.glob(f"{PARTIAL_PREFIX}{_digest(path)}-*"):
-        leftover.unlink(missing_ok=True)
+def remove_leftovers(*targets: Path) -> None:
+    """Delete unfinished files that a killed run left for these very targets; every folder is looked through once."""
+    names: dict[Path, set[str]] = {}
+    for path in targets:
+        names.setdefault(path.parent, set()).add(_digest(path))
+    for folder, digests in names.items():
+        for leftover in folder.glob(f"{PARTIAL_PREFIX}*"):
+            if leftover.name.removeprefix(PARTIAL_PREFIX).partition("-")[0] in digests:
+                leftover.unlink(missing_ok=True)
 
 
 def _digest(path: Path) -> str:
@@ -114,11 +119,12 @@ def _as_user_error(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def _replacing(path: Path, sweep: bool) -> Iterator[BinaryIO]:
     partial = _partial_path(path)
     with _as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
+        if sweep:
+            remove_leftovers(path)
         try:
             with partial.open("wb") as stream:
                 yield stream

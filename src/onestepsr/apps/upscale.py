@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-import time
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from onestepsr.apps.upscale_files import FORMATS, STREAM, Job, Naming, plan_jobs
-from onestepsr.apps.upscale_prompts import Prepared, PromptChoice, Prompts, prompted
-from onestepsr.errors import OneStepSRError, UserError
+from onestepsr.apps.upscale_files import FORMATS, STREAM, Job, Naming, check_format, existing, plan_jobs
+from onestepsr.apps.upscale_pipeline import Pipeline, Result, result_of
+from onestepsr.apps.upscale_prompts import PromptChoice
+from onestepsr.apps.upscale_setup import Setup
+from onestepsr.apps.upscale_stream import upscale_stream
+from onestepsr.errors import UserError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from onestepsr.upscaler import UpscaleOptions, Upscaler
-
-logger = logging.getLogger(__name__)
+    from onestepsr.upscale_options import UpscaleOptions
 
 SCHEMA = 1
 """Version of the ``--json`` document."""
@@ -30,20 +30,6 @@ SCHEMA = 1
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
     app.command("upscale")(upscale)
-
-
-@dataclass(kw_only=True)
-class Result:
-    """What became of one input; sizes are (width, height)."""
-
-    input: str
-    output: str
-    status: Literal["written", "skipped", "failed"]
-    input_size: tuple[int, int] | None = None
-    output_size: tuple[int, int] | None = None
-    seconds: float = 0.0
-    error: str | None = None
-    prompt: str | None = None
 
 
 def upscale(
@@ -115,6 +101,9 @@ def upscale(
         bool, typer.Option("--skip-existing", help="Leave outputs that are there as they are.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that are there.")] = False,
+    workers: Annotated[
+        int, typer.Option(help="Processes that share the pictures and the processor's cores, each with its own model.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document about all files on stdout.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log what is decided and why.")] = False,
 ) -> None:
@@ -128,29 +117,38 @@ def upscale(
         logging.getLogger("onestepsr").setLevel(logging.INFO)
     if scale != 4.0 and (width is not None or height is not None):
         raise UserError("--scale and --width/--height exclude each other")
-    options = _options(
-        tile, scale=scale, width=width, height=height, tile_blend=tile_blend, color_fix=color_fix, seed=seed
-    )
-    loading = _Loading(model, device, dtype, steps, sampler, fidelity)
-    choice = PromptChoice(
-        text=prompt, file=prompt_file, extractor=prompt_from, text_encoder=text_encoder, truncate=truncate_prompt
+    if workers < 1:
+        raise UserError(f"--workers {workers}: accepted: 1 process and more")
+    check_format(file_format)
+    setup = Setup(
+        model=model,
+        device=device,
+        dtype=dtype,
+        steps=steps,
+        sampler=sampler,
+        fidelity=fidelity,
+        options=_options(
+            tile, scale=scale, width=width, height=height, tile_blend=tile_blend, color_fix=color_fix, seed=seed
+        ),
+        prompts=PromptChoice(
+            text=prompt, file=prompt_file, extractor=prompt_from, text_encoder=text_encoder, truncate=truncate_prompt
+        ),
     )
     if STREAM in inputs:
         if len(inputs) > 1 or (as_json and out in (None, STREAM)):
             raise UserError("- (stdin): must be the only input, and --json needs -o FILE with it")
-        upscaler = _load(loading)
-        prompts = Prompts(choice, upscaler) if choice.is_given else None
-        _upscale_stream(upscaler, options, prompts, out=out, file_format=file_format, overwrite=overwrite)
+        upscale_stream(setup, out=out, file_format=file_format, overwrite=overwrite)
         return
-    naming = Naming(out=None if out is None else Path(out), file_format=file_format, suffix=_suffix(options))
+    naming = Naming(out=None if out is None else Path(out), file_format=file_format, suffix=_suffix(setup.options))
     jobs = plan_jobs(inputs, naming, recursive)
-    skipped = _existing(jobs, skip_existing, overwrite)
-    results = _run_all(jobs, skipped, options, loading, choice)
+    skipped = existing(jobs, skip_existing, overwrite)
+    results = [result_of(job, "skipped") for job in jobs if job.target in skipped]
+    results += _run([job for job in jobs if job.target not in skipped], setup, workers)
     _report(results, model, as_json)
 
 
 def _options(tile: str, **others: Any) -> UpscaleOptions:
-    from onestepsr.upscaler import UpscaleOptions
+    from onestepsr.upscale_options import UpscaleOptions
 
     return UpscaleOptions(tile=int(tile) if tile.lstrip("-").isdigit() else cast(Any, tile), **others)
 
@@ -162,96 +160,38 @@ def _suffix(options: UpscaleOptions) -> str:
     return "_" + "".join(f"{name}{side}" for name, side in sides if side is not None)
 
 
-class _Loading(NamedTuple):
-    """Which model runs, and how."""
+def _run(jobs: list[Job], setup: Setup, workers: int) -> list[Result]:
+    """Results in the order of the jobs."""
+    from onestepsr.image_write import check_writable, remove_leftovers
 
-    model: str
-    device: str
-    dtype: str
-    steps: int | None
-    sampler: str | None
-    fidelity: float | None
-
-
-def _load(wanted: _Loading) -> Upscaler:
-    from onestepsr.upscaler import Upscaler
-
-    upscaler = Upscaler.from_pretrained(
-        wanted.model,
-        wanted.device,
-        wanted.dtype,
-        steps=wanted.steps,
-        sampler=wanted.sampler,
-        fidelity=wanted.fidelity,
-    )
-    logger.info("%s on %s in %s", wanted.model, upscaler.device, upscaler.dtype)
-    return upscaler
-
-
-def _existing(jobs: list[Job], skip_existing: bool, overwrite: bool) -> set[Path]:
-    """Targets to leave alone; raises UserError when some exist and nothing is said about them."""
-    if skip_existing and overwrite:
-        raise UserError("--skip-existing and --overwrite exclude each other")
-    present = [job.target for job in jobs if job.target.exists()]
-    if present and not (skip_existing or overwrite):
-        others = f" (and {len(present) - 1} more)" if len(present) > 1 else ""
-        raise UserError(f"{present[0]}: already exists{others}; give --skip-existing or --overwrite")
-    return set(present) if skip_existing else set()
-
-
-def _run_all(
-    jobs: list[Job], skipped: set[Path], options: UpscaleOptions, loading: _Loading, choice: PromptChoice
-) -> list[Result]:
-    from onestepsr.image_write import check_writable
-
-    wanted = [job for job in jobs if job.target not in skipped]
-    for job in {job.target.parent: job for job in wanted}.values():
+    if not jobs:
+        return []
+    for job in {job.target.parent: job for job in jobs}.values():
         check_writable(job.target)
-    results = [Result(input=str(j.source), output=str(j.target), status="skipped") for j in jobs if j.target in skipped]
-    if not wanted:
-        return results
-    upscaler = _load(loading)
-    prompts = Prompts(choice, upscaler) if choice.is_given else None
+    remove_leftovers(*(job.target for job in jobs))
+    if min(workers, len(jobs)) > 1:
+        return _run_in_processes(jobs, setup, min(workers, len(jobs)))
+    upscaler, prompts = setup.load()
     with _progress() as progress:
-        files = progress.add_task("files", total=len(wanted), visible=len(wanted) > 1)
-        for job, prompt in zip(wanted, prompted([job.source for job in wanted], prompts), strict=True):
-            results.append(_run(job, upscaler, options, prompt, progress))
+        files = progress.add_task("files", total=len(jobs), visible=len(jobs) > 1)
+        with closing(Pipeline(upscaler, setup.options, prompts, progress).run([jobs])) as made:
+            results = []
+            for result in made:
+                results.append(result)
+                progress.advance(files)
+            return results
+
+
+def _run_in_processes(jobs: list[Job], setup: Setup, processes: int) -> list[Result]:
+    from onestepsr.apps.upscale_workers import enlarge_in_processes
+
+    results: dict[int, Result] = {}
+    with _progress() as progress, closing(enlarge_in_processes(jobs, setup, processes)) as made:
+        files = progress.add_task("files", total=len(jobs))
+        for place, result in made:
+            results[place] = result
             progress.advance(files)
-    return results
-
-
-def _run(job: Job, upscaler: Upscaler, options: UpscaleOptions, prompt: Prepared, progress: Progress) -> Result:
-    import torch
-
-    from onestepsr.image import read_picture
-    from onestepsr.image_write import check_size, format_of, write_picture
-    from onestepsr.upscaler import target_size
-
-    result = Result(input=str(job.source), output=str(job.target), status="failed", prompt=prompt.text)
-    started = time.perf_counter()
-    task = progress.add_task(job.source.name, total=None)
-    try:
-        if prompt.error is not None:
-            raise prompt.error
-        picture = read_picture(job.source)
-        result.input_size = (picture.width, picture.height)
-        size = target_size(picture.width, picture.height, options)
-        check_size(format_of(job.target), *size, str(job.target))
-        enlarged = upscaler.upscale_picture(
-            picture,
-            prompt.added_to(options),
-            lambda done, total: progress.update(task, completed=done, total=total),
-        )
-        write_picture(enlarged, job.target)
-        result.output_size, result.status = size, "written"
-    except (OneStepSRError, MemoryError, torch.OutOfMemoryError) as error:
-        result.error = (
-            str(error) if isinstance(error, OneStepSRError) else f"{job.source}: not enough memory; try --tile 64"
-        )
-    finally:
-        progress.remove_task(task)
-    result.seconds = round(time.perf_counter() - started, 3)
-    return result
+    return [results[place] for place in range(len(jobs))]
 
 
 def _progress() -> Progress:
@@ -279,40 +219,3 @@ def _report(results: list[Result], model: str, as_json: bool) -> None:
     if failed:
         typer.echo(f"{len(failed)} of {len(results)} pictures failed", err=True)
         raise typer.Exit(1)
-
-
-def _upscale_stream(
-    upscaler: Upscaler,
-    options: UpscaleOptions,
-    prompts: Prompts | None,
-    *,
-    out: str | None,
-    file_format: str,
-    overwrite: bool,
-) -> None:
-    from onestepsr.image import MAX_BYTES, read_picture
-    from onestepsr.image_write import check_size, check_writable, encode_picture, format_of, write_picture
-    from onestepsr.upscaler import target_size
-
-    target = None if out in (None, STREAM) else Path(str(out))
-    if target is not None:
-        if target.exists() and not overwrite:
-            raise UserError(f"{target}: already exists; give --overwrite")
-        check_writable(target)
-    data = sys.stdin.buffer.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise UserError(f"<stdin>: more than the limit of {MAX_BYTES:,} bytes")
-    picture = read_picture(data, "<stdin>")
-    wanted = picture.format or "png"
-    if file_format != "keep":
-        wanted = format_of(Path("a" + FORMATS[file_format]))
-    wanted = format_of(target) if target is not None else wanted
-    check_size(wanted, *target_size(picture.width, picture.height, options), "output")
-    if prompts is not None:
-        options = prompts.of_picture(Path("stdin"), picture).added_to(options)
-    enlarged = upscaler.upscale_picture(picture, options)
-    if target is not None:
-        write_picture(enlarged, target)
-    else:
-        sys.stdout.buffer.write(encode_picture(enlarged, wanted))
-        sys.stdout.buffer.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,15 @@ class Naming:
     suffix: str
     """Added to the stem of outputs that lie beside their input, such as "_x4"."""
 
+    def __post_init__(self) -> None:
+        check_format(self.file_format)
+
+
+def check_format(file_format: str) -> None:
+    """UserError unless this is a value of ``--format``."""
+    if file_format != "keep" and file_format not in FORMATS:
+        raise UserError(f"format '{file_format}': accepted: keep, {', '.join(FORMATS)}")
+
 
 def plan_jobs(inputs: Sequence[str], naming: Naming, recursive: bool) -> list[Job]:
     """Expand files, folders and glob patterns into jobs, in a fixed order, each input once.
@@ -42,15 +51,24 @@ def plan_jobs(inputs: Sequence[str], naming: Naming, recursive: bool) -> list[Jo
     Raises UserError for what does not exist, an empty folder, two inputs with one output and an output that is an
     input.
     """
-    if naming.file_format != "keep" and naming.file_format not in FORMATS:
-        raise UserError(f"format '{naming.file_format}': accepted: keep, {', '.join(FORMATS)}")
     jobs: dict[Path, Job] = {}
     single = len(inputs) == 1 and Path(inputs[0]).is_file()
     for text in inputs:
         for job in _expand(text, naming, recursive, single):
             jobs.setdefault(job.source.resolve(), job)
-    _check_distinct(list(jobs.values()))
+    _check_distinct(jobs)
     return list(jobs.values())
+
+
+def existing(jobs: Sequence[Job], skip_existing: bool, overwrite: bool) -> set[Path]:
+    """Targets to leave alone; raises UserError when some exist and nothing is said about them."""
+    if skip_existing and overwrite:
+        raise UserError("--skip-existing and --overwrite exclude each other")
+    present = [job.target for job in jobs if job.target.exists()]
+    if present and not (skip_existing or overwrite):
+        others = f" (and {len(present) - 1} more)" if len(present) > 1 else ""
+        raise UserError(f"{present[0]}: already exists{others}; give --skip-existing or --overwrite")
+    return set(present) if skip_existing else set()
 
 
 def _expand(text: str, naming: Naming, recursive: bool, single: bool) -> Iterator[Job]:
@@ -72,7 +90,10 @@ def _expand(text: str, naming: Naming, recursive: bool, single: bool) -> Iterato
 def _expand_folder(folder: Path, naming: Naming, recursive: bool) -> Iterator[Job]:
     root = naming.out or folder.resolve().with_name(folder.resolve().name + naming.suffix)
     _check_folder(root)
-    files = [path for path in _walk(folder, recursive) if not _is_within(path, root) or _is_within(folder, root)]
+    files = list(_walk(folder, recursive))
+    if not _is_within(folder, root):  # else the inputs themselves lie there
+        whole = root.resolve()
+        files = [path for path in files if not path.resolve().is_relative_to(whole)]
     if not files:
         hint = "" if recursive else " (subfolders are read with --recursive)"
         raise UserError(f"{folder}: the folder holds no pictures{hint}; accepted: JPEG, PNG, WebP, TIFF and BMP")
@@ -141,12 +162,12 @@ def _is_within(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def _check_distinct(jobs: list[Job]) -> None:
-    sources = {job.source.resolve() for job in jobs}
+def _check_distinct(jobs: Mapping[Path, Job]) -> None:
+    """``jobs`` by the resolved path of their source."""
     seen: dict[Path, Path] = {}
-    for job in jobs:
+    for job in jobs.values():
         target = job.target.resolve()
-        if target in sources:
+        if target in jobs:
             raise UserError(f"{job.target}: this output is also an input; choose another place with -o")
         if target in seen:
             raise UserError(f"{job.target}: both {seen[target]} and {job.source} would be written there")
