@@ -66,6 +66,12 @@ def test_the_table_shows_means_deviations_and_the_best_variant() -> None:
     assert "| HR | - | 0.0200 ± 0.0010 | - |" in lines
 
 
+def test_a_comparison_at_equal_time_names_every_number_of_steps() -> None:
+    rows = [one | {"steps": steps} for one, steps in zip(results()["rows"], (None, 1500, 900, None), strict=True)]
+    text = markdown(results(rows=rows, budget="time"), "small.png")
+    assert "4 runs of about equal time, which is 1,500 (MSE), 900 (DISTS) steps, with batch 6" in text
+
+
 def test_models_that_were_there_are_shown_and_not_counted() -> None:
     there = row("t", "teacher", 30.0, 0.01, differences=["model=x"], trained=False)
     rows = [*results()["rows"][:3], there, results()["rows"][3]]

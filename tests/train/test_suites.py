@@ -100,6 +100,16 @@ def test_budgets_have_to_be_equal(micro_suite: Path) -> None:
         plan(micro_suite)
 
 
+def test_at_equal_time_the_numbers_of_steps_may_differ_and_batches_may_not(micro_suite: Path) -> None:
+    variants = {"a": {"title": "a"}, "b": {"title": "b", "overrides": ["train.steps=3"]}}
+    edit(micro_suite, budget="time", variants=variants)
+    assert {run.config.train.steps for run in plan(micro_suite).values()} == {2, 3}
+    variants["b"]["overrides"] = ["train.batch_size=7"]
+    edit(micro_suite, variants=variants)
+    with pytest.raises(UserError, match=r"train\.batch_size: 7 in variant 'b'"):
+        plan(micro_suite)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -60,7 +60,8 @@ def measure(
         if name in ablation.models:
             runs = [_measure_model(ablation.models[name], held_out, track)]
         row = _row(name, variant.title, runs) | {"differences": variant.differences}
-        rows.append(row | {"trained": name not in ablation.models})
+        steps = next((item.run.config.train.steps for item in trained if item.run.variant == name), None)
+        rows.append(row | {"trained": name not in ablation.models, "steps": steps})
     baseline = _row("bicubic", "bicubic", [{"values": held_out.measure(Candidate(BICUBIC), track)}])
     reference = _row("hr", "HR", [{"values": held_out.measure_references(track)}])
     training = trained[0].run.config.train
@@ -74,6 +75,7 @@ def measure(
         "recipe": suite.config.recipe,
         "overrides": [*override_lines(suite.config.overrides), *suite.changes],
         "seeds": ablation.seeds,
+        "budget": suite.config.budget,
         "steps": training.steps,
         "batch_size": training.batch_size,
         "evaluation": to_mapping(suite.config.evaluation) | {"pairs": len(held_out.indices)},
@@ -121,7 +123,7 @@ def markdown(results: Results, picture: str) -> str:
     lines = [
         f"# {results['title']}",
         "",
-        f"Follows {results['source']}. {runs} {'run' if runs == 1 else 'runs'} of {results['steps']:,} steps "
+        f"Follows {results['source']}. {runs} {'run' if runs == 1 else 'runs'} of {_budget(results)} "
         f"with batch {results['batch_size']}, "
         f"{_seeds(results['seeds'])}; {results['evaluation']['pairs']} held-out pairs, the same for every model. "
         "Best variant in bold." + _untrained_note(results),
@@ -183,6 +185,13 @@ def _variants(results: Results) -> list[dict[str, Any]]:
 
 def _trained(results: Results) -> list[dict[str, Any]]:
     return [row for row in _variants(results) if row.get("trained", True)]
+
+
+def _budget(results: Results) -> str:
+    if results.get("budget") != "time":
+        return f"{results['steps']:,} steps"
+    steps = [f"{row['steps']:,} ({row['title']})" for row in _trained(results) if row.get("steps")]
+    return f"about equal time, which is {', '.join(steps)} steps,"
 
 
 def _untrained_note(results: Results) -> str:

@@ -16,12 +16,13 @@ from onestepsr.data.datasets import DataConfig, Pool, build_dataset
 from onestepsr.data.sampling import derived_seed
 from onestepsr.errors import UserError
 from onestepsr.files import replacing
-from onestepsr.methods.base import Method, get_method
+from onestepsr.methods.base import Exported, Method, get_method
 from onestepsr.train.checkpoint import Checkpoint, Checkpoints
 from onestepsr.train.estimate import Estimate, estimate
 from onestepsr.train.networks import NetworkSet
 from onestepsr.train.optimization import require_optimizer
 from onestepsr.train.previews import Validator, is_better
+from onestepsr.train.prompted import with_prompts
 from onestepsr.train.recipes import RunConfig, check_resumable
 from onestepsr.train.report import Reporter
 from onestepsr.train.storage import as_float32
@@ -73,8 +74,12 @@ def prepare(run: RunConfig, *, resume: bool, dry: bool = False) -> Plan:
     method = _build(run, dry)
     run.train.check_networks(method.networks)
     check_sizes(method, run.data, "data")
-    if held_out is not None:
+    source = with_prompts(source, run.data, method, "data", dry=dry)
+    if held_out is None:
+        validation = source
+    else:
         check_sizes(method, held_out, "validation.data")
+        validation = with_prompts(validation, held_out, method, "validation.data", dry=dry)
     validator = None
     if method.preview is not None:
         validator = Validator(method.preview, validation, run.validation, run.out)
@@ -152,17 +157,24 @@ def export(method: Method, networks: NetworkSet, path: Path, notes: dict[str, st
     """Write the method's model, with averaged weights where they are kept; a method may have nothing to export."""
     if method.export is None:
         return
-    from onestepsr.models.registry import save_model
-
     with networks.evaluating():
         exported = method.export(networks.modules)
-        save_model(
-            path,
-            architecture=exported.architecture,
-            config=exported.config,
-            state_dict=as_float32(exported.state_dict),
-            extra=notes,
-        )
+        write_exported(exported, path, notes)
+
+
+def write_exported(exported: Exported, path: Path, notes: dict[str, str]) -> None:
+    """Write a model in float32, and what belongs beside it."""
+    from onestepsr.models.registry import save_model
+
+    save_model(
+        path,
+        architecture=exported.architecture,
+        config=exported.config,
+        state_dict=as_float32(exported.state_dict),
+        extra=notes,
+    )
+    for word, other in exported.beside.items():
+        write_exported(other, path.with_suffix(f".{word}{path.suffix}"), notes)
 
 
 def _find_checkpoint(run: RunConfig, resume: bool) -> Checkpoint | None:
