@@ -18,6 +18,7 @@ from onestepsr.methods.judges import Made
 from onestepsr.methods.osediff import OSEDiffConfig
 from onestepsr.methods.variational import AdapterConfig, GuidedTeacher, VariationalConfig, variational_judge
 from onestepsr.models import registry
+from onestepsr.models.convert import convert_to_published
 from onestepsr.models.osediff_adapters import collect
 from onestepsr.models.osediff_file import write_published
 from onestepsr.models.sharing import sharing_copy
@@ -27,7 +28,9 @@ from onestepsr.models.stable_diffusion_config import (
     StableDiffusionGeneratorConfig,
     UNetConfig,
 )
+from onestepsr.prompts.cache import EmbeddingCache
 from onestepsr.train.recipes import load_run
+from onestepsr.train.session import write_exported
 
 WIDTH = 16
 FULL = {"tuning": "full", "vsd": VariationalConfig(tuning="full")}
@@ -238,8 +241,8 @@ class Lengths:
 
     width = WIDTH
 
-    def __init__(self, name_or_path: str) -> None:
-        assert name_or_path == "sd21-base"
+    def __init__(self, name_or_path: str, cache: EmbeddingCache | None = None) -> None:
+        assert (name_or_path, cache) == ("sd21-base", None)
 
     def embed(self, texts: list[str]) -> torch.Tensor:
         return torch.stack([torch.full((77, WIDTH), float(len(text))) for text in texts])
@@ -322,6 +325,13 @@ def test_parts_carry_adapters_as_asked(backbone, parts, tuning):
     assert found == set(parts)
 
 
+@pytest.mark.parametrize("changes", [{"parts": ("unet", "decoder")}, {"tuning": "full"}])
+def test_what_the_published_file_has_no_place_for_is_exported_merged_alone(backbone, changes):
+    method = built(OSEDiffConfig(backbone=backbone, regularization="none", **changes))
+    assert method.export is not None
+    assert not method.export(method.networks).beside
+
+
 @pytest.mark.parametrize("rank", [2, 4, 8])
 def test_ranks_of_the_encoder(backbone, rank):
     config = OSEDiffConfig(
@@ -347,6 +357,9 @@ def test_exported_model_is_the_trained_one_and_starts_another_run(backbone, tmp_
         torch.testing.assert_close(loaded(lr), expected, rtol=0, atol=2e-4)
     assert (loaded.timestep, loaded.scale) == (999, 4)
     write_published(tmp_path / "mine.pkl", collect(method.networks["generator"].generator))
+    write_exported(exported, tmp_path / "run.safetensors", {"step": "1"})
+    done = convert_to_published(tmp_path / "run.adapters.safetensors", tmp_path / "run.pkl")
+    assert done.file.read_bytes() == (tmp_path / "mine.pkl").read_bytes()
     again = osediff.build(OSEDiffConfig(backbone=backbone, adapters=tmp_path / "mine.pkl"))
     with torch.no_grad():
         torch.testing.assert_close(again.networks["generator"].eval()(lr)[0], expected, rtol=0, atol=1e-5)

@@ -33,6 +33,10 @@ def test_the_least_recently_used_go_first(tmp_path):
     cache.put("e", "d", embedding(3))
     assert [cache.get("e", text, WIDTH) is not None for text in "abcd"] == [True, False, True, True]
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= cache.limit
+    unlimited = EmbeddingCache(tmp_path / "all", limit=None)
+    for text in "abcde":
+        unlimited.put("e", text, embedding())
+    assert all(unlimited.get("e", text, WIDTH) is not None for text in "abcde")
     EmbeddingCache(tmp_path, limit=0).put("e", "z", embedding())
     assert cache.get("e", "z", WIDTH) is None
 

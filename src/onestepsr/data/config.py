@@ -51,10 +51,14 @@ class DataConfig:
 
     Worth it where degradation would take processor time from training. Takes crop^2 * 3.2 bytes per sample at scale 4.
     """
+    prompts: Path | None = None
+    """Texts about the photos, for methods whose networks read text: a folder with ``NAME.txt`` for ``NAME.jpg``, one
+    text file for all, or a JSON or YAML table of names and texts. All crops of a photo have its text. Not for shards,
+    and not with a pool."""
     cache_dir: Path = Path("cache")
     """Where pools are kept, each in a folder named by a hash of everything its content depends on.
 
-    Also the indexes of tars whose own folder cannot be written to.
+    Also the indexes of tars whose own folder cannot be written to, and the embeddings of ``prompts``.
     """
     cache_bytes: int = 2_000_000_000
     """Limit on decoded photos kept in memory, shared out among the loader's workers."""
@@ -75,6 +79,8 @@ class DataConfig:
             )
         if self.kind != "pairs" and self.lr_paths:
             raise ValueError("lr_paths is set: expected only with kind 'pairs'")
+        if self.prompts is not None and (self.pool_size or "shard" in self.kind):
+            raise ValueError("prompts: for photos in folders and without a pool (kind hr_folder or pairs, pool_size 0)")
         if self.shuffle_block < 1:
             raise ValueError(f"shuffle_block is {self.shuffle_block}: expected 1 or more")
         self.recipe()

@@ -26,6 +26,8 @@ MAX_REPLACEMENTS = 1000
 
 Sample = dict[str, Tensor]
 """``hr`` (3, H, W) and mostly ``lr`` (3, H / scale, W / scale), float32 RGB in [0, 1] on the 256 levels of 8 bit."""
+PHOTO = "photo"
+"""Where photos have texts: the number of the photo that a sample shows, a tensor without axes."""
 
 
 class SampleStream(Protocol):
@@ -68,21 +70,23 @@ class HRStream(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         rng = generator(self.seed, "sample", index)
-        pixels = self._photo(self.position(index))
+        number, pixels = self._photo(self.position(index))
         hr = to_float(random_crop(pixels, self.config, rng))
         hr = augment({"hr": hr}, self.config, rng)["hr"]
         if not self.with_lr:
-            return {"hr": hr}
+            return {"hr": hr, **photo_mark(number, self.config)}
         target, lr = degrade_pair(hr, self.recipe, rng, self.config.scale)
-        return {"hr": target, "lr": lr}
+        return {"hr": target, "lr": lr, **photo_mark(number, self.config)}
 
-    def _photo(self, position: int) -> Pixels:
-        """The photo at ``position``, or the next one that can be decoded and is as large as its header says."""
+    def _photo(self, position: int) -> tuple[int, Pixels]:
+        """The photo at ``position``, or the next one that can be decoded and is as large as its header says; and its
+        own position."""
         tries = min(len(self), MAX_REPLACEMENTS)
         for step in range(tries):
-            pixels = self.cache.get((position + step) % len(self))
+            number = (position + step) % len(self)
+            pixels = self.cache.get(number)
             if pixels is not None and min(pixels.shape[:2]) >= self.config.crop:
-                return pixels
+                return number, pixels
         _, name = self.cache.source.fetch(position)
         raise UserError(f"{name}: none of the {tries} photos from this one on can be decoded")
 
@@ -104,6 +108,15 @@ class HRFolder(HRStream):
     def content(self) -> list[Any]:
         """Name, size and bytes of each photo."""
         return [[photo.name, photo.width, photo.height, photo.bytes] for photo in self.photos]
+
+    def names(self) -> list[str]:
+        """Name of each photo, relative to its folder."""
+        return [photo.name for photo in self.photos]
+
+
+def photo_mark(number: int, config: DataConfig) -> Sample:
+    """The entry of a sample that says which photo it shows, where ``config`` gives photos texts."""
+    return {} if config.prompts is None else {PHOTO: torch.tensor(number)}
 
 
 def random_crop(pixels: Pixels, config: DataConfig, rng: torch.Generator) -> Pixels:

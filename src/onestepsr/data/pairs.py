@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from onestepsr.data.config import DataConfig
-from onestepsr.data.hr_folder import MAX_REPLACEMENTS, Sample, augment, to_float
+from onestepsr.data.hr_folder import MAX_REPLACEMENTS, Sample, augment, photo_mark, to_float
 from onestepsr.data.order import epoch_position
 from onestepsr.data.photos import Photo, PhotoCache, PhotoFiles, PhotoSource, Pixels, scan
 from onestepsr.data.sampling import generator, integer
@@ -52,30 +52,32 @@ class PairStream(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         rng = generator(self.seed, "sample", index)
-        hr, lr = self._pair(self.position(index)) if self.config.crop else self._whole(index % len(self))
+        number, hr, lr = self._pair(self.position(index)) if self.config.crop else self._whole(index % len(self))
         sample = {"hr": to_float(hr), "lr": to_float(lr)}
         if self.config.crop:
             sample = augment(self._crop(sample, rng), self.config, rng)
-        return sample if self.with_lr else {"hr": sample["hr"]}
+        mark = photo_mark(number, self.config)
+        return sample | mark if self.with_lr else {"hr": sample["hr"], **mark}
 
-    def _pair(self, position: int) -> tuple[Pixels, Pixels]:
-        """The pair at ``position``, or the next one that can be decoded and has the sizes that its headers say."""
+    def _pair(self, position: int) -> tuple[int, Pixels, Pixels]:
+        """The pair at ``position``, or the next one that can be decoded and has the sizes that its headers say; its own
+        position before it."""
         tries = min(len(self), MAX_REPLACEMENTS)
         for step in range(tries):
             number = (position + step) % len(self)
             hr, lr = self.cache.get(2 * number), self.cache.get(2 * number + 1)
             if hr is not None and lr is not None and self._usable(hr, lr):
-                return hr, lr
+                return number, hr, lr
         _, name = self.cache.source.fetch(2 * position)
         raise UserError(f"{name}: none of the {tries} pairs from this one on can be decoded")
 
-    def _whole(self, position: int) -> tuple[Pixels, Pixels]:
+    def _whole(self, position: int) -> tuple[int, Pixels, Pixels]:
         """Exactly the pair at ``position``: whole pictures are for validation, where a replacement would mislead."""
         hr, lr = self.cache.get(2 * position), self.cache.get(2 * position + 1)
         if hr is None or lr is None:
             _, name = self.cache.source.fetch(2 * position + (hr is not None))
             raise UserError(f"{name}: cannot be decoded")
-        return hr, lr
+        return position, hr, lr
 
     def _usable(self, hr: Pixels, lr: Pixels) -> bool:
         scale = self.config.scale
@@ -111,6 +113,10 @@ class PairsFolder(PairStream):
     def content(self) -> list[Any]:
         """Name, size and bytes of each file."""
         return [[photo.name, photo.width, photo.height, photo.bytes] for photo in self._photos()]
+
+    def names(self) -> list[str]:
+        """Name of each HR picture, relative to its folder."""
+        return [pair.hr.name for pair in self.pairs]
 
     def _photos(self) -> list[Photo]:
         return [photo for pair in self.pairs for photo in (pair.hr, pair.lr)]

@@ -105,7 +105,7 @@ def _require_space(folder: Path, length: int) -> None:
 def _fingerprint(source: SampleStream, config: DataConfig, seed: int) -> str:
     """A hash of everything that the entries depend on."""
     settings = to_mapping(config)
-    for name in ("cache_dir", "cache_bytes", "paths", "lr_paths"):
+    for name in ("cache_dir", "cache_bytes", "paths", "lr_paths", "prompts"):
         del settings[name]
     if config.kind not in ("shards", "shard_pairs"):
         del settings["shuffle_block"]

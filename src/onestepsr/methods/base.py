@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,16 @@ from torch import Tensor, nn
 from onestepsr.data.sampling import generator
 from onestepsr.errors import UserError, did_you_mean
 
+if TYPE_CHECKING:
+    from onestepsr.prompts.cache import EmbeddingCache
+    from onestepsr.prompts.embedder import PromptEmbedder
+
 Networks = Mapping[str, Callable[..., Any]]
 """Every network of a method by name, trainable ones possibly wrapped: call them, nothing else."""
 
 Batch = dict[str, Tensor]
-"""``hr`` (N, 3, H, W) and, for super-resolution, ``lr`` (N, 3, H/s, W/s), RGB in [0, 1].
+"""``hr`` (N, 3, H, W) and, for super-resolution, ``lr`` (N, 3, H/s, W/s), RGB in [0, 1]; where photos have texts
+``prompt`` (N, L, C), their embeddings.
 
 A phase may leave detached tensors here for the phases after it in the same iteration, as Algorithm-style alternation
 needs (D3SR's discriminator judges the latents that the generator phase has just made).
@@ -101,6 +106,9 @@ class Method:
     """Validation pictures by column title, each (N, 3, H, W) in [0, 1], for example LR | SR | HR. No gradients."""
     export: Callable[[Mapping[str, nn.Module]], Exported] | None = None
     """Turns unwrapped networks (EMA weights where kept) into what ``export`` writes."""
+    embedder: Callable[[EmbeddingCache], PromptEmbedder] | None = None
+    """Who turns photos' texts into the batch's ``prompt``, given where embeddings are kept; none where the networks
+    read no text or learn their prompt."""
     scale: int | None = None
     """Factor between the sides of ``hr`` and ``lr`` that the networks are made for; none where they take any."""
     hr_multiple: int = 1
@@ -114,6 +122,9 @@ class Exported:
     state_dict: dict[str, Tensor]
     architecture: str
     config: dict[str, Any]
+    beside: Mapping[str, Exported] = field(default_factory=dict)
+    """Further files by a word in their name: with ``adapters``, ``model.adapters.safetensors`` joins
+    ``model.safetensors``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from onestepsr.errors import UserError
 from onestepsr.models.backbones import read_prompt
 from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.stable_diffusion_config import PromptConfig
+
+if TYPE_CHECKING:
+    from onestepsr.prompts.cache import EmbeddingCache
+    from onestepsr.prompts.embedder import PromptEmbedder
 
 TEXT_TOKENS = 77
 """Length of a text's embedding."""
@@ -31,8 +35,8 @@ class ConditionConfig:
     negative: str | None = None
     """With ``text``: the negative prompt, which guides the teacher; null for no guidance."""
     text_encoder: str = "sd21-base"
-    """With ``text``: a diffusers folder with tokenizer and text encoder, or the name of one on the hub; it is in memory
-    only before training."""
+    """With ``text``, and for photos that have texts (``data.prompts``): a diffusers folder with tokenizer and text
+    encoder, or the name of one on the hub; it is in memory only before training."""
     file: Path | None = None
     """With ``file``: safetensors file of one embedding (L, C)."""
     negative_file: Path | None = None
@@ -73,12 +77,19 @@ class ConditionConfig:
     def _embedded(self, texts: list[str], width: int) -> Tensor:
         if torch.empty(0).device.type == "meta":  # a dry run has no use for values
             return torch.empty(len(texts), TEXT_TOKENS, width)
+        return self.embedder(width).embed(texts)
+
+    def embedder(self, width: int, cache: EmbeddingCache | None = None) -> PromptEmbedder:
+        """Who turns texts into embeddings of ``width`` channels; :class:`UserError` if the text encoder gives others.
+
+        ``cache`` defaults to the one of prompts in general.
+        """
         from onestepsr.prompts.embedder import PromptEmbedder
 
-        embedder = PromptEmbedder(self.text_encoder)
+        embedder = PromptEmbedder(self.text_encoder, cache=cache)
         if embedder.width != width:
             raise UserError(
                 f"config.prompt.text_encoder: '{self.text_encoder}' gives embeddings of width {embedder.width}, the "
                 f"backbone takes {width}"
             )
-        return embedder.embed(texts)
+        return embedder

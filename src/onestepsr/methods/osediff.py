@@ -53,8 +53,8 @@ from onestepsr.models.osediff import (
     OSEDiffGenerator,
     Posterior,
 )
-from onestepsr.models.osediff_adapters import copy_into_adapters
-from onestepsr.models.osediff_file import read_any
+from onestepsr.models.osediff_adapters import can_be_published, collect, copy_into_adapters
+from onestepsr.models.osediff_file import ARCHITECTURE, content_of, read_any
 from onestepsr.models.sharing import sharing_copy
 
 ENCODER = "encoder"
@@ -176,6 +176,7 @@ def build(config: OSEDiffConfig) -> Method:
         ema=("generator",),
         preview=partial(_preview, generator.scale),
         export=_export,
+        embedder=None if config.prompt.kind == "learnable" else partial(config.prompt.embedder, generator.prompt_width),
         scale=generator.scale,
         hr_multiple=generator.scale * generator.lr_multiple,
     )
@@ -271,7 +272,20 @@ def _preview(scale: int, networks: Networks, batch: Batch) -> dict[str, Tensor]:
 def _export(networks: Mapping[str, nn.Module]) -> Exported:
     generator = cast(TrainableOSEDiff, networks["generator"]).generator
     architecture, described = describe(generator)
-    return Exported(state_dict=merged_state_dict(generator), architecture=architecture, config=described)
+    return Exported(
+        state_dict=merged_state_dict(generator),
+        architecture=architecture,
+        config=described,
+        beside=_unmerged(generator),
+    )
+
+
+def _unmerged(generator: OSEDiffGenerator) -> dict[str, Exported]:
+    """The adapters as they are, from which the published layout can be written and another run can start."""
+    if not can_be_published(generator):
+        return {}
+    described, state = content_of(collect(generator))
+    return {"adapters": Exported(state_dict=state, architecture=ARCHITECTURE, config=described)}
 
 
 register(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from onestepsr.errors import UserError
-from onestepsr.models.osediff import OSEDiffGenerator
+from onestepsr.models.osediff import DECODER_LAYERS, OSEDiffGenerator
 from onestepsr.models.stable_diffusion import StableDiffusionAutoencoder, StableDiffusionUNet
 
 Part = Literal["unet", "vae"]
@@ -108,6 +108,14 @@ def copy_into_adapters(generator: OSEDiffGenerator, adapters: Adapters, where: s
         for key, parameter in own.items():
             _check_shape(given[key], parameter.shape, key, where)
             parameter.copy_(given[key])
+
+
+def can_be_published(generator: OSEDiffGenerator) -> bool:
+    """Whether the published layout has a place for the adapters of ``generator``: it has some, on a Stable Diffusion,
+    and none in the decoder."""
+    adapted = {name.partition(".lora_")[0] for name, _ in generator.named_parameters() if ".lora_" in name}
+    in_decoder = any(re.fullmatch(rf"autoencoder\.({DECODER_LAYERS})", layer) for layer in adapted)
+    return bool(adapted) and not in_decoder and isinstance(generator.unet, StableDiffusionUNet)
 
 
 @torch.no_grad()

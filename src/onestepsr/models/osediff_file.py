@@ -100,6 +100,12 @@ def read_adapters(path: Path) -> Adapters:
 
 def write_adapters(path: Path, adapters: Adapters) -> None:
     """Write a safetensors file that holds everything the published pickle does."""
+    config, state = content_of(adapters)
+    save_model(path, architecture=ARCHITECTURE, config=config, state_dict=state)
+
+
+def content_of(adapters: Adapters) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and weights of a file of ours with the architecture :data:`ARCHITECTURE`."""
     config: dict[str, Any] = {
         "rank_unet": adapters.rank_unet,
         "rank_vae": adapters.rank_vae,
@@ -108,7 +114,7 @@ def write_adapters(path: Path, adapters: Adapters) -> None:
     }
     state = {f"unet.{key}": value for key, value in adapters.unet.items()}
     state |= {f"vae.{key}": value for key, value in adapters.vae.items()}
-    save_model(path, architecture=ARCHITECTURE, config=config, state_dict=state)
+    return config, state
 
 
 def _load(path: Path) -> Mapping[str, Any]:

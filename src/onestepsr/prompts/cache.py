@@ -30,8 +30,9 @@ class EmbeddingCache:
     both are logged, neither is an error. Several processes may share a folder.
     """
 
-    def __init__(self, folder: Path | None = None, limit: int = CACHE_BYTES) -> None:
-        """``folder`` defaults to ``prompts`` beside the downloaded weights; ``limit`` is in bytes, 0 keeps nothing."""
+    def __init__(self, folder: Path | None = None, limit: int | None = CACHE_BYTES) -> None:
+        """``folder`` defaults to ``prompts`` beside the downloaded weights; ``limit`` is in bytes, 0 keeps nothing and
+        None everything."""
         self.folder = cache_folder() / "prompts" if folder is None else folder
         self.limit = limit
 
@@ -59,20 +60,21 @@ class EmbeddingCache:
 
     def put(self, identity: str, text: str, embedding: Tensor) -> None:
         """Keep ``embedding`` (77, C) float32, and remove the oldest entries beyond the limit."""
-        if self.limit <= 0:
+        if self.limit is not None and self.limit <= 0:
             return
         path = self.path(identity, text)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
                 save_file({"embedding": embedding.contiguous()}, temporary)
-            self._shrink()
+            if self.limit is not None:
+                self._shrink(self.limit)
         except OSError as error:
             logger.info("%s: prompt embeddings are not kept (%s)", self.folder, error)
 
-    def _shrink(self) -> None:
+    def _shrink(self, limit: int) -> None:
         entries = [(path, path.stat()) for path in self.folder.glob("*.safetensors")]
-        excess = sum(entry.st_size for _, entry in entries) - self.limit
+        excess = sum(entry.st_size for _, entry in entries) - limit
         for path, entry in sorted(entries, key=lambda item: item[1].st_mtime_ns):
             if excess <= 0:
                 return

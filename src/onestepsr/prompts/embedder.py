@@ -65,7 +65,7 @@ class PromptEmbedder:
         """:meth:`embed` with the error of a text in its place, so that the others are not lost; (77, C) each."""
         known: dict[str, Tensor | UserError] = {}
         for text in dict.fromkeys(texts):
-            embedding = self.cache.get(self._identity, text, self.width)
+            embedding = self.find(text)
             if embedding is not None:
                 known[text] = embedding
         missing = [text for text in dict.fromkeys(texts) if text not in known]
@@ -75,6 +75,14 @@ class PromptEmbedder:
             del encoder
             gc.collect()
         return [known[text] for text in texts]
+
+    def path(self, text: str) -> Path:
+        """Where the cache keeps the embedding of ``text``, or would."""
+        return self.cache.path(self._identity, text)
+
+    def find(self, text: str) -> Tensor | None:
+        """The embedding (77, C) of ``text`` if the cache has it; no text encoder is loaded."""
+        return self.cache.get(self._identity, text, self.width)
 
     def _encoded(self, texts: list[str], encoder: TextEncoder) -> dict[str, Tensor | UserError]:
         known: dict[str, Tensor | UserError] = {}
