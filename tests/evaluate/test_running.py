@@ -37,7 +37,7 @@ def measurer(**changes: int) -> Measurer:
     return Measurer([METRICS["psnr"]], replace(PLAIN, **changes))
 
 
-def repeated(picture: Picture) -> Picture:
+def repeated(picture: Picture, path: Path) -> Picture:
     """A model: every pixel four by four times."""
     return replace(picture, pixels=picture.pixels.repeat(4, axis=0).repeat(4, axis=1), alpha=None)
 
@@ -99,9 +99,9 @@ def model_run(data: Path, enlarge: object = repeated) -> tuple[ModelRun, list[Ca
 def test_the_network_stays_in_its_thread_while_others_read_and_measure(data: Path) -> None:
     threads: set[int] = set()
 
-    def enlarge(picture: Picture) -> Picture:
+    def enlarge(picture: Picture, path: Path) -> Picture:
         threads.add(threading.get_ident())
-        return repeated(picture)
+        return repeated(picture, path)
 
     run, cases = model_run(data, enlarge)
     scores = list(run.scores(cases, workers=2))
@@ -114,10 +114,10 @@ def test_the_network_stays_in_its_thread_while_others_read_and_measure(data: Pat
 def test_a_model_that_fails_on_one_picture_goes_on(data: Path, error: Exception, message: str) -> None:
     calls: Iterator[int] = iter(range(5))
 
-    def enlarge(picture: Picture) -> Picture:
+    def enlarge(picture: Picture, path: Path) -> Picture:
         if next(calls) == 1:
             raise error
-        return repeated(picture)
+        return repeated(picture, path)
 
     run, cases = model_run(data, enlarge)
     (data / "LR" / "d.png").write_bytes(b"no picture")
@@ -128,7 +128,7 @@ def test_a_model_that_fails_on_one_picture_goes_on(data: Path, error: Exception,
 
 
 def test_a_defect_is_no_problem_of_a_picture(data: Path) -> None:
-    def enlarge(picture: Picture) -> Picture:
+    def enlarge(picture: Picture, path: Path) -> Picture:
         raise RuntimeError("a defect")
 
     run, cases = model_run(data, enlarge)

@@ -29,6 +29,14 @@ from onestepsr.apps.evaluate_output import (
     ReportOption,
     check_file,
 )
+from onestepsr.apps.evaluate_prompts import (
+    PromptFileOption,
+    PromptFromOption,
+    PromptOption,
+    TextEncoderOption,
+    TruncateOption,
+)
+from onestepsr.apps.upscale_prompts import PromptChoice
 from onestepsr.errors import UserError
 
 LIST = "help"
@@ -79,6 +87,11 @@ def evaluate_command(
     sampler: Annotated[
         str | None, typer.Option(help="For --model of ResShift's family: ancestral or deterministic.")
     ] = None,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    prompt_from: PromptFromOption = None,
+    text_encoder: TextEncoderOption = "sd21-base",
+    truncate_prompt: TruncateOption = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
     csv: CsvOption = None,
     markdown: MarkdownOption = None,
@@ -96,11 +109,15 @@ def evaluate_command(
     outputs = Outputs(csv=csv, markdown=markdown, latex=latex, report=report, beside=beside)
     outputs.check()
     check_file("--json", json_file)
+    prompts = PromptChoice(
+        text=prompt, file=prompt_file, extractor=prompt_from, text_encoder=text_encoder, truncate=truncate_prompt
+    )
     measuring = MeasureOptions(
         protocol=protocol, metrics=metrics, crop_border=crop_border, resize=resize, device=device, label=label
     )
     if model is None:
-        _refuse_without_model({"--data": data, "--lr": lr, "--degradation": degradation, "--out": out})
+        given = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompt-from": prompt_from}
+        _refuse_without_model({"--data": data, "--lr": lr, "--degradation": degradation, "--out": out, **given})
         if sr is None:
             raise UserError("nothing to measure: give SR pictures, or --model with --data")
         outcome = measure_pictures(sr, hr, suffix, measuring)
@@ -121,6 +138,7 @@ def evaluate_command(
             color_fix=color_fix,
             steps=steps,
             sampler=sampler,
+            prompts=prompts,
         )
         with kept(out, report) as keep:
             outcome = measure_model(options, measuring, keep)

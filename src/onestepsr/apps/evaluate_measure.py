@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
+from onestepsr.apps.evaluate_prompts import CasePrompts, prompt_settings
 from onestepsr.errors import UserError
 
 if TYPE_CHECKING:
+    from onestepsr.apps.upscale_prompts import PromptChoice
     from onestepsr.data.degradation import Recipe
     from onestepsr.evaluate.evaluation import Degradation, EvaluatedModel, Track
     from onestepsr.evaluate.folder import DataSet
@@ -81,6 +83,7 @@ class ModelOptions:
     color_fix: str
     steps: int | None
     sampler: str | None
+    prompts: PromptChoice
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.lr is None):
@@ -107,7 +110,7 @@ class ModelOptions:
 
         return None if self.degradation is None else load_recipe(self.degradation)
 
-    def load(self) -> EvaluatedModel:
+    def load(self, prompts: CasePrompts) -> EvaluatedModel:
         """The model, ready to enlarge."""
         from onestepsr.evaluate.evaluation import EvaluatedModel
         from onestepsr.evaluate.result import ModelRecord
@@ -119,11 +122,13 @@ class ModelOptions:
         options = UpscaleOptions(
             scale=upscaler.scale, tile=cast(Any, tile), color_fix=cast(Any, self.color_fix), seed=self.seed
         )
+        prompts.start(upscaler)
         used = {"device": str(upscaler.device), "dtype": str(upscaler.dtype).removeprefix("torch.")}
         settings = {"tile": self.tile, "color_fix": self.color_fix, "seed": self.seed}
         settings |= {name: value for name, value in chosen.items() if value is not None}
+        settings |= prompt_settings(self.prompts)
         return EvaluatedModel(
-            enlarge=lambda picture: upscaler.upscale_picture(picture, options),
+            enlarge=lambda picture, path: upscaler.upscale_picture(picture, prompts.added_to(options, picture, path)),
             scale=upscaler.scale,
             record=ModelRecord(name=self.model, sha256=_checksum(self.model), options={**used, **settings}),
         )
@@ -153,7 +158,9 @@ def measure_model(options: ModelOptions, measuring: MeasureOptions, keep: Path |
     show_lonely("LR without HR", data.lonely_lr)
     show_lonely("HR without LR", data.lonely_hr)
     measurer = measuring.measurer(with_reference=data.hr is not None)
-    model = options.load()
+    changed = recipe is not None or measurer.protocol.crop > 0
+    paths = [case.path for case in data.cases]
+    model = options.load(CasePrompts(choice=options.prompts, paths=paths, changed=changed))
     typer.echo(f"{len(data.cases)} pictures ({data.layout})", err=True)
     result = evaluate_model(
         model,

@@ -36,8 +36,9 @@ def untracked(scores: Iterable[Score], total: int) -> Iterable[Score]:
 class EvaluatedModel:
     """A model as an evaluation sees it."""
 
-    enlarge: Callable[[Picture], Picture]
-    """Enlarges one picture by ``scale``."""
+    enlarge: Callable[[Picture, Path], Picture]
+    """Enlarges one picture by ``scale``. Its file, or that of the photo it was made of, comes along for what belongs to
+    it by name, such as a prompt."""
     scale: int
     """Output side / input side."""
     record: ModelRecord

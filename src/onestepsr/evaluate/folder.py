@@ -50,6 +50,13 @@ class Case:
     hr: Path | None = None
     """The reference."""
 
+    @property
+    def path(self) -> Path:
+        """The input's file, or that of the photo it is made from."""
+        path = self.lr or self.hr
+        assert path is not None, "a case has at least one file"
+        return path
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -59,8 +60,8 @@ class ModelRun:
 
     load: Callable[[Case], Loaded]
     """Reads a case; called by several threads."""
-    enlarge: Callable[[Picture], Picture]
-    """The model; called by one thread only."""
+    enlarge: Callable[[Picture, Path], Picture]
+    """The model, on a picture and its file; called by one thread only, in the order of the cases."""
     measurer: Measurer
     keep: Callable[[Case, Loaded, Picture], None] = lambda case, loaded, sr: None
     """Gets every SR picture, for example to save it; called by several threads."""
@@ -92,7 +93,7 @@ class ModelRun:
         try:
             loaded = loading.result()
             with self.clock.part("model"):
-                return case, loaded, self.enlarge(loaded.lr)
+                return case, loaded, self.enlarge(loaded.lr, case.path)
         except OneStepSRError as error:
             return case, None, _named(case, str(error))
         except LACK_OF_MEMORY:
@@ -148,8 +149,7 @@ def worker_count() -> int:
 
 
 def _named(case: Case, problem: str) -> str:
-    path = case.lr or case.hr
-    return problem if path is not None and str(path) in problem else f"{path}: {problem}"
+    return problem if str(case.path) in problem else f"{case.path}: {problem}"
 
 
 @contextmanager
