@@ -13,6 +13,7 @@ from onestepsr.errors import UserError
 from onestepsr.models.architectures import RESIDUAL, TINY_RESIDUAL, describe
 from onestepsr.models.backbones import load_backbone, load_discriminator_backbone
 from onestepsr.models.blend import blend
+from onestepsr.models.even_contrast import lr_pictures, make_even
 from onestepsr.models.osediff_file import write_adapters, write_published
 from onestepsr.models.osediff_published import adapters_of, holds_adapters
 from onestepsr.models.osediff_published import load_published as load_osediff
@@ -51,6 +52,7 @@ def convert(
     prompt_file: Path | None = None,
     towards: Path | None = None,
     share: float = 0.5,
+    even_contrast: Path | None = None,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> Converted:
@@ -62,7 +64,8 @@ def convert(
     when the source is none, ``target`` exists already or the numbers do not fit ``dtype``; nothing is left behind then.
     Adapters stay as they are in a second file, whose name ends in ``.adapters.safetensors``; the model's prompt for
     pictures that come without one is read from ``prompt_file``. ``towards`` is a second backbone of the same shape: the
-    weights written lie the part ``share`` of the way to its own.
+    weights written lie the part ``share`` of the way to its own. ``even_contrast`` is a folder of LR pictures on which
+    :func:`onestepsr.models.even_contrast.make_even` measures the outcome.
     """
     _check_target(target, overwrite)
     adapters = _adapters_file(target, overwrite) if holds_adapters(source) else None
@@ -77,6 +80,8 @@ def convert(
     if towards is not None:
         other = load_backbone(towards) if part == "generator" else load_discriminator_backbone(towards)[0]
         network = blend(network, other, share)
+    if even_contrast is not None:
+        network = make_even(network, lr_pictures(even_contrast))
     architecture, config = describe(network)
     state = {key: _cast(key, value, dtype) for key, value in network.state_dict().items()}
     parameters = sum(parameter.numel() for parameter in network.parameters())

@@ -17,8 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FACTOR = 4
-"""Pixels per latent cell along each axis."""
+from onestepsr.models.tiny_decoder import FACTOR, ResidualBlock, TinyDecoder
+
 LORA_TARGETS = r".*(conv\w*|to_q|to_k|to_v|to_out|time|skip_gain)"
 """Layers of the UNet that get adapters: every convolution, every projection of the attention and of the time."""
 MEMORY_PER_PIXEL = 225.0
@@ -42,6 +42,8 @@ class TinyConfig:
     refine_width: int = 0
     """Channels of the decoder's last convolutions, at the resolution of the picture, which see across the borders of
     latent cells; 0 leaves them out."""
+    even_contrast: bool = False
+    """Scale fine contrast by factors per position in a latent cell, measured after training."""
     widths: tuple[int, ...] = (48, 64, 128)
     """UNet channels by level, the first at latent resolution, each further one at half the resolution before."""
     down_blocks: tuple[int, ...] = (1, 1, 2)
@@ -88,27 +90,6 @@ def block_dct(luma: int, chroma: int) -> Tensor:
     return torch.cat(rows).float()
 
 
-class ResidualBlock(nn.Module):
-    """x + conv(act(conv(x) + shift)): two 3x3 convolutions without normalisation; ``shift`` comes from the time
-    embedding."""
-
-    def __init__(self, channels: int, time_width: int = 0) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.time = nn.Linear(time_width, channels) if time_width else None
-        with torch.no_grad():  # norm-free stacks train stably when each block starts close to the identity
-            self.conv2.weight.mul_(0.2)
-            nn.init.zeros_(self.conv2.bias if self.conv2.bias is not None else torch.empty(0))
-
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        """Map (N, C, H, W) to the same shape; ``emb`` is the activated time embedding (N, time_width)."""
-        h = self.conv1(x)
-        if self.time is not None and emb is not None:
-            h = h + self.time(emb)[:, :, None, None]
-        return x + torch.as_tensor(self.conv2(F.silu(h)))
-
-
 class TinyAutoencoder(nn.Module):
     """KL autoencoder of factor 4 whose linear path starts as a block DCT.
 
@@ -135,7 +116,9 @@ class TinyAutoencoder(nn.Module):
         )
         self.log_variance = nn.Parameter(torch.full((latent,), -6.0))
         self.decoder_linear = nn.Conv2d(latent, pixels, 3, padding=1, bias=False)
-        self.decoder = TinyDecoder(latent, self.config.decoder_width, self.config.refine_width)
+        self.decoder = TinyDecoder(
+            latent, self.config.decoder_width, self.config.refine_width, even=self.config.even_contrast
+        )
         self.register_buffer("latent_mean", torch.zeros(latent))
         self.register_buffer("latent_variance", torch.ones(latent))
         self._start_at_dct()
@@ -215,51 +198,6 @@ def over_processes(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, 
     whole, square, within = sums / processes
     deviations = (count - 1) * within + count * (square - whole.square())  # within and between, per process
     return whole.to(mean), (deviations * processes / (count * processes - 1)).to(variance)
-
-
-class TinyDecoder(nn.Module):
-    """The decoder's residual branch: latent resolution, twice that, then pixels.
-
-    Convolutions in front of a pixel shuffle carry no bias: biases there are constants per position of the 4x4 lattice,
-    which shows as a grid. Pixels made by a shuffle know nothing of their neighbours in the next cell, which shows as
-    steps across the cells' borders; a few channels at full resolution mend that, and more would cost more than the rest
-    of the network together.
-    """
-
-    def __init__(self, latent: int, width: int, refine: int = 0) -> None:
-        super().__init__()
-        half = width // 2
-        self.conv_in = nn.Conv2d(latent, width, 3, padding=1)
-        self.block = ResidualBlock(width)
-        self.up = nn.Conv2d(width, 4 * half, 1, bias=False)
-        self.conv_half = nn.Conv2d(half, half, 3, padding=1)
-        self.conv_out = nn.Conv2d(half, 3 * 4, 3, padding=1, bias=False)
-        nn.init.zeros_(self.conv_out.weight)
-        self.refine = Refinement(half, refine) if refine else None
-
-    def forward(self, z: Tensor, linear: Tensor) -> Tensor:
-        """Correct the image (N, 3, 4h, 4w) that the linear path makes of the latent ``z`` (N, C, h, w)."""
-        h = self.block(F.silu(self.conv_in(z)))
-        h = F.silu(F.pixel_shuffle(self.up(h), 2))
-        h = h + F.silu(self.conv_half(h))
-        image = linear + F.pixel_shuffle(self.conv_out(h), 2)
-        return image if self.refine is None else torch.as_tensor(self.refine(image, h))
-
-
-class Refinement(nn.Module):
-    """Two convolutions at the picture's resolution over the picture and features of half that resolution."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.up = nn.Conv2d(channels, 4 * width, 1, bias=False)
-        self.conv1 = nn.Conv2d(width + 3, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, 3, 3, padding=1, bias=False)
-        nn.init.zeros_(self.conv2.weight)
-
-    def forward(self, image: Tensor, half: Tensor) -> Tensor:
-        """Image (N, 3, H, W), corrected; ``half`` is (N, C, H/2, W/2)."""
-        features = F.pixel_shuffle(self.up(half), 2)
-        return image + torch.as_tensor(self.conv2(F.silu(self.conv1(torch.cat([image, features], dim=1)))))
 
 
 class PromptAttention(nn.Module):

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestepsr.models.tiny import FACTOR, MEMORY_PER_PIXEL, ResidualBlock, TinyConfig, timestep_embedding
+from onestepsr.models.tiny import MEMORY_PER_PIXEL, TinyConfig, timestep_embedding
+from onestepsr.models.tiny_decoder import FACTOR, ResidualBlock
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,104 @@
+"""The decoder of the tiny backbone, and the residual block that all of its networks are made of."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FACTOR = 4
+"""Pixels per latent cell along each axis."""
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(act(conv(x) + shift)): two 3x3 convolutions without normalisation; ``shift`` comes from the time
+    embedding."""
+
+    def __init__(self, channels: int, time_width: int = 0) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.time = nn.Linear(time_width, channels) if time_width else None
+        with torch.no_grad():  # norm-free stacks train stably when each block starts close to the identity
+            self.conv2.weight.mul_(0.2)
+            nn.init.zeros_(self.conv2.bias if self.conv2.bias is not None else torch.empty(0))
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """Map (N, C, H, W) to the same shape; ``emb`` is the activated time embedding (N, time_width)."""
+        h = self.conv1(x)
+        if self.time is not None and emb is not None:
+            h = h + self.time(emb)[:, :, None, None]
+        return x + torch.as_tensor(self.conv2(F.silu(h)))
+
+
+class TinyDecoder(nn.Module):
+    """The decoder's residual branch: latent resolution, twice that, then pixels.
+
+    Convolutions in front of a pixel shuffle carry no bias: biases there are constants per position of the 4x4 lattice,
+    which shows as a grid. Pixels made by a shuffle know nothing of their neighbours in the next cell, which shows as
+    steps across the cells' borders; a few channels at full resolution mend that, and more would cost more than the rest
+    of the network together.
+    """
+
+    def __init__(self, latent: int, width: int, refine: int = 0, *, even: bool = False) -> None:
+        super().__init__()
+        half = width // 2
+        self.conv_in = nn.Conv2d(latent, width, 3, padding=1)
+        self.block = ResidualBlock(width)
+        self.up = nn.Conv2d(width, 4 * half, 1, bias=False)
+        self.conv_half = nn.Conv2d(half, half, 3, padding=1)
+        self.conv_out = nn.Conv2d(half, 3 * 4, 3, padding=1, bias=False)
+        nn.init.zeros_(self.conv_out.weight)
+        self.refine = Refinement(half, refine) if refine else None
+        self.even = EvenContrast() if even else None
+
+    def forward(self, z: Tensor, linear: Tensor) -> Tensor:
+        """Correct the image (N, 3, 4h, 4w) that the linear path makes of the latent ``z`` (N, C, h, w)."""
+        h = self.block(F.silu(self.conv_in(z)))
+        h = F.silu(F.pixel_shuffle(self.up(h), 2))
+        h = h + F.silu(self.conv_half(h))
+        image = linear + F.pixel_shuffle(self.conv_out(h), 2)
+        image = image if self.refine is None else torch.as_tensor(self.refine(image, h))
+        return image if self.even is None else torch.as_tensor(self.even(image))
+
+
+class Refinement(nn.Module):
+    """Two convolutions at the picture's resolution over the picture and features of half that resolution."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.up = nn.Conv2d(channels, 4 * width, 1, bias=False)
+        self.conv1 = nn.Conv2d(width + 3, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, 3, 3, padding=1, bias=False)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, image: Tensor, half: Tensor) -> Tensor:
+        """Image (N, 3, H, W), corrected; ``half`` is (N, C, H/2, W/2)."""
+        features = F.pixel_shuffle(self.up(half), 2)
+        return image + torch.as_tensor(self.conv2(F.silu(self.conv1(torch.cat([image, features], dim=1)))))
+
+
+class EvenContrast(nn.Module):
+    """Fine contrast of brightness, scaled by a factor for each of the 4x4 positions in a latent cell.
+
+    A decoder of shuffled pixels draws detail a little stronger at some positions of its cells than at others, the same
+    ones in every picture, which shows as faint dots along edges. The factors undo what was measured of that after
+    training; see :func:`onestepsr.models.even_contrast.make_even`.
+    """
+
+    gain: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.ones(FACTOR, FACTOR))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Image (N, 3, H, W) of the same shape; H and W are multiples of 4."""
+        rows, columns = (side // FACTOR for side in image.shape[-2:])
+        return image + (self.gain.to(image.dtype).repeat(rows, columns) - 1) * fine_contrast(image)
+
+
+def fine_contrast(image: Tensor) -> Tensor:
+    """Brightness (N, 1, H, W) of an image (N, 3, H, W) less its 5x5 mean, borders reflected."""
+    y = image.mean(dim=1, keepdim=True)
+    return y - F.avg_pool2d(F.pad(y, (2, 2, 2, 2), mode="reflect"), 5, stride=1)
