@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 LARGE_WORK = 400_000_000
 """Peak bytes of a tile on a CPU from which on freed memory is kept while the picture is enlarged; smaller work lives on
 what the C library keeps by itself, and would only pay for handing it back."""
+BAND_ROWS = 256
+"""Output rows that are rounded at once."""
 
 
 class Upscaler:
@@ -324,18 +326,21 @@ def _cropped(bands: Iterator[Tensor], height: int, width: int) -> Iterator[Tenso
     for band in bands:
         yield band[:, :, :left, :width]
         left -= band.shape[2]
+        del band  # before the next one is made
 
 
 def _stored(bands: Iterable[Tensor], shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
     """Round bands of rows (1, C, h, W) one after the other into one array (H, W, C)."""
     result, top = np.empty(shape, dtype), 0
     for band in bands:
-        result[top : top + band.shape[2]] = tensor_to_samples(band, dtype)
-        top += band.shape[2]
+        for rows in band.split(BAND_ROWS, dim=2):
+            result[top : top + rows.shape[2]] = tensor_to_samples(rows, dtype)
+            top += rows.shape[2]
+        del band, rows  # before the next one is made
     return result
 
 
-def _bands(samples: NDArray[Any], rows: int = 256) -> Iterator[Tensor]:
+def _bands(samples: NDArray[Any], rows: int = BAND_ROWS) -> Iterator[Tensor]:
     return (samples_to_tensor(samples[top : top + rows]) for top in range(0, samples.shape[0], rows))
 
 
