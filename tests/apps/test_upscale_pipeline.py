@@ -28,6 +28,8 @@ TINY = Picture(pixels=np.zeros((1, 2, 3), np.uint8))
 class Enlarger:
     """Repeats pixels; ``before`` is called with the number of every picture."""
 
+    last_plan = None
+
     def __init__(self, before: Callable[[int], None] = lambda number: None) -> None:
         self.before, self.done = before, 0
 

@@ -13,15 +13,20 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from onestepsr.apps.upscale_files import Job
 from onestepsr.apps.upscale_pipeline import AHEAD, Pipeline, Result, result_of
 from onestepsr.apps.upscale_prompts import GROUP
 from onestepsr.apps.upscale_setup import Setup
 from onestepsr.errors import OneStepSRError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from onestepsr.upscale_options import UpscaleOptions
 
 PATIENCE = 10.0
 """Seconds that processes have to stop by themselves when a run is broken off."""
@@ -64,9 +69,23 @@ def _enlarge(connection: Connection, duty: Duty) -> None:
 
     torch.set_num_threads(max(1, torch.get_num_threads() // duty.processes))
     upscaler, prompts = duty.setup.load()
-    with closing(Pipeline(upscaler, duty.setup.options, prompts).run(_groups(connection))) as results:
+    options = with_share_of_memory(duty.setup.options, upscaler.device, duty.processes)
+    with closing(Pipeline(upscaler, options, prompts).run(_groups(connection))) as results:
         for result in results:
             connection.send(result)
+
+
+def with_share_of_memory(options: UpscaleOptions, device: torch.device, processes: int) -> UpscaleOptions:
+    """``options`` that keep to this process's part of the memory that is free now, where tiles are chosen by memory.
+
+    Each process alone would plan with all of it.
+    """
+    from onestepsr.machine import free_memory
+    from onestepsr.memory_plan import SHARE
+
+    if options.memory is not None or options.tile != "auto":
+        return options
+    return replace(options, memory=SHARE * free_memory(device) / processes / 1e9)
 
 
 def _groups(connection: Connection) -> Iterator[Sequence[Job]]:
