@@ -90,6 +90,7 @@ def test_the_face_model_and_a_prompt_of_ones_own(folder, capsys):
         (["osediff.pkl", "x.safetensors", "--part", "discriminator"], "--part discriminator is for a whole backbone"),
         (["osediff.pkl", "x.safetensors", "--as", "osedif"], "no published model of OSEDiff: did you mean 'osediff'"),
         (["osediff.pkl", "x.pkl"], "must end in .safetensors"),
+        (["odd.pkl", "x.safetensors", "--backbone", "backbone.safetensors"], "it would call 'print'"),
         (["osediff.pkl", "x.safetensors", "--to", "osediff-pkl"], "must end in .pkl"),
         (["osediff.pkl", "x.safetensors", "--to", "pth"], "--to 'pth': accepted: safetensors, osediff-pkl"),
         (["backbone.safetensors", "x.pkl", "--to", "osediff-pkl"], "holds no adapters of OSEDiff; they are in a file"),
@@ -102,6 +103,7 @@ def test_the_face_model_and_a_prompt_of_ones_own(folder, capsys):
 )
 def test_mistakes_are_one_line_and_leave_nothing(folder, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
+    torch.save({"state_dict_unet": {}, "state_dict_vae": {}, "rank_unet": print}, "odd.pkl")
     code, _, said = run(capsys, "models", "convert", *arguments)
     assert code == 2
     assert message in said

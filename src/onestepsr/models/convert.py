@@ -14,7 +14,7 @@ from onestepsr.models.architectures import RESIDUAL, TINY_RESIDUAL, describe
 from onestepsr.models.backbones import load_backbone, load_discriminator_backbone
 from onestepsr.models.blend import blend
 from onestepsr.models.even_contrast import lr_pictures, make_even
-from onestepsr.models.osediff_file import write_adapters, write_published
+from onestepsr.models.osediff_file import read_published, write_adapters, write_published
 from onestepsr.models.osediff_published import adapters_of, holds_adapters
 from onestepsr.models.osediff_published import load_published as load_osediff
 from onestepsr.models.registry import architecture_of, load_network, save_model
@@ -72,6 +72,8 @@ def convert(
     if adapters is not None:
         network: nn.Module = _osediff(source, part, published_as, backbone, prompt_file)
     elif backbone is not None or prompt_file is not None:
+        if Path(source).suffix == ".pkl":
+            read_published(Path(source))  # says what is wrong with it
         raise UserError(f"{source}: holds no adapters of OSEDiff, which --backbone and --prompt-embedding are for")
     elif published_as is not None or autoencoder is not None or _is_residual(source):
         network = _residual(source, part, published_as, autoencoder)

@@ -20,6 +20,7 @@ from onestepsr.errors import UserError
 from onestepsr.files import replacing
 from onestepsr.models.osediff_adapters import LISTS, Adapters
 from onestepsr.models.registry import read_weights, save_model
+from onestepsr.models.tensors import why_unread
 
 ARCHITECTURE = "osediff-adapters"
 """How our file names its content: weights to add to a backbone, no network."""
@@ -125,7 +126,7 @@ def _load(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no weights that can be read safely ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: no weights that can be read safely ({why_unread(error)})") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: a {type(content).__name__}, not OSEDiff's dictionary of weights")
     return content

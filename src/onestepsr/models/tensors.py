@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,19 @@ def open_weights(path: Path, *, limit: int = MAX_BYTES) -> LazyTensors:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: no weights that can be read safely ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: no weights that can be read safely ({why_unread(error)})") from error
+
+
+def why_unread(error: Exception) -> str:
+    """The reason for which a file was refused, on one line. Of PyTorch's own words on pickles that is what they would
+    call, not the advice to load them all the same."""
+    text = str(error)
+    called = re.search(r"\bGLOBAL (\S+)", text)
+    if called is not None:
+        return f"it would call '{called[1]}'"
+    if "Weights only load failed" in text:
+        return "it is no pickle of weights alone"
+    return next(iter(text.splitlines()), type(error).__name__)
 
 
 def _open_safetensors(path: Path) -> LazyTensors:
