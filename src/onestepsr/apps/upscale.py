@@ -63,6 +63,16 @@ def upscale(
             "published code (give --tile 512, 256 or 64 for its overlaps)."
         ),
     ] = "smooth",
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            help="Most GB for weights, feature maps and pictures, of all --workers together. Default: what is free."
+        ),
+    ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the network first, which takes minutes: for many or large pictures."),
+    ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     color_fix: Annotated[str, typer.Option(help="Colours from the input: wavelet, adain or none.")] = "wavelet",
@@ -128,8 +138,16 @@ def upscale(
         sampler=sampler,
         fidelity=fidelity,
         options=_options(
-            tile, scale=scale, width=width, height=height, tile_blend=tile_blend, color_fix=color_fix, seed=seed
+            tile,
+            scale=scale,
+            width=width,
+            height=height,
+            tile_blend=tile_blend,
+            memory=None if memory is None else memory / workers,
+            color_fix=color_fix,
+            seed=seed,
         ),
+        compiled=compiled,
         prompts=PromptChoice(
             text=prompt, file=prompt_file, extractor=prompt_from, text_encoder=text_encoder, truncate=truncate_prompt
         ),

@@ -52,6 +52,8 @@ class Result:
     """Reading, enlarging and writing of this picture, without the time it waited for others."""
     error: str | None = None
     prompt: str | None = None
+    plan: dict[str, Any] | None = None
+    """How it went through the network: tiles, number format, expected memory."""
 
 
 def result_of(job: Job, status: Literal["skipped", "failed"], error: str | None = None) -> Result:
@@ -196,7 +198,10 @@ class Pipeline:
             item.result.error = str(prompt.error)
         elif picture is not None:
             with _measured(item), self._tiles(item.job) as tell:
-                return self._upscaler.upscale_picture(picture, prompt.added_to(self._options), tell)
+                enlarged = self._upscaler.upscale_picture(picture, prompt.added_to(self._options), tell)
+                plan = self._upscaler.last_plan
+                item.result.plan = None if plan is None else plan.as_json()
+                return enlarged
         return None
 
     def _prompt(self, item: _Item) -> Prepared:

@@ -34,6 +34,8 @@ class Setup:
     """Sampler of ResShift's family."""
     fidelity: float | None = None
     """Between ``d3sr-tiny`` and its faithful counterpart."""
+    compiled: bool = False
+    """Whether through ``torch.compile``."""
     prompts: PromptChoice = field(default_factory=PromptChoice)
     """What models that read text are told."""
 
@@ -42,7 +44,13 @@ class Setup:
         from onestepsr.upscaler import Upscaler
 
         upscaler = Upscaler.from_pretrained(
-            self.model, self.device, self.dtype, steps=self.steps, sampler=self.sampler, fidelity=self.fidelity
+            self.model,
+            self.device,
+            self.dtype,
+            steps=self.steps,
+            sampler=self.sampler,
+            fidelity=self.fidelity,
+            compiled=self.compiled,
         )
         logger.info("%s on %s in %s", self.model, upscaler.device, upscaler.dtype)
         return upscaler, Prompts(self.prompts, upscaler) if self.prompts.is_given else None
