@@ -91,6 +91,35 @@ def softmax_rows() -> int:
     return 6 * sum(blocks * (128 >> level) ** 2 for level, blocks in enumerate((4, 4, 4, 6)))
 
 
+def test_osediff_trains_as_many_parameters_as_published(report: Report) -> None:
+    """Adapters of UNet and encoder, the first convolution; the regulariser has adapters alone."""
+    training, running = of(report, "osediff-sd21"), of(report, "osediff")
+    by_stage = {stage.name: stage.cost.trainable for stage in training.stages}
+    assert by_stage == {"encode": 369_356, "unet": 4_055_712 + 11_840, "decode": 0}
+    assert training.parts["adapters"] == 4_055_712 + 369_356
+    assert of(report, "osediff-regularizer").trainable == 4_055_712
+    assert (running.trainable, of(report, "osediff-teacher").trainable) == (0, 0)
+    assert running.parameters == of(report, "d3sr-sd21-merged").parameters == training.parameters - 4_425_068
+    assert of(report, "osediff-teacher").parameters == running.parts["unet"] == 865_910_724
+
+
+def test_osediff_runs_with_the_operations_of_d3sr(report: Report) -> None:
+    """The same backbone, evaluated once; its other UNets cost as much as one evaluation each."""
+    running, merged = of(report, "osediff"), of(report, "d3sr-sd21-merged")
+    assert macs_by_stage(running) == macs_by_stage(merged)
+    (teacher,) = of(report, "osediff-teacher").stages
+    assert teacher.cost.macs == macs_by_stage(running)["unet"]
+    (regularizer,) = of(report, "osediff-regularizer").stages
+    assert regularizer.cost.macs == macs_by_stage(of(report, "osediff-sd21"))["unet"]
+
+
+def test_the_published_models_of_osediff_are_counted_without_weights(report: Report) -> None:
+    face = measure("osediff-face", 512)
+    assert macs_by_stage(face) == macs_by_stage(of(report, "osediff"))
+    with pytest.raises(UserError, match="multiple of 8"):
+        measure("osediff-teacher", 100)
+
+
 def test_random_weights_and_aliases_of_the_family_are_counted_without_weights(report: Report) -> None:
     named = of(report, "sinsr")
     assert measure("random:sinsr", 512).macs == named.macs

@@ -15,8 +15,13 @@ from onestepsr.errors import UserError
 from onestepsr.models.discriminators import DiffusionEncoder, NoiseAwareDiscriminator
 from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.residual_generator import ResidualShiftGenerator
+from onestepsr.models.stable_diffusion import StableDiffusionUNet
 
 Generator = OneStepLatentGenerator | ResidualShiftGenerator
+SD_FACTOR = 8
+"""Pixels per cell of Stable Diffusion's latents."""
+TOKENS = 77
+"""Length of its prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +29,7 @@ class Stage:
     """One part of a network's evaluation."""
 
     name: str
-    """``encode``, ``unet``, ``decode``, or ``discriminator``."""
+    """``encode``, ``unet``, ``decode``, ``discriminator``, or ``denoiser``."""
     cost: Cost
     """What one evaluation costs."""
     times: int = 1
@@ -113,6 +118,22 @@ def measure_discriminator(
         z_t, t = torch.empty(1, channels, side // factor, side // factor), torch.empty(1, dtype=torch.long)
         _, cost = count(discriminator, lambda: discriminator(z_t, t))
     return _complexity(discriminator, [Stage(name="discriminator", cost=cost)], side, name=name, summary=summary)
+
+
+def measure_denoiser(unet: StableDiffusionUNet, side: int, *, name: str, summary: str) -> Complexity:
+    """Complexity of one evaluation of ``unet`` on the latent of one picture of ``side`` pixels, under a prompt of 77
+    tokens: of what stands beside a generator while it learns, such as OSEDiff's regulariser and its teacher.
+
+    ``unet`` must be on the meta device.
+    """
+    if side < 1 or side % SD_FACTOR:
+        raise UserError(f"size {side}: '{name}' counts pictures whose side is a multiple of {SD_FACTOR}")
+    cells, config = side // SD_FACTOR, unet.config
+    with torch.device("meta"):
+        z_t, t = torch.empty(1, config.in_channels, cells, cells), torch.empty(1, dtype=torch.long)
+        prompt = torch.empty(1, TOKENS, config.cross_attention_dim)
+        _, cost = count(unet, lambda: unet(z_t, t, prompt))
+    return _complexity(unet, [Stage(name="denoiser", cost=cost)], side, name=name, summary=summary)
 
 
 def _complexity(network: nn.Module, stages: Iterable[Stage], side: int, *, name: str, summary: str) -> Complexity:

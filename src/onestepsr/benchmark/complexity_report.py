@@ -27,9 +27,11 @@ and bicubic enlargement are in neither."""
 STAGES = """\
 Inference runs `encode`, `unet` as often as its line says (once if it says nothing) and `decode`. A discriminator is
 there in training only: it is evaluated three times for every photo, once for the generator's update and twice for its
-own. A stage's parameters are those that it uses; the prompt embedding belongs to `unet`. With adapters beside their
-layers the UNet costs more than with adapters merged into them, which is how it runs in the end. The prompt is constant
-too, so that its keys and values could be kept as well; that is not counted."""
+own. OSEDiff's two further UNets are there in training only too: each is evaluated twice for every photo, the teacher
+under two prompts, the regulariser for the generator's update and for its own. A stage's parameters are those that it
+uses; the prompt embedding belongs to `unet`. With adapters beside their layers the UNet costs more than with adapters
+merged into them, which is how it runs in the end. Where the prompt is constant, its keys and values could be kept as
+well; that is not counted."""
 PUBLISHED = """\
 The paper's rows are as printed (its 1.4e3 and the like are two digits). Ours name both ways of counting. Time needs a
 real machine and is no matter of this page."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from onestepsr.benchmark.complexity import Complexity, measure_discriminator, measure_generator
+from onestepsr.benchmark.complexity import (
+    SD_FACTOR,
+    Complexity,
+    measure_denoiser,
+    measure_discriminator,
+    measure_generator,
+)
 from onestepsr.errors import UnknownModel, UserError, did_you_mean
 from onestepsr.models import catalog
 from onestepsr.models.architectures import ARCHITECTURES, RANDOM, is_random, random_backbone, random_generator
@@ -17,14 +24,16 @@ from onestepsr.models.backbones import load_discriminator_backbone
 from onestepsr.models.discriminators import NoiseAwareDiscriminator
 from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.lora import LoraConfig, add_lora
+from onestepsr.models.osediff import ENCODER_LAYERS, FIRST_LAYER, UNET_LAYERS, OSEDiffGenerator
+from onestepsr.models.osediff_catalog import OSEDIFF_SCALES
 from onestepsr.models.registry import read_weights
 from onestepsr.models.residual_architectures import PUBLISHED, residual_shift_generator
 from onestepsr.models.residual_checkpoints import is_published
 from onestepsr.models.residual_generator import ResidualShiftGenerator
+from onestepsr.models.stable_diffusion import StableDiffusionUNet
 
 D3SR_SD21 = "d3sr-sd21"
 D3SR_SD21_MERGED = "d3sr-sd21-merged"
-SD_FACTOR = 8
 TINY_FACTOR = 4
 
 
@@ -62,6 +71,30 @@ def _published(alias: str) -> nn.Module:
     return residual_shift_generator(PUBLISHED[alias]).requires_grad_(False)
 
 
+def _osediff(scale: int = 4, *, adapters: bool = False) -> OSEDiffGenerator:
+    """OSEDiff's generator; with ``adapters`` as it trains: on UNet and encoder, and the first convolution whole."""
+    generator = OSEDiffGenerator.of(random_backbone(f"{RANDOM}sd21-base"), scale=scale).requires_grad_(False)
+    if adapters:
+        add_lora(generator.autoencoder, _osediff_lora(ENCODER_LAYERS))
+        add_lora(generator.unet, _osediff_lora(UNET_LAYERS))
+        first = rf"{FIRST_LAYER}\.base_layer\.\w+"
+        for name, parameter in generator.unet.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or re.fullmatch(first, name) is not None)
+    return generator
+
+
+def _osediff_judge(*, adapters: bool) -> nn.Module:
+    """The UNet of OSEDiff's regulariser, or without adapters that of its teacher."""
+    unet = _osediff().unet
+    if adapters:
+        add_lora(unet, _osediff_lora(UNET_LAYERS))
+    return unet
+
+
+def _osediff_lora(layers: str) -> LoraConfig:
+    return LoraConfig(rank=4, alpha=8.0, targets=layers)
+
+
 def _discriminator(backbone: str, *, adapters: bool) -> NoiseAwareDiscriminator:
     encoder, prompt = load_discriminator_backbone(backbone)
     discriminator = NoiseAwareDiscriminator(encoder, prompt)
@@ -90,6 +123,22 @@ NETWORKS: dict[str, CountedNetwork] = {
     ),
     "sinsr": CountedNetwork(
         summary="SinSR, the same networks in one step, as TAD-SR's", build=lambda: _published("sinsr")
+    ),
+    "osediff-sd21": CountedNetwork(
+        summary="OSEDiff on Stable Diffusion 2.1-base as it trains: rank-4 adapters on UNet and encoder, first "
+        "convolution",
+        build=lambda: _osediff(adapters=True),
+    ),
+    "osediff": CountedNetwork(
+        summary="the same as it runs: adapters merged; without the text encoder and whoever finds the prompt",
+        build=_osediff,
+    ),
+    "osediff-regularizer": CountedNetwork(
+        summary="its second UNet, which follows the generator under rank-4 adapters; training only",
+        build=lambda: _osediff_judge(adapters=True),
+    ),
+    "osediff-teacher": CountedNetwork(
+        summary="its third UNet, frozen; training only", build=lambda: _osediff_judge(adapters=False)
     ),
     "tiny-discriminator": CountedNetwork(
         summary="half of the tiny UNet, all of it trained; training only",
@@ -127,6 +176,8 @@ def measure(name_or_path: str, side: int) -> Complexity:
         network.eval()
     if isinstance(network, NoiseAwareDiscriminator):
         return measure_discriminator(network, side, factor, name=name_or_path, summary=summary)
+    if isinstance(network, StableDiffusionUNet):
+        return measure_denoiser(network, side, name=name_or_path, summary=summary)
     if not isinstance(network, (OneStepLatentGenerator, ResidualShiftGenerator)):
         raise UserError(f"{name_or_path}: a {type(network).__name__} has no stages to count, expected a generator")
     return measure_generator(network, side, name=name_or_path, summary=summary)
@@ -143,6 +194,8 @@ def _build(name_or_path: str) -> tuple[nn.Module, str, int]:
         return network.requires_grad_(False), "a backbone as it comes, nothing trained", 0
     if is_published(name_or_path):
         return _published(name_or_path), "a published model as it runs, nothing trained", 0
+    if name_or_path in OSEDIFF_SCALES:
+        return _osediff(OSEDIFF_SCALES[name_or_path]), "a published model as it runs, nothing trained", 0
     if kinds.get(name_or_path) != "upscaler" and not Path(name_or_path).is_file():
         raise UnknownModel(
             f"unknown network '{name_or_path}', and no weights file of ours: {did_you_mean(name_or_path, NETWORKS)}"
