@@ -76,9 +76,10 @@ def test_the_face_model_and_a_prompt_of_ones_own(folder, capsys):
     save_file({"prompt": embedding}, folder / "prompt.safetensors")
     target = folder / "face.safetensors"
     options = ["--backbone", backbone, "--as", "osediff-face", "--prompt-embedding", str(folder / "prompt.safetensors")]
+    options += ["--posterior", "sample"]
     assert run(capsys, "models", "convert", pickle, str(target), *options)[0] == 0
     loaded = registry.load_generator(target)
-    assert loaded.scale == 1
+    assert (loaded.scale, loaded.posterior) == (1, "sample")
     assert torch.equal(loaded.prompt[0], embedding)
     assert loaded(photo(9)).shape == (1, 3, 9, 9)
 
@@ -90,13 +91,14 @@ def test_the_face_model_and_a_prompt_of_ones_own(folder, capsys):
         (["osediff.pkl", "x.safetensors", "--part", "discriminator"], "--part discriminator is for a whole backbone"),
         (["osediff.pkl", "x.safetensors", "--as", "osedif"], "no published model of OSEDiff: did you mean 'osediff'"),
         (["osediff.pkl", "x.pkl"], "must end in .safetensors"),
+        (["osediff.pkl", "x.safetensors", "--posterior", "mode"], "--posterior 'mode': accepted: mean, sample"),
         (["odd.pkl", "x.safetensors", "--backbone", "backbone.safetensors"], "it would call 'print'"),
         (["osediff.pkl", "x.safetensors", "--to", "osediff-pkl"], "must end in .pkl"),
         (["osediff.pkl", "x.safetensors", "--to", "pth"], "--to 'pth': accepted: safetensors, osediff-pkl"),
         (["backbone.safetensors", "x.pkl", "--to", "osediff-pkl"], "holds no adapters of OSEDiff; they are in a file"),
         (
             ["backbone.safetensors", "x.safetensors", "--prompt-embedding", "y"],
-            "which --backbone and --prompt-embedding are for",
+            "which --backbone, --prompt-embedding and --posterior are for",
         ),
         (["none.pkl", "x.safetensors"], "none.pkl: no such weights file"),
     ],

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 PARTS = ("generator", "discriminator")
 FORMATS = ("safetensors", "osediff-pkl")
+POSTERIORS = ("mean", "sample")
 DTYPES = ("float32", "bfloat16", "float16")
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
@@ -120,6 +121,10 @@ def convert(
     prompt_embedding: Annotated[
         Path | None, typer.Option(help="Of OSEDiff: file of the embedding for pictures that come without a prompt.")
     ] = None,
+    posterior: Annotated[
+        str | None,
+        typer.Option(help="Of OSEDiff: its encoder gives the mean (the default), or a sample that --seed decides."),
+    ] = None,
     to: Annotated[
         str, typer.Option(help="safetensors: a file of ours. osediff-pkl: OSEDiff's adapters as it publishes them.")
     ] = "safetensors",
@@ -142,6 +147,8 @@ def convert(
     """Write the backbone or published model SOURCE as one weights file of ours, TARGET, and load that as a proof."""
     if part not in PARTS:
         raise UserError(f"--part '{part}': accepted: {', '.join(PARTS)}")
+    if posterior not in (None, *POSTERIORS):
+        raise UserError(f"--posterior '{posterior}': accepted: {', '.join(POSTERIORS)}")
     if dtype not in DTYPES:
         raise UserError(f"--dtype '{dtype}': accepted: {', '.join(DTYPES)}")
     if to not in FORMATS:
@@ -162,6 +169,7 @@ def convert(
             autoencoder=autoencoder,
             backbone=backbone,
             prompt_file=prompt_embedding,
+            posterior=cast(Any, posterior),
             towards=towards,
             share=share,
             even_contrast=even_contrast,

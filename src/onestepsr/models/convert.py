@@ -14,6 +14,7 @@ from onestepsr.models.architectures import RESIDUAL, TINY_RESIDUAL, describe
 from onestepsr.models.backbones import load_backbone, load_discriminator_backbone
 from onestepsr.models.blend import blend
 from onestepsr.models.even_contrast import lr_pictures, make_even
+from onestepsr.models.osediff import Posterior
 from onestepsr.models.osediff_file import read_published, write_adapters, write_published
 from onestepsr.models.osediff_published import adapters_of, holds_adapters
 from onestepsr.models.osediff_published import load_published as load_osediff
@@ -50,6 +51,7 @@ def convert(
     autoencoder: Path | None = None,
     backbone: str | Path | None = None,
     prompt_file: Path | None = None,
+    posterior: Posterior | None = None,
     towards: Path | None = None,
     share: float = 0.5,
     even_contrast: Path | None = None,
@@ -63,18 +65,27 @@ def convert(
     ``autoencoder`` is the file of its autoencoder, by default that of the alias. Raises :class:`UserError` in one line
     when the source is none, ``target`` exists already or the numbers do not fit ``dtype``; nothing is left behind then.
     Adapters stay as they are in a second file, whose name ends in ``.adapters.safetensors``; the model's prompt for
-    pictures that come without one is read from ``prompt_file``. ``towards`` is a second backbone of the same shape: the
-    weights written lie the part ``share`` of the way to its own. ``even_contrast`` is a folder of LR pictures on which
+    pictures that come without one is read from ``prompt_file``, and ``posterior`` says what its encoder gives, the mean
+    by default. ``towards`` is a second backbone of the same shape: the weights written lie the part ``share`` of the
+    way to its own. ``even_contrast`` is a folder of LR pictures on which
     :func:`onestepsr.models.even_contrast.make_even` measures the outcome.
     """
     _check_target(target, overwrite)
     adapters = _adapters_file(target, overwrite) if holds_adapters(source) else None
     if adapters is not None:
-        network: nn.Module = _osediff(source, part, published_as, backbone, prompt_file)
-    elif backbone is not None or prompt_file is not None:
+        network: nn.Module = _osediff(
+            source,
+            part,
+            published_as=published_as,
+            backbone=backbone,
+            prompt_file=prompt_file,
+            posterior=posterior or "mean",
+        )
+    elif (backbone, prompt_file, posterior) != (None, None, None):
         if Path(source).suffix == ".pkl":
             read_published(Path(source))  # says what is wrong with it
-        raise UserError(f"{source}: holds no adapters of OSEDiff, which --backbone and --prompt-embedding are for")
+        options = "--backbone, --prompt-embedding and --posterior"
+        raise UserError(f"{source}: holds no adapters of OSEDiff, which {options} are for")
     elif published_as is not None or autoencoder is not None or _is_residual(source):
         network = _residual(source, part, published_as, autoencoder)
     else:
@@ -120,13 +131,21 @@ def convert_to_published(source: str | Path, target: Path, *, overwrite: bool = 
 def _osediff(
     source: str | Path,
     part: Part,
+    *,
     published_as: str | None,
     backbone: str | Path | None,
     prompt_file: Path | None,
+    posterior: Posterior,
 ) -> nn.Module:
     if part != "generator":
         raise UserError(f"{source}: --part {part} is for a whole backbone, not for OSEDiff's adapters")
-    return load_osediff(source, backbone=backbone, prompt_file=prompt_file, published_as=published_as)
+    return load_osediff(
+        source,
+        backbone=backbone,
+        prompt_file=prompt_file,
+        published_as=published_as,
+        posterior=posterior,
+    )
 
 
 def _adapters_file(target: Path, overwrite: bool) -> Path:

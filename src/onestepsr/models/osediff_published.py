@@ -8,7 +8,7 @@ from pathlib import Path
 from onestepsr.errors import UserError, did_you_mean
 from onestepsr.models.backbones import load_backbone
 from onestepsr.models.catalog import get_model
-from onestepsr.models.osediff import OSEDiffGenerator
+from onestepsr.models.osediff import OSEDiffGenerator, Posterior
 from onestepsr.models.osediff_adapters import Adapters, merge
 from onestepsr.models.osediff_catalog import OSEDIFF_SCALES
 from onestepsr.models.osediff_file import ARCHITECTURE, looks_published, read_any
@@ -35,13 +35,15 @@ def load_published(
     backbone: str | Path | None = None,
     prompt_file: Path | None = None,
     published_as: str | None = None,
+    posterior: Posterior = "mean",
 ) -> OSEDiffGenerator:
     """The generator that the weights ``source`` make of ``backbone``, in float32 on the CPU, in eval mode.
 
     ``source`` is an alias, the published pickle or a file of adapters of ours; ``backbone`` is what
     :func:`load_backbone` takes, by default Stable Diffusion 2.1-base. ``published_as`` is the alias of a file, which
-    says whether it enlarges. ``prompt_file`` (see :func:`read_prompt`) holds the embedding for pictures that come
-    without one; zeros stand in for it. Raises :class:`UserError` in one line for weights of another backbone.
+    says whether it enlarges; ``posterior`` is that of :class:`OSEDiffGeneratorConfig`. ``prompt_file`` (see
+    :func:`read_prompt`) holds the embedding for pictures that come without one; zeros stand in for it. Raises
+    :class:`UserError` in one line for weights of another backbone.
     """
     scale = _scale(source, published_as)
     path, own_backbone = _files(source, backbone)
@@ -49,7 +51,7 @@ def load_published(
     network = load_backbone(own_backbone, prompt=PromptConfig(std=0.0), prompt_file=prompt_file)
     if prompt_file is None:
         logger.info("%s: no prompt embedding is given: zeros stand in for it, which is not that of an empty text", path)
-    generator = OSEDiffGenerator.of(network, scale=scale)
+    generator = OSEDiffGenerator.of(network, scale=scale, posterior=posterior)
     merge(generator, adapters, str(path))
     return generator.eval()
 
