@@ -187,7 +187,7 @@ def test_a_critic_sees_every_picture_from_a_place_of_its_own():
     assert len(places) > 6
 
 
-@pytest.mark.parametrize("views", [{}, {"contrast": True, "conditional": True, "matching": 1.0}])
+@pytest.mark.parametrize("views", [{}, {"contrast_floor": 0.05, "conditional": True, "matching": 1.0}])
 def test_critic_learns_to_tell_pictures_and_teaches_the_generator(backbone, views):
     critic = d3sr.CriticConfig(**views)
     config = d3sr.D3SRConfig(backbone=backbone, adversarial_weight=0.0, critic_weight=1.0, critic=critic, tuning="full")

@@ -51,8 +51,10 @@ class CriticConfig:
     """Channels at a half, a quarter, ... of the picture's resolution."""
     start: int = 0
     """First iteration with a critic."""
-    contrast: bool = False
-    """Show it the locally normalised brightness too, in which faint texture is as strong as an edge."""
+    contrast_floor: float | None = None
+    """Show it the locally normalised brightness too, in which faint texture is as strong as an edge; detail of less
+    than this deviation (in [0, 1]) stays faint. Far below the noise of photos, a generator is asked for noise, and
+    draws a mesh."""
     conditional: bool = False
     """Show it the enlarged input too, so that it can tell invented detail from restored detail."""
     matching: float = 0.0
@@ -63,6 +65,8 @@ class CriticConfig:
             raise ValueError(f"need widths of at least 1 and start >= 0, got {self.widths} and {self.start}")
         if self.matching < 0:
             raise ValueError(f"matching must not be negative, got {self.matching}")
+        if self.contrast_floor is not None and self.contrast_floor <= 0:
+            raise ValueError(f"contrast_floor must be above 0, got {self.contrast_floor}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +137,9 @@ def build(config: D3SRConfig) -> Method:
         judges.append(latent_judge(noise, config.adversarial_weight, config.discriminator.start))
     if config.critic_weight:
         critic = config.critic
-        networks[CRITIC] = PatchCritic(critic.widths, contrast=critic.contrast, conditional=critic.conditional)
+        networks[CRITIC] = PatchCritic(
+            critic.widths, contrast_floor=critic.contrast_floor, conditional=critic.conditional
+        )
         judges.append(
             picture_judge(config.critic_weight, critic.start, conditional=critic.conditional, matching=critic.matching)
         )

@@ -75,14 +75,14 @@ class PatchCritic(nn.Module):
         widths: tuple[int, ...] = (48, 96, 128),
         *,
         slope: float = 0.2,
-        contrast: bool = False,
+        contrast_floor: float | None = None,
         conditional: bool = False,
     ) -> None:
-        """``widths`` are the channels at a half, a quarter, ... of the picture's resolution. With ``contrast`` it sees
-        :func:`local_contrast` beside the colours, with ``conditional`` the enlarged input of the generator too."""
+        """``widths`` are the channels at a half, a quarter, ... of the picture's resolution. With ``contrast_floor`` it
+        sees :func:`local_contrast` beside the colours, with ``conditional`` the enlarged input of the generator too."""
         super().__init__()
-        self.contrast, self.conditional = contrast, conditional
-        channels = 4 * (3 + contrast + 3 * conditional)
+        self.contrast_floor, self.conditional = contrast_floor, conditional
+        channels = 4 * (3 + (contrast_floor is not None) + 3 * conditional)
         layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1), nn.LeakyReLU(slope)]
         for fine, coarse in pairwise(widths):
             layers += [spectral_norm(nn.Conv2d(fine, coarse, 4, stride=2, padding=1)), nn.LeakyReLU(slope)]
@@ -96,7 +96,7 @@ class PatchCritic(nn.Module):
         if self.conditional != (condition is not None):
             raise ValueError("a conditional critic needs the enlarged input, another has no use for it")
         seen = [x * 2 - 1]
-        seen += [local_contrast(x)] if self.contrast else []
+        seen += [local_contrast(x, self.contrast_floor)] if self.contrast_floor is not None else []
         seen += [condition * 2 - 1] if condition is not None else []
         h, features = F.pixel_unshuffle(torch.cat(seen, dim=1), 2), []
         for layer in self.layers:
@@ -106,11 +106,11 @@ class PatchCritic(nn.Module):
         return h, *features
 
 
-def local_contrast(x: Tensor, *, window: int = 7, floor: float = 4 / 255) -> Tensor:
+def local_contrast(x: Tensor, floor: float, *, window: int = 7) -> Tensor:
     """Brightness (N, 1, H, W) of pictures (N, 3, H, W) in [0, 1], less its local mean, over its local deviation.
 
     In it, faint texture is as strong as an edge, as it is to the eye and to natural-scene statistics (Ruderman, 1994).
-    ``floor`` is added to the deviation and keeps sensor noise of a level or two small.
+    ``floor`` is added to the deviation: what varies less stays faint.
     """
     y = x.float().mean(dim=1, keepdim=True)
     y = F.pad(y, (window // 2,) * 4, mode="reflect")
