@@ -22,7 +22,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -109,12 +109,10 @@ class Bench:
         with closing(enlarge_in_processes(self.plan(folder), self.setup, processes)) as results:
             require({result.status for _, result in results} == {"written"})
 
-    def singles(self, photos: list[Path]) -> list[float]:
-        """Seconds of ``upscale_picture`` for pictures in memory, each by itself."""
+    def singles(self, photos: list[Path]) -> list[Spent]:
+        """Time of ``upscale_picture`` for pictures in memory, each by itself."""
         pictures = [read_picture(path) for path in photos[: WARM_UP + SINGLES]]
-        return [seconds(partial(self.upscaler.upscale_picture, each, self.setup.options)) for each in pictures][
-            WARM_UP:
-        ]
+        return [spent(partial(self.upscaler.upscale_picture, each, self.setup.options)) for each in pictures][WARM_UP:]
 
 
 def require(condition: bool) -> None:
@@ -123,13 +121,27 @@ def require(condition: bool) -> None:
         raise SystemExit("some pictures were not written")
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Wall-clock time of one call."""
-    begun = time.perf_counter()
+class Spent(NamedTuple):
+    """What a call took."""
+
+    seconds: float
+    """By the clock."""
+    processor: float
+    """Of all cores, for this process: what remains comparable while other work runs."""
+
+
+def spent(run: Callable[[], Any]) -> Spent:
+    """Time of one call."""
+    begun, used = time.perf_counter(), time.process_time()
     run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return Spent(time.perf_counter() - begun, time.process_time() - used)
+
+
+def median(values: list[Spent]) -> Spent:
+    """Of either time by itself."""
+    return Spent(*(statistics.median(column) for column in zip(*values, strict=True)))
 
 
 def folder_of(place: Path, photos: list[Path], count: int) -> Path:
@@ -144,36 +156,39 @@ def folder_of(place: Path, photos: list[Path], count: int) -> Path:
 def measure(bench: Bench, photos: list[Path], options: argparse.Namespace) -> dict[str, Any]:
     """Rounds of everything, and the medians."""
     folder, count = photos[0].parent, len(photos)
-    singles: list[float] = []
+    singles: list[Spent] = []
     ways: dict[str, Callable[[], None]] = {
         "pipeline": lambda: bench.pipelined(folder),
         "one after the other": lambda: bench.one_after_the_other(folder),
     }
     if options.workers > 1:
         ways[f"{options.workers} processes"] = lambda: bench.in_processes(folder, options.workers)
-    times: dict[str, list[float]] = {way: [] for way in ways}
+    times: dict[str, list[Spent]] = {way: [] for way in ways}
     bench.singles(photos)
     for _ in range(options.rounds):
         for way, run in ways.items():
             singles += bench.singles(photos)
             bench.clear()
-            times[way].append(seconds(run))
-    single = statistics.median(singles)
+            times[way].append(spent(run))
+    single, totals = median(singles), {way: median(values) for way, values in times.items()}
     return {
-        "single_image_s": single,
-        "single_image_quartiles_s": statistics.quantiles(singles, n=4),
-        "folder_s": {way: statistics.median(values) for way, values in times.items()},
-        "ratio": {way: statistics.median(values) / (count * single) for way, values in times.items()},
+        "single_image_s": single.seconds,
+        "single_image_quartiles_s": statistics.quantiles([each.seconds for each in singles], n=4),
+        "single_image_processor_s": single.processor,
+        "folder_s": {way: total.seconds for way, total in totals.items()},
+        "folder_processor_s": {way: total.processor for way, total in totals.items()},
+        "ratio": {way: total.seconds / (count * single.seconds) for way, total in totals.items()},
+        "processor_ratio": {way: total.processor / (count * single.processor) for way, total in totals.items()},
     }
 
 
-def measure_counts(bench: Bench, photos: list[Path], counts: list[int]) -> dict[str, float]:
-    """Seconds per image for folders of several sizes, through the pipeline."""
+def measure_counts(bench: Bench, photos: list[Path], counts: list[int]) -> dict[str, Spent]:
+    """Time per image for folders of several sizes, through the pipeline."""
     found = {}
     for count in counts:
         folder = folder_of(bench.place, photos, count)
         bench.clear()
-        found[str(count)] = seconds(partial(bench.pipelined, folder)) / count
+        found[str(count)] = Spent(*(total / count for total in spent(partial(bench.pipelined, folder))))
     return found
 
 
@@ -200,7 +215,7 @@ def main() -> None:
         photos = make_photos(place / "photos", options.photos, options.size, sources)
         bench = Bench(upscaler=upscaler, setup=setup, place=place)
         found = measure(bench, photos, options)
-        found["seconds_per_image"] = measure_counts(bench, photos, [int(n) for n in options.counts.split(",") if n])
+        per_image = measure_counts(bench, photos, [int(count) for count in options.counts.split(",") if count])
     report = {
         "schema": 1,
         "machine": describe_machine(["torch"]),
@@ -213,6 +228,8 @@ def main() -> None:
         "photos": options.photos,
         "size": options.size,
         **found,
+        "seconds_per_image": {count: each.seconds for count, each in per_image.items()},
+        "processor_seconds_per_image": {count: each.processor for count, each in per_image.items()},
     }
     show(report)
     print(json.dumps(report))
@@ -229,12 +246,19 @@ def plan_photos(folder: Path | None) -> list[Path]:
 
 def show(report: dict[str, Any]) -> None:
     """The table."""
-    print(f"one image, network path  {report['single_image_s'] * 1e3:9.1f} ms")
+    print(f"{'':24} {'clock':>12} {'processor':>12}   x images x one image, by either")
+    print(row("one image, network path", report["single_image_s"], report["single_image_processor_s"]))
     for way, total in report["folder_s"].items():
-        print(f"{way:<24} {total:9.2f} s   {report['ratio'][way]:.3f} x images x one image")
+        ratios = f"   {report['ratio'][way]:.3f} {report['processor_ratio'][way]:.3f}"
+        print(row(way, total, report["folder_processor_s"][way]) + ratios)
     for count, each in report["seconds_per_image"].items():
-        print(f"folder of {count:<14} {each * 1e3:9.1f} ms an image")
+        print(row(f"an image of {count}", each, report["processor_seconds_per_image"][count]))
     print(f"busy with other work: {report['cores_busy_with_other_work']} cores")
+
+
+def row(name: str, clock: float, processor: float) -> str:
+    """Seconds as milliseconds."""
+    return f"{name:24} {clock * 1e3:9.1f} ms {processor * 1e3:9.1f} ms"
 
 
 if __name__ == "__main__":
