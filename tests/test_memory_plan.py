@@ -114,6 +114,8 @@ def test_half_of_what_was_too_much() -> None:
             True,
         ),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a convolution"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (UserError("not enough memory"), False),
     ],
@@ -160,7 +162,7 @@ def test_memory_that_runs_out_halves_the_tile_once_for_all(caplog: pytest.LogCap
 
 def test_memory_that_never_suffices_is_one_line() -> None:
     upscaler = Upscaler(Bounded(0), "cpu", "float32", "bounded")
-    with pytest.raises(UserError, match=r"bounded: memory ran out on cpu even with 12 tiles of 96 pixels"):
+    with pytest.raises(UserError, match=r"bounded: memory ran out on cpu even in tiles of 96 pixels in float32; free"):
         upscaler.upscale_picture(Picture(pixels=PIXELS))
     assert upscaler.last_plan is None
 

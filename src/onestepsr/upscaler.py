@@ -270,8 +270,8 @@ class Upscaler:
                     logger.warning("%s: memory ran out with %s; using less at once from here on", self.name, failed)
                 return replace(plan, retries=failed.retries + 1)
         raise UserError(
-            f"{self.name}: memory ran out on {self.device} even with {failed}; free some, or try --dtype bfloat16 or "
-            "--tile 64"
+            f"{self.name}: memory ran out on {self.device} even in tiles of {failed.tile} pixels in {failed.dtype}; "
+            "free some, or try --dtype bfloat16 or --tile 64"
         )
 
     def _enlarge(
