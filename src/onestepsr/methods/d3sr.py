@@ -41,6 +41,7 @@ from onestepsr.models.discriminators import PatchCritic
 from onestepsr.models.generators import OneStepLatentGenerator, TrainableGenerator
 from onestepsr.models.lora import LoraConfig, add_lora, merged_state_dict
 from onestepsr.models.stable_diffusion_config import PromptConfig
+from onestepsr.models.tiny_additions import with_grain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,9 @@ class D3SRConfig:
     train_decoder: bool = False
     """Also train the autoencoder's decoder. The paper freezes it; a small decoder gains from knowing the generator's
     latents."""
+    grain: bool = False
+    """Let a tiny backbone's decoder make grain from a plane of noise; a part of our own, used with ``train_decoder``.
+    """
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: about a third slower, far less memory."""
     mse_weight: float = 1.0
@@ -159,6 +163,8 @@ def build(config: D3SRConfig) -> Method:
 
 def _prepare_generator(config: D3SRConfig) -> OneStepLatentGenerator:
     generator = load_backbone(config.backbone, prompt=config.prompt, prompt_file=config.prompt_file)
+    if config.grain:
+        generator = with_grain(generator)
     last = generator.schedule.steps - 1
     if not 0 <= config.timestep <= last:
         raise UserError(f"config.timestep: {config.timestep}, but {config.backbone} knows steps from 0 to {last}")

@@ -21,6 +21,7 @@ from onestepsr.models.osediff_published import load_published as load_osediff
 from onestepsr.models.registry import architecture_of, load_network, save_model
 from onestepsr.models.residual_architectures import PUBLISHED
 from onestepsr.models.residual_checkpoints import is_published, load_published, looks_published
+from onestepsr.models.tiny_additions import alike
 
 ADAPTERS = ".adapters.safetensors"
 """How the file ends that keeps OSEDiff's adapters beside the model that they made."""
@@ -92,7 +93,7 @@ def convert(
         network = load_backbone(source) if part == "generator" else load_discriminator_backbone(source)[0]
     if towards is not None:
         other = load_backbone(towards) if part == "generator" else load_discriminator_backbone(towards)[0]
-        network = blend(network, other, share)
+        network = blend(*alike(network, other), share)
     if even_contrast is not None:
         network = make_even(network, lr_pictures(even_contrast))
     architecture, config = describe(network)

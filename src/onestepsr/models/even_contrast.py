@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from onestepsr.errors import UserError
 from onestepsr.image import read_picture, samples_to_tensor
-from onestepsr.models.architectures import ARCHITECTURES, describe
 from onestepsr.models.generators import OneStepLatentGenerator
-from onestepsr.models.tiny import TinyUNet
+from onestepsr.models.tiny_additions import with_gain
 from onestepsr.models.tiny_decoder import FACTOR, EvenContrast, fine_contrast
 
-GAIN = "autoencoder.decoder.even.gain"
-"""Key of the factors in a generator's weights."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 """Endings of the files that are looked at."""
 ROUNDS = 3
@@ -30,18 +26,12 @@ def make_even(generator: nn.Module, pictures: Iterable[Tensor]) -> OneStepLatent
 
     Every picture counts the same; there must be one. Raises UserError for a generator of another kind.
     """
-    if not isinstance(generator, OneStepLatentGenerator) or not isinstance(generator.unet, TinyUNet):
-        raise UserError("even contrast is for models on the tiny backbone")
-    architecture, config = describe(generator)
-    result = ARCHITECTURES[architecture](config | {"model": config["model"] | {"even_contrast": True}}).eval()
+    neutral = with_gain(generator).eval()
+    outputs = [_whole_cells(neutral(lr)) for lr in pictures]
     even = EvenContrast()
-    state = generator.state_dict() | {GAIN: even.gain}
-    result.load_state_dict(state)
-    outputs = [_whole_cells(result(lr)) for lr in pictures]
     for _ in range(ROUNDS):
         even.gain /= torch.stack([_profile(even(output)) for output in outputs]).mean(dim=0)
-    result.load_state_dict(state | {GAIN: even.gain})
-    return cast(OneStepLatentGenerator, result)
+    return with_gain(neutral, even.gain).eval()
 
 
 def lr_pictures(folder: Path, *, count: int = 80, side: int = 192) -> Iterator[Tensor]:

@@ -34,6 +34,7 @@ from onestepsr.models.osediff_catalog import OSEDIFF_SCALES
 from onestepsr.models.residual_checkpoints import is_published, load_published
 from onestepsr.models.residual_generator import ResidualShiftGenerator
 from onestepsr.models.safetensors_file import write_safetensors
+from onestepsr.models.tiny_additions import alike
 
 FORMAT = "onestepsr"
 MAX_WEIGHT_BYTES = 20 * 2**30
@@ -172,10 +173,11 @@ def load_generator(
     if fidelity is not None:
         if not 0.0 <= fidelity <= 1.0:
             raise UserError(f"fidelity: {fidelity:g}, accepted: 0 (the model as it is) to 1 (its faithful counterpart)")
-        network = blend(network, load_network(_faithful(str(name_or_path))), fidelity)
+        network = blend(*alike(network, load_network(_faithful(str(name_or_path)))), fidelity)
     network.requires_grad_(False).to(device=device, dtype=dtype)
     if isinstance(network, OneStepLatentGenerator):
         network.freeze_prompt()
+        network.speed_up()
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 

@@ -12,7 +12,8 @@ from onestepsr.errors import UserError
 from onestepsr.models.residual_generator import ResidualShiftGenerator, Sampler
 from onestepsr.models.swin_blocks import SwinConfig
 from onestepsr.models.swin_unet import SwinUNet, SwinUNetConfig
-from onestepsr.models.tiny import FACTOR, TinyAutoencoder, TinyConfig
+from onestepsr.models.tiny import TinyAutoencoder, TinyConfig
+from onestepsr.models.tiny_decoder import FACTOR
 from onestepsr.models.tiny_denoiser import TinyDenoiser, TinyDenoiserConfig
 from onestepsr.models.vq_f4 import VQ_F8_FACE, VQAutoencoder, VQConfig
 from onestepsr.residual_schedule import ResidualShiftConfig, ResidualShiftSchedule, Respacing, kept_steps

@@ -10,7 +10,8 @@ from onestepsr.errors import UserError
 from onestepsr.models.architectures import is_random, random_generator, repeatable
 from onestepsr.models.registry import load_network
 from onestepsr.models.residual_generator import ResidualShiftGenerator, Sampler
-from onestepsr.models.tiny import FACTOR, TinyAutoencoder
+from onestepsr.models.tiny import TinyAutoencoder
+from onestepsr.models.tiny_decoder import FACTOR
 from onestepsr.models.tiny_denoiser import TinyDenoiser, TinyDenoiserConfig
 from onestepsr.residual_schedule import ResidualShiftConfig, ResidualShiftSchedule
 

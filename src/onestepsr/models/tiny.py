@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestepsr.models.tiny_decoder import FACTOR, ResidualBlock, TinyDecoder
+from onestepsr.models.tiny_decoder import FACTOR, GRAIN_SIDE, ResidualBlock, TinyDecoder
 
 LORA_TARGETS = r".*(conv\w*|to_q|to_k|to_v|to_out|time|skip_gain)"
 """Layers of the UNet that get adapters: every convolution, every projection of the attention and of the time."""
@@ -42,6 +42,8 @@ class TinyConfig:
     refine_width: int = 0
     """Channels of the decoder's last convolutions, at the resolution of the picture, which see across the borders of
     latent cells; 0 leaves them out."""
+    grain: bool = False
+    """Show those last convolutions a plane of noise, from which they may make grain."""
     even_contrast: bool = False
     """Scale fine contrast by factors per position in a latent cell, measured after training."""
     widths: tuple[int, ...] = (48, 64, 128)
@@ -62,6 +64,8 @@ class TinyConfig:
             raise ValueError(f"luma_channels must be 1..{FACTOR**2} and chroma_channels 0..{FACTOR**2}")
         if not len(self.widths) == len(self.down_blocks) == len(self.up_blocks) >= 1:
             raise ValueError("widths, down_blocks and up_blocks must have one entry per level")
+        if self.grain and not self.refine_width:
+            raise ValueError("grain is made by the decoder's last convolutions: expected a refine_width above 0")
 
     @property
     def latent_channels(self) -> int:
@@ -117,7 +121,11 @@ class TinyAutoencoder(nn.Module):
         self.log_variance = nn.Parameter(torch.full((latent,), -6.0))
         self.decoder_linear = nn.Conv2d(latent, pixels, 3, padding=1, bias=False)
         self.decoder = TinyDecoder(
-            latent, self.config.decoder_width, self.config.refine_width, even=self.config.even_contrast
+            latent,
+            self.config.decoder_width,
+            self.config.refine_width,
+            grain=self.config.grain,
+            even=self.config.even_contrast,
         )
         self.register_buffer("latent_mean", torch.zeros(latent))
         self.register_buffer("latent_variance", torch.ones(latent))
@@ -306,8 +314,8 @@ class TinyUNet(nn.Module):
 
     @property
     def size_multiple(self) -> int:
-        """Latent height and width must be multiples of this."""
-        return int(2 ** (len(self.config.widths) - 1))
+        """Latent height and width must be multiples of this; with grain, so that its noise is in step on every tile."""
+        return max(int(2 ** (len(self.config.widths) - 1)), GRAIN_SIDE // FACTOR if self.config.grain else 1)
 
     def memory_per_cell(self, dtype: torch.dtype) -> float:
         """Peak bytes per latent position; what the autoencoder says was measured over both, so this adds nothing."""
