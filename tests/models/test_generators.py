@@ -1,5 +1,7 @@
 """Eq. 1 of D3SR, sizes, and the view that training uses."""
 
+import copy
+
 import pytest
 import torch
 
@@ -26,6 +28,20 @@ def test_step_is_equation_one(generator):
     eps = generator.unet(z_l, torch.tensor([250, 250]), generator.prompt)
     expected = (z_l - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
     assert torch.allclose(generator.step(z_l), expected, atol=1e-6)
+
+
+def test_sixteen_bits_are_for_the_networks_alone(generator):
+    torch.manual_seed(1)
+    half = copy.deepcopy(generator).bfloat16()
+    z_l = torch.randn(1, SMALL.latent_channels, 8, 8).bfloat16()
+    eps = half.unet(z_l, torch.tensor([250]), half.prompt)
+    exact = half.schedule.x0_from_eps(z_l.double(), eps.double(), 250)
+    assert torch.allclose(half.step(z_l).double(), exact, atol=1e-5)
+    image = 0.5 + 0.5 * torch.rand(1, 3, 32, 32)
+    assert torch.equal(half.encode(image), half.autoencoder.encode((image * 2 - 1).bfloat16()))
+    assert half.decode(exact.float()).dtype == torch.float32
+    lr = torch.rand(1, 3, 8, 8)
+    assert half(lr).dtype == half(lr.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (3, 5), (7, 2), (16, 24)])

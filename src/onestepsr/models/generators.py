@@ -63,6 +63,11 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
     return x
 
 
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in float32 if it has 16 bits: between the networks no digit is lost."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class OneStepLatentGenerator(nn.Module):
     """z_L = E(enlarged LR), one UNet evaluation at T_L, z_H by Eq. 1 of D3SR, SR = D(z_H). No noise is added.
 
@@ -97,6 +102,10 @@ class OneStepLatentGenerator(nn.Module):
         return cast(LatentAutoencoder, self.autoencoder)
 
     @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.autoencoder.parameters()).dtype
+
+    @property
     def latent_channels(self) -> int:
         """Channels of the latents that encoder, UNet and decoder share."""
         return self._latent_autoencoder.latent_channels
@@ -122,21 +131,33 @@ class OneStepLatentGenerator(nn.Module):
         if callable(freeze):
             freeze(self.prompt)
 
+    def speed_up(self) -> None:
+        """Let the backbone compute faster where it can, for inference; parameters and their names stay."""
+        for part in (self.autoencoder, self.unet):
+            faster = getattr(part, "speed_up", None)
+            if callable(faster):
+                faster()
+
     def encode(self, x: Tensor) -> Tensor:
-        """Latent (N, C, H/f, W/f) of an image (N, 3, H, W) in [0, 1] whose sides are multiples of f."""
-        return self._latent_autoencoder.encode(x * 2 - 1)
+        """Latent (N, C, H/f, W/f) of an image (N, 3, H, W) in [0, 1] whose sides are multiples of f; the image may have
+        more digits than the network."""
+        return self._latent_autoencoder.encode((_wide(x) * 2 - 1).to(self._dtype))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Image (N, 3, H, W) in about [0, 1], not clamped, of a latent."""
-        return self._latent_autoencoder.decode(z) * 0.5 + 0.5
+        """Image (N, 3, H, W) in about [0, 1], not clamped, of a latent, which may have more digits than the network;
+        float32 where the network has 16 bits."""
+        return _wide(self._latent_autoencoder.decode(z.to(self._dtype))) * 0.5 + 0.5
 
     def step(self, z_l: Tensor, prompt: Tensor | None = None) -> Tensor:
         """Latent estimate of the HR image: z_H = (z_L - sqrt(1 - alpha_bar) eps(z_L; T_L)) / sqrt(alpha_bar) (D3SR,
-        Eq. 1); under ``prompt`` (1 or N, L, C), or else under the generator's own."""
+        Eq. 1); under ``prompt`` (1 or N, L, C), or else under the generator's own.
+
+        In float32 where ``z_l`` has 16 bits: the division enlarges what the prediction and the difference lose.
+        """
         t = torch.full((z_l.shape[0],), self.timestep, device=z_l.device, dtype=torch.long)
         predict = cast(Callable[..., Tensor], self.unet)
         eps = predict(z_l, t, self.prompt if prompt is None else prompt)
-        return self.schedule.x0_from_eps(z_l, eps, self.timestep)
+        return self.schedule.x0_from_eps(_wide(z_l), _wide(eps), self.timestep)
 
     def enlarge(self, lr: Tensor) -> Tensor:
         """The LR image at output size: bicubic (a = -0.75), not clamped."""
@@ -145,7 +166,7 @@ class OneStepLatentGenerator(nn.Module):
     def restore(self, lr: Tensor) -> tuple[Tensor, Tensor]:
         """SR image (N, 3, s h, s w), not clamped, and its latent, for LR (N, 3, h, w) with sides multiples of
         ``lr_multiple``."""
-        z_h = self.step(self.encode(self.enlarge(lr)))
+        z_h = self.step(self.encode(self.enlarge(_wide(lr))))
         return self.decode(z_h), z_h
 
     def forward(self, lr: Tensor) -> Tensor:

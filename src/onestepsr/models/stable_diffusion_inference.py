@@ -1,0 +1,182 @@
+"""What makes diffusers' networks faster on a CPU in bfloat16: attention by blocks of queries, weights packed once.
+
+Both leave every parameter where and what it is. They act where no gradient is wanted, on the CPU and in bfloat16;
+everywhere else the networks compute as diffusers wrote them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEAST_KEYS = 512
+"""Below this many keys, as for a prompt, PyTorch's own attention is as fast."""
+LEAST_ROWS = 128
+"""Queries of a block, if their heads are not wider."""
+LARGE_SCORE = 4.0
+"""From here on, the rounding of scores would be seen: their last place is 1/64."""
+LEAST_WEIGHT = 4
+"""Weights are packed beforehand where they hold this many times as many numbers as the picture that they meet."""
+
+
+def is_fast(x: Tensor) -> bool:
+    """Whether the ways of this module are meant for ``x``."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax(Q K^T / sqrt(C)) V for Q (N, H, Q, C), K and V (N, H, K, C), of which :func:`is_fast` is true.
+
+    PyTorch's fused kernel multiplies in float32 even for bfloat16 on processors without AMX. Here the products are
+    bfloat16's own, head by head, for as many queries at a time as stay in the cache.
+    """
+    heads, rows, channels = query.shape[1:]
+    query, value = (query * channels**-0.5).contiguous(), value.contiguous()
+    # Softmax does not see what all keys have in common, but the rounding of the scores does.
+    key = (key - key.mean(2, keepdim=True, dtype=torch.float32)).to(value.dtype).transpose(2, 3)
+    result = query.new_empty(query.shape[0], rows, heads, channels).transpose(1, 2)
+    step = max(LEAST_ROWS, channels)  # every block has the keys packed anew, which wide heads feel
+    for place in itertools.product(range(query.shape[0]), range(heads)):
+        for start in range(0, rows, step):
+            scores = _scores(query[place][start : start + step], key[place])
+            result[place][start : start + step] = torch.mm(scores.softmax(-1), value[place])
+    return result
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """Q K for Q (Q, C) and K (C, K), but for a number for each row.
+
+    Where they are large, they are computed again less the largest of their row: what matters most is then close to zero
+    when it is rounded.
+    """
+    scores = torch.mm(query, key)
+    largest = scores.amax(-1, keepdim=True)
+    return scores if largest.max() <= LARGE_SCORE else torch.addmm(-largest, query, key)
+
+
+class BlockwiseAttention:
+    """A processor for diffusers' attention layers: :func:`attention` where that is meant, else PyTorch's own."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The layer's output for (N, L, C) or, of an autoencoder, (N, C, H, W), whose order in memory is kept."""
+        if attention_mask is not None:
+            raise ValueError("attention here takes no mask")
+        if hidden_states.ndim == 3:
+            return _attend(attn, hidden_states, encoder_hidden_states)
+        height, width = hidden_states.shape[2:]
+        tokens = attn.group_norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2)  # (N, H W, C)
+        result = torch.unflatten(_attend(attn, tokens, None), 1, (height, width)).permute(0, 3, 1, 2)
+        return result + hidden_states
+
+
+def _attend(attn: Any, tokens: Tensor, context: Tensor | None) -> Tensor:
+    """Projections, attention and the last projection of (N, L, C), without norm and residual."""
+    context = tokens if context is None else context
+    query, key, value = (
+        torch.unflatten(layer(given), -1, (attn.heads, -1)).transpose(1, 2)  # (N, heads, L, C / heads)
+        for layer, given in ((attn.to_q, tokens), (attn.to_k, context), (attn.to_v, context))
+    )
+    if is_fast(query) and key.shape[2] >= LEAST_KEYS:
+        result = attention(query, key, value)
+    else:
+        result = F.scaled_dot_product_attention(query, key, value)
+    return cast(Tensor, attn.to_out[1](attn.to_out[0](result.transpose(1, 2).flatten(2))))
+
+
+def speed_up(network: nn.Module) -> None:
+    """Both, for inference with the weights that ``network`` has."""
+    use_blockwise_attention(network)
+    pack_convolutions(network)
+
+
+def use_blockwise_attention(network: nn.Module) -> None:
+    """Give every attention layer of Stable Diffusion's kind below ``network`` this module's processor; parameters and
+    their names stay."""
+    for module in network.modules():
+        if type(module).__name__ == "Attention" and _is_plain(module):
+            cast(Any, module).set_processor(BlockwiseAttention())
+
+
+def _is_plain(attn: Any) -> bool:
+    """Whether an attention layer is one of a transformer block or of an autoencoder, without anything special."""
+    extras = (attn.spatial_norm, attn.norm_q, attn.norm_k, attn.norm_cross, attn.rescale_output_factor != 1.0)
+    return not any(extras) and (attn.group_norm is not None) == bool(attn.residual_connection)
+
+
+class PackedConvolution(nn.Conv2d):
+    """A convolution that keeps a copy of its weights in the order that the CPU's kernel wants.
+
+    Without it they are brought into that order at every call, which at the coarse levels of a UNet, where there are
+    more weights than pixels, takes longer than the convolution.
+    """
+
+    _packed: Tensor | None = None
+
+    @classmethod
+    def of(cls, plain: nn.Conv2d) -> PackedConvolution:
+        """The same layer with the same parameters, not copied."""
+        with torch.device("meta"):
+            made = cls(
+                plain.in_channels,
+                plain.out_channels,
+                cast(Any, plain.kernel_size),
+                cast(Any, plain.stride),
+                cast(Any, plain.padding),
+                bias=plain.bias is not None,
+            )
+        made.weight, made.bias = plain.weight, plain.bias
+        return made.train(plain.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output (N, out_channels, h, w) of ``x`` (N, in_channels, H, W)."""
+        if not is_fast(x) or self.weight.dtype != x.dtype or self.weight.numel() < LEAST_WEIGHT * x.numel():
+            return super().forward(x)
+        if self._packed is None:
+            self._packed = self._pack(x)
+        channels_last = x.contiguous(memory_format=torch.channels_last)
+        bias, padding, stride = self.bias, list(cast(Any, self.padding)), list(self.stride)
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        return cast(Tensor, convolve(channels_last, self._packed, bias, padding, stride, [1, 1], 1, "none", [], ""))
+
+    def _pack(self, x: Tensor) -> Tensor:
+        reorder = cast(Any, torch._C._nn).mkldnn_reorder_conv2d_weight
+        plain = self.weight.detach().to_mkldnn()
+        return cast(Tensor, reorder(plain, self.padding, self.stride, (1, 1), 1, list(x.shape)))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moved or converted weights are packed anew."""
+        self._packed = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self._packed = None
+        super()._load_from_state_dict(*args, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+
+def pack_convolutions(network: nn.Module) -> None:
+    """Replace the plain convolutions below ``network`` by ones that pack their weights at their first call; parameters
+    and their names stay. For inference only: weights that an optimiser changes would be missed."""
+    if not (cast(Any, torch.backends.mkldnn).is_available() and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")):
+        return
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Conv2d and _can_be_packed(child):
+                setattr(parent, name, PackedConvolution.of(child))
+
+
+def _can_be_packed(layer: nn.Conv2d) -> bool:
+    plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    return plain and not isinstance(layer.padding, str)

@@ -1,0 +1,135 @@
+"""What inference does differently from diffusers' own code: the same within stated tolerances, training untouched."""
+
+import copy
+import math
+
+import pytest
+import torch
+from small_diffusion import GENERATOR
+from torch import nn
+from torch.nn import functional
+
+from onestepsr.models import stable_diffusion_inference as inference
+from onestepsr.models.stable_diffusion import stable_diffusion_generator
+from onestepsr.models.stable_diffusion_inference import PackedConvolution, attention
+
+LAST = torch.channels_last
+
+
+def decibels(signal, other) -> float:
+    """Signal to noise ratio of ``other``."""
+    return 20.0 * math.log10(signal.float().norm() / (other.float() - signal.float()).norm())
+
+
+def heads(count: int, rows: int, channels: int, spread: float, offset: float = 0.0):
+    """(1, count, rows, channels) as a linear layer leaves it in memory."""
+    common = offset * torch.randn(1, 1, count * channels)
+    values = spread * torch.randn(1, rows, count * channels) + common
+    return values.bfloat16().unflatten(-1, (count, channels)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spread", "offset"),
+    [((2, 600, 64), 1.0, 0.0), ((2, 600, 64), 2.0, 0.0), ((1, 600, 64), 0.5, 8.0), ((1, 700, 256), 0.7, 0.0)],
+)
+def test_attention_by_blocks_is_attention(shape, spread, offset):
+    torch.manual_seed(0)
+    query, value = heads(*shape, spread), heads(*shape, 1.0)
+    key = heads(*shape, spread, offset)
+    with torch.inference_mode():
+        found = attention(query, key, value)
+    exact = functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    assert found.dtype == torch.bfloat16
+    assert decibels(exact, found) > 42.0
+
+
+def test_large_scores_are_not_rounded_where_it_matters():
+    torch.manual_seed(0)
+    query, key = 5.0 * torch.randn(64, 64).bfloat16(), torch.randn(64, 600).bfloat16()
+    exact = (query.float() @ key.float()).softmax(-1)
+    with torch.inference_mode():
+        found = inference._scores(query, key).float().softmax(-1)
+    assert decibels(exact, found) > 45.0
+    assert decibels(exact, (query @ key).float().softmax(-1)) < 35.0
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """A small generator as inference has it, which uses what only larger ones would."""
+    monkeypatch.setattr(inference, "LEAST_KEYS", 1)
+    monkeypatch.setattr(inference, "LEAST_WEIGHT", 0)
+    plain = generator()
+    made = copy.deepcopy(plain)
+    made.speed_up()
+    return plain, made
+
+
+def generator():
+    torch.manual_seed(0)
+    return stable_diffusion_generator(GENERATOR).eval().requires_grad_(False)
+
+
+def test_float32_is_what_diffusers_computes(fast):
+    plain, made = fast
+    lr = torch.rand(2, 3, 8, 12)
+    assert torch.allclose(made(lr), plain(lr), atol=1e-6)
+
+
+def test_bfloat16_agrees_as_well_as_diffusers_own(fast):
+    plain, made = fast
+    lr = torch.rand(1, 3, 16, 24)
+    exact = plain(lr)
+    with torch.inference_mode():
+        usual = plain.bfloat16().to(memory_format=LAST)(lr.bfloat16())
+        found = made.bfloat16().to(memory_format=LAST)(lr.bfloat16())
+    assert any(layer._packed is not None for layer in made.modules() if isinstance(layer, PackedConvolution))
+    assert decibels(exact, found) > min(decibels(exact, usual) - 1.0, 35.0)
+
+
+def test_parameters_keep_their_names_and_gradients(fast):
+    plain, made = fast
+    assert {key: value.shape for key, value in made.state_dict().items()} == {
+        key: value.shape for key, value in plain.state_dict().items()
+    }
+    made.requires_grad_(True)(torch.rand(1, 3, 4, 4)).square().mean().backward()
+    gradients = [parameter.grad for parameter in made.unet.parameters()]
+    assert all(gradient is not None for gradient in gradients)
+
+
+def test_training_starts_from_plain_layers():
+    assert not any(isinstance(layer, PackedConvolution) for layer in generator().modules())
+
+
+@pytest.mark.parametrize(("stride", "kernel", "padding"), [(1, 3, 1), (2, 3, 0), (1, 1, 0)])
+def test_packed_weights_give_the_same_bits(stride, kernel, padding, monkeypatch):
+    monkeypatch.setattr(inference, "LEAST_WEIGHT", 0)
+    torch.manual_seed(0)
+    plain = nn.Conv2d(64, 48, kernel, stride, padding).bfloat16().to(memory_format=LAST)
+    packed = PackedConvolution.of(plain)
+    assert packed.weight is plain.weight
+    for shape in ((1, 64, 4, 4), (2, 64, 3, 5)):  # packed for the first of them
+        x = torch.randn(shape).bfloat16()
+        with torch.inference_mode():
+            for given in (x, x.contiguous(memory_format=LAST)):
+                assert torch.equal(packed(given), plain(given))
+    assert packed._packed is not None
+
+
+def test_changed_weights_are_packed_anew():
+    x = torch.randn(1, 64, 2, 2).bfloat16().contiguous(memory_format=LAST)
+    plain = nn.Conv2d(64, 64, 3, padding=1).bfloat16()
+    other = nn.Conv2d(64, 64, 3, padding=1).bfloat16()
+    packed = PackedConvolution.of(plain)
+    with torch.inference_mode():
+        packed(x)
+        assert torch.equal(copy.deepcopy(packed)(x), plain(x))
+    packed.load_state_dict(other.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(packed(x), other(x))
+        assert torch.equal(packed.float()(x.float()), other.float()(x.float()))
+        assert torch.equal(packed.bfloat16()(x), other.bfloat16()(x))
+
+
+def test_masks_are_refused():
+    with pytest.raises(ValueError, match="no mask"):
+        inference.BlockwiseAttention()(None, torch.zeros(1, 1, 1), attention_mask=torch.zeros(1, 1))
