@@ -35,6 +35,8 @@ class MemoryTask:
     """Tile side, as ``--tile`` takes it."""
     steps: int | None = None
     """Evaluations of a residual-shifting generator; None is its own number."""
+    memory: float | None = None
+    """Most gigabytes to plan with, as ``--memory`` takes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,8 @@ def enlarge_once(task: MemoryTask) -> MemoryUse:
     interpreter = resident_memory()["now"]
     upscaler = Upscaler.from_pretrained(task.model, task.device, task.dtype, steps=task.steps)
     loaded = resident_memory()["now"]
-    picture = upscaler.upscale_picture(read_picture(Path(task.source)), UpscaleOptions(tile=task.tile))
+    options = UpscaleOptions(tile=task.tile, memory=task.memory)
+    picture = upscaler.upscale_picture(read_picture(Path(task.source)), options)
     write_picture(picture, Path(task.target))
     on_gpu = torch.cuda.max_memory_allocated(upscaler.device) if upscaler.device.type == "cuda" else None
     return MemoryUse(interpreter=interpreter, loaded=loaded, peak=resident_memory()["peak"], device_peak=on_gpu)
