@@ -9,6 +9,7 @@ from small_diffusion import GENERATOR
 from torch import nn
 from torch.nn import functional
 
+from onestepsr.models import registry
 from onestepsr.models import stable_diffusion_inference as inference
 from onestepsr.models.stable_diffusion import stable_diffusion_generator
 from onestepsr.models.stable_diffusion_inference import PackedConvolution, attention
@@ -94,6 +95,14 @@ def test_parameters_keep_their_names_and_gradients(fast):
     made.requires_grad_(True)(torch.rand(1, 3, 4, 4)).square().mean().backward()
     gradients = [parameter.grad for parameter in made.unet.parameters()]
     assert all(gradient is not None for gradient in gradients)
+
+
+def test_a_generator_loaded_for_inference_has_it_all(monkeypatch):
+    monkeypatch.setattr(registry, "_generator_without_file", lambda name: generator())
+    made = registry.load_generator("any", dtype=torch.bfloat16)
+    for part in (made.unet, made.autoencoder):
+        assert any(isinstance(layer, PackedConvolution) for layer in part.modules())
+        assert any(isinstance(getattr(m, "processor", None), inference.BlockwiseAttention) for m in part.modules())
 
 
 def test_training_starts_from_plain_layers():

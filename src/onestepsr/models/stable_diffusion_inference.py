@@ -17,8 +17,9 @@ LEAST_KEYS = 512
 """Below this many keys, as for a prompt, PyTorch's own attention is as fast."""
 LEAST_ROWS = 128
 """Queries of a block, if their heads are not wider."""
-LARGE_SCORE = 4.0
-"""From here on, the rounding of scores would be seen: their last place is 1/64."""
+LARGE_SCORE = 6.0
+"""Beyond this, the rounding of scores, whose last place is then 1/32, would be seen: attention agrees with float32 to
+46 dB where scores have a standard deviation of 1, to 37 dB where it is 4."""
 LEAST_WEIGHT = 4
 """Weights are packed beforehand where they hold this many times as many numbers as the picture that they meet."""
 
