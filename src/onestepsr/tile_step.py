@@ -38,6 +38,8 @@ class Network:
     """Where its weights are."""
     dtype: torch.dtype
     """Their number format."""
+    input_dtype: torch.dtype
+    """That of the tiles it is given, see :func:`input_dtype_of`."""
     scale: int
     """Output side / input side."""
     name: str
@@ -128,7 +130,8 @@ class TileStep:
 
     def _run(self, lr: Tensor) -> Tensor:
         network = self.network
-        rgb = lr.expand(-1, 3, -1, -1).to(network.device, network.dtype).contiguous(memory_format=torch.channels_last)
+        rgb = lr.expand(-1, 3, -1, -1).to(network.device, network.input_dtype)
+        rgb = rgb.contiguous(memory_format=torch.channels_last)
         output = network.generator(rgb, **self._conditions()).float()
         expected = (len(lr), 3, *(side * network.scale for side in lr.shape[-2:]))
         if output.shape != expected:
@@ -154,6 +157,13 @@ class TileStep:
             raise NonFiniteError(
                 f"{self.network.name}: values that are not finite in {self.network.dtype}; try --dtype float32"
             )
+
+
+def input_dtype_of(generator: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """Number format of the pictures for a generator whose weights are ``dtype``: float32 if it ``takes_float32`` then
+    too, so that nothing is rounded before its first network."""
+    wide = getattr(generator, "takes_float32", False)
+    return torch.promote_types(dtype, torch.float32) if wide else dtype
 
 
 def enlarge(values: Tensor, scale: int) -> Tensor:

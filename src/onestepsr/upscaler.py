@@ -30,7 +30,7 @@ from onestepsr.image import Picture, from_array, from_pil, read_picture, samples
 from onestepsr.image_profile import matrix_profile
 from onestepsr.image_resample import fill_transparent, resize
 from onestepsr.memory_plan import Demand, Extent, Plan, Planner, is_out_of_memory, smaller
-from onestepsr.tile_step import Network, NonFiniteError, TileStep, enlarge, to_float
+from onestepsr.tile_step import Network, NonFiniteError, TileStep, enlarge, input_dtype_of, to_float
 from onestepsr.tiling import TileBlend, Work, join_of
 from onestepsr.upscale_options import ColorFix, UpscaleOptions, target_size
 
@@ -60,7 +60,8 @@ class Upscaler:
     The generator is a module in eval mode with an int attribute ``scale`` that maps float RGB (N, 3, h, w) in [0, 1] of
     any size to (N, 3, h * scale, w * scale) in about [0, 1]. It may have ``memory_per_pixel(dtype)``, peak bytes per
     input pixel, ``lr_multiple``, at multiples of which tiles start, and ``largest_tile``, the side that "auto" stays
-    below; it may take a keyword ``rng``, a ``torch.Generator`` for the noise it draws, and ``origin``, the row and
+    below; with ``takes_float32`` it is given float32 whatever the format of its weights, else its own format. It may
+    take a keyword ``rng``, a ``torch.Generator`` for the noise it draws, and ``origin``, the row and
     column of a tile in the picture, by which the noise of a place is the same in every tile; one that reads text takes
     ``prompt_embedding`` (1, L, C) and has C as ``prompt_width``.
     """
@@ -305,6 +306,7 @@ class Upscaler:
             generator=self.generator,
             device=self.device,
             dtype=self.dtype,
+            input_dtype=input_dtype_of(self.generator, self.dtype),
             scale=self.scale,
             name=self.name,
             takes_rng=self._takes_rng,

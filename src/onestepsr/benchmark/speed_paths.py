@@ -19,6 +19,7 @@ from onestepsr.color import wavelet
 from onestepsr.image import Picture, read_picture, samples_to_tensor, tensor_to_samples
 from onestepsr.image_write import write_picture
 from onestepsr.models.generators import pad_to
+from onestepsr.tile_step import input_dtype_of
 from onestepsr.upscaler import UpscaleOptions, Upscaler, enlarge
 
 WHOLE, READ, UPSCALE, WRITE = "whole", "read", "upscale", "write"
@@ -112,7 +113,8 @@ class WholePath:
         extra: dict[str, Any] = {"rng": torch.Generator().manual_seed(0)} if self._takes_rng else {}
         with freed_memory_kept(self._keep_memory), torch.inference_mode():
             lr = self._padded(torch.cat([samples_to_tensor(picture.pixels) for picture in pictures]).to(self.device))
-            sr = self.generator(lr.to(self.dtype).contiguous(memory_format=self.memory_format), **extra)
+            rgb = lr.to(input_dtype_of(self.generator, self.dtype)).contiguous(memory_format=self.memory_format)
+            sr = self.generator(rgb, **extra)
             fixed = wavelet(sr.float().clamp(0.0, 1.0), enlarge(lr, self._scale))
         height, width = (side * self._scale for side in (pictures[0].height, pictures[0].width))
         return [tensor_to_samples(values[:, :height, :width], np.uint8) for values in fixed]

@@ -75,6 +75,8 @@ class OneStepLatentGenerator(nn.Module):
     """
 
     prompt: nn.Parameter
+    takes_float32 = True
+    """Whether pictures may be float32 while the networks have 16 bits: they are enlarged before they are rounded."""
 
     def __init__(
         self,

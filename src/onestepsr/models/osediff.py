@@ -57,6 +57,8 @@ class OSEDiffGeneratorConfig(StableDiffusionGeneratorConfig):
 class OSEDiffGenerator(OneStepLatentGenerator):
     """A one-step generator under a text prompt; without one, under the embedding that it was saved with."""
 
+    takes_float32 = False  # a sampled posterior and its noise have the picture's format
+
     def __init__(
         self,
         autoencoder: nn.Module,
