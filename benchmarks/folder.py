@@ -33,8 +33,9 @@ from onestepsr.apps.upscale_pipeline import Pipeline
 from onestepsr.apps.upscale_setup import Setup
 from onestepsr.apps.upscale_workers import enlarge_in_processes
 from onestepsr.benchmark.disturbance import OtherWork
+from onestepsr.files import remove_leftovers
 from onestepsr.image import read_picture
-from onestepsr.image_write import check_writable, remove_leftovers, write_picture
+from onestepsr.image_write import check_writable, write_picture
 from onestepsr.machine import cores, describe_machine
 from onestepsr.upscale_options import UpscaleOptions
 from onestepsr.upscaler import Upscaler

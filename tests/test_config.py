@@ -89,8 +89,10 @@ def test_files_that_are_no_mapping_are_refused(tmp_path):
     with pytest.raises(UserError, match="expected a mapping"):
         read_mapping(path)
     path.write_text("a: [1")
-    with pytest.raises(UserError, match="not valid YAML"):
+    with pytest.raises(UserError, match="not valid YAML") as caught:
         read_mapping(path)
+    assert "line 1, column 6" in str(caught.value)
+    assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="cannot be read"):
         read_mapping(tmp_path / "missing.yaml")
 

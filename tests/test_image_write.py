@@ -11,14 +11,13 @@ import pytest
 from PIL import ExifTags, Image
 
 from onestepsr.errors import UserError
+from onestepsr.files import PARTIAL_PREFIX, remove_leftovers
 from onestepsr.image import Picture, read_picture
 from onestepsr.image_write import (
-    PARTIAL_PREFIX,
     check_size,
     check_writable,
     encode_picture,
     format_of,
-    remove_leftovers,
     write_picture,
 )
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from onestepsr.errors import UserError, did_you_mean
+from onestepsr.files import read_text
 
 T = TypeVar("T")
 MAX_CONFIG_BYTES = 1_000_000
@@ -56,15 +57,12 @@ def to_mapping(config: Any) -> Any:
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read one YAML or JSON file whose top level is a mapping."""
+    text = read_text(path, MAX_CONFIG_BYTES, "file of settings")
+    language = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise UserError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, which is no recipe")
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'} ({error})") from error
+        values = json.loads(text) if language == "JSON" else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not valid {language} ({_on_one_line(error)})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping at the top level")
     return values
@@ -98,6 +96,14 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
         except yaml.YAMLError as error:
             raise UserError(f"override '{override}': not valid YAML; quote text that holds any of {{}}[]:,") from error
     return dict(result)
+
+
+def _on_one_line(error: Exception) -> str:
+    """What is wrong and where; a YAML error would show the place in a drawing of several lines."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"{getattr(error, 'problem', error)}, line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _join(where: str, key: str) -> str:

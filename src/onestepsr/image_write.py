@@ -3,10 +3,8 @@ seen."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
-import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,15 +18,11 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from onestepsr.errors import UserError
+from onestepsr.files import partial_path, remove_leftovers, replacing, writing
 from onestepsr.image import EXTENSIONS, Picture, Samples, to_eight_bits
 from onestepsr.image_deep import write_png, write_tiff
 
 logger = logging.getLogger(__name__)
-
-SUFFIXES = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "tiff": ".tif", "bmp": ".bmp"}
-"""The ending given to new files of each format."""
-PARTIAL_PREFIX = ".onestepsr-partial-"
-"""Names of unfinished files begin with this; they are never read as inputs."""
 
 _SIDE_LIMITS = {"jpeg": 65_535, "webp": 16_383, "tiff": 2**31 - 1, "png": 2**31 - 1, "bmp": 2**31 - 1}
 _JPEG_QUALITY = 95
@@ -81,56 +75,23 @@ def encode_picture(picture: Picture, file_format: str) -> bytes:
 
 def check_writable(path: Path) -> None:
     """Raise UserError unless a file can be created at ``path``, making missing folders on the way."""
-    with _as_user_error(path):
+    with writing(path):
         if path.is_dir():
             raise UserError(f"{path}: is a folder, expected a file name")
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe = _partial_path(path)
+        probe = partial_path(path)
         probe.touch()
         probe.unlink()
 
 
-def remove_leftovers(*targets: Path) -> None:
-    """Delete unfinished files that a killed run left for these very targets; every folder is looked through once."""
-    names: dict[Path, set[str]] = {}
-    for path in targets:
-        names.setdefault(path.parent, set()).add(_digest(path))
-    for folder, digests in names.items():
-        for leftover in folder.glob(f"{PARTIAL_PREFIX}*"):
-            if leftover.name.removeprefix(PARTIAL_PREFIX).partition("-")[0] in digests:
-                leftover.unlink(missing_ok=True)
-
-
-def _digest(path: Path) -> str:
-    # A digest, since the target's own name may already be as long as the file system allows.
-    return hashlib.sha256(path.name.encode()).hexdigest()[:16]
-
-
-def _partial_path(path: Path) -> Path:
-    return path.parent / f"{PARTIAL_PREFIX}{_digest(path)}-{os.getpid()}"
-
-
-@contextmanager
-def _as_user_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
 @contextmanager
 def _replacing(path: Path, sweep: bool) -> Iterator[BinaryIO]:
-    partial = _partial_path(path)
-    with _as_user_error(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if sweep:
             remove_leftovers(path)
-        try:
-            with partial.open("wb") as stream:
-                yield stream
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as partial, partial.open("wb") as stream:
+            yield stream
 
 
 def _encode(picture: Picture, stream: BinaryIO, file_format: str, label: str) -> None:

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from onestepsr.apps import upscale as command
 from onestepsr.config import to_mapping
 from onestepsr.errors import UserError
-from onestepsr.image_write import PARTIAL_PREFIX
+from onestepsr.files import PARTIAL_PREFIX
 from onestepsr.models.architectures import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.registry import save_model
 from onestepsr.models.tiny import TinyConfig

@@ -18,6 +18,7 @@ from onestepsr.apps import upscale_pipeline
 from onestepsr.apps.upscale_files import Job, Naming, plan_jobs
 from onestepsr.apps.upscale_pipeline import AHEAD, Pipeline, Result, Room
 from onestepsr.errors import OneStepSRError
+from onestepsr.files import remove_leftovers
 from onestepsr.image import Picture
 from onestepsr.upscale_options import UpscaleOptions
 
@@ -191,7 +192,7 @@ def test_folders_are_listed_a_few_times_however_many_pictures(tmp_path: Path, mo
         monkeypatch.setattr(os, name, lambda *given, real=real: listed.append(given) or real(*given))
     assert len(plan_jobs([str(tmp_path / "in")], Naming(out=None, file_format="keep", suffix="_x2"), False)) == 60
     results_of(Enlarger(), jobs)
-    image_write.remove_leftovers(*(job.target for job in jobs))
+    remove_leftovers(*(job.target for job in jobs))
     assert 1 <= len(listed) <= 4
 
 

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from onestepsr.errors import UserError
-from onestepsr.files import replacing
+from onestepsr.files import write_text
 
 if TYPE_CHECKING:
     from onestepsr.benchmark.tables import Table
@@ -49,11 +49,7 @@ def write_json(path: str, document: Mapping[str, Any]) -> None:
     if path == STDOUT:
         typer.echo(text)
         return
-    try:
-        with replacing(Path(path)) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from error
+    write_text(Path(path), text + "\n")
 
 
 def show_tables(tables: Sequence[Table], width: int = PIPE_WIDTH) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onestepsr.errors import UserError
-from onestepsr.files import replacing
+from onestepsr.files import write_text
 
 if TYPE_CHECKING:
     from onestepsr.data.degradation import Degradation, Recipe
@@ -166,12 +166,7 @@ def write_record(out_dir: Path, header: dict[str, Any], drawn: dict[str, Degrada
     from onestepsr.config import to_mapping
 
     record = {**header, "images": {name: to_mapping(entry) for name, entry in drawn.items()}}
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with replacing(out_dir / RECORD) as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{out_dir}: cannot be written ({error.strerror})") from error
+    write_text(out_dir / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def _check_existing(jobs: list[Job], out_dir: Path, header: dict[str, Any], skip: bool, overwrite: bool) -> None:

@@ -180,7 +180,8 @@ def _suffix(options: UpscaleOptions) -> str:
 
 def _run(jobs: list[Job], setup: Setup, workers: int) -> list[Result]:
     """Results in the order of the jobs."""
-    from onestepsr.image_write import check_writable, remove_leftovers
+    from onestepsr.files import remove_leftovers
+    from onestepsr.image_write import check_writable
 
     if not jobs:
         return []

@@ -146,7 +146,7 @@ class _Member:
 
     def clean_up(self) -> None:
         """See that the process ends, and remove what it left unfinished."""
-        from onestepsr.image_write import remove_leftovers
+        from onestepsr.files import remove_leftovers
 
         self.process.join(PATIENCE)
         if self.process.is_alive():

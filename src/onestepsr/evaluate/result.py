@@ -20,7 +20,7 @@ from onestepsr import __version__
 from onestepsr.config import from_mapping, to_mapping
 from onestepsr.errors import UserError
 from onestepsr.evaluate.statistics import Summary, summarize
-from onestepsr.files import replacing
+from onestepsr.files import read_limited, write_text
 from onestepsr.machine import processor_name
 
 SCHEMA = 2
@@ -200,22 +200,12 @@ class EvaluationResult:
 def write_result(path: Path, result: EvaluationResult) -> None:
     """Write ``result`` as JSON under ``path`` in one step; UserError if that fails."""
     text = json.dumps(result.to_mapping(), indent=1, allow_nan=False, ensure_ascii=False)
-    try:
-        with replacing(path) as partial:
-            partial.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    write_text(path, text + "\n")
 
 
 def read_result(path: Path) -> EvaluationResult:
     """Read a file of ``evaluate --json``; the label of a file that has none is its name. UserError, one line."""
-    try:
-        with path.open("rb") as handle:
-            data = handle.read(MAX_RESULT_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(data) > MAX_RESULT_BYTES:
-        raise UserError(f"{path}: larger than {MAX_RESULT_BYTES} bytes, which is no result of an evaluation")
+    data = read_limited(path, MAX_RESULT_BYTES, "result of an evaluation")
     try:
         content = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

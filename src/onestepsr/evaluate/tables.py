@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onestepsr.errors import UserError
 from onestepsr.evaluate.comparison import Comparison
 from onestepsr.evaluate.result import EvaluationResult, MetricRecord, safe_text
 from onestepsr.evaluate.statistics import Summary
-from onestepsr.files import replacing
+from onestepsr.files import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -230,12 +229,7 @@ def csv_text(lines: Sequence[Sequence[str]]) -> str:
 def write_texts(texts: Mapping[Path, str]) -> None:
     """Write each text under its path in one step, making folders; UserError if that fails."""
     for path, text in texts.items():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as partial:
-                partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        write_text(path, text)
 
 
 def _numbers(summary: Summary) -> tuple[str, str, str, str]:

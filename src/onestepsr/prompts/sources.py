@@ -8,6 +8,7 @@ from PIL import Image
 
 from onestepsr.config import read_mapping
 from onestepsr.errors import UserError
+from onestepsr.files import read_text
 from onestepsr.prompts.base import PromptExtractor
 from onestepsr.prompts.tags import format_tags
 
@@ -81,17 +82,7 @@ class ExtractedPrompts:
 
 
 def _read_prompt(path: Path) -> str:
-    try:
-        with path.open("rb") as handle:
-            content = handle.read(MAX_PROMPT_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); a prompt was expected there") from error
-    if len(content) > MAX_PROMPT_BYTES:
-        raise UserError(f"{path}: larger than {MAX_PROMPT_BYTES:,} bytes, which is no prompt")
-    try:
-        prompt = " ".join(content.decode("utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text") from error
+    prompt = " ".join(read_text(path, MAX_PROMPT_BYTES, "prompt").split())
     if not prompt:
         raise UserError(f"{path}: empty; for pictures without a prompt, give --prompt ''")
     return prompt

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from onestepsr.errors import UserError
+from onestepsr.files import read_text
+from onestepsr.models.features import IMAGENET_MEAN, IMAGENET_STD
 
 TAGGER_SIDE = 384
 """Side of the picture that RAM's networks see, whatever its proportions were."""
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 MAX_LIST_BYTES = 4_000_000
 
 
@@ -45,7 +45,7 @@ def tagger_input(picture: Image.Image, *, antialias: bool = False, side: int = T
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
     image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
     square = F.interpolate(image, (side, side), mode="bilinear", antialias=antialias)
-    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
+    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (square - mean) / deviation
 
 
@@ -85,12 +85,4 @@ def read_thresholds(path: Path, count: int) -> Tensor:
 
 
 def _read_lines(path: Path) -> list[str]:
-    try:
-        if path.stat().st_size > MAX_LIST_BYTES:
-            raise UserError(f"{path}: larger than {MAX_LIST_BYTES:,} bytes, which is no list of tags")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text") from error
-    return text.splitlines()
+    return read_text(path, MAX_LIST_BYTES, "list of tags").splitlines()

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from onestepsr.config import read_mapping, to_mapping
 from onestepsr.errors import UserError
-from onestepsr.files import replacing
+from onestepsr.files import write_text
 from onestepsr.train.checkpoint import Checkpoints
 from onestepsr.train.comparison import Candidate, refuse_training_photos
 from onestepsr.train.interruption import Interruption
@@ -121,9 +121,7 @@ def train_all(
 def train_command(run: VariantRun, launcher: Sequence[str] = ()) -> list[str]:
     """The command of one run; its resolved settings are written beside its folder as a recipe."""
     recipe = run.config.out.with_suffix(".yaml")
-    recipe.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(recipe) as temporary:
-        temporary.write_text(config_text(run.config), encoding="utf-8")
+    write_text(recipe, config_text(run.config))
     python = list(launcher) or [sys.executable]
     return [*python, "-m", "onestepsr", "train", run.config.method, "--recipe", str(recipe), "--resume"]
 
@@ -210,8 +208,7 @@ def _check_out(suite: Suite, out: Path) -> None:
 
 
 def _write_mark(ablation: Ablation) -> None:
-    with replacing(ablation.out / MARK) as temporary:
-        temporary.write_text(json.dumps({"suite": ablation.suite.name}) + "\n", encoding="utf-8")
+    write_text(ablation.out / MARK, json.dumps({"suite": ablation.suite.name}) + "\n")
 
 
 def _look_up(run: VariantRun, others: Sequence[tuple[Path, RunConfig]]) -> PlannedRun:

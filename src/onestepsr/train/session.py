@@ -15,7 +15,7 @@ from onestepsr.config import to_mapping
 from onestepsr.data.datasets import DataConfig, Pool, build_dataset
 from onestepsr.data.sampling import derived_seed
 from onestepsr.errors import UserError
-from onestepsr.files import replacing
+from onestepsr.files import write_text
 from onestepsr.methods.base import Exported, Method, get_method
 from onestepsr.train.checkpoint import Checkpoint, Checkpoints
 from onestepsr.train.estimate import Estimate, estimate
@@ -193,9 +193,7 @@ def _find_checkpoint(run: RunConfig, resume: bool) -> Checkpoint | None:
 
 
 def _write_config(run: RunConfig) -> None:
-    run.out.mkdir(parents=True, exist_ok=True)
-    with replacing(run.out / CONFIG) as temporary:
-        temporary.write_text(config_text(run), encoding="utf-8")
+    write_text(run.out / CONFIG, config_text(run))
 
 
 def config_text(run: RunConfig) -> str:
