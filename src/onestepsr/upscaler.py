@@ -335,7 +335,7 @@ def _stored(bands: Iterable[Tensor], shape: tuple[int, ...], dtype: Any) -> NDAr
     """Round bands of rows (1, C, h, W) one after the other into one array (H, W, C)."""
     result, top = np.empty(shape, dtype), 0
     for band in bands:
-        for rows in band.split(BAND_ROWS, dim=2):
+        for rows in torch.split(band, BAND_ROWS, dim=2):
             result[top : top + rows.shape[2]] = tensor_to_samples(rows, dtype)
             top += rows.shape[2]
         del band, rows  # before the next one is made

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from small_diffusion import GENERATOR
 from torch import nn
 from torch.nn import functional
 
+from onestepsr.benchmark.stages import without_contents
 from onestepsr.models import registry
 from onestepsr.models import stable_diffusion_inference as inference
 from onestepsr.models.stable_diffusion import stable_diffusion_generator
@@ -122,6 +124,44 @@ def test_packed_weights_give_the_same_bits(stride, kernel, padding, monkeypatch)
             for given in (x, x.contiguous(memory_format=LAST)):
                 assert torch.equal(packed(given), plain(given))
     assert packed._packed is not None
+    assert packed.weight.is_meta  # there is no second copy
+    assert (packed.weight.shape, packed.weight.dtype) == (plain.weight.shape, torch.bfloat16)
+    assert not packed.weight.is_inference()
+
+
+def test_packed_weights_can_be_had_back():
+    x = torch.randn(1, 64, 2, 2).bfloat16()
+    plain = nn.Conv2d(64, 64, 3, padding=1).bfloat16().requires_grad_(False)
+    packed = PackedConvolution.of(plain)
+
+    def fresh() -> PackedConvolution:
+        with torch.inference_mode():
+            assert torch.equal(packed(x), plain(x))
+        assert packed.weight.is_meta
+        return packed
+
+    assert torch.equal(fresh().state_dict()["weight"], plain.weight)
+    assert torch.equal(pickle.loads(pickle.dumps(fresh())).weight, plain.weight)
+    assert torch.equal(fresh().to(memory_format=LAST).weight, plain.weight)
+    assert torch.equal(fresh()(x), plain(x))  # where gradients are computed
+    fresh().requires_grad_(True)(x).sum().backward()
+    assert packed.weight.grad is not None
+    fresh()
+    larger = torch.randn(1, 64, 60, 60).bfloat16()  # for which they would not have been packed
+    exact = plain.float()(larger.float())
+    with torch.inference_mode():
+        assert decibels(exact, packed(larger)) > 50.0
+    empty = without_contents(packed)
+    assert empty.weight.is_meta
+    assert packed._packed is not None
+
+
+def test_compilers_see_what_diffusers_wrote(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.inference_mode():
+        assert not inference.is_fast(torch.zeros(1).bfloat16())
+        monkeypatch.undo()
+        assert inference.is_fast(torch.zeros(1).bfloat16())
 
 
 def test_changed_weights_are_packed_anew():

@@ -1,11 +1,12 @@
 """What makes diffusers' networks faster on a CPU in bfloat16: attention by blocks of queries, weights packed once.
 
-Both leave every parameter where and what it is. They act where no gradient is wanted, on the CPU and in bfloat16;
-everywhere else the networks compute as diffusers wrote them.
+Both leave the names and values of all parameters. They act where no gradient is wanted, on the CPU and in bfloat16;
+everywhere else, and inside ``torch.compile``, the networks compute as diffusers wrote them.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any, cast
 
@@ -26,7 +27,8 @@ LEAST_WEIGHT = 4
 
 def is_fast(x: Tensor) -> bool:
     """Whether the ways of this module are meant for ``x``."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not plain
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -115,10 +117,11 @@ def _is_plain(attn: Any) -> bool:
 
 
 class PackedConvolution(nn.Conv2d):
-    """A convolution that keeps a copy of its weights in the order that the CPU's kernel wants.
+    """A convolution that keeps its weights in the order that the CPU's kernel wants, once it has been called.
 
-    Without it they are brought into that order at every call, which at the coarse levels of a UNet, where there are
-    more weights than pixels, takes longer than the convolution.
+    Otherwise they are brought into that order at every call, which at the coarse levels of a UNet, where there are
+    more weights than pixels, takes longer than the convolution. There is one copy of them: while they are packed,
+    ``weight`` has a shape but no contents. :meth:`unpack` brings these back, as do saving, loading, copying and moving.
     """
 
     _packed: Tensor | None = None
@@ -140,31 +143,56 @@ class PackedConvolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Output (N, out_channels, h, w) of ``x`` (N, in_channels, H, W)."""
-        if not is_fast(x) or self.weight.dtype != x.dtype or self.weight.numel() < LEAST_WEIGHT * x.numel():
+        if not is_fast(x) or self.weight.dtype != x.dtype:
+            self.unpack()
             return super().forward(x)
         if self._packed is None:
-            self._packed = self._pack(x)
+            if self.weight.numel() < LEAST_WEIGHT * x.numel():
+                return super().forward(x)
+            self._pack(x)
         channels_last = x.contiguous(memory_format=torch.channels_last)
         bias, padding, stride = self.bias, list(cast(Any, self.padding)), list(self.stride)
         convolve = torch.ops.mkldnn._convolution_pointwise
         return cast(Tensor, convolve(channels_last, self._packed, bias, padding, stride, [1, 1], 1, "none", [], ""))
 
-    def _pack(self, x: Tensor) -> Tensor:
+    def unpack(self) -> None:
+        """Bring back the contents of ``weight``; the next call packs them anew."""
+        if self._packed is None:
+            return
+        with torch.inference_mode(False), torch.no_grad():  # for use in training too, wherever this is called
+            self.weight = nn.Parameter(self._packed.to_dense(), requires_grad=self.weight.requires_grad)
+        self._packed = None
+
+    def _pack(self, x: Tensor) -> None:
         reorder = cast(Any, torch._C._nn).mkldnn_reorder_conv2d_weight
         plain = self.weight.detach().to_mkldnn()
-        return cast(Tensor, reorder(plain, self.padding, self.stride, (1, 1), 1, list(x.shape)))
+        self._packed = reorder(plain, self.padding, self.stride, (1, 1), 1, list(x.shape))
+        with torch.inference_mode(False), torch.no_grad():
+            empty = torch.empty_like(self.weight, device="meta")
+            self.weight = nn.Parameter(empty, requires_grad=self.weight.requires_grad)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Moved or converted weights are packed anew."""
-        self._packed = None
+        self.unpack()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        self._packed = None
+        self.unpack()
         super()._load_from_state_dict(*args, **options)
 
+    def _save_to_state_dict(self, *args: Any, **options: Any) -> None:
+        self.unpack()
+        super()._save_to_state_dict(*args, **options)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
+        self.unpack()
+        return self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedConvolution:
+        if id(self.weight) not in memo:  # what is there already replaces the weights: they need not be unpacked for it
+            self.unpack()
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy({**self.__dict__, "_packed": None}, memo))
+        return made
 
 
 def pack_convolutions(network: nn.Module) -> None:
