@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from onestepsr.apps.degrade import register
 from onestepsr.errors import UserError
+from onestepsr.files import partial_path
 
 app = typer.Typer()
 register(app)
@@ -50,6 +52,20 @@ def test_pairs_and_record(photos, tmp_path):
     assert sorted(record["images"]) == ["a.png", "b.jpg", "sub/c.png"]
     assert 30 <= record["images"]["a.png"]["first_jpeg"] <= 95
     assert sorted(path.name for path in out.iterdir()) == ["HR", "LR", "degradation.json"]
+
+
+def test_leftovers_are_looked_for_once_in_each_folder(photos, tmp_path, monkeypatch):
+    """And not for each picture: a large folder would take its square in time."""
+    out, looked = tmp_path / "out", []
+    leftovers = [partial_path(out / side / "a.png") for side in ("LR", "HR")]
+    for path in leftovers:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: looked.append(folder) or glob(folder, pattern))
+    assert "2 pairs" in degrade(photos, out)
+    assert sorted(folder.name for folder in looked if out in folder.parents) == ["HR", "LR"]
+    assert not any(path.exists() for path in leftovers)
 
 
 def test_a_pair_depends_on_seed_and_name_alone(photos, tmp_path):

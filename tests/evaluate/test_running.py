@@ -28,6 +28,7 @@ from onestepsr.evaluate.measuring import Measurer
 from onestepsr.evaluate.protocols import Protocol
 from onestepsr.evaluate.result import EvaluationResult, Files, ModelRecord
 from onestepsr.evaluate.running import Loaded, ModelRun, in_order, score_pairs, worker_count
+from onestepsr.files import partial_path
 from onestepsr.image import Picture, from_array, read_picture
 
 PLAIN = Protocol(name="test", summary="", metrics=("psnr",))
@@ -150,6 +151,20 @@ def test_numbers_are_those_of_the_saved_pictures(data: Path) -> None:
     assert {"reading", "model", "metrics", "total"} == set(result.seconds)
     assert without_pictures(result).folders.sr is None
     assert without_pictures(result).files["b"] == Files(lr="b.png", hr="b.png")
+
+
+@pytest.mark.parametrize(("crop", "folders"), [(0, ["SR"]), (16, ["HR", "LR", "SR"])])
+def test_leftovers_are_looked_for_once_in_each_folder(
+    data: Path, monkeypatch: pytest.MonkeyPatch, crop: int, folders: list[str]
+) -> None:
+    kept, looked, glob = data / "kept", list[Path](), Path.glob
+    leftover = partial_path(kept / "SR" / "b.png")
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: looked.append(folder) or glob(folder, pattern))
+    evaluate_saved(data, crop=crop)
+    assert sorted(folder.name for folder in looked if kept in folder.parents) == folders
+    assert not leftover.exists()
 
 
 def test_crops_are_cut_before_the_model_runs(data: Path) -> None:

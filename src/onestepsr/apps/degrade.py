@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onestepsr.errors import UserError
-from onestepsr.files import write_text
+from onestepsr.files import remove_leftovers, write_text
 
 if TYPE_CHECKING:
     from onestepsr.data.degradation import Degradation, Recipe
@@ -105,6 +105,7 @@ def run(jobs: list[Job], out_dir: Path, header: dict[str, Any], skip_existing: b
     # What is drawn does not depend on the photo, so the record is complete before the first picture is written.
     drawn = {job.name: draw_degradation(recipe, generator(header["seed"], "degrade", job.name)) for job in jobs}
     write_record(out_dir, header, drawn)
+    remove_leftovers(*(path for job in jobs for path in (job.lr, job.hr)))
     failures: dict[str, str] = {}
     for job in track(jobs, "Degrading", console=Console(stderr=True), transient=True):
         if skip_existing and job.lr.exists() and job.hr.exists():
@@ -141,7 +142,7 @@ def usual_scale(name: str) -> int:
 
 
 def make_pair(job: Job, drawn: Degradation, header: dict[str, Any]) -> None:
-    """Degrade one photo and write its LR and cropped HR picture as PNG."""
+    """Degrade one photo and write its LR and cropped HR picture as PNG; what a killed run left there stays."""
     from onestepsr.data.degradation import apply_degradation, target_of
     from onestepsr.data.photos import read_pixels
     from onestepsr.data.sampling import generator
@@ -158,7 +159,7 @@ def make_pair(job: Job, drawn: Degradation, header: dict[str, Any]) -> None:
     for path, picture in ((job.hr, target_of(hr, drawn)), (job.lr, lr)):
         samples = tensor_to_samples(picture, pixels.dtype.type)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_picture(from_array(samples), path)
+        write_picture(from_array(samples), path, sweep=False)
 
 
 def write_record(out_dir: Path, header: dict[str, Any], drawn: dict[str, Degradation]) -> None:

@@ -132,6 +132,8 @@ def evaluate_model(
     collected = _Collected(measurer=measurer)
     crop = measurer.protocol.crop
     keeper = None if keep is None else Keeper(folder=keep, made=degradation is not None or crop > 0)
+    if keeper is not None:
+        keeper.sweep(data.cases)
     run = ModelRun(
         load=Loader(scale=model.scale, crop=crop, degrade=None if degradation is None else degradation.make),
         enlarge=model.enlarge,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from onestepsr.errors import UserError
 from onestepsr.evaluate.folder import Case
 from onestepsr.evaluate.result import Files
 from onestepsr.evaluate.running import Loaded
+from onestepsr.files import remove_leftovers
 from onestepsr.image import Picture, Samples, from_array, read_picture, samples_to_tensor, tensor_to_samples
 from onestepsr.image_write import write_picture
 
@@ -88,6 +90,11 @@ class Keeper:
     made: bool
     """Whether LR and HR as measured are in no file of their own: made, or cut."""
 
+    def sweep(self, cases: Iterable[Case]) -> None:
+        """Delete what a killed run left unfinished of these cases: once, for it looks through whole folders."""
+        names = ("SR", "LR", "HR") if self.made else ("SR",)
+        remove_leftovers(*(self._path(name, case) for case in cases for name in names))
+
     def __call__(self, case: Case, loaded: Loaded, sr: Picture) -> None:
         """Write the pictures of one case; UserError if that fails."""
         pictures = {"SR": sr}
@@ -96,12 +103,15 @@ class Keeper:
             if loaded.hr is not None:
                 pictures["HR"] = from_array(loaded.hr)
         for name, picture in pictures.items():
-            path = self.folder / name / f"{case.name}.png"
+            path = self._path(name, case)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"{path.parent}: cannot be made ({error.strerror})") from error
-            write_picture(picture, path)
+            write_picture(picture, path, sweep=False)
+
+    def _path(self, name: str, case: Case) -> Path:
+        return self.folder / name / f"{case.name}.png"
 
     def folders(self, originals: Files) -> Files:
         """The folders of an evaluation's pictures, with the saved ones in place of none."""
