@@ -11,8 +11,9 @@ from PIL import Image
 
 from onestepsr.errors import UserError
 from onestepsr.models.architectures import TinyGeneratorConfig, describe, tiny_generator
+from onestepsr.models.blend import blend
 from onestepsr.models.convert import convert
-from onestepsr.models.even_contrast import lr_pictures, make_even
+from onestepsr.models.even_contrast import GAIN, alike, lr_pictures, make_even, with_gain
 from onestepsr.models.generators import BicubicGenerator, OneStepLatentGenerator
 from onestepsr.models.registry import load_network, save_model
 from onestepsr.models.tiny import TinyConfig
@@ -54,6 +55,16 @@ def test_colour_is_left_alone(uneven: OneStepLatentGenerator) -> None:
     image = torch.rand(1, 3, 16, 8)
     torch.testing.assert_close((scaled(image) - image)[:, 0], (scaled(image) - image)[:, 2])
     assert torch.equal(EvenContrast()(image), image), "factors of one change nothing"
+
+
+def test_factors_of_one_change_nothing_and_make_models_alike(uneven: OneStepLatentGenerator) -> None:
+    lr = pictures()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(with_gain(uneven)(lr), uneven(lr), rtol=0, atol=1e-6)
+    first, second = alike(with_gain(uneven, torch.full((4, 4), 2.0)), uneven)
+    assert blend(first, second, 0.5).state_dict()[GAIN].mean().item() == pytest.approx(1.5)
+    assert alike(uneven, uneven) == (uneven, uneven)
+    assert alike(BicubicGenerator(), uneven)[1] is uneven
 
 
 def test_a_file_keeps_the_factors(uneven: OneStepLatentGenerator, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from onestepsr.errors import UserError
 from onestepsr.methods.base import (
     Batch,
     Exported,
@@ -28,20 +27,14 @@ from onestepsr.methods.base import (
     register,
 )
 from onestepsr.methods.judges import CRITIC, DISCRIMINATOR, Judge, Made, judged_phases, latent_judge, picture_judge
-from onestepsr.methods.latent_discriminator import (
-    DiscriminatorConfig,
-    Tuning,
-    build_discriminator,
-    checkpoint_gradients,
-)
+from onestepsr.methods.latent_discriminator import DiscriminatorConfig, Tuning, build_discriminator
+from onestepsr.methods.networks import check_timestep, checkpoint_gradients, exported
 from onestepsr.methods.spatial import PerceptualConfig, SpatialLoss, SpatialWeights
-from onestepsr.models.architectures import describe
 from onestepsr.models.backbones import load_backbone
 from onestepsr.models.discriminators import PatchCritic
 from onestepsr.models.generators import OneStepLatentGenerator, TrainableGenerator
-from onestepsr.models.lora import LoraConfig, add_lora, merged_state_dict
+from onestepsr.models.lora import LoraConfig, add_lora
 from onestepsr.models.stable_diffusion_config import PromptConfig
-from onestepsr.models.tiny_additions import with_grain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +83,6 @@ class D3SRConfig:
     train_decoder: bool = False
     """Also train the autoencoder's decoder. The paper freezes it; a small decoder gains from knowing the generator's
     latents."""
-    grain: bool = False
-    """Let a tiny backbone's decoder make grain from a plane of noise; a part of our own, used with ``train_decoder``.
-    """
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: about a third slower, far less memory."""
     mse_weight: float = 1.0
@@ -115,9 +105,8 @@ class D3SRConfig:
     """The critic of pictures, used with a ``critic_weight``."""
 
     def __post_init__(self) -> None:
-        if min(self.adversarial_weight, self.critic_weight) < 0 or min(self.mse_weight, self.perceptual_weight) < 0:
-            raise ValueError("loss weights must not be negative")
-        if self.lattice_weight < 0:
+        spatial, judges = self.spatial_weights, (self.adversarial_weight, self.critic_weight)
+        if min(spatial.mse, spatial.perceptual, spatial.lattice, *judges) < 0:
             raise ValueError("loss weights must not be negative")
         if not self.mse_weight + self.perceptual_weight:
             raise ValueError("mse_weight and perceptual_weight are both 0: nothing ties the output to the photo")
@@ -163,11 +152,7 @@ def build(config: D3SRConfig) -> Method:
 
 def _prepare_generator(config: D3SRConfig) -> OneStepLatentGenerator:
     generator = load_backbone(config.backbone, prompt=config.prompt, prompt_file=config.prompt_file)
-    if config.grain:
-        generator = with_grain(generator)
-    last = generator.schedule.steps - 1
-    if not 0 <= config.timestep <= last:
-        raise UserError(f"config.timestep: {config.timestep}, but {config.backbone} knows steps from 0 to {last}")
+    check_timestep(config.timestep, generator, config.backbone)
     generator.timestep = config.timestep
     for name, parameter in generator.autoencoder.named_parameters():
         parameter.requires_grad_(config.train_decoder and _belongs_to_decoder(name))
@@ -200,9 +185,7 @@ def _preview(scale: int, networks: Networks, batch: Batch) -> dict[str, Tensor]:
 
 
 def _export(networks: Mapping[str, nn.Module]) -> Exported:
-    generator = cast(TrainableGenerator, networks["generator"]).generator
-    architecture, described = describe(generator)
-    return Exported(state_dict=merged_state_dict(generator), architecture=architecture, config=described)
+    return exported(cast(TrainableGenerator, networks["generator"]).generator)
 
 
 register(

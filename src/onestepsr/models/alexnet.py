@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from onestepsr.errors import UserError
 from onestepsr.models.features import IMAGENET_MEAN, IMAGENET_STD
-from onestepsr.models.tensors import read_tensors
+from onestepsr.models.tensors import read_wanted
 
 MAX_BYTES = 2**29
 """Limit on weight files; the published one has 233 MiB, most of it the classifier."""
@@ -43,12 +43,9 @@ class AlexNetFeatures(nn.Module):
     @classmethod
     def from_file(cls, path: Path) -> AlexNetFeatures:
         """Load published weights (torchvision's keys, as ``.pth`` or safetensors; a classifier is ignored)."""
-        network, tensors = cls(), read_tensors(path, limit=MAX_BYTES)
-        wanted = network.state_dict().keys()
-        missing = sorted(wanted - tensors.keys())
-        if missing:
-            raise UserError(f"{path}: not AlexNet weights with torchvision's keys (missing {missing[0]})")
-        network.load_state_dict({key: tensors[key] for key in wanted})
+        network = cls()
+        kind = "AlexNet weights with torchvision's keys"
+        network.load_state_dict(read_wanted(path, network.state_dict(), limit=MAX_BYTES, kind=kind))
         return network
 
     def forward(self, x: Tensor) -> list[Tensor]:

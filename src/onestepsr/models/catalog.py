@@ -7,7 +7,7 @@ from pathlib import Path
 from onestepsr.errors import UnknownModel, UserError, did_you_mean
 from onestepsr.files import file_sha256
 from onestepsr.models import sources
-from onestepsr.models.model_spec import HUB, Kind, ModelSpec, mirrors
+from onestepsr.models.model_spec import HUB, HUB_MIRROR, MODELSCOPE, Kind, ModelSpec, mirrors
 from onestepsr.models.osediff_catalog import OPEN_RAIL, OSEDIFF_MODELS, SD21_FILE
 from onestepsr.models.residual_catalog import RESIDUAL_MODELS
 
@@ -15,8 +15,6 @@ DEFAULT_MODEL = "d3sr-tiny"
 BICUBIC = "bicubic"
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".pkl")
 
-_HUB_MIRROR = "https://hf-mirror.com"
-_MODELSCOPE = "https://www.modelscope.cn/models"
 _IMAGENET = (
     "torchvision says that pretrained weights may carry terms of their training data, here ImageNet, which is offered "
     "for non-commercial research"
@@ -68,8 +66,8 @@ _MODELS: dict[str, ModelSpec] = {
                 6_938_078_334,
                 f"{HUB}/stabilityai/stable-diffusion-xl-base-1.0/resolve/"
                 "462165984030d82259a11f4367a4eed129e94a7b/sd_xl_base_1.0.safetensors",
-                f"{_MODELSCOPE}/AI-ModelScope/stable-diffusion-xl-base-1.0/resolve/master/sd_xl_base_1.0.safetensors",
-                f"{_HUB_MIRROR}/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors",
+                f"{MODELSCOPE}/AI-ModelScope/stable-diffusion-xl-base-1.0/resolve/master/sd_xl_base_1.0.safetensors",
+                f"{HUB_MIRROR}/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors",
             ),
         ),
         ModelSpec(

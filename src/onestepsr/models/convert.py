@@ -13,7 +13,7 @@ from onestepsr.errors import UserError
 from onestepsr.models.architectures import RESIDUAL, TINY_RESIDUAL, describe
 from onestepsr.models.backbones import load_backbone, load_discriminator_backbone
 from onestepsr.models.blend import blend
-from onestepsr.models.even_contrast import lr_pictures, make_even
+from onestepsr.models.even_contrast import alike, lr_pictures, make_even
 from onestepsr.models.osediff import Posterior
 from onestepsr.models.osediff_file import read_published, write_adapters, write_published
 from onestepsr.models.osediff_published import adapters_of, holds_adapters
@@ -21,7 +21,6 @@ from onestepsr.models.osediff_published import load_published as load_osediff
 from onestepsr.models.registry import architecture_of, load_network, save_model
 from onestepsr.models.residual_architectures import PUBLISHED
 from onestepsr.models.residual_checkpoints import is_published, load_published, looks_published
-from onestepsr.models.tiny_additions import alike
 
 ADAPTERS = ".adapters.safetensors"
 """How the file ends that keeps OSEDiff's adapters beside the model that they made."""

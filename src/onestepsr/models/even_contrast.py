@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from onestepsr.data.photos import find_images
 from onestepsr.errors import UserError
 from onestepsr.image import read_picture, samples_to_tensor
+from onestepsr.models.architectures import ARCHITECTURES, describe
 from onestepsr.models.generators import OneStepLatentGenerator
-from onestepsr.models.tiny_additions import with_gain
+from onestepsr.models.tiny import TinyUNet
 from onestepsr.models.tiny_decoder import FACTOR, EvenContrast, fine_contrast
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
-"""Endings of the files that are looked at."""
+GAIN = "autoencoder.decoder.even.gain"
+"""Key of the factors in a generator's weights."""
 ROUNDS = 3
 """How often the factors are corrected: scaling detail changes the local mean, and so the detail, a little."""
 
@@ -34,21 +37,41 @@ def make_even(generator: nn.Module, pictures: Iterable[Tensor]) -> OneStepLatent
     return with_gain(neutral, even.gain).eval()
 
 
+def with_gain(generator: nn.Module, gain: Tensor | None = None) -> OneStepLatentGenerator:
+    """A tiny generator like this one with the factors (4, 4) of even contrast; by default of one, which change nothing.
+
+    Raises UserError for a generator of another kind.
+    """
+    if not _is_tiny(generator):
+        raise UserError("even contrast is for models on the tiny backbone")
+    architecture, config = describe(generator)
+    result = ARCHITECTURES[architecture](config | {"model": config["model"] | {"even_contrast": True}})
+    result.load_state_dict(generator.state_dict() | {GAIN: torch.ones(FACTOR, FACTOR) if gain is None else gain})
+    return cast(OneStepLatentGenerator, result.train(generator.training))
+
+
+def alike(first: nn.Module, second: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Both generators, with factors of one where only the other has some: their weights can be set side by side."""
+    if not (_is_tiny(first) and _is_tiny(second)) or _is_even(first) == _is_even(second):
+        return first, second
+    return (first, with_gain(second)) if _is_even(first) else (with_gain(first), second)
+
+
+def _is_tiny(generator: nn.Module) -> bool:
+    return isinstance(generator, OneStepLatentGenerator) and isinstance(generator.unet, TinyUNet)
+
+
+def _is_even(generator: nn.Module) -> bool:
+    return cast(TinyUNet, generator.unet).config.even_contrast
+
+
 def lr_pictures(folder: Path, *, count: int = 80, side: int = 192) -> Iterator[Tensor]:
     """LR pictures (1, 3, h, w) in [0, 1]: the middle, at most ``side`` pixels wide and high, of the first ``count``
-    readable files of ``folder`` by name. Raises UserError where there is no folder or no picture."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of LR pictures")
-    found = 0
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES):
+    pictures of ``folder`` by name. Raises UserError where there is no folder or no picture."""
+    for path in find_images(folder, recursive=False)[:count]:
         pixels = read_picture(path).pixels
         top, left = (max(0, (length - side) // 2) for length in pixels.shape[:2])
         yield samples_to_tensor(pixels[top : top + side, left : left + side]).expand(1, 3, -1, -1)
-        found += 1
-        if found == count:
-            return
-    if not found:
-        raise UserError(f"{folder}: holds no pictures to measure contrast on, accepted: {', '.join(PICTURES)}")
 
 
 def _profile(image: Tensor) -> Tensor:

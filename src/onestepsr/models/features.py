@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestepsr.errors import UserError
-from onestepsr.models.tensors import read_tensors
+from onestepsr.models.tensors import read_wanted
 
 MAX_BYTES = 2**30
 """Limit on VGG weight files; the published one has 528 MiB."""
@@ -74,12 +73,8 @@ class VGG16Features(nn.Module):
     def from_file(cls, path: Path, *, pooling: Literal["hann", "max"] = "hann") -> VGG16Features:
         """Load published weights (torchvision's keys, as ``.pth`` or safetensors; a classifier is ignored)."""
         network = cls(pooling=pooling)
-        tensors = read_tensors(path, limit=MAX_BYTES)
-        wanted = network.state_dict().keys()
-        missing = sorted(wanted - tensors.keys())
-        if missing:
-            raise UserError(f"{path}: not VGG-16 weights with torchvision's keys (missing {missing[0]})")
-        network.load_state_dict({key: tensors[key] for key in wanted})
+        kind = "VGG-16 weights with torchvision's keys"
+        network.load_state_dict(read_wanted(path, network.state_dict(), limit=MAX_BYTES, kind=kind))
         return network
 
     def forward(self, x: Tensor) -> list[Tensor]:

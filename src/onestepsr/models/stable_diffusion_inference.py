@@ -70,8 +70,12 @@ class BlockwiseAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
     ) -> Tensor:
-        """The layer's output for (N, L, C) or, of an autoencoder, (N, C, H, W), whose order in memory is kept."""
+        """The layer's output for (N, L, C) or, of an autoencoder, (N, C, H, W), whose order in memory is kept.
+
+        ``temb``, which an autoencoder hands to all its layers, matters to norms that :func:`_is_plain` leaves out.
+        """
         if attention_mask is not None:
             raise ValueError("attention here takes no mask")
         if hidden_states.ndim == 3:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from onestepsr.errors import UserError
+from onestepsr.errors import UserError, first_line
 
 MAX_BYTES = 20 * 2**30
+SMALL_WEIGHTS = 2**24
+"""Limit in bytes on files of channel weights of a distance; the published ones have a few kB."""
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that data-parallel training and ``torch.compile`` put before the keys of the network itself."""
 LazyTensors = Mapping[str, Callable[[], Tensor]]
@@ -47,7 +49,7 @@ def why_unread(error: Exception) -> str:
         return f"it would call '{called[1]}'"
     if "Weights only load failed" in text:
         return "it is no pickle of weights alone"
-    return next(iter(text.splitlines()), type(error).__name__)
+    return first_line(error)
 
 
 def _open_safetensors(path: Path) -> LazyTensors:
@@ -82,6 +84,17 @@ def read_tensors(path: Path, *, limit: int = MAX_BYTES) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
     return tensors
+
+
+def read_wanted(path: Path, wanted: Iterable[str], *, limit: int, kind: str) -> dict[str, Tensor]:
+    """The tensors called ``wanted`` of a file that may hold more, such as a classifier; UserError if one is missing, in
+    words of which ``kind`` says what was expected."""
+    names = list(wanted)
+    tensors = read_tensors(path, limit=limit)
+    missing = sorted(set(names) - tensors.keys())
+    if missing:
+        raise UserError(f"{path}: not {kind} (missing {missing[0]})")
+    return {name: tensors[name] for name in names}
 
 
 def canonical_keys(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestepsr.models.tiny_decoder import FACTOR, GRAIN_SIDE, ResidualBlock, TinyDecoder
+from onestepsr.machine import is_one_of_several
+from onestepsr.models.tiny_decoder import FACTOR, ResidualBlock, TinyDecoder
 
 LORA_TARGETS = r".*(conv\w*|to_q|to_k|to_v|to_out|time|skip_gain)"
 """Layers of the UNet that get adapters: every convolution, every projection of the attention and of the time."""
@@ -42,8 +43,6 @@ class TinyConfig:
     refine_width: int = 0
     """Channels of the decoder's last convolutions, at the resolution of the picture, which see across the borders of
     latent cells; 0 leaves them out."""
-    grain: bool = False
-    """Show those last convolutions a plane of noise, from which they may make grain."""
     even_contrast: bool = False
     """Scale fine contrast by factors per position in a latent cell, measured after training."""
     widths: tuple[int, ...] = (48, 64, 128)
@@ -64,8 +63,6 @@ class TinyConfig:
             raise ValueError(f"luma_channels must be 1..{FACTOR**2} and chroma_channels 0..{FACTOR**2}")
         if not len(self.widths) == len(self.down_blocks) == len(self.up_blocks) >= 1:
             raise ValueError("widths, down_blocks and up_blocks must have one entry per level")
-        if self.grain and not self.refine_width:
-            raise ValueError("grain is made by the decoder's last convolutions: expected a refine_width above 0")
 
     @property
     def latent_channels(self) -> int:
@@ -124,7 +121,6 @@ class TinyAutoencoder(nn.Module):
             latent,
             self.config.decoder_width,
             self.config.refine_width,
-            grain=self.config.grain,
             even=self.config.even_contrast,
         )
         self.register_buffer("latent_mean", torch.zeros(latent))
@@ -198,7 +194,7 @@ class TinyAutoencoder(nn.Module):
 
 def over_processes(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of all processes' values together, from those of ``count`` values in each process."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_one_of_several():
         return mean, variance
     sums = torch.stack([mean, mean.square(), variance]).double()
     dist.all_reduce(sums)
@@ -314,8 +310,8 @@ class TinyUNet(nn.Module):
 
     @property
     def size_multiple(self) -> int:
-        """Latent height and width must be multiples of this; with grain, so that its noise is in step on every tile."""
-        return max(int(2 ** (len(self.config.widths) - 1)), GRAIN_SIDE // FACTOR if self.config.grain else 1)
+        """Latent height and width must be multiples of this."""
+        return int(2 ** (len(self.config.widths) - 1))
 
     def memory_per_cell(self, dtype: torch.dtype) -> float:
         """Peak bytes per latent position; what the autoencoder says was measured over both, so this adds nothing."""

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 FACTOR = 4
 """Pixels per latent cell along each axis."""
-GRAIN_SIDE = 64
-"""Side in pixels of the square of noise that grain is made from; it repeats, in step with the latent cells."""
 
 
 class ResidualBlock(nn.Module):
@@ -42,7 +40,7 @@ class TinyDecoder(nn.Module):
     of the network together.
     """
 
-    def __init__(self, latent: int, width: int, refine: int = 0, *, grain: bool = False, even: bool = False) -> None:
+    def __init__(self, latent: int, width: int, refine: int = 0, *, even: bool = False) -> None:
         super().__init__()
         half = width // 2
         self.conv_in = nn.Conv2d(latent, width, 3, padding=1)
@@ -51,7 +49,7 @@ class TinyDecoder(nn.Module):
         self.conv_half = nn.Conv2d(half, half, 3, padding=1)
         self.conv_out = nn.Conv2d(half, 3 * 4, 3, padding=1, bias=False)
         nn.init.zeros_(self.conv_out.weight)
-        self.refine = Refinement(half, refine, grain=grain) if refine else None
+        self.refine = Refinement(half, refine) if refine else None
         self.even = EvenContrast() if even else None
 
     def forward(self, z: Tensor, linear: Tensor) -> Tensor:
@@ -65,37 +63,19 @@ class TinyDecoder(nn.Module):
 
 
 class Refinement(nn.Module):
-    """Two convolutions at the picture's resolution over the picture and features of half that resolution.
+    """Two convolutions at the picture's resolution over the picture and features of half that resolution."""
 
-    With ``grain`` they see a plane of noise too, always the same one. Where its input is flat, a network without noise
-    can only repeat one pattern in every latent cell: asked for texture there, it draws a mesh.
-    """
-
-    noise: Tensor
-
-    def __init__(self, channels: int, width: int, *, grain: bool = False) -> None:
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.grain = grain
         self.up = nn.Conv2d(channels, 4 * width, 1, bias=False)
-        self.conv1 = nn.Conv2d(width + 3 + grain, width, 3, padding=1)
-        if grain:
-            self.register_buffer("noise", grain_noise().to(self.conv1.weight.device))
+        self.conv1 = nn.Conv2d(width + 3, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, 3, 3, padding=1, bias=False)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, image: Tensor, half: Tensor) -> Tensor:
         """Image (N, 3, H, W), corrected; ``half`` is (N, C, H/2, W/2)."""
-        seen = [image, F.pixel_shuffle(self.up(half), 2)]
-        if self.grain:
-            rows, columns = (-(-side // GRAIN_SIDE) for side in image.shape[-2:])
-            noise = self.noise.repeat(1, 1, rows, columns)[..., : image.shape[-2], : image.shape[-1]]
-            seen.append(noise.to(image.dtype).expand(len(image), -1, -1, -1))
-        return image + torch.as_tensor(self.conv2(F.silu(self.conv1(torch.cat(seen, dim=1)))))
-
-
-def grain_noise() -> Tensor:
-    """The square of noise (1, 1, 64, 64), standard normal, the same at every call."""
-    return torch.randn((1, 1, GRAIN_SIDE, GRAIN_SIDE), generator=torch.Generator().manual_seed(0), device="cpu")
+        features = F.pixel_shuffle(self.up(half), 2)
+        return image + torch.as_tensor(self.conv2(F.silu(self.conv1(torch.cat([image, features], dim=1)))))
 
 
 class EvenContrast(nn.Module):

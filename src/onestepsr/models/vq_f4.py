@@ -24,7 +24,8 @@ area, and at 256 costs as much as everything else together."""
 
 @dataclass(frozen=True, kw_only=True)
 class VQConfig:
-    """Sizes of the autoencoder; the defaults are those of the published x4 models (f4, 8192 codes of 3 numbers)."""
+    """Sizes of the autoencoder; the defaults are those of the published x4 models (f4, 8192 codes of 3 numbers;
+    55,322,782 parameters)."""
 
     width: int = 128
     """Channels at the resolution of the image, a multiple of ``norm_groups``."""
@@ -56,8 +57,6 @@ class VQConfig:
         return tuple(self.width * multiplier for multiplier in self.multipliers)
 
 
-VQ_F4 = VQConfig()
-"""ResShift and SinSR for photographs: 55,322,782 parameters."""
 VQ_F8_FACE = VQConfig(width=64, multipliers=(1, 2, 4, 8), blocks=(1, 2, 3, 4), latent_channels=8, codes=4096)
 """ResShift for faces at 512 x 512."""
 
