@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from onestepsr.errors import MissingExtra, OneStepSRError, UnknownModel, UserError
 
 if TYPE_CHECKING:
-    from onestepsr.models.registry import list_models
+    from onestepsr.models.catalog import list_models
     from onestepsr.upscaler import Upscaler
 
 __version__ = "0.1.0"
 __all__ = ["MissingExtra", "OneStepSRError", "UnknownModel", "Upscaler", "UserError", "__version__", "list_models"]
 
-_LAZY = {"Upscaler": "onestepsr.upscaler", "list_models": "onestepsr.models.registry"}
+_LAZY = {"Upscaler": "onestepsr.upscaler", "list_models": "onestepsr.models.catalog"}
 
 
 def __getattr__(name: str) -> Any:

@@ -103,12 +103,5 @@ def luma(rgb: Tensor) -> Tensor:
     return (_weighted(rgb, _LUMA_STUDIO) + 16.0) / 255.0
 
 
-def rgb_to_ycbcr(rgb: Tensor) -> Tensor:
-    """Studio-swing BT.601: (N, 3, H, W) in [0, 1] -> Y, Cb, Cr, each times 1/255, Cb and Cr about 128/255."""
-    rows = torch.tensor([_LUMA_STUDIO, (-37.797, -74.203, 112.0), (112.0, -93.786, -18.214)])
-    offset = torch.tensor([16.0, 128.0, 128.0]).reshape(1, 3, 1, 1)
-    return (torch.einsum("oc,nchw->nohw", rows.to(rgb), rgb) + offset.to(rgb)) / 255.0
-
-
 def _weighted(rgb: Tensor, weights: tuple[float, float, float]) -> Tensor:
     return (rgb * rgb.new_tensor(weights).reshape(1, 3, 1, 1)).sum(dim=1, keepdim=True)

@@ -6,7 +6,8 @@ exit code 2. Anything else that escapes is a defect of the package.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -34,3 +35,23 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     choices = sorted(known)
     near = get_close_matches(name, choices, n=1)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(choices)}"
+
+
+def shortened(names: Sequence[str], limit: int) -> str:
+    """The first ``limit`` names with commas between them, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{more}"
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """What an error of another library says in at most ``limit`` characters of its first line, else its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
+
+
+@contextmanager
+def concerning(what: str) -> Iterator[None]:
+    """Inside, the line of a :class:`UserError` begins with ``what``: the setting, file or variant that it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error

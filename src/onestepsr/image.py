@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from onestepsr.errors import UserError
+from onestepsr.errors import UserError, first_line
 from onestepsr.image_deep import read_deep
 from onestepsr.image_metadata import exif_block, resolution, upright, xmp_packet
 from onestepsr.image_profile import to_rgb
@@ -217,7 +217,7 @@ def _opened(data: bytes, label: str, max_pixels: int) -> Iterator[Image.Image]:
         yield image
     except DECODE_ERRORS as error:
         raise UserError(
-            f"{label}: truncated or damaged {image.format} file ({_first_line(error)}); {ACCEPTED}"
+            f"{label}: truncated or damaged {image.format} file ({first_line(error, 120)}); {ACCEPTED}"
         ) from error
     finally:
         image.close()
@@ -297,7 +297,3 @@ def _split_alpha(samples: NDArray[Any], transparent: Any = None) -> Picture:
         return Picture(pixels=samples)
     visible = (samples != np.asarray(transparent, samples.dtype)).any(axis=2)
     return Picture(pixels=samples, alpha=(visible * np.iinfo(samples.dtype).max).astype(samples.dtype))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:120]

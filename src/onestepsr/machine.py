@@ -62,6 +62,13 @@ def accelerators() -> list[dict[str, Any]]:
     return found
 
 
+def is_one_of_several() -> bool:
+    """Whether this process belongs to a group that trains together."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
 def describe_machine(packages: Sequence[str] = ()) -> str:
     """Processor, cores and accelerators; with ``packages``, the versions of Python and of these too. One phrase."""
     parts = [f"{processor_name()} ({cores()} cores)", *(device["model"] for device in accelerators())]

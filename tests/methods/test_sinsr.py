@@ -11,11 +11,11 @@ from onestepsr.config import from_mapping
 from onestepsr.errors import UserError
 from onestepsr.methods import resshift, sinsr
 from onestepsr.methods.base import SampleRandom
-from onestepsr.methods.residual_shift import conditioned
 from onestepsr.methods.sinsr import SinSRConfig, build
 from onestepsr.models.generators import pad_to
 from onestepsr.models.registry import load_generator
 from onestepsr.models.residual_backbones import load_residual_generator
+from onestepsr.models.residual_generator import conditioned
 from onestepsr.models.swin_unet import SwinUNet
 from onestepsr.residual_schedule import ResidualShiftSchedule
 from weights_by_name import fill_by_name

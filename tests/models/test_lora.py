@@ -6,7 +6,7 @@ from small_diffusion import UNET, XL
 
 from onestepsr.errors import UserError
 from onestepsr.models.backbones import load_backbone
-from onestepsr.models.lora import LoraConfig, add_lora, lora_layers, merge_lora
+from onestepsr.models.lora import LoraConfig, add_lora, lora_layers, merged_state_dict
 from onestepsr.models.stable_diffusion import StableDiffusionUNet, StableDiffusionUNetEncoder
 from onestepsr.models.tiny import TinyConfig, TinyUNet
 
@@ -57,8 +57,12 @@ def test_merging_keeps_output_and_keys(unet):
                 parameter.normal_(std=0.02)
     adapted = run(unet)
     assert not torch.allclose(adapted, before, atol=1e-3)
-    assert torch.allclose(run(merge_lora(unet)), adapted, rtol=1e-4, atol=1e-4)
-    assert list(unet.state_dict()) == keys
+    merged = merged_state_dict(unet)
+    assert list(merged) == keys
+    plain = type(unet)(unet.config).eval()
+    plain.load_state_dict(merged)
+    assert torch.allclose(run(plain), adapted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(run(unet), adapted)
 
 
 def test_each_network_has_its_own_layers():

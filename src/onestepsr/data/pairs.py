@@ -15,7 +15,7 @@ from onestepsr.data.hr_folder import MAX_REPLACEMENTS, Sample, augment, photo_ma
 from onestepsr.data.order import epoch_position
 from onestepsr.data.photos import Photo, PhotoCache, PhotoFiles, PhotoSource, Pixels, scan
 from onestepsr.data.sampling import generator, integer
-from onestepsr.errors import UserError
+from onestepsr.errors import UserError, shortened
 
 SHOWN_NAMES = 5
 
@@ -162,6 +162,4 @@ def _by_stem(photos: list[Photo]) -> dict[str, Photo]:
 def _missing(stems: set[str] | Mapping[str, Any], folder: Path) -> str:
     if not stems:
         return ""
-    names = sorted(stems)
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return f"{folder}: no partner for {', '.join(names[:SHOWN_NAMES])}{more}"
+    return f"{folder}: no partner for {shortened(sorted(stems), SHOWN_NAMES)}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from onestepsr.errors import UserError
+from onestepsr.errors import UserError, shortened
 from onestepsr.evaluate.result import UNKNOWN_PROTOCOL, EvaluationResult, MetricRecord
 from onestepsr.evaluate.statistics import PairedComparison, Summary, compare_paired, holm, summarize
 
@@ -216,8 +216,7 @@ def _picture_mismatches(first: EvaluationResult, second: EvaluationResult) -> li
     for own, other, label in ((first, second, first.label), (second, first, second.label)):
         missing = [name for name in own.images if name not in other.images]
         if missing:
-            more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
-            lines.append(f"only {label} has the pictures {', '.join(missing[:LISTED])}{more}; they are left out")
+            lines.append(f"only {label} has the pictures {shortened(missing, LISTED)}; they are left out")
     for metric in [name for name in first.whole if name in second.whole]:
         counts = first.whole[metric].count, second.whole[metric].count
         if counts[0] != counts[1] or first.images.keys() != second.images.keys():

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onestepsr.errors import MissingExtra, UserError
+from onestepsr.errors import MissingExtra, UserError, first_line
 from onestepsr.evaluate.metrics import check_image
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def load_iqa(name: str) -> Callable[[Tensor], Tensor]:
     try:
         on(torch.device("cpu"))
     except Exception as error:  # whatever stops one metric of another package must not stop the others
-        raise UserError(f"pyiqa {_version(package)} cannot create '{name}': {_first_line(error)}") from error
+        raise UserError(f"pyiqa {_version(package)} cannot create '{name}': {first_line(error)}") from error
 
     def measure(image: Tensor) -> Tensor:
         check_image(image)
@@ -85,7 +85,7 @@ def load_iqa(name: str) -> Callable[[Tensor], Tensor]:
             with _lock, torch.no_grad():
                 values = [_one(metric, picture[None].float()) for picture in image]
         except Exception as error:
-            raise UserError(f"pyiqa's {name}: {_first_line(error)}") from error
+            raise UserError(f"pyiqa's {name}: {first_line(error)}") from error
         return torch.tensor(values, dtype=torch.float64)
 
     return measure
@@ -104,19 +104,15 @@ def _package() -> Any:
     except ModuleNotFoundError as error:
         if error.name == "pyiqa":
             raise MissingExtra("this metric of pyiqa", "iqa") from error
-        raise UserError(f"pyiqa is installed but cannot be imported: {_first_line(error)}") from error
+        raise UserError(f"pyiqa is installed but cannot be imported: {first_line(error)}") from error
     except Exception as error:  # torchvision beside another build of PyTorch raises RuntimeError
-        raise UserError(f"pyiqa is installed but cannot be imported: {_first_line(error)}") from error
+        raise UserError(f"pyiqa is installed but cannot be imported: {first_line(error)}") from error
     logger.warning("%s", NOTICE)
     return package
 
 
 def _version(package: Any) -> str:
     return str(getattr(package, "__version__", "of unknown version"))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 @contextmanager

@@ -19,10 +19,8 @@ from onestepsr.models.alexnet import AlexNetFeatures
 from onestepsr.models.catalog import get_model, resolve
 from onestepsr.models.features import VGG16Features
 from onestepsr.models.sources import without_downloads
-from onestepsr.models.tensors import read_tensors
+from onestepsr.models.tensors import SMALL_WEIGHTS, read_tensors
 
-SMALL_WEIGHTS = 2**24
-"""Limit in bytes on files of channel weights; the published ones have a few kB."""
 SMALLEST_SIDE = 32
 """Smaller pictures leave nothing, or nothing but border, of the deepest maps."""
 

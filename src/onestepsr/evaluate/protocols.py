@@ -101,7 +101,6 @@ PROTOCOLS = {
         ),
     )
 }
-DEFAULT_PROTOCOL = "basic"
 
 
 def get_protocol(name: str) -> Protocol:

@@ -74,11 +74,6 @@ def published_tables() -> dict[str, PublishedTable]:
     return {path.stem: from_mapping(PublishedTable, read_mapping(path), path.name) for path in paths}
 
 
-def data_sets() -> list[str]:
-    """Data sets of which there is a table."""
-    return sorted({name for table in published_tables().values() for name in table.sets})
-
-
 def find_published(name: str) -> list[tuple[PublishedTable, PublishedSet]]:
     """Tables of the data set ``name``, or of one table and data set as ``osediff/realsr``; UserError if unknown."""
     chosen, _, data = name.rpartition("/")

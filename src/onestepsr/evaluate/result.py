@@ -18,7 +18,7 @@ from typing import Any
 
 from onestepsr import __version__
 from onestepsr.config import from_mapping, to_mapping
-from onestepsr.errors import UserError
+from onestepsr.errors import UserError, concerning
 from onestepsr.evaluate.statistics import Summary, summarize
 from onestepsr.files import read_limited, write_text
 from onestepsr.machine import processor_name
@@ -214,10 +214,8 @@ def read_result(path: Path) -> EvaluationResult:
         raise UserError(f"{path}: expected a JSON object as written by 'onestepsr evaluate --json'")
     if content.get("schema") == 1:
         content.setdefault("label", path.stem)
-    try:
+    with concerning(str(path)):
         return EvaluationResult.from_mapping(content)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def now() -> str:

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from onestepsr.prompts.cache import EmbeddingCache
     from onestepsr.prompts.embedder import PromptEmbedder
 
-TEXT_TOKENS = 77
-"""Length of a text's embedding."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionConfig:
@@ -76,7 +73,9 @@ class ConditionConfig:
 
     def _embedded(self, texts: list[str], width: int) -> Tensor:
         if torch.empty(0).device.type == "meta":  # a dry run has no use for values
-            return torch.empty(len(texts), TEXT_TOKENS, width)
+            from onestepsr.prompts.base import TOKENS
+
+            return torch.empty(len(texts), TOKENS, width)
         return self.embedder(width).embed(texts)
 
     def embedder(self, width: int, cache: EmbeddingCache | None = None) -> PromptEmbedder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,8 @@ from onestepsr.config import to_mapping
 from onestepsr.errors import UserError
 from onestepsr.methods.base import Batch, Exported, Method, MethodEntry, Networks, Phase, SampleRandom, register
 from onestepsr.models.architectures import TinyGeneratorConfig, tiny_generator
-from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.registry import load_network
+from onestepsr.models.teacher_parts import PromptedUNet
 from onestepsr.models.tiny import TinyAutoencoder
 
 
@@ -27,19 +26,6 @@ class DiffusionConfig:
     """Weights from the ``autoencoder`` method; they stay frozen and set the sizes of the latent."""
     backbone: TinyGeneratorConfig = field(default_factory=TinyGeneratorConfig)
     """UNet sizes and schedule (autoencoder sizes are taken from the weights)."""
-
-
-class PromptedUNet(nn.Module):
-    """UNet and learnable prompt as one trainable network; the autoencoder beside them is not part of it."""
-
-    def __init__(self, generator: OneStepLatentGenerator) -> None:
-        super().__init__()
-        self.unet = generator.unet
-        self.prompt = generator.prompt
-
-    def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
-        """Predicted noise for latents (N, C, h, w) at steps (N,)."""
-        return cast(Tensor, self.unet(z_t, t, self.prompt))
 
 
 def build(config: DiffusionConfig) -> Method:
@@ -77,7 +63,7 @@ def build(config: DiffusionConfig) -> Method:
         return Exported(state_dict=state, architecture="tiny-latent-diffusion", config=to_mapping(backbone))
 
     return Method(
-        networks={"unet": PromptedUNet(generator)},
+        networks={"unet": PromptedUNet(generator.unet, generator.prompt)},
         frozen={"autoencoder": generator.autoencoder},
         phases=(Phase(network="unet", loss=loss),),
         ema=("unet",),

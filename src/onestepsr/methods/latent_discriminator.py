@@ -8,6 +8,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from onestepsr.errors import UserError
+from onestepsr.methods.networks import checkpoint_gradients
 from onestepsr.methods.noising import LatentNoise, NoiseConfig, latent_noise
 from onestepsr.models.backbones import half_of, load_discriminator_backbone
 from onestepsr.models.discriminators import DiffusionEncoder, NoiseAwareDiscriminator
@@ -59,15 +60,6 @@ def build_discriminator(
     if settings.tuning == "lora":
         add_lora(encoder, settings.lora)
     return discriminator, noise
-
-
-def checkpoint_gradients(*networks: nn.Module) -> None:
-    """Let networks compute activations again in the backward pass; :class:`UserError` for one that cannot."""
-    for network in networks:
-        enable = getattr(network, "enable_gradient_checkpointing", None)
-        if enable is None:
-            raise UserError(f"gradient_checkpointing: a {type(network).__name__} is too small to offer it")
-        enable()
 
 
 def _backbone(generator: OneStepLatentGenerator, settings: DiscriminatorConfig) -> tuple[nn.Module, Tensor]:

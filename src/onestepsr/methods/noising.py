@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from onestepsr.machine import is_one_of_several
 from onestepsr.methods.base import SampleRandom
 from onestepsr.schedules import DiffusionSchedule
 
@@ -119,7 +120,7 @@ class AdaptiveNoise(LatentNoise):
         """
         signs = real_logits.detach().float().sign().mean(dim=(1, 2, 3))
         seen = torch.stack([signs.sum(), torch.full_like(signs[0], len(signs))])
-        if dist.is_available() and dist.is_initialized():
+        if is_one_of_several():
             dist.all_reduce(seen)
         self.observed += seen
 

@@ -17,7 +17,6 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from onestepsr.errors import UserError
 from onestepsr.methods.base import (
     Batch,
     Exported,
@@ -31,7 +30,8 @@ from onestepsr.methods.base import (
 )
 from onestepsr.methods.conditions import ConditionConfig
 from onestepsr.methods.judges import DISCRIMINATOR, Judge, Made, judged_phases, latent_judge
-from onestepsr.methods.latent_discriminator import DiscriminatorConfig, build_discriminator, checkpoint_gradients
+from onestepsr.methods.latent_discriminator import DiscriminatorConfig, build_discriminator
+from onestepsr.methods.networks import check_timestep, checkpoint_gradients, exported
 from onestepsr.methods.spatial import PerceptualConfig, SpatialLoss, SpatialWeights
 from onestepsr.methods.variational import (
     REGULARIZER,
@@ -42,9 +42,8 @@ from onestepsr.methods.variational import (
     unet_adapters,
     variational_judge,
 )
-from onestepsr.models.architectures import describe
 from onestepsr.models.backbones import load_backbone
-from onestepsr.models.lora import LoraConfig, add_lora, merged_state_dict
+from onestepsr.models.lora import LoraConfig, add_lora
 from onestepsr.models.osediff import (
     DECODER_LAYERS,
     ENCODER_LAYERS,
@@ -184,9 +183,7 @@ def build(config: OSEDiffConfig) -> Method:
 
 def _prepare_generator(config: OSEDiffConfig) -> OSEDiffGenerator:
     backbone = load_backbone(config.backbone, prompt=config.prompt.initial)
-    last = backbone.schedule.steps - 1
-    if not 0 <= config.timestep <= last:
-        raise UserError(f"config.timestep: {config.timestep}, but {config.backbone} knows steps from 0 to {last}")
+    check_timestep(config.timestep, backbone, config.backbone)
     generator = OSEDiffGenerator.of(backbone, timestep=config.timestep, scale=config.scale, posterior=config.posterior)
     generator.requires_grad_(False)
     if config.gradient_checkpointing:
@@ -271,13 +268,7 @@ def _preview(scale: int, networks: Networks, batch: Batch) -> dict[str, Tensor]:
 
 def _export(networks: Mapping[str, nn.Module]) -> Exported:
     generator = cast(TrainableOSEDiff, networks["generator"]).generator
-    architecture, described = describe(generator)
-    return Exported(
-        state_dict=merged_state_dict(generator),
-        architecture=architecture,
-        config=described,
-        beside=_unmerged(generator),
-    )
+    return exported(generator, _unmerged(generator))
 
 
 def _unmerged(generator: OSEDiffGenerator) -> dict[str, Exported]:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from onestepsr.errors import UserError
 from onestepsr.methods.base import Batch, Exported, Networks
-from onestepsr.models.architectures import describe
+from onestepsr.methods.networks import exported
 from onestepsr.models.generators import LatentAutoencoder, OneStepLatentGenerator
-from onestepsr.models.residual_generator import NoisePlane, ResidualShiftGenerator, Sampler
-from onestepsr.residual_schedule import Predict, ResidualShiftSchedule
+from onestepsr.models.residual_generator import NoisePlane, ResidualShiftGenerator, Sampler, conditioned
+from onestepsr.residual_schedule import ResidualShiftSchedule
 
 DENOISER, AUTOENCODER = "denoiser", "autoencoder"
 """Names of the trained network and of the frozen one in :class:`onestepsr.methods.base.Method`."""
@@ -45,12 +45,6 @@ def latents(
     pictures = torch.cat([batch["hr"], generator.enlarge(batch["lr"])])
     z_0, z_y = networks[AUTOENCODER](pictures).chunk(2)
     return z_0, z_y
-
-
-def conditioned(network: Callable[..., Tensor], lr: Tensor) -> Predict:
-    """A denoising network under the LR picture (N, 3, h, w) in [0, 1], as schedules call it."""
-    condition = lr * 2 - 1
-    return lambda z, timesteps: network(z, timesteps, condition)
 
 
 def whole_schedule(generator: ResidualShiftGenerator) -> ResidualShiftSchedule:
@@ -85,14 +79,6 @@ def check_same_latents(
         raise UserError(f"teacher and student need latents of one shape, but {said[0]}; {said[1]}")
 
 
-def checkpoint_gradients(network: nn.Module) -> None:
-    """Have ``network`` compute activations again in the backward pass; raises UserError where it does not offer it."""
-    enable = getattr(network, "enable_gradient_checkpointing", None)
-    if enable is None:
-        raise UserError(f"gradient_checkpointing: a {type(network).__name__} is too small to offer it")
-    enable()
-
-
 def preview_of(generator: ResidualShiftGenerator) -> Callable[[Networks, Batch], dict[str, Tensor]]:
     """LR | SR | HR, by the generator's own steps and always the same noise."""
 
@@ -110,14 +96,8 @@ def export_of(generator: ResidualShiftGenerator) -> Callable[[Mapping[str, nn.Mo
     """The whole generator, with the trained network in it and its own steps."""
 
     def export(networks: Mapping[str, nn.Module]) -> Exported:
-        trained = ResidualShiftGenerator(
-            generator.autoencoder,
-            networks[DENOISER],
-            generator.schedule,
-            sampler=generator.sampler,
-            scale=generator.scale,
-        )
-        architecture, config = describe(trained)
-        return Exported(state_dict=trained.state_dict(), architecture=architecture, config=config)
+        autoencoder, schedule, scale = generator.autoencoder, generator.schedule, generator.scale
+        trained = networks[DENOISER]
+        return exported(ResidualShiftGenerator(autoencoder, trained, schedule, sampler=generator.sampler, scale=scale))
 
     return export

@@ -12,14 +12,13 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor
 
-from onestepsr.errors import UserError
+from onestepsr.errors import concerning
 from onestepsr.methods.base import Batch, LossFn, Method, MethodEntry, Networks, Phase, SampleRandom, register
+from onestepsr.methods.networks import checkpoint_gradients
 from onestepsr.methods.residual_shift import (
     AUTOENCODER,
     DENOISER,
     FrozenAutoencoder,
-    checkpoint_gradients,
-    conditioned,
     export_of,
     latents,
     preview_of,
@@ -28,7 +27,7 @@ from onestepsr.methods.residual_shift import (
 )
 from onestepsr.methods.spatial import PerceptualConfig, SpatialLoss, SpatialWeights
 from onestepsr.models.residual_backbones import load_residual_generator, residual_generator_on
-from onestepsr.models.residual_generator import ResidualShiftGenerator, Sampler
+from onestepsr.models.residual_generator import ResidualShiftGenerator, Sampler, conditioned
 from onestepsr.models.swin_unet import SwinUNet, SwinUNetConfig
 from onestepsr.models.tiny_denoiser import TinyDenoiser, TinyDenoiserConfig
 from onestepsr.residual_schedule import ResidualShiftConfig, ResidualShiftSchedule, Respacing
@@ -114,10 +113,8 @@ def _prepare_generator(config: ResShiftConfig) -> ResidualShiftGenerator:
 def _shown_schedule(schedule: ResidualShiftSchedule, config: ResShiftConfig) -> ResidualShiftSchedule:
     if config.steps is None:
         return schedule
-    try:
+    with concerning("config.steps"):
         return schedule.respaced(config.steps, config.respacing)
-    except UserError as error:
-        raise UserError(f"config.steps: {error}") from error
 
 
 def _loss(

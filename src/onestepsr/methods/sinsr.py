@@ -12,16 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onestepsr.errors import UserError
+from onestepsr.errors import concerning
 from onestepsr.losses.consistency import Student, distillation_loss, ground_truth_loss, inverse_loss
 from onestepsr.methods.base import Batch, LossFn, Method, MethodEntry, Networks, Phase, SampleRandom, register
+from onestepsr.methods.networks import checkpoint_gradients
 from onestepsr.methods.residual_shift import (
     AUTOENCODER,
     DENOISER,
     FrozenAutoencoder,
     check_same_latents,
-    checkpoint_gradients,
-    conditioned,
     export_of,
     latents,
     preview_of,
@@ -29,7 +28,7 @@ from onestepsr.methods.residual_shift import (
     with_sampling,
 )
 from onestepsr.models.residual_backbones import load_residual_generator
-from onestepsr.models.residual_generator import ResidualShiftGenerator
+from onestepsr.models.residual_generator import ResidualShiftGenerator, conditioned
 from onestepsr.residual_schedule import ResidualShiftSchedule
 
 TEACHER = "teacher"
@@ -95,7 +94,8 @@ def _student_of(teacher: ResidualShiftGenerator, config: SinSRConfig) -> Residua
 
 def _loss(generator: ResidualShiftGenerator, config: SinSRConfig) -> LossFn:
     schedule = whole_schedule(generator)
-    teaching = schedule if config.teacher_steps is None else _fewer(schedule, config.teacher_steps)
+    with concerning("config.teacher_steps"):
+        teaching = schedule if config.teacher_steps is None else schedule.respaced(config.teacher_steps)
 
     def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         z_0, z_y = latents(networks, generator, batch)
@@ -137,13 +137,6 @@ def student_at_last_scale(networks: Networks, lr: Tensor, schedule: ResidualShif
         return predict(schedule.scale_input(z, last_step), steps)
 
     return student
-
-
-def _fewer(schedule: ResidualShiftSchedule, steps: int) -> ResidualShiftSchedule:
-    try:
-        return schedule.respaced(steps)
-    except UserError as error:
-        raise UserError(f"config.teacher_steps: {error}") from error
 
 
 register(

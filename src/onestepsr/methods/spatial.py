@@ -17,12 +17,10 @@ from onestepsr.losses.lattice import lattice_loss
 from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists, read_dists_weights, read_lpips_weights
 from onestepsr.models.features import OrientedFeatures, VGG16Features
 from onestepsr.models.registry import resolve
-from onestepsr.models.tensors import read_tensors
+from onestepsr.models.tensors import SMALL_WEIGHTS, read_tensors
 
 ORIENTED_LPIPS_EPSILON = 0.02
 """Responses of the oriented filters lie in [-1, 1] and vanish where nothing is; weaker ones than this are noise."""
-SMALL_WEIGHTS = 2**24
-"""Limit in bytes on files of channel weights; the published ones have a few kB."""
 
 
 @dataclass(frozen=True, kw_only=True)

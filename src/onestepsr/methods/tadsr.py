@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from onestepsr.losses.adversarial import hinge_discriminator_loss, hinge_generat
 from onestepsr.losses.consistency import distillation_loss
 from onestepsr.losses.score_distillation import gradient_loss, hsd_gradient, sds_gradient
 from onestepsr.methods.base import Batch, Exported, LossFn, Method, MethodEntry, Networks, Phase, SampleRandom, register
-from onestepsr.methods.residual_shift import AUTOENCODER, FrozenAutoencoder, checkpoint_gradients, latents
+from onestepsr.methods.networks import checkpoint_gradients, exported
+from onestepsr.methods.residual_shift import AUTOENCODER, FrozenAutoencoder, latents
 from onestepsr.methods.teachers import (
     LatentDiffusionConfig,
     LatentDiffusionTeacher,
@@ -28,8 +29,7 @@ from onestepsr.methods.teachers import (
     Teacher,
     student_of,
 )
-from onestepsr.models.architectures import describe
-from onestepsr.models.lora import LoraConfig, add_lora, merged_state_dict
+from onestepsr.models.lora import LoraConfig, add_lora
 from onestepsr.models.residual_generator import NoisePlane
 from onestepsr.models.time_aware import HeadConfig, TimeAwareDiscriminator
 
@@ -128,7 +128,7 @@ def build(config: TADSRConfig) -> Method:
         phases=phases,
         ema=(STUDENT,),
         preview=_preview_of(teacher),
-        export=_export_of(teacher, config),
+        export=_export_of(teacher),
         scale=generator.scale,
         hr_multiple=generator.scale * generator.lr_multiple,
     )
@@ -283,14 +283,11 @@ def _preview_of(teacher: Teacher) -> Callable[[Networks, Batch], dict[str, Tenso
     return preview
 
 
-def _export_of(teacher: Teacher, config: TADSRConfig) -> Callable[[Mapping[str, nn.Module]], Exported]:
+def _export_of(teacher: Teacher) -> Callable[[Mapping[str, nn.Module]], Exported]:
     """The one-step generator around the student, its adapters merged."""
 
     def export(networks: Mapping[str, nn.Module]) -> Exported:
-        generator = teacher.student_generator(networks[STUDENT])
-        architecture, described = describe(generator)
-        state: dict[str, Any] = merged_state_dict(generator) if config.tuning == "lora" else generator.state_dict()
-        return Exported(state_dict=state, architecture=architecture, config=described)
+        return exported(teacher.student_generator(networks[STUDENT]))
 
     return export
 

@@ -7,8 +7,7 @@ appendix carries it over. Networks reach every function as arguments, because th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -17,14 +16,14 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from onestepsr.errors import UserError
+from onestepsr.errors import UserError, concerning
 from onestepsr.losses.score_distillation import diffusion_weight, residual_shift_weight
-from onestepsr.methods.residual_shift import conditioned, whole_schedule
+from onestepsr.methods.residual_shift import whole_schedule
 from onestepsr.models.backbones import load_backbone
 from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.noised_generator import NoisedLatentGenerator
 from onestepsr.models.residual_backbones import load_residual_generator
-from onestepsr.models.residual_generator import ResidualShiftGenerator
+from onestepsr.models.residual_generator import ResidualShiftGenerator, conditioned
 from onestepsr.models.stable_diffusion_config import PromptConfig
 from onestepsr.models.teacher_parts import LatentDiffusionFeatures, PromptedUNet, ResidualShiftFeatures
 from onestepsr.residual_schedule import kept_steps
@@ -112,7 +111,7 @@ class ResidualShiftTeacher:
         self.feature_channels, self.time_channels = features.feature_channels, features.time_channels
         self.schedule = whole_schedule(generator)
         self.steps = self.schedule.steps
-        with _naming_steps():
+        with concerning("config.teacher_steps"):
             self._sampling = self.schedule if steps is None else self.schedule.respaced(steps)
 
     def start(self, z_y: Tensor, noise: Tensor) -> Tensor:
@@ -168,7 +167,7 @@ class LatentDiffusionTeacher:
         if not 0 < start <= last:
             raise UserError(f"config.latent_diffusion.start: {start}, but {name} knows steps from 1 to {last}")
         self.steps = start + 1
-        with _naming_steps():
+        with concerning("config.teacher_steps"):
             self._sampling: Sequence[int] = kept_steps(self.steps, DDIM_STEPS if steps is None else steps)
 
     def start(self, z_y: Tensor, noise: Tensor) -> Tensor:
@@ -212,14 +211,6 @@ class LatentDiffusionTeacher:
             scale=self.generator.scale,
             schedule=self.schedule,
         )
-
-
-@contextmanager
-def _naming_steps() -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"config.teacher_steps: {error}") from error
 
 
 def student_of(teacher: Teacher) -> nn.Module:

@@ -63,6 +63,12 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
     return x
 
 
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """:func:`pad_to` the next sides that are multiples of ``multiple``."""
+    height, width = (-(-side // multiple) * multiple for side in x.shape[-2:])
+    return pad_to(x, height, width)
+
+
 def _wide(x: Tensor) -> Tensor:
     """``x`` in float32 if it has 16 bits: between the networks no digit is lost."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -174,8 +180,8 @@ class OneStepLatentGenerator(nn.Module):
     def forward(self, lr: Tensor) -> Tensor:
         """SR image (N, 3, s h, s w) in about [0, 1], not clamped, of LR (N, 3, h, w) in [0, 1] of any size from 1x1
         on."""
-        height, width, multiple = lr.shape[-2], lr.shape[-1], self.lr_multiple
-        padded = pad_to(lr, -(-height // multiple) * multiple, -(-width // multiple) * multiple)
+        height, width = lr.shape[-2:]
+        padded = pad_to_multiple(lr, self.lr_multiple)
         return self.restore(padded)[0][..., : self.scale * height, : self.scale * width]
 
 

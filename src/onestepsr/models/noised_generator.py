@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from onestepsr.models.generators import OneStepLatentGenerator, pad_to
+from onestepsr.models.generators import OneStepLatentGenerator, pad_to_multiple
 from onestepsr.models.residual_generator import NoisePlane
 from onestepsr.residual_schedule import Noise
 
@@ -32,10 +32,8 @@ class NoisedLatentGenerator(OneStepLatentGenerator):
         ``rng`` decides the plane of noise (None: always the same one) and ``origin``, the row and column of ``lr`` in
         the whole picture, the place on it.
         """
-        height, width, multiple = lr.shape[-2], lr.shape[-1], self.lr_multiple
-        padded = pad_to(lr, -(-height // multiple) * multiple, -(-width // multiple) * multiple)
-        seed = 0 if rng is None else int(torch.randint(2**62, (), generator=rng, device=rng.device))
-        factor = self._latent_autoencoder.factor
-        place = (origin[0] * self.scale // factor, origin[1] * self.scale // factor)
-        sr = self.restore(padded, NoisePlane(seed, place))[0]
+        height, width = lr.shape[-2:]
+        padded = pad_to_multiple(lr, self.lr_multiple)
+        noise = NoisePlane.drawn(rng, origin, self.scale, self._latent_autoencoder.factor)
+        sr = self.restore(padded, noise)[0]
         return sr[..., : self.scale * height, : self.scale * width]

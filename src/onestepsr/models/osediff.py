@@ -14,7 +14,7 @@ from typing import Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from onestepsr.models.generators import OneStepLatentGenerator, pad_to
+from onestepsr.models.generators import OneStepLatentGenerator, pad_to_multiple
 from onestepsr.models.residual_generator import NoisePlane
 from onestepsr.models.stable_diffusion import (
     StableDiffusionAutoencoder,
@@ -147,16 +147,15 @@ class OSEDiffGenerator(OneStepLatentGenerator):
         the plane of noise (None: always the same one) and ``origin``, the row and column of ``lr`` in the whole
         picture, the place on it.
         """
-        height, width, multiple = lr.shape[-2], lr.shape[-1], self.lr_multiple
-        padded = pad_to(lr, -(-height // multiple) * multiple, -(-width // multiple) * multiple)
+        height, width = lr.shape[-2:]
+        padded = pad_to_multiple(lr, self.lr_multiple)
         noise = self._noise(padded, rng, origin) if self.posterior == "sample" else None
         sr = self.restore(padded, prompt=prompt_embedding, noise=noise)[0]
         return sr[..., : self.scale * height, : self.scale * width]
 
     def _noise(self, lr: Tensor, rng: torch.Generator | None, origin: tuple[int, int]) -> Tensor:
-        seed = 0 if rng is None else int(torch.randint(2**62, (), generator=rng, device=rng.device))
-        row, column = (start * self.scale // self._latent_autoencoder.factor for start in origin)
-        return NoisePlane(seed, (row, column))(0, self.latent_like(lr))
+        plane = NoisePlane.drawn(rng, origin, self.scale, self._latent_autoencoder.factor)
+        return plane(0, self.latent_like(lr))
 
 
 def sampled_latent(autoencoder: nn.Module, x: Tensor, noise: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ tile of a picture has its place, so that overlapping tiles see the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Protocol, cast, get_args
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from onestepsr.data.sampling import generator as seeded
 from onestepsr.errors import UserError
 from onestepsr.models.enlarging import bicubic
-from onestepsr.models.generators import LatentAutoencoder, pad_to
+from onestepsr.models.generators import LatentAutoencoder, pad_to_multiple
 from onestepsr.residual_schedule import Noise, Predict, ResidualShiftSchedule
 
 Sampler = Literal["ancestral", "deterministic"]
@@ -40,6 +41,12 @@ class LatentDenoiser(Protocol):
         ...
 
 
+def conditioned(network: Callable[..., Tensor], lr: Tensor) -> Predict:
+    """A denoising network under the LR picture (N, 3, h, w) in [0, 1], as the schedule's samplers call it."""
+    condition = lr * 2 - 1
+    return lambda z, timesteps: network(z, timesteps, condition)
+
+
 class NoisePlane:
     """Standard normal noise without end: each value follows from seed, draw, sample and place alone.
 
@@ -48,6 +55,15 @@ class NoisePlane:
 
     def __init__(self, seed: int, origin: tuple[int, int] = (0, 0)) -> None:
         self.seed, self.origin = seed, origin
+
+    @classmethod
+    def drawn(cls, rng: torch.Generator | None, origin: tuple[int, int], scale: int, factor: int) -> NoisePlane:
+        """The plane that ``rng`` decides (None: always the same one), at row and column ``origin`` of an LR picture.
+
+        It is enlarged ``scale`` times, and a latent cell stands for ``factor`` pixels of the output.
+        """
+        seed = 0 if rng is None else int(torch.randint(2**62, (), generator=rng, device=rng.device))
+        return cls(seed, (origin[0] * scale // factor, origin[1] * scale // factor))
 
     def __call__(self, draw: int, like: Tensor) -> Tensor:
         """Noise of draw number ``draw`` with shape (N, C, h, w), device and dtype of ``like``; drawn on the CPU."""
@@ -142,11 +158,6 @@ class ResidualShiftGenerator(nn.Module):
         """Image (N, 3, H, W) in about [0, 1], float32, not clamped, of the codes nearest to a latent."""
         return self._latent_autoencoder.decode(z).float() * 0.5 + 0.5
 
-    def predictor(self, lr: Tensor) -> Predict:
-        """The network under the condition ``lr`` (N, 3, h, w) in [0, 1], as the schedule's samplers call it."""
-        condition = lr * 2 - 1
-        return lambda z, timesteps: self._denoiser(z, timesteps, condition)
-
     def sample(self, predict: Predict, z_y: Tensor, noise: Noise) -> Tensor:
         """An estimate of z_0 (N, C, h, w), from the latent ``z_y`` of the enlarged LR image."""
         if self.sampler == "ancestral":
@@ -157,7 +168,7 @@ class ResidualShiftGenerator(nn.Module):
         """SR image (N, 3, s h, s w), not clamped, and its latent before rounding to codes, both float32, for LR (N, 3,
         h, w) with sides multiples of ``lr_multiple``."""
         lr = lr.float()
-        z_0 = self.sample(self.predictor(lr), self.encode(self.enlarge(lr)), noise)
+        z_0 = self.sample(conditioned(self._denoiser, lr), self.encode(self.enlarge(lr)), noise)
         return self.decode(z_0), z_0
 
     def forward(self, lr: Tensor, rng: torch.Generator | None = None, origin: tuple[int, int] = (0, 0)) -> Tensor:
@@ -166,9 +177,7 @@ class ResidualShiftGenerator(nn.Module):
         ``rng`` decides the plane of noise (None: always the same one) and ``origin``, the row and column of ``lr`` in
         the whole picture, the place on it: tiles of one picture are given equal generators and their own origins.
         """
-        height, width, multiple = lr.shape[-2], lr.shape[-1], self.lr_multiple
-        padded = pad_to(lr, -(-height // multiple) * multiple, -(-width // multiple) * multiple)
-        seed = 0 if rng is None else int(torch.randint(2**62, (), generator=rng, device=rng.device))
-        factor = self._latent_autoencoder.factor
-        place = (origin[0] * self.scale // factor, origin[1] * self.scale // factor)
-        return self.restore(padded, NoisePlane(seed, place))[0][..., : self.scale * height, : self.scale * width]
+        height, width = lr.shape[-2:]
+        padded = pad_to_multiple(lr, self.lr_multiple)
+        noise = NoisePlane.drawn(rng, origin, self.scale, self._latent_autoencoder.factor)
+        return self.restore(padded, noise)[0][..., : self.scale * height, : self.scale * width]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from onestepsr.errors import UserError, did_you_mean
+from onestepsr.errors import UserError, did_you_mean, first_line
 from onestepsr.models.sources import OFFLINE, is_offline
 
 ALIASES = {
@@ -48,7 +48,7 @@ def _fetched(repository: str, revision: str | None, files: Sequence[str], what: 
             repository, revision=revision, allow_patterns=list(files), local_files_only=offline, token=False
         )
     except (OSError, HFValidationError) as error:
-        reason = f"{OFFLINE} is set" if offline else str(error).strip().splitlines()[0]
+        reason = f"{OFFLINE} is set" if offline else first_line(error)
         raise UserError(
             f"{what} '{repository}': no such folder here, not in the hub's cache, and not to be fetched ({reason}); "
             "give the path of a folder, or run the command once on a machine with a network and copy its HF_HOME"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from onestepsr.errors import UserError
+from onestepsr.errors import UserError, first_line
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
@@ -46,8 +46,7 @@ def _loading(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{folder}: does not load ({reason})") from error
+        raise UserError(f"{folder}: does not load ({first_line(error)})") from error
     finally:
         if was_enabled:
             logging.enable_progress_bar()

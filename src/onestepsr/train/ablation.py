@@ -19,7 +19,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from onestepsr.config import read_mapping, to_mapping
-from onestepsr.errors import UserError
+from onestepsr.errors import UserError, concerning
 from onestepsr.files import write_text
 from onestepsr.train.checkpoint import Checkpoints
 from onestepsr.train.comparison import Candidate, refuse_training_photos
@@ -272,15 +272,11 @@ def _is_finished(folder: Path, config: RunConfig) -> bool:
 
 
 def _check_model(name: str, model: Candidate) -> None:
-    try:
+    with concerning(f"variant '{name}'"):
         model.load()
-    except UserError as error:
-        raise UserError(f"variant '{name}': {error}") from error
 
 
 def _check_run(run: VariantRun) -> None:
     """Find now what the run would refuse later: absent photos and backbones, sizes, networks that do not exist."""
-    try:
+    with concerning(f"variant '{run.variant}'"):
         prepare(run.config, resume=True, dry=True)
-    except UserError as error:
-        raise UserError(f"variant '{run.variant}': {error}") from error

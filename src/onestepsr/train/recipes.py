@@ -69,6 +69,8 @@ def load_run(method: str, recipe: str, overrides: Sequence[str] = ()) -> RunConf
     values = apply_overrides(read_recipe(recipe), overrides)
     named = values.setdefault("method", method)
     if named != method:
+        load_methods()
+        get_method(method)  # a misspelt method is that, and no wrong recipe
         raise UserError(f"recipe '{recipe}' is for method '{named}', not '{method}'")
     values.setdefault("out", str(Path("runs") / Path(recipe).stem))
     return _complete(values)

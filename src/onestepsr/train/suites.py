@@ -19,7 +19,7 @@ import yaml
 
 from onestepsr.config import apply_overrides, from_mapping, read_mapping, to_mapping
 from onestepsr.data.datasets import DataConfig
-from onestepsr.errors import UserError, did_you_mean
+from onestepsr.errors import UserError, concerning, did_you_mean
 from onestepsr.methods.spatial import PerceptualConfig
 from onestepsr.train.recipes import RunConfig, load_run, read_recipe
 
@@ -269,7 +269,7 @@ def _require_held_out(values: Mapping[str, Any]) -> None:
 def _plan_run(suite: Suite, name: str, seed: int, out: Path) -> VariantRun:
     variant = suite.config.variants[name]
     recipe = variant.recipe or suite.config.recipe
-    try:
+    with concerning(f"variant '{name}'"):
         base = read_recipe(recipe).get("method")
         method = variant.method or base
         if not isinstance(method, str):
@@ -281,8 +281,6 @@ def _plan_run(suite: Suite, name: str, seed: int, out: Path) -> VariantRun:
         fixed = [f"train.seed={seed}", f"out={json.dumps(str(out / name / f'seed-{seed}'))}"]
         lines = [*_previews(suite.config.evaluation.data), *common, *anew, *override_lines(variant.overrides), *fixed]
         return VariantRun(variant=name, seed=seed, config=load_run(method, recipe, lines))
-    except UserError as error:
-        raise UserError(f"variant '{name}': {error}") from error
 
 
 def _previews(data: DataConfig) -> list[str]:
