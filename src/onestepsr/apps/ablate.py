@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from onestepsr.apps.progress import progress
 from onestepsr.errors import UserError
 from onestepsr.machine import describe_machine
 
@@ -164,8 +165,4 @@ def _say(line: str) -> None:
 
 
 def _track(items: Sequence[int], title: str) -> Iterable[int]:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(items, f"Measuring {title}", console=console, transient=True, disable=not console.is_terminal)
+    return progress(items, f"Measuring {title}")

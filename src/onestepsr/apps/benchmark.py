@@ -17,6 +17,7 @@ from onestepsr.apps.benchmark_output import (
     show_tables,
     write_json,
 )
+from onestepsr.apps.progress import progress
 from onestepsr.machine import describe_machine
 
 if TYPE_CHECKING:
@@ -64,18 +65,13 @@ def complexity(
 
 def make_report(names: Sequence[str] | None, side: int) -> Report:
     """Count the networks called ``names``, or all of them, for one picture of ``side`` x ``side`` pixels."""
-    from rich.console import Console
-    from rich.progress import track
-
     from onestepsr.benchmark.adapters import compare_adapters
     from onestepsr.benchmark.complexity_report import Report
     from onestepsr.benchmark.networks import D3SR_SD21, default_names, measure
     from onestepsr.benchmark.published import COMPLEXITY_SIDE
 
     chosen = list(dict.fromkeys(names or default_names()))
-    console = Console(stderr=True)
-    steps = track(chosen, "Counting", console=console, transient=True, disable=not console.is_terminal)
-    networks = [measure(name, side) for name in steps]
+    networks = [measure(name, side) for name in progress(chosen, "Counting")]
     published = D3SR_SD21 in chosen and side == COMPLEXITY_SIDE
     return Report(side=side, networks=networks, adapters=compare_adapters(side, networks) if published else ())
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from onestepsr.apps.progress import progress
 from onestepsr.errors import UserError
 from onestepsr.files import remove_leftovers, write_text
 
@@ -42,10 +43,7 @@ def degrade_command(
     hr_dir: Annotated[Path, typer.Argument(help="Folder of high-resolution photos.")],
     out_dir: Annotated[Path, typer.Argument(help="Receives LR/, HR/ (cropped to fit) and degradation.json.")],
     *,
-    recipe: Annotated[
-        str,
-        typer.Option(help=RECIPE_HELP),
-    ] = "real_esrgan",
+    recipe: Annotated[str, typer.Option(help=RECIPE_HELP)] = "real_esrgan",
     scale: Annotated[
         int | None,
         typer.Option(min=1, max=16, help="HR size divided by LR size: 1 to 16. Default 4, for face recipes 1."),
@@ -95,23 +93,19 @@ def plan(hr_dir: Path, out_dir: Path, recursive: bool) -> list[Job]:
 
 def run(jobs: list[Job], out_dir: Path, header: dict[str, Any], skip_existing: bool) -> dict[str, str]:
     """Make all pairs and the record; returns the error of each photo that failed, by name."""
-    from rich.console import Console
-    from rich.progress import track
-
-    from onestepsr.data.degradation import draw_degradation
-    from onestepsr.data.sampling import generator
+    from onestepsr.data.photo_pairs import draw_for
 
     recipe = load_recipe(header["recipe"])
     # What is drawn does not depend on the photo, so the record is complete before the first picture is written.
-    drawn = {job.name: draw_degradation(recipe, generator(header["seed"], "degrade", job.name)) for job in jobs}
+    drawn = {job.name: draw_for(recipe, header["seed"], job.name) for job in jobs}
     write_record(out_dir, header, drawn)
     remove_leftovers(*(path for job in jobs for path in (job.lr, job.hr)))
     failures: dict[str, str] = {}
-    for job in track(jobs, "Degrading", console=Console(stderr=True), transient=True):
+    for job in progress(jobs, "Degrading"):
         if skip_existing and job.lr.exists() and job.hr.exists():
             continue
         try:
-            make_pair(job, drawn[job.name], header)
+            write_pair(job, drawn[job.name], header)
         except UserError as error:
             failures[job.name] = str(error)
     if failures:
@@ -141,24 +135,15 @@ def usual_scale(name: str) -> int:
     return 1 if isinstance(load_recipe(name), FaceDegradationConfig) else 4
 
 
-def make_pair(job: Job, drawn: Degradation, header: dict[str, Any]) -> None:
+def write_pair(job: Job, drawn: Degradation, header: dict[str, Any]) -> None:
     """Degrade one photo and write its LR and cropped HR picture as PNG; what a killed run left there stays."""
-    from onestepsr.data.degradation import apply_degradation, target_of
-    from onestepsr.data.photos import read_pixels
-    from onestepsr.data.sampling import generator
-    from onestepsr.image import from_array, samples_to_tensor, tensor_to_samples
+    from onestepsr.data.photo_pairs import make_pair
+    from onestepsr.image import from_array
     from onestepsr.image_write import write_picture
 
-    scale, multiple = header["scale"], header["crop_multiple"]
-    pixels = read_pixels(job.source)
-    height, width = (side // multiple * multiple for side in pixels.shape[:2])
-    if not height or not width:
-        raise UserError(f"{job.source}: {pixels.shape[1]}x{pixels.shape[0]}, expected sides of at least {multiple}")
-    hr = samples_to_tensor(pixels[:height, :width])[0]
-    lr = apply_degradation(hr, drawn, generator(header["seed"], "degrade noise", job.name), scale)
-    for path, picture in ((job.hr, target_of(hr, drawn)), (job.lr, lr)):
-        samples = tensor_to_samples(picture, pixels.dtype.type)
-        path.parent.mkdir(parents=True, exist_ok=True)
+    seed, scale, multiple = header["seed"], header["scale"], header["crop_multiple"]
+    lr, hr = make_pair(job.source, drawn, seed=seed, name=job.name, scale=scale, multiple=multiple)
+    for path, samples in ((job.hr, hr), (job.lr, lr)):
         write_picture(from_array(samples), path, sweep=False)
 
 

@@ -118,32 +118,34 @@ def evaluate_command(
     if model is None:
         given = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompt-from": prompt_from}
         _refuse_without_model({"--data": data, "--lr": lr, "--degradation": degradation, "--out": out, **given})
-        if sr is None:
-            raise UserError("nothing to measure: give SR pictures, or --model with --data")
-        outcome = measure_pictures(sr, hr, suffix, measuring)
+        outcome = measure_pictures(_required(sr), hr, suffix, measuring)
         show(outcome, outputs, json_file)
-    else:
-        if sr is not None:
-            raise UserError(f"'{sr}' and --model exclude each other: --data or --lr names the model's input")
-        options = ModelOptions(
-            model=model,
-            data=data,
-            lr=lr,
-            hr=hr,
-            degradation=degradation,
-            seed=seed,
-            tile=tile,
-            dtype=dtype,
-            device=device,
-            color_fix=color_fix,
-            steps=steps,
-            sampler=sampler,
-            prompts=prompts,
-        )
-        with kept(out, report) as keep:
-            outcome = measure_model(options, measuring, keep)
-            show(outcome, outputs, json_file, pictures_stay=keep == out)
-    if outcome.result.failed or outcome.lonely or (metrics is not None and outcome.result.unavailable):
+        return end(outcome, strict=metrics is not None)
+    _refuse_beside_model(sr)
+    options = ModelOptions(
+        model=model,
+        data=data,
+        lr=lr,
+        hr=hr,
+        degradation=degradation,
+        seed=seed,
+        tile=tile,
+        dtype=dtype,
+        device=device,
+        color_fix=color_fix,
+        steps=steps,
+        sampler=sampler,
+        prompts=prompts,
+    )
+    with kept(out, report) as keep:
+        outcome = measure_model(options, measuring, keep)
+        show(outcome, outputs, json_file, pictures_stay=keep == out)
+    return end(outcome, strict=metrics is not None)
+
+
+def end(outcome: Outcome, *, strict: bool) -> None:
+    """Exit code 1 where something was left out; metrics that are not to be had here count if ``strict``."""
+    if outcome.result.failed or outcome.lonely or (strict and outcome.result.unavailable):
         raise typer.Exit(1)
 
 
@@ -196,6 +198,17 @@ def kept(out: Path | None, report: Path | None) -> Iterator[Path | None]:
             yield Path(folder)
     else:
         yield None
+
+
+def _required(sr: Path | None) -> Path:
+    if sr is None:
+        raise UserError("nothing to measure: give SR pictures, or --model with --data")
+    return sr
+
+
+def _refuse_beside_model(sr: Path | None) -> None:
+    if sr is not None:
+        raise UserError(f"'{sr}' and --model exclude each other: --data or --lr names the model's input")
 
 
 def _refuse_without_model(options: Mapping[str, object]) -> None:

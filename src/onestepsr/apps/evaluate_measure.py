@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 import typer
 
 from onestepsr.apps.evaluate_prompts import CasePrompts, prompt_settings
-from onestepsr.errors import UserError
+from onestepsr.apps.progress import progress
+from onestepsr.errors import UserError, shortened
 
 if TYPE_CHECKING:
     from onestepsr.apps.upscale_prompts import PromptChoice
     from onestepsr.data.degradation import Recipe
-    from onestepsr.evaluate.evaluation import Degradation, EvaluatedModel, Track
+    from onestepsr.evaluate.evaluation import Degradation, EvaluatedModel
     from onestepsr.evaluate.folder import DataSet
     from onestepsr.evaluate.measuring import Measurer, Score
     from onestepsr.evaluate.result import EvaluationResult
@@ -146,7 +147,7 @@ def measure_pictures(sr: Path, hr: Path | None, suffix: str, options: MeasureOpt
     folders = Files(sr=str(sr), hr=None if hr is None else str(hr))
     label = options.label or sr.resolve().stem or str(sr)
     measurer = options.measurer(with_reference=hr is not None)
-    result = evaluate_pictures(pairing, folders, measurer, label=label, track=progress())
+    result = evaluate_pictures(pairing, folders, measurer, label=label, track=_tracked)
     return Outcome(result=result, lonely=pairing.lonely_sr, told=frozenset(measurer.unavailable))
 
 
@@ -169,7 +170,7 @@ def measure_model(options: ModelOptions, measuring: MeasureOptions, keep: Path |
         label=measuring.label or Path(options.model).stem,
         degradation=_degradation(options, recipe, data, model.scale),
         keep=keep,
-        track=progress(),
+        track=_tracked,
     )
     return Outcome(result=result, lonely=data.lonely_lr, told=frozenset(measurer.unavailable))
 
@@ -195,22 +196,12 @@ def show_lonely(title: str, paths: Sequence[Path]) -> None:
     from onestepsr.evaluate.result import safe_text
 
     if paths:
-        names = safe_text(", ".join(path.name for path in paths[:LISTED_NAMES]))
-        more = f" and {len(paths) - LISTED_NAMES} more" if len(paths) > LISTED_NAMES else ""
-        typer.echo(f"{title} ({len(paths)}): {names}{more}", err=True)
+        names = safe_text(shortened([path.name for path in paths], LISTED_NAMES))
+        typer.echo(f"{title} ({len(paths)}): {names}", err=True)
 
 
-def progress() -> Track:
-    """A progress bar on stderr where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-
-    def tracked(scores: Iterable[Score], total: int) -> Iterable[Score]:
-        return track(scores, "Measuring", total=total, console=console, transient=True, disable=not console.is_terminal)
-
-    return tracked
+def _tracked(scores: Iterable[Score], total: int) -> Iterable[Score]:
+    return progress(scores, "Measuring", total)
 
 
 def _checksum(model: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from onestepsr.apps.progress import progress
 from onestepsr.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,11 +95,13 @@ class Outputs:
 
 
 def check_file(option: str, path: Path | None) -> None:
-    """UserError if the folder of an output file does not exist, or the file is a folder."""
+    """UserError where an output file cannot be: no such folder, one that is read-only, or a folder of that name."""
     if path is None:
         return
     if not path.parent.is_dir():
         raise UserError(f"{option} {path}: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option} {path}: the folder {path.parent} cannot be written to")
     if path.is_dir():
         raise UserError(f"{option} {path}: is a folder, expected a file")
 
@@ -109,16 +113,10 @@ def titled(grid: Grid) -> str:
 
 def write_report_folder(folder: Path, comparison: Comparison, published: Sequence[Grid]) -> None:
     """Write the report with a progress bar; say what could not be shown, and where the page is."""
-    from rich.console import Console
-    from rich.progress import track
-
     from onestepsr.evaluate.report.page import PAGE, write_report
 
-    console = Console(stderr=True)
-
     def tracked(names: Sequence[str]) -> Iterable[str]:
-        hidden = not console.is_terminal
-        return track(names, "Writing pictures", total=len(names), console=console, transient=True, disable=hidden)
+        return progress(names, "Writing pictures")
 
     for problem in write_report(folder, comparison, published=published, track=tracked):
         typer.echo(f"not in the report: {problem}", err=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -14,6 +14,7 @@ from onestepsr.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from onestepsr.models.convert import Converted
     from onestepsr.models.model_spec import ModelSpec
     from onestepsr.models.sources import Download
 
@@ -145,14 +146,10 @@ def convert(
     as_json: JsonFlag = False,
 ) -> None:
     """Write the backbone or published model SOURCE as one weights file of ours, TARGET, and load that as a proof."""
-    if part not in PARTS:
-        raise UserError(f"--part '{part}': accepted: {', '.join(PARTS)}")
-    if posterior not in (None, *POSTERIORS):
-        raise UserError(f"--posterior '{posterior}': accepted: {', '.join(POSTERIORS)}")
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype '{dtype}': accepted: {', '.join(DTYPES)}")
-    if to not in FORMATS:
-        raise UserError(f"--to '{to}': accepted: {', '.join(FORMATS)}")
+    _check_choice("--part", part, PARTS)
+    _check_choice("--posterior", posterior, POSTERIORS)
+    _check_choice("--dtype", dtype, DTYPES)
+    _check_choice("--to", to, FORMATS)
     import torch
 
     from onestepsr.models.convert import convert as write
@@ -176,6 +173,15 @@ def convert(
             dtype=getattr(torch, dtype),
             overwrite=overwrite,
         )
+    _show_converted(done, as_json)
+
+
+def _check_choice(option: str, value: str | None, accepted: Sequence[str]) -> None:
+    if value is not None and value not in accepted:
+        raise UserError(f"{option} '{value}': accepted: {', '.join(accepted)}")
+
+
+def _show_converted(done: Converted, as_json: bool) -> None:
     if as_json:
         document = {"schema": SCHEMA, "file": str(done.file), "architecture": done.architecture}
         typer.echo(json.dumps(document | {"parameters": done.parameters, "bytes": done.bytes}, indent=2))

@@ -6,15 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from onestepsr.data.degradation import Recipe, apply_degradation, draw_degradation, target_of
-from onestepsr.data.photos import read_pixels
-from onestepsr.data.sampling import generator
+from onestepsr.data.degradation import Recipe
+from onestepsr.data.photo_pairs import draw_for, make_pair
 from onestepsr.errors import UserError
 from onestepsr.evaluate.folder import Case
 from onestepsr.evaluate.result import Files
 from onestepsr.evaluate.running import Loaded
 from onestepsr.files import remove_leftovers
-from onestepsr.image import Picture, Samples, from_array, read_picture, samples_to_tensor, tensor_to_samples
+from onestepsr.image import Picture, Samples, from_array, read_picture
 from onestepsr.image_write import write_picture
 
 
@@ -33,15 +32,8 @@ class Degrader:
     def __call__(self, path: Path) -> tuple[Samples, Samples]:
         """LR samples (h, w, 3) and HR samples (h * scale, w * scale, 3), which are cut at the bottom and right."""
         name = path.relative_to(self.folder).as_posix() if path != self.folder else path.name
-        pixels = read_pixels(path)
-        height, width = (side // self.scale * self.scale for side in pixels.shape[:2])
-        if not height or not width:
-            raise UserError(f"{path}: {pixels.shape[1]} x {pixels.shape[0]}, expected sides of at least {self.scale}")
-        hr = samples_to_tensor(pixels[:height, :width])[0]
-        drawn = draw_degradation(self.recipe, generator(self.seed, "degrade", name))
-        lr = apply_degradation(hr, drawn, generator(self.seed, "degrade noise", name), self.scale)
-        kind = pixels.dtype.type
-        return tensor_to_samples(lr, kind), tensor_to_samples(target_of(hr, drawn), kind)
+        drawn = draw_for(self.recipe, self.seed, name)
+        return make_pair(path, drawn, seed=self.seed, name=name, scale=self.scale, multiple=self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
