@@ -1,5 +1,6 @@
 """Guards of the house: cheap import, one version, recipes that parse, commands that exist, files that stay small."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -69,6 +70,12 @@ def test_packaged_recipes_parse(name: str) -> None:
 def test_source_files_stay_readable_in_one_sitting() -> None:
     lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES.rglob("*.py")}
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_every_module_is_on_the_map() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    modules = [path.stem for path in SOURCES.rglob("*.py") if not path.stem.startswith("__")]
+    assert sorted(name for name in modules if not re.search(rf"\b{name}\b", page)) == []
 
 
 def test_examples_are_attributed() -> None:
