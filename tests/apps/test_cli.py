@@ -46,3 +46,11 @@ def test_nothing_at_all_shows_the_help(capsys):
 def test_debug_raises_anywhere_on_the_line():
     with pytest.raises(UserError, match=r"missing\.jpg"):
         main(["upscale", "missing.jpg", "--debug"])
+
+
+def test_an_interrupt_is_one_word_and_its_own_exit_code(capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("onestepsr.apps.upscale.plan_jobs", interrupt)
+    assert run(capsys, "upscale", "a.jpg") == (130, "", "interrupted\n")

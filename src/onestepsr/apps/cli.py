@@ -68,6 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(error, "format_message"):  # wrong usage, in the words of the command-line library
             _explain_usage(error)
         _fail(error, f"{type(error).__name__}: {error} (add --debug for the traceback)", 1, debug)
+    if code == INTERRUPTED:  # into which the command-line library turns an interrupt of a command
+        typer.echo("interrupted", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -66,7 +66,8 @@ def upscale(
     memory: Annotated[
         float | None,
         typer.Option(
-            help="Most GB for weights, feature maps and pictures, of all --workers together. Default: what is free."
+            help="Most GB for weights, feature maps and the picture that is enlarged, of all --workers together; "
+            "pictures read ahead or being written come on top, about 0.3 GB in each process. Default: what is free."
         ),
     ] = None,
     compiled: Annotated[
@@ -143,7 +144,7 @@ def upscale(
             width=width,
             height=height,
             tile_blend=tile_blend,
-            memory=None if memory is None else memory / workers,
+            memory=memory,
             color_fix=color_fix,
             seed=seed,
         ),

@@ -23,7 +23,7 @@ class Setup:
     model: str
     """Alias or file."""
     options: UpscaleOptions
-    """How every picture is upscaled."""
+    """How every picture is upscaled; the memory is for all processes together."""
     device: str = "auto"
     """As ``Upscaler`` takes it."""
     dtype: str = "auto"

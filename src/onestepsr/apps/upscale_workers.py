@@ -76,14 +76,17 @@ def _enlarge(connection: Connection, duty: Duty) -> None:
 
 
 def with_share_of_memory(options: UpscaleOptions, device: torch.device, processes: int) -> UpscaleOptions:
-    """``options`` that keep to this process's part of the memory that is free now, where tiles are chosen by memory.
+    """``options`` that keep to this process's part of their limit; without one, of the memory that is free now, where
+    tiles are chosen by memory.
 
     Each process alone would plan with all of it.
     """
     from onestepsr.machine import free_memory
     from onestepsr.memory_plan import SHARE
 
-    if options.memory is not None or options.tile != "auto":
+    if options.memory is not None:
+        return replace(options, memory=options.memory / processes)
+    if options.tile != "auto":
         return options
     return replace(options, memory=SHARE * free_memory(device) / processes / 1e9)
 
