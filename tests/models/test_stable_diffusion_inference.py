@@ -179,6 +179,16 @@ def test_changed_weights_are_packed_anew():
         assert torch.equal(packed.bfloat16()(x), other.bfloat16()(x))
 
 
+def test_diffusers_finds_nothing_to_warn_of(fast, monkeypatch):
+    from diffusers.models import attention_processor
+
+    said = []
+    monkeypatch.setattr(attention_processor.logger, "warning", said.append)
+    with torch.inference_mode():
+        fast[1](torch.rand(1, 3, 8, 8))
+    assert said == []
+
+
 def test_masks_are_refused():
     with pytest.raises(ValueError, match="no mask"):
         inference.BlockwiseAttention()(None, torch.zeros(1, 1, 1), attention_mask=torch.zeros(1, 1))
