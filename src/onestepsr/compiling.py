@@ -17,6 +17,9 @@ from onestepsr.errors import OneStepSRError, UserError
 COMPILERS = ("g++", "clang++", "c++", "cl")
 """Where the C++ compiler is looked for if ``CXX`` does not name it."""
 
+PARTS = ("encode", "decode")
+"""Methods of an autoencoder that are compiled."""
+
 
 def require_compiler(device: torch.device) -> None:
     """Raise :class:`UserError` where ``torch.compile`` lacks what it needs: a C++ compiler, for CUDA Triton too."""
@@ -41,8 +44,17 @@ def compile_networks(generator: nn.Module) -> None:
         generator.compile()
         return
     unet.compile()
-    for name in ("encode", "decode"):
+    for name in PARTS:
         setattr(autoencoder, name, torch.compile(getattr(autoencoder, name)))
+
+
+def without_compiling(copied: nn.Module) -> nn.Module:
+    """``copied``, the copy of a generator, without what :func:`compile_networks` did to the original: compiled methods
+    would reach back to it."""
+    autoencoder = getattr(copied, "autoencoder", None)
+    for name in PARTS if isinstance(autoencoder, nn.Module) else ():
+        vars(autoencoder).pop(name, None)
+    return copied
 
 
 @contextmanager

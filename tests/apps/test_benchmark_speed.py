@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from onestepsr import compiling
 from onestepsr.apps import benchmark_speed
 from onestepsr.apps.cli import app
 from onestepsr.benchmark import ceiling
@@ -57,6 +58,36 @@ def test_a_page_and_a_document_of_one_measurement(tmp_path: Path) -> None:
     assert " on cpu, " in result.stdout
 
 
+def test_compiling_is_part_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **others: plain(function, backend=backend))
+    torch._dynamo.reset()
+    path = tmp_path / "speed.json"
+    words = ["--model", "bicubic", "--compile", "--warmup", "1", "--markdown", "--json", str(path)]
+    result = run(app, [*SPEED, *words])
+    assert result.exit_code == 0, result.exception
+    assert graphs
+    document = json.loads(path.read_text())
+    assert document["settings"]["compiled"] is True
+    assert "16 x 12 pixels, compiled" in result.stdout
+
+
+def test_without_a_compiler_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    result = run(app, [*SPEED, "--model", "bicubic", "--compile", "--warmup", "1"])
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).startswith("compile: needs a C++ compiler, found none (no-such-compiler)")
+
+
 def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from onestepsr.benchmark.speed import SpeedConfig
 
@@ -94,6 +125,7 @@ def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--dtype", "float8"], UserError),
         (["--device", "tpu"], UserError),
         (["--model", "random:no-such"], UnknownModel),
+        (["--compile"], UserError),  # the first run is when that happens, and here it would be timed
         (["--json", "--markdown"], UserError),
         (["--json", "no/such/folder/x.json"], UserError),
     ],

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from onestepsr.benchmark import stages as module
 from onestepsr.benchmark.networks import measure
 from onestepsr.benchmark.stages import Stopwatch, count_stages, stages_of, without_contents, wrapped
+from onestepsr.compiling import compile_networks
 from onestepsr.models.registry import load_generator
 
 CPU = torch.device("cpu")
@@ -134,3 +135,12 @@ def test_a_copy_without_contents_leaves_the_original() -> None:
     assert {tensor.device.type for tensor in empty.state_dict().values()} == {"meta"}
     assert empty[1].shared is empty[0].weight
     assert {tensor.device.type for tensor in network.state_dict().values()} == {"cpu"}
+
+
+def test_a_compiled_generator_is_counted_by_a_plain_copy() -> None:
+    generator = load_generator("random:resshift-micro")
+    compile_networks(generator)
+    macs = count_stages(generator, [(1, 3, 16, 16)])
+    assert min(macs.values()) > 0
+    assert "encode" not in vars(without_contents(generator).autoencoder)
+    assert "encode" in vars(generator.autoencoder)

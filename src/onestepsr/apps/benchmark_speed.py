@@ -53,6 +53,10 @@ def speed(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; the baseline has float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     tile: Annotated[str, typer.Option(help="Tile side in input pixels, auto or off.")] = "auto",
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the network first, as upscale does; the baseline stays as it is."),
+    ] = False,
     file_format: Annotated[str, typer.Option("--format", help="Files read and written: jpg, png, webp, tiff.")] = "jpg",
     repeats: Annotated[int, typer.Option(help="Runs that are timed.")] = 5,
     warmup: Annotated[int, typer.Option(help="Runs before them.")] = 1,
@@ -82,6 +86,7 @@ def speed(
         device=device,
         dtype=dtype,
         tile=int(tile) if tile.isdecimal() else cast(Any, tile),
+        compiled=compiled,
         file_format=file_format,
         repeats=repeats,
         warmup=warmup,

@@ -37,6 +37,8 @@ class MemoryTask:
     """Evaluations of a residual-shifting generator; None is its own number."""
     memory: float | None = None
     """Most gigabytes to plan with, as ``--memory`` takes it."""
+    compiled: bool = False
+    """Whether through ``torch.compile``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ def enlarge_once(task: MemoryTask) -> MemoryUse:
     from onestepsr.upscaler import UpscaleOptions, Upscaler
 
     interpreter = resident_memory()["now"]
-    upscaler = Upscaler.from_pretrained(task.model, task.device, task.dtype, steps=task.steps)
+    upscaler = Upscaler.from_pretrained(task.model, task.device, task.dtype, steps=task.steps, compiled=task.compiled)
     loaded = resident_memory()["now"]
     options = UpscaleOptions(tile=task.tile, memory=task.memory)
     picture = upscaler.upscale_picture(read_picture(Path(task.source)), options)

@@ -10,6 +10,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,7 @@ from onestepsr.benchmark.speed_paths import (
 )
 from onestepsr.benchmark.speed_result import ModelSpeed, PathSpeed, StageSpeed, spread
 from onestepsr.benchmark.stages import NETWORK, count_stages
+from onestepsr.compiling import compiler_errors_named
 from onestepsr.errors import UserError
 from onestepsr.machine import free_memory
 from onestepsr.upscaler import UpscaleOptions, Upscaler
@@ -62,6 +64,8 @@ class SpeedConfig:
     """Number format of the product; the baseline has float32."""
     tile: int | Literal["auto", "off"] = "auto"
     """Tile side of the product in input pixels."""
+    compiled: bool = False
+    """Whether the product goes through ``torch.compile``; the runs before the timed ones are when that happens."""
     file_format: str = "jpg"
     """Format of the files read and written."""
     repeats: int = 5
@@ -84,6 +88,8 @@ class SpeedConfig:
             raise UserError(f"format '{self.file_format}': accepted: {', '.join(FORMATS)}")
         if self.batch > 1 and self.tile not in ("auto", "off"):
             raise UserError(f"tile {self.tile} with batch {self.batch}: only single pictures are cut into tiles")
+        if self.compiled and self.warmup == 0:
+            raise UserError("warmup 0 with compile: accepted: 1 and more, because the first run compiles")
 
 
 def measure_speed(
@@ -96,10 +102,11 @@ def measure_speed(
     with tempfile.TemporaryDirectory(prefix="onestepsr-speed-") as name:
         sources = write_sources(Path(name), config)
         announce(f"{model}: loading")
-        upscaler = Upscaler.from_pretrained(model, config.device, config.dtype, steps=steps)
+        upscaler = Upscaler.from_pretrained(model, config.device, config.dtype, steps=steps, compiled=config.compiled)
         paths = [_product(upscaler, config), *_plain(model, upscaler, config, steps, announce)]
         announce(f"{model}: {config.warmup} + {config.repeats} runs of {len(paths)} paths")
-        runs = alternate(paths, sources, config)
+        with compiler_errors_named(model) if config.compiled else nullcontext():
+            runs = alternate(paths, sources, config)
         announce(f"{model}: ceiling")
         product = paths[0]
         ceiling = measure_ceiling(
@@ -208,5 +215,6 @@ def _memory(
         dtype=config.dtype,
         tile=config.tile,
         steps=steps,
+        compiled=config.compiled,
     )
     return measure_memory(task)

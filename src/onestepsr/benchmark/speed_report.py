@@ -137,7 +137,9 @@ def model_table(report: SpeedReport) -> Table:
     columns = ("model", "steps", "dtype", "network, s", "whole, s", "images/s", "Mpixel/s", "TFLOP/s")
     more = ("ceiling: conv.", "matrix", "fraction", "speed-up", "agreement, dB", "memory, MB", "device, MB")
     return Table(
-        title=f"Speed for pictures of {side} pixels" + (f", {batch} at once" if batch > 1 else ""),
+        title=f"Speed for pictures of {side} pixels"
+        + (f", {batch} at once" if batch > 1 else "")
+        + (", compiled" if report.config.compiled else ""),
         note=THROUGHPUT,
         columns=(*columns, *more),
         rows=tuple(_model_row(found) for found in report.models),

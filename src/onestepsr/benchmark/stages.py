@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from onestepsr.benchmark.ceiling import wait
 from onestepsr.benchmark.counting import count
+from onestepsr.compiling import without_compiling
 
 Method = Callable[..., Any]
 STAGES = {"encode": "encode", "step": "unet", "sample": "steps", "decode": "decode"}
@@ -130,4 +131,4 @@ def without_contents(network: nn.Module) -> nn.Module:
     for tensor in itertools.chain(network.parameters(), network.buffers()):
         empty: Tensor = torch.empty_like(tensor, device="meta")
         made[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(network, made)
+    return without_compiling(copy.deepcopy(network, made))
