@@ -189,6 +189,16 @@ def test_diffusers_finds_nothing_to_warn_of(fast, monkeypatch):
     assert said == []
 
 
+def test_last_layers_lose_no_digits(fast):
+    x = torch.rand(1, 3, 32, 32)
+    with torch.inference_mode():
+        wide = fast[1].autoencoder.bfloat16().encode(x.bfloat16())
+        picture = fast[1].autoencoder.decode(wide.bfloat16())
+    for output in (wide, picture):
+        assert output.dtype == torch.float32
+        assert not torch.equal(output, output.bfloat16().float())
+
+
 def test_masks_are_refused():
     with pytest.raises(ValueError, match="no mask"):
         inference.BlockwiseAttention()(None, torch.zeros(1, 1, 1), attention_mask=torch.zeros(1, 1))

@@ -164,7 +164,7 @@ class OneStepLatentGenerator(nn.Module):
         """
         t = torch.full((z_l.shape[0],), self.timestep, device=z_l.device, dtype=torch.long)
         predict = cast(Callable[..., Tensor], self.unet)
-        eps = predict(z_l, t, self.prompt if prompt is None else prompt)
+        eps = predict(z_l.to(self._dtype), t, self.prompt if prompt is None else prompt)
         return self.schedule.x0_from_eps(_wide(z_l), _wide(eps), self.timestep)
 
     def enlarge(self, lr: Tensor) -> Tensor:

@@ -117,7 +117,8 @@ class OSEDiffGenerator(OneStepLatentGenerator):
         rounding would be the picture.
         """
         t = torch.full((z_l.shape[0],), self.timestep, device=z_l.device, dtype=torch.long)
-        eps = cast(Callable[..., Tensor], self.unet)(z_l, t, self.prompt if prompt is None else prompt)
+        predict = cast(Callable[..., Tensor], self.unet)
+        eps = predict(z_l.to(self._dtype), t, self.prompt if prompt is None else prompt)
         return self.schedule.x0_from_eps(z_l.float(), eps.float(), self.timestep)
 
     def restore(
@@ -132,7 +133,7 @@ class OSEDiffGenerator(OneStepLatentGenerator):
         image = self.enlarge(lr) if self.scale != 1 else lr
         z_l = self.encode(image) if noise is None else sampled_latent(self.autoencoder, image * 2 - 1, noise)
         z_h = self.step(z_l, prompt)
-        return self.decode(z_h.to(z_l.dtype)), z_h
+        return self.decode(z_h), z_h
 
     def forward(
         self,
