@@ -28,7 +28,7 @@ _MODELS: dict[str, ModelSpec] = {
             summary="D3SR on the tiny backbone, trained by this project on 1,380 photos; runs on any CPU",
             licence="Apache-2.0",
             bundled="d3sr-tiny.safetensors",
-            sha256="2890bba5eff55374b91d4a8c2e00d7ccb791f7485a45dcc370dc5bf55720a775",
+            sha256="84e77f5dc9a35d4b793d9fbedce84ef0b3a960603f91778cc3547a49467fefb5",
             faithful="d3sr-tiny-fidelity",
         ),
         ModelSpec(
@@ -36,7 +36,7 @@ _MODELS: dict[str, ModelSpec] = {
             summary="d3sr-tiny before adversarial training: softer, closer to the input; --fidelity goes between them",
             licence="Apache-2.0",
             bundled="d3sr-tiny-fidelity.safetensors",
-            sha256="79ae0da91a78d14b5aa2f74cfc3c036afde180cd3b3feeb0e6ff07f51d5f88e6",
+            sha256="ab26d1f86e580b409246d06b7aec8c97740cfd7edbf22148333239aaf6f29499",
         ),
         ModelSpec(id=BICUBIC, summary="no network: bicubic enlargement, for comparison", licence="Apache-2.0"),
         *OSEDIFF_MODELS,
