@@ -25,6 +25,8 @@ from onestepsr.image_deep import write_png, write_tiff
 logger = logging.getLogger(__name__)
 
 _SIDE_LIMITS = {"jpeg": 65_535, "webp": 16_383, "tiff": 2**31 - 1, "png": 2**31 - 1, "bmp": 2**31 - 1}
+PNG_COMPRESSION = 4
+"""zlib's level: less than half the time of its usual 6, for files that are 2 % larger."""
 _JPEG_QUALITY = 95
 _WEBP_QUALITY = 95
 _MAX_JPEG_BLOCK = 65_000  # bytes of EXIF or XMP that one JPEG segment can hold
@@ -144,7 +146,7 @@ def _save_png(image: Image.Image, stream: BinaryIO, picture: Picture) -> None:
         texts = PngInfo()
         texts.add(b"iTXt", _xmp_chunk(xmp))
         notes["pnginfo"] = texts
-    image.save(stream, "PNG", **notes)
+    image.save(stream, "PNG", compress_level=PNG_COMPRESSION, **notes)
 
 
 def _xmp_chunk(xmp: bytes) -> bytes:

@@ -47,7 +47,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-LARGE_WORK = 400_000_000
+LARGE_WORK = 100_000_000
 """Peak bytes of a tile on a CPU from which on freed memory is kept while the picture is enlarged; smaller work lives on
 what the C library keeps by itself, and would only pay for handing it back."""
 BAND_ROWS = 256
