@@ -137,7 +137,8 @@ class LayerCounter:
 
 
 class ParameterUse(TorchFunctionMode):
-    """Remembers which of ``parameters`` are passed to any PyTorch function while it is entered."""
+    """Remembers which of ``parameters`` are passed to any PyTorch function while it is entered; to be asked for its type
+    or shape is no use."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()
@@ -153,7 +154,8 @@ class ParameterUse(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Note the parameters among the arguments, then call the function."""
-        for argument in (*args, *(kwargs or {}).values()):
+        asked = getattr(func, "__name__", "") == "__get__"
+        for argument in () if asked else (*args, *(kwargs or {}).values()):
             for item in argument if isinstance(argument, (list, tuple)) else (argument,):
                 if id(item) in self._known:
                     self._used[id(item)] = self._known[id(item)]
