@@ -137,8 +137,10 @@ class LayerCounter:
 
 
 class ParameterUse(TorchFunctionMode):
-    """Remembers which of ``parameters`` are passed to any PyTorch function while it is entered; to be asked for its type
-    or shape is no use."""
+    """Remembers which of ``parameters`` are passed to any PyTorch function while it is entered.
+
+    To be asked for its type or shape is no use.
+    """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()
