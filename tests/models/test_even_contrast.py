@@ -12,8 +12,8 @@ from PIL import Image
 from onestepsr.errors import UserError
 from onestepsr.models.architectures import TinyGeneratorConfig, describe, tiny_generator
 from onestepsr.models.blend import blend
-from onestepsr.models.convert import convert
-from onestepsr.models.even_contrast import GAIN, alike, lr_pictures, make_even, with_gain
+from onestepsr.models.convert import convert, lr_pictures
+from onestepsr.models.even_contrast import GAIN, alike, make_even, with_gain
 from onestepsr.models.generators import BicubicGenerator, OneStepLatentGenerator
 from onestepsr.models.registry import load_network, save_model
 from onestepsr.models.tiny import TinyConfig

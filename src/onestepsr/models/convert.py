@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,11 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from onestepsr.data.photos import find_images
 from onestepsr.errors import UserError
+from onestepsr.image import read_picture, samples_to_tensor
 from onestepsr.models.architectures import RESIDUAL, TINY_RESIDUAL, describe
 from onestepsr.models.backbones import load_backbone, load_discriminator_backbone
 from onestepsr.models.blend import blend
-from onestepsr.models.even_contrast import alike, lr_pictures, make_even
+from onestepsr.models.even_contrast import alike, make_even
 from onestepsr.models.osediff import Posterior
 from onestepsr.models.osediff_file import read_published, write_adapters, write_published
 from onestepsr.models.osediff_published import adapters_of, holds_adapters
@@ -109,6 +112,15 @@ def convert(
     if adapters is not None:
         write_adapters(adapters, adapters_of(source))
     return Converted(file=target, architecture=architecture, parameters=parameters, bytes=target.stat().st_size)
+
+
+def lr_pictures(folder: Path, *, count: int = 80, side: int = 192) -> Iterator[Tensor]:
+    """LR pictures (1, 3, h, w) in [0, 1]: the middle, at most ``side`` pixels wide and high, of the first ``count``
+    pictures of ``folder`` by name. Raises UserError where there is no folder or no picture."""
+    for path in find_images(folder, recursive=False)[:count]:
+        pixels = read_picture(path).pixels
+        top, left = (max(0, (length - side) // 2) for length in pixels.shape[:2])
+        yield samples_to_tensor(pixels[top : top + side, left : left + side]).expand(1, 3, -1, -1)
 
 
 def convert_to_published(source: str | Path, target: Path, *, overwrite: bool = False) -> Converted:

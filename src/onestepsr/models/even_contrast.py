@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from onestepsr.data.photos import find_images
 from onestepsr.errors import UserError
-from onestepsr.image import read_picture, samples_to_tensor
 from onestepsr.models.architectures import ARCHITECTURES, describe
 from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.tiny import TinyUNet
@@ -63,15 +60,6 @@ def _is_tiny(generator: nn.Module) -> bool:
 
 def _is_even(generator: nn.Module) -> bool:
     return cast(TinyUNet, generator.unet).config.even_contrast
-
-
-def lr_pictures(folder: Path, *, count: int = 80, side: int = 192) -> Iterator[Tensor]:
-    """LR pictures (1, 3, h, w) in [0, 1]: the middle, at most ``side`` pixels wide and high, of the first ``count``
-    pictures of ``folder`` by name. Raises UserError where there is no folder or no picture."""
-    for path in find_images(folder, recursive=False)[:count]:
-        pixels = read_picture(path).pixels
-        top, left = (max(0, (length - side) // 2) for length in pixels.shape[:2])
-        yield samples_to_tensor(pixels[top : top + side, left : left + side]).expand(1, 3, -1, -1)
 
 
 def _profile(image: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ differ from picture to picture, and an encoder whose posterior may be sampled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Self, cast
 
@@ -109,17 +108,6 @@ class OSEDiffGenerator(OneStepLatentGenerator):
         factor = self._latent_autoencoder.factor
         height, width = (side * self.scale // factor for side in lr.shape[-2:])
         return lr.new_empty(lr.shape[0], self.latent_channels, height, width)
-
-    def step(self, z_l: Tensor, prompt: Tensor | None = None) -> Tensor:
-        """Latent estimate of the HR image, in float32 whatever the type of ``z_l`` (N, C, h, w).
-
-        At the last step the prediction nearly cancels the latent and the rest is divided by 0.07: in a 16-bit type its
-        rounding would be the picture.
-        """
-        t = torch.full((z_l.shape[0],), self.timestep, device=z_l.device, dtype=torch.long)
-        predict = cast(Callable[..., Tensor], self.unet)
-        eps = predict(z_l.to(self._dtype), t, self.prompt if prompt is None else prompt)
-        return self.schedule.x0_from_eps(z_l.float(), eps.float(), self.timestep)
 
     def restore(
         self, lr: Tensor, *, prompt: Tensor | None = None, noise: Tensor | None = None

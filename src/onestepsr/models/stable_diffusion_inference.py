@@ -141,7 +141,7 @@ def widen_ends(network: nn.Module) -> None:
     for parent in list(network.modules()):
         for name in LAST_LAYERS:
             layer = getattr(parent, name, None)
-            if type(layer) is nn.Conv2d and _can_be_packed(layer):
+            if type(layer) is nn.Conv2d and _is_ordinary(layer):
                 setattr(parent, name, _as_kind(WideConvolution, layer))
 
 
@@ -236,10 +236,10 @@ def pack_convolutions(network: nn.Module) -> None:
         return
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Conv2d and _can_be_packed(child):
+            if type(child) is nn.Conv2d and _is_ordinary(child):
                 setattr(parent, name, PackedConvolution.of(child))
 
 
-def _can_be_packed(layer: nn.Conv2d) -> bool:
+def _is_ordinary(layer: nn.Conv2d) -> bool:
     plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
     return plain and not isinstance(layer.padding, str)
