@@ -35,7 +35,7 @@ def test_two_launched_processes_train_d3sr_to_a_model(tmp_path: Path) -> None:
             "discriminator": {"tuning": "full", "hidden": [8]},
         },
         "data": {"paths": [write_photo(tmp_path / "photos", 96)], "crop": 32},
-        "train": {"steps": 2, "batch_size": 4, "device": "cpu", "threads": 1, "log_every": 1},
+        "train": {"steps": 2, "batch_size": 4, "threads": 1, "log_every": 1},
         "validation": {"images": 1, "rows": 1, "best": None},
     }
     path = tmp_path / "recipe.yaml"

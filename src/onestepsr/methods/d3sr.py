@@ -31,6 +31,7 @@ from onestepsr.methods.latent_discriminator import DiscriminatorConfig, Tuning, 
 from onestepsr.methods.networks import check_timestep, checkpoint_gradients, exported
 from onestepsr.methods.spatial import PerceptualConfig, SpatialLoss, SpatialWeights
 from onestepsr.models.backbones import load_backbone
+from onestepsr.models.deepening import Depth, deepened
 from onestepsr.models.discriminators import PatchCritic
 from onestepsr.models.generators import OneStepLatentGenerator, TrainableGenerator
 from onestepsr.models.lora import LoraConfig, add_lora
@@ -74,6 +75,9 @@ class D3SRConfig:
     """How the learnable prompt embedding starts on a backbone that brings none."""
     prompt_file: Path | None = None
     """Safetensors file with a prompt embedding (L, C) to start from instead."""
+    deepen: Depth | None = None
+    """Residual blocks that a tiny backbone shall have. New ones start as the identity: training goes on from the
+    backbone's own pictures."""
     timestep: int = 399
     """T_L, the fixed step of the UNet evaluation."""
     tuning: Tuning = "lora"
@@ -153,6 +157,7 @@ def build(config: D3SRConfig) -> Method:
 def _prepare_generator(config: D3SRConfig) -> OneStepLatentGenerator:
     generator = load_backbone(config.backbone, prompt=config.prompt, prompt_file=config.prompt_file)
     check_timestep(config.timestep, generator, config.backbone)
+    generator = deepened(generator, config.deepen) if config.deepen else generator
     generator.timestep = config.timestep
     for name, parameter in generator.autoencoder.named_parameters():
         parameter.requires_grad_(config.train_decoder and _belongs_to_decoder(name))

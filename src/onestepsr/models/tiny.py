@@ -40,6 +40,8 @@ class TinyConfig:
     """Channels of the encoder's residual branch."""
     decoder_width: int = 48
     """Channels of the decoder's residual branch at latent resolution; half as many at twice that resolution."""
+    decoder_blocks: int = 0
+    """Residual blocks of the decoder at twice the latent's resolution, beside the one at the latent's own."""
     refine_width: int = 0
     """Channels of the decoder's last convolutions, at the resolution of the picture, which see across the borders of
     latent cells; 0 leaves them out."""
@@ -70,7 +72,14 @@ class TinyConfig:
         return self.luma_channels + 2 * self.chroma_channels
 
 
-BUNDLED = TinyConfig(decoder_width=64, refine_width=16, widths=(64, 96, 160), up_blocks=(2, 2, 1))
+BUNDLED = TinyConfig(
+    decoder_width=64,
+    decoder_blocks=1,
+    refine_width=16,
+    widths=(64, 96, 160),
+    down_blocks=(2, 2, 4),
+    up_blocks=(3, 4, 3),
+)
 """Sizes of the model that comes with the package."""
 
 
@@ -121,6 +130,7 @@ class TinyAutoencoder(nn.Module):
             latent,
             self.config.decoder_width,
             self.config.refine_width,
+            blocks=self.config.decoder_blocks,
             even=self.config.even_contrast,
         )
         self.register_buffer("latent_mean", torch.zeros(latent))

@@ -40,13 +40,14 @@ class TinyDecoder(nn.Module):
     of the network together.
     """
 
-    def __init__(self, latent: int, width: int, refine: int = 0, *, even: bool = False) -> None:
+    def __init__(self, latent: int, width: int, refine: int = 0, *, blocks: int = 0, even: bool = False) -> None:
         super().__init__()
         half = width // 2
         self.conv_in = nn.Conv2d(latent, width, 3, padding=1)
         self.block = ResidualBlock(width)
         self.up = nn.Conv2d(width, 4 * half, 1, bias=False)
         self.conv_half = nn.Conv2d(half, half, 3, padding=1)
+        self.half_blocks = nn.Sequential(*(ResidualBlock(half) for _ in range(blocks)))
         self.conv_out = nn.Conv2d(half, 3 * 4, 3, padding=1, bias=False)
         nn.init.zeros_(self.conv_out.weight)
         self.refine = Refinement(half, refine) if refine else None
@@ -56,7 +57,7 @@ class TinyDecoder(nn.Module):
         """Correct the image (N, 3, 4h, 4w) that the linear path makes of the latent ``z`` (N, C, h, w)."""
         h = self.block(F.silu(self.conv_in(z)))
         h = F.silu(F.pixel_shuffle(self.up(h), 2))
-        h = h + F.silu(self.conv_half(h))
+        h = self.half_blocks(h + F.silu(self.conv_half(h)))
         image = linear + F.pixel_shuffle(self.conv_out(h), 2)
         image = image if self.refine is None else torch.as_tensor(self.refine(image, h))
         return image if self.even is None else torch.as_tensor(self.even(image))

@@ -274,4 +274,6 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     # The others wait while the first process validates, exports and saves.
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     handlers = [wrapping, waiting]
-    return Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision, kwargs_handlers=handlers)
+    # Left to itself, Accelerate makes processes on a machine without a GPU train one by one, each the whole batch.
+    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    return Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision, kwargs_handlers=handlers)
