@@ -14,7 +14,7 @@ from torch import Tensor
 from onestepsr.errors import UserError
 from onestepsr.methods.base import Method, SampleRandom
 from onestepsr.methods.tadsr import (
-    DiscriminatorConfig,
+    TimeAwareConfig,
     LatentDiffusionConfig,
     ScoreConfig,
     StepRange,
@@ -38,7 +38,7 @@ def method_of(
     teacher: str = MICRO, *, score: dict[str, Any] | None = None, judge: dict[str, Any] | None = None, **settings: Any
 ) -> Method:
     torch.manual_seed(0)
-    parts = {"score": ScoreConfig(**(score or {})), "discriminator": DiscriminatorConfig(head=HEAD, **(judge or {}))}
+    parts = {"score": ScoreConfig(**(score or {})), "discriminator": TimeAwareConfig(head=HEAD, **(judge or {}))}
     return build(TADSRConfig(teacher=teacher, **parts, **settings))
 
 
@@ -192,7 +192,7 @@ def test_steps_are_the_papers_unless_given() -> None:
     assert step_range(ScoreConfig(), 15 // 5 - 1, 14, "score") == (0, 3), "1 to 3 in the paper's counting"
     assert step_range(ScoreConfig(), 4 // 5 - 1, 3, "score") == (0, 1)
     assert step_range(ScoreConfig(), 1000 // 5 - 1, 999, "score") == (0, 200)
-    assert step_range(DiscriminatorConfig(), 14, 14, "discriminator") == (0, 15)
+    assert step_range(TimeAwareConfig(), 14, 14, "discriminator") == (0, 15)
     assert step_range(StepRange(t_min=2, t_max=5), 2, 14, "score") == (2, 6)
     assert step_range(StepRange(t_min=4), 2, 14, "score") == (4, 5)
     with pytest.raises(UserError, match=r"config\.score\.t_max: 15, but the steps of this teacher run from 0 to 14"):

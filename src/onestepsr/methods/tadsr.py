@@ -62,7 +62,7 @@ class ScoreConfig(StepRange):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscriminatorConfig(StepRange):
+class TimeAwareConfig(StepRange):
     """The discriminator of noised latents; null as ``t_max`` is the last step, so that t is drawn from all of [0,
     T]."""
 
@@ -100,7 +100,7 @@ class TADSRConfig:
     """lambda_2: 0.02 for photographs, 0.2 for faces."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
     """Score distillation."""
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    discriminator: TimeAwareConfig = field(default_factory=TimeAwareConfig)
     """The discriminator."""
 
     def __post_init__(self) -> None:
@@ -154,7 +154,7 @@ def _prepare_student(teacher: Teacher, config: TADSRConfig) -> nn.Module:
     return student
 
 
-def _prepare_discriminator(teacher: Teacher, config: DiscriminatorConfig) -> TimeAwareDiscriminator:
+def _prepare_discriminator(teacher: Teacher, config: TimeAwareConfig) -> TimeAwareDiscriminator:
     try:
         return TimeAwareDiscriminator(
             teacher.feature_channels,

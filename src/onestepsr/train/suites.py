@@ -68,7 +68,7 @@ class VariantConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublishedTable:
+class PaperTable:
     """The paper's own numbers, shown beside the measured ones and never mixed with them."""
 
     columns: tuple[str, ...]
@@ -131,7 +131,7 @@ class SuiteConfig:
     budget: Literal["steps", "time"] = "steps"
     """What is equal for all variants: the number of steps, or, where their steps cost differently, the time. For the
     latter each variant names the ``train.steps`` that fit into it, as measured; the report shows both."""
-    published: PublishedTable | None = None
+    published: PaperTable | None = None
     """The paper's own table."""
 
     def __post_init__(self) -> None:
