@@ -14,11 +14,11 @@ from torch import Tensor
 from onestepsr.errors import UserError
 from onestepsr.methods.base import Method, SampleRandom
 from onestepsr.methods.tadsr import (
-    TimeAwareConfig,
     LatentDiffusionConfig,
     ScoreConfig,
     StepRange,
     TADSRConfig,
+    TimeAwareConfig,
     build,
     step_range,
 )
