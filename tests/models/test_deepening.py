@@ -23,11 +23,12 @@ SIZES = TinyConfig(
     up_blocks=(1, 2),
     decoder_width=8,
     encoder_width=8,
+    refine_width=8,
     prompt_width=16,
     time_width=16,
 )
-DEPTH = Depth(down_blocks=(1, 3), up_blocks=(2, 2), decoder_blocks=2)
-ADDED = 2 + 1 + 2
+DEPTH = Depth(down_blocks=(1, 3), up_blocks=(2, 2), decoder_blocks=2, refine_blocks=1)
+ADDED = 2 + 1 + 2 + 1
 
 
 @pytest.fixture
@@ -52,10 +53,13 @@ def test_a_deeper_generator_makes_the_same_pictures(shallow: OneStepLatentGenera
         assert torch.equal(deep(lr), shallow(lr))
     assert blocks_of(deep) == blocks_of(shallow) + ADDED
     _, config = describe(deep)
-    assert {name: config["model"][name] for name in ("down_blocks", "up_blocks", "decoder_blocks")} == {
+    assert {
+        name: config["model"][name] for name in ("down_blocks", "up_blocks", "decoder_blocks", "refine_blocks")
+    } == {
         "down_blocks": [1, 3],
         "up_blocks": [2, 2],
         "decoder_blocks": 2,
+        "refine_blocks": 1,
     }
 
 

@@ -29,6 +29,8 @@ class Depth:
     """In the UNet by level on the way up, the finest first."""
     decoder_blocks: int | None = None
     """In the decoder, at twice the latent's resolution."""
+    refine_blocks: int | None = None
+    """In the decoder, at the resolution of the picture; for models whose decoder has convolutions there."""
 
 
 def deepened(generator: OneStepLatentGenerator, depth: Depth) -> OneStepLatentGenerator:

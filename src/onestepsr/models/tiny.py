@@ -45,6 +45,8 @@ class TinyConfig:
     refine_width: int = 0
     """Channels of the decoder's last convolutions, at the resolution of the picture, which see across the borders of
     latent cells; 0 leaves them out."""
+    refine_blocks: int = 0
+    """Residual blocks of the decoder at the resolution of the picture, used with a ``refine_width``."""
     even_contrast: bool = False
     """Scale fine contrast by factors per position in a latent cell, measured after training."""
     widths: tuple[int, ...] = (48, 64, 128)
@@ -65,6 +67,10 @@ class TinyConfig:
             raise ValueError(f"luma_channels must be 1..{FACTOR**2} and chroma_channels 0..{FACTOR**2}")
         if not len(self.widths) == len(self.down_blocks) == len(self.up_blocks) >= 1:
             raise ValueError("widths, down_blocks and up_blocks must have one entry per level")
+        if min(self.decoder_blocks, self.refine_blocks) < 0 or self.refine_blocks > 0 == self.refine_width:
+            raise ValueError(
+                "decoder_blocks and refine_blocks must not be negative, and refine_blocks need refine_width"
+            )
 
     @property
     def latent_channels(self) -> int:
@@ -76,6 +82,7 @@ BUNDLED = TinyConfig(
     decoder_width=64,
     decoder_blocks=1,
     refine_width=16,
+    refine_blocks=1,
     widths=(64, 96, 160),
     down_blocks=(2, 2, 4),
     up_blocks=(3, 4, 3),
@@ -131,6 +138,7 @@ class TinyAutoencoder(nn.Module):
             self.config.decoder_width,
             self.config.refine_width,
             blocks=self.config.decoder_blocks,
+            refine_blocks=self.config.refine_blocks,
             even=self.config.even_contrast,
         )
         self.register_buffer("latent_mean", torch.zeros(latent))

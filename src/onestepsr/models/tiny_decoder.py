@@ -40,7 +40,9 @@ class TinyDecoder(nn.Module):
     of the network together.
     """
 
-    def __init__(self, latent: int, width: int, refine: int = 0, *, blocks: int = 0, even: bool = False) -> None:
+    def __init__(
+        self, latent: int, width: int, refine: int = 0, *, blocks: int = 0, refine_blocks: int = 0, even: bool = False
+    ) -> None:
         super().__init__()
         half = width // 2
         self.conv_in = nn.Conv2d(latent, width, 3, padding=1)
@@ -50,7 +52,7 @@ class TinyDecoder(nn.Module):
         self.half_blocks = nn.Sequential(*(ResidualBlock(half) for _ in range(blocks)))
         self.conv_out = nn.Conv2d(half, 3 * 4, 3, padding=1, bias=False)
         nn.init.zeros_(self.conv_out.weight)
-        self.refine = Refinement(half, refine) if refine else None
+        self.refine = Refinement(half, refine, refine_blocks) if refine else None
         self.even = EvenContrast() if even else None
 
     def forward(self, z: Tensor, linear: Tensor) -> Tensor:
@@ -64,19 +66,21 @@ class TinyDecoder(nn.Module):
 
 
 class Refinement(nn.Module):
-    """Two convolutions at the picture's resolution over the picture and features of half that resolution."""
+    """Convolutions at the picture's resolution over the picture and features of half that resolution."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, blocks: int = 0) -> None:
         super().__init__()
         self.up = nn.Conv2d(channels, 4 * width, 1, bias=False)
         self.conv1 = nn.Conv2d(width + 3, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
         self.conv2 = nn.Conv2d(width, 3, 3, padding=1, bias=False)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, image: Tensor, half: Tensor) -> Tensor:
         """Image (N, 3, H, W), corrected; ``half`` is (N, C, H/2, W/2)."""
         features = F.pixel_shuffle(self.up(half), 2)
-        return image + torch.as_tensor(self.conv2(F.silu(self.conv1(torch.cat([image, features], dim=1)))))
+        features = self.blocks(F.silu(self.conv1(torch.cat([image, features], dim=1))))
+        return image + torch.as_tensor(self.conv2(features))
 
 
 class EvenContrast(nn.Module):
