@@ -67,9 +67,9 @@ class TinyConfig:
             raise ValueError(f"luma_channels must be 1..{FACTOR**2} and chroma_channels 0..{FACTOR**2}")
         if not len(self.widths) == len(self.down_blocks) == len(self.up_blocks) >= 1:
             raise ValueError("widths, down_blocks and up_blocks must have one entry per level")
-        if min(self.decoder_blocks, self.refine_blocks) < 0 or self.refine_blocks > 0 == self.refine_width:
+        if min(self.decoder_blocks, self.refine_blocks) < 0 or (self.refine_blocks and not self.refine_width):
             raise ValueError(
-                "decoder_blocks and refine_blocks must not be negative, and refine_blocks need refine_width"
+                "decoder_blocks and refine_blocks must be at least 0, and refine_blocks needs a refine_width"
             )
 
     @property
