@@ -1,9 +1,12 @@
 """What the machine is, and speeds that are kept for this processor and PyTorch only."""
 
+import ctypes
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -74,3 +77,25 @@ def test_container_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert machine.free_memory(torch.device("cpu")) == 8_192_000_000
     files.clear()
     assert machine.free_memory(torch.device("cpu")) > 1e7
+
+
+def test_what_pytorch_keeps_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise every picture would be planned with what the one before it has left in the driver's eyes."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000, 24_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5_000)
+    assert machine.free_memory(torch.device("cuda")) == 16_000
+
+
+def test_windows_tells_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kernel:
+        def GlobalMemoryStatusEx(self, status: Any) -> int:  # noqa: N802  (the name of the system's function)
+            found = status._obj
+            assert found.length == ctypes.sizeof(found) == 64
+            found.physical, found.available = 32_000_000_000, 20_000_000_000
+            return 1
+
+    monkeypatch.setattr(machine, "_read", lambda path: None)
+    monkeypatch.setattr(machine.sys, "platform", "win32")
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=Kernel()), raising=False)
+    assert machine.free_memory(torch.device("cpu")) == 20_000_000_000

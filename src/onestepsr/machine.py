@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -140,11 +141,15 @@ def _linux_sizes() -> Iterator[tuple[str, int]]:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can be allocated: of the GPU, or of the machine within the limits of its container."""
+    """Bytes that can be allocated: of the GPU, or of the machine within the limits of its container.
+
+    What PyTorch keeps on a GPU of the tensors that it has freed is the driver's no more, but ours to allocate again.
+    """
     if device.type == "cuda":
         import torch
 
-        return float(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
     known = [value for value in (_available_memory(), *_container_headroom()) if value is not None]
     return min(known, default=_FALLBACK_BYTES)
 
@@ -154,10 +159,29 @@ def _available_memory() -> float | None:
     for line in (text or "").splitlines():
         if line.startswith("MemAvailable:"):
             return float(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return _available_on_windows()
     try:  # macOS and others: what is installed, of which half is taken to be free
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
     except (AttributeError, ValueError, OSError):
         return None
+
+
+class _MemoryStatus(ctypes.Structure):
+    """MEMORYSTATUSEX of the Windows API."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        *((name, ctypes.c_uint64) for name in ("physical", "available", "pages", "free_pages", "virtual", "unused")),
+        ("extended", ctypes.c_uint64),
+    )
+
+
+def _available_on_windows() -> float | None:
+    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+    library: Any = vars(ctypes)["windll"].kernel32
+    return float(status.available) if library.GlobalMemoryStatusEx(ctypes.byref(status)) else None
 
 
 def _container_headroom() -> Iterator[float]:

@@ -97,3 +97,16 @@ def test_a_folder_that_cannot_be_written_is_no_failure(monkeypatch: pytest.Monke
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("ONESTEPSR_CACHE", str(tmp_path / "file" / "cache"))
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
+
+
+def test_a_number_format_that_the_device_lacks_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def speed(device: torch.device, dtype: torch.dtype, *_: object, **__: object) -> float:
+        if dtype == torch.bfloat16:
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+        return 1.0
+
+    monkeypatch.setattr(ceiling, "convolution_speed", speed)
+    assert doctor.measure_speeds(torch.device("cpu")) == {"float32": 1.0}
+    monkeypatch.setattr(ceiling, "convolution_speed", lambda *_, **__: speed(torch.device("cpu"), torch.bfloat16))
+    assert doctor.measure_speeds(torch.device("cpu")) == {}
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import platform
 import re
 from collections.abc import Mapping
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onestepsr.errors import UserError
+from onestepsr.errors import UserError, first_line
 from onestepsr.machine import accelerators, cores, free_memory, instructions, processor_name, remember_speeds
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 PACKAGES = ("onestepsr", "torch", "diffusers", "peft", "accelerate", "safetensors", "numpy", "pillow")
@@ -82,16 +85,20 @@ def examine_cpu() -> dict[str, Any]:
 def measure_speeds(device: torch.device) -> dict[str, float]:
     """TFLOP/s of a 3 x 3 convolution, the operation that our networks mostly are, by number format.
 
-    Those of a processor are kept in the cache folder, where ``--dtype auto`` finds them.
+    Formats that the device does not compute with are left out; all are where it does not work at all. Those of a
+    processor are kept in the cache folder, where ``--dtype auto`` finds them.
     """
     from onestepsr.benchmark.ceiling import convolution_speed
     from onestepsr.models.sources import cache_folder
 
-    shapes = PROBES.get(device.type, PROBES["cuda"])
-    speeds = {
-        _name(dtype): float(f"{convolution_speed(device, dtype, shapes, seconds=PROBE_SECONDS):.3g}")
-        for dtype in _probed(device)
-    }
+    shapes, speeds = PROBES.get(device.type, PROBES["cuda"]), dict[str, float]()
+    for dtype in _probed(device):
+        try:
+            speed = convolution_speed(device, dtype, shapes, seconds=PROBE_SECONDS)
+        except RuntimeError as error:  # bfloat16 on an older GPU, a GPU that this PyTorch has no code for, no memory
+            logger.warning("%s: no convolution in %s (%s)", device, _name(dtype), first_line(error))
+            continue
+        speeds[_name(dtype)] = float(f"{speed:.3g}")
     if device.type == "cpu":
         remember_speeds(cache_folder(), speeds)
     return speeds
@@ -145,7 +152,7 @@ def _rows(findings: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("free memory", f"{cpu['free_memory_gb']} GB"),
     ]
     rows += [(entry["device"], _device_text(entry)) for entry in findings["devices"]]
-    speeds = ", ".join(f"{dtype} {speed:.3g}" for dtype, speed in findings["tflops"].items())
+    speeds = ", ".join(f"{dtype} {speed:.3g}" for dtype, speed in findings["tflops"].items()) or "no"
     rows += [
         ("speed", f"{speeds} TFLOP/s (3 x 3 convolution on {chosen['device']}, {findings['threads']} threads)"),
         ("default", f"--device {chosen['device']} --dtype {chosen['dtype']}"),
