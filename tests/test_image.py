@@ -109,6 +109,19 @@ def test_cmyk_becomes_rgb() -> None:
         assert red[1:].max() < 25
 
 
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(("orientation", "quarters"), [(1, 0), (3, 2), (6, -1)])
+def test_transparency_is_turned_with_the_colours(orientation: int, quarters: int, file_format: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    samples = np.random.default_rng(0).integers(0, 256, (3, 5, 4), dtype=np.uint8)
+    samples[..., 3] |= 1  # WebP may change colours that are not seen
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    picture = read_picture(encoded(Image.fromarray(samples), file_format, exif=exif, **options))
+    assert picture.alpha is not None
+    assert np.array_equal(np.dstack([picture.pixels, picture.alpha]), np.rot90(samples, quarters))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied_and_reset_with_the_rest_kept(orientation: int) -> None:
     exif = Image.Exif()

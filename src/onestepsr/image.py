@@ -251,11 +251,10 @@ def _decode(image: Image.Image, data: bytes, label: str) -> Picture:
         picture = _decode_samples(image, data, label, icc)  # before EXIF, which in a PNG may stand behind the samples
         exif = image.getexif()
     orientation = exif.get(ExifTags.Base.Orientation, 1)
-    turned = replace(picture, pixels=upright(picture.pixels, orientation))
-    if picture.alpha is not None:
-        turned = replace(turned, alpha=upright(picture.alpha, orientation))
     return replace(
-        turned,
+        picture,
+        pixels=upright(picture.pixels, orientation),
+        alpha=None if picture.alpha is None else upright(picture.alpha, orientation),
         exif=exif_block(exif),
         xmp=xmp_packet(image),
         dpi=resolution(image),
