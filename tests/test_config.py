@@ -50,6 +50,9 @@ def test_round_trip_keeps_everything():
         ({"inner": {"rat": 1}}, "'inner.rat': did you mean 'rate'"),
         ({"mode": "c"}, "mode: 'c' is not one of 'a', 'b'"),
         ({"inner": {"rate": "fast"}}, "inner.rate: expected float, got 'fast'"),
+        ({"inner": {"rate": float("nan")}}, "inner.rate: expected a finite number, got nan"),
+        ({"inner": {"rate": "inf"}}, "inner.rate: expected a finite number, got inf"),
+        ({"inner": {"rate": 10**400}}, "inner.rate: expected float, got 1000"),
         ({"flag": 1}, "flag: expected bool"),
         ({"inner": {"sizes": [True]}}, r"inner.sizes\[0\]: expected int"),
         ({"inner": {"pair": [1.0]}}, "inner.pair: expected 2 values, got 1"),
@@ -71,6 +74,15 @@ def test_overrides_reach_into_groups_and_leave_the_source_alone():
     changed = apply_overrides(source, ["inner.rate=3", "inner.sizes=[4, 5]", "folder=null"])
     assert changed == {"inner": {"rate": 3, "sizes": [4, 5]}, "folder": None}
     assert source == {"inner": {"rate": 1.0}}
+
+
+def test_overrides_make_a_group_of_what_is_null():
+    assert apply_overrides({"folder": None}, ["folder.inner.rate=2"]) == {"folder": {"inner": {"rate": 2}}}
+
+
+def test_a_date_is_refused_where_a_path_is_expected():
+    with pytest.raises(UserError, match=r"folder: expected Path, got datetime.date\(2026, 1, 2\)"):
+        from_mapping(Outer, apply_overrides(apply_overrides({}, ["folder=2026-01-02"]), []))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -80,7 +82,7 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return ``values`` with ``key.path=value`` overrides applied; values are read as YAML scalars or lists."""
-    result = json.loads(json.dumps(to_mapping(values)))
+    result: dict[str, Any] = to_mapping(values)  # a copy down to the last group
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -88,14 +90,16 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
         *parents, leaf = key.split(".")
         node = result
         for parent in parents:
-            node = node.setdefault(parent, {})
+            if node.get(parent) is None:  # absent, or a group that is null: its first setting makes it
+                node[parent] = {}
+            node = node[parent]
             if not isinstance(node, dict):
                 raise UserError(f"override '{override}': '{parent}' is not a group of settings")
         try:
             node[leaf] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"override '{override}': not valid YAML; quote text that holds any of {{}}[]:,") from error
-    return dict(result)
+    return result
 
 
 def _on_one_line(error: Exception) -> str:
@@ -161,15 +165,18 @@ def _convert_sequence(value: Any, origin: type, arguments: tuple[Any, ...], wher
 
 
 def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
-        try:  # YAML reads 5e-5 (no dot) as a string
-            return float(value)
-        except ValueError:
-            pass
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):  # a string, because YAML reads 5e-5 (no dot) as one
+            return _finite(float(value), where)
     if hint is Path and isinstance(value, (str, Path)):
         return Path(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def _finite(value: float, where: str) -> float:
+    """``value``, unless it is nan, which passes most checks of a range, or infinite."""
+    if not math.isfinite(value):
+        raise UserError(f"{where}: expected a finite number, got {value}")
+    return value
