@@ -186,7 +186,12 @@ def test_one_bad_file_does_not_stop_the_others(run, tmp_path: Path) -> None:
         (["a.png", "--sampler", "ancestral"], "takes no steps"),
         (["a.png", "--tile-blend", "mean"], "tile blend 'mean': accepted: smooth, average"),
         (["long.png", "--format", "webp"], "holds at most 16383 a side"),
+        (["a.png", "--tile", "²"], "tile '²': accepted"),
         (["-", "a.png"], "must be the only input"),
+        (["a.png", "sub/a.png", "-o", "-"], "takes one input"),
+        (["a.png", "-o", "-", "--json"], "--json needs -o FILE"),
+        (["empty", "-o", "-"], "empty: is a folder"),
+        (["-", "-o", "b.png", "--format", "jpg"], "b.png: the ending does not agree"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
@@ -223,7 +228,28 @@ def test_stdin_to_stdout_and_to_a_file(run, tmp_path: Path, weights: Path) -> No
     assert run("-", "-o", "b.png", stdin=data).code == 0
     assert size_of(tmp_path / "b.png") == (36, 24)
     assert "already exists" in run("-", "-o", "b.png", stdin=data).error
+    assert run("-", "-o", "b.png", "--skip-existing", stdin=data).code == 0
+    outcome = run("-", "-o", "b.png", "--overwrite", "--json", stdin=data)
+    (result,) = json.loads(outcome.out)["results"]
+    assert (result["input"], result["output"], result["status"]) == ("-", "b.png", "written")
+    assert (result["output_size"], result["plan"]["tiles"]) == ([36, 24], 1)
     assert "<stdin>: the file is empty" in run("-", stdin=b"").error
+
+
+def test_a_file_to_stdout(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "a.png")
+    words = ["upscale", "a.png", "-o", "-", "--model", str(weights), "--device", "cpu", "--dtype", "float32"]
+    result = CliRunner().invoke(build(), words)
+    with Image.open(io.BytesIO(result.stdout_bytes)) as image:
+        assert (image.format, image.size) == ("PNG", (36, 24))
+    assert list(tree(tmp_path)) == ["a.png"]
+
+
+def test_a_slash_makes_any_name_a_folder(run, tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    assert run("a.png", "-o", "large.v2/").code == 0
+    assert size_of(tmp_path / "large.v2/a.png") == (36, 24)
 
 
 def test_a_killed_run_continues_to_the_same_bytes(weights: Path, tmp_path: Path, run) -> None:

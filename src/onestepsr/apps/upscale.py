@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -153,12 +154,22 @@ def upscale(
             text=prompt, file=prompt_file, extractor=prompt_from, text_encoder=text_encoder, truncate=truncate_prompt
         ),
     )
-    if STREAM in inputs:
+    if STREAM in (*inputs, out):
         if len(inputs) > 1 or (as_json and out in (None, STREAM)):
-            raise UserError("- (stdin): must be the only input, and --json needs -o FILE with it")
-        upscale_stream(setup, out=out, file_format=file_format, overwrite=overwrite)
+            what = "- (stdin): must be the only input" if STREAM in inputs else "-o - (stdout): takes one input"
+            raise UserError(f"{what}, and --json needs -o FILE with it")
+        result = upscale_stream(
+            setup, inputs[0], out=out, file_format=file_format, skip_existing=skip_existing, overwrite=overwrite
+        )
+        if result.output != STREAM:
+            _report([result], model, as_json)
         return
-    naming = Naming(out=None if out is None else Path(out), file_format=file_format, suffix=_suffix(setup.options))
+    naming = Naming(
+        out=None if out is None else Path(out),
+        file_format=file_format,
+        suffix=_suffix(setup.options),
+        out_is_folder=out is not None and out.endswith(("/", os.sep)),
+    )
     jobs = plan_jobs(inputs, naming, recursive)
     skipped = existing(jobs, skip_existing, overwrite)
     results = [result_of(job, "skipped") for job in jobs if job.target in skipped]
@@ -169,7 +180,7 @@ def upscale(
 def _options(tile: str, **others: Any) -> UpscaleOptions:
     from onestepsr.upscale_options import UpscaleOptions
 
-    return UpscaleOptions(tile=int(tile) if tile.lstrip("-").isdigit() else cast(Any, tile), **others)
+    return UpscaleOptions(tile=int(tile) if tile.removeprefix("-").isdecimal() else cast(Any, tile), **others)
 
 
 def _suffix(options: UpscaleOptions) -> str:

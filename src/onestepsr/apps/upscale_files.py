@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,8 @@ class Naming:
     """``--format``."""
     suffix: str
     """Added to the stem of outputs that lie beside their input, such as "_x4"."""
+    out_is_folder: bool = False
+    """Whether ``-o`` was written as a folder is, with a slash at its end, which a path does not keep."""
 
     def __post_init__(self) -> None:
         check_format(self.file_format)
@@ -126,13 +127,14 @@ def _target_of_file(path: Path, naming: Naming, single: bool) -> Path:
     ending = _ending(path, naming.file_format)
     if naming.out is None:
         return path.with_name(path.stem + naming.suffix + ending)
-    if single and not naming.out.is_dir() and not str(naming.out).endswith(os.sep) and naming.out.suffix:
-        return _target_file(naming)
+    if single and naming.out.suffix and not (naming.out_is_folder or naming.out.is_dir()):
+        return target_file(naming)
     _check_folder(naming.out)
     return naming.out / (path.stem + ending)
 
 
-def _target_file(naming: Naming) -> Path:
+def target_file(naming: Naming) -> Path:
+    """``-o`` as the one file that is written; UserError where its ending is no format, or not that of ``--format``."""
     from onestepsr.image_write import format_of
 
     assert naming.out is not None
