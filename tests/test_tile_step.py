@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -70,3 +72,22 @@ def test_pictures_are_enlarged_before_they_are_rounded(noised: bool, monkeypatch
     Upscaler(generator, "cpu", "bfloat16")(PIXELS)
     lr = torch.from_numpy(PIXELS).permute(2, 0, 1)[None] / 255
     torch.testing.assert_close(encoded[0], generator.enlarge(lr), atol=1e-5, rtol=0.0)
+
+
+class Foreign(Tensor):
+    """On a device where little more runs than the networks: it can be looked at, and brought home."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.aminmax, Tensor.clamp, Tensor.nan_to_num):
+            raise NotImplementedError(f"{func.__name__} is not implemented for this device")
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result.as_subclass(Tensor) if func is Tensor.to else result
+
+
+def test_on_other_devices_nothing_but_the_network_runs() -> None:
+    class Elsewhere(Recorder):
+        def forward(self, lr: Tensor) -> Tensor:
+            return super().forward(lr).as_subclass(Foreign)
+
+    assert Upscaler(Elsewhere(), "cpu", "float32")(PIXELS).size == (64, 48)

@@ -17,6 +17,7 @@ from onestepsr import devices, memory_plan
 from onestepsr import upscaler as module
 from onestepsr.errors import OneStepSRError, UserError
 from onestepsr.image import Picture
+from onestepsr.models import registry, sources
 from onestepsr.upscaler import UpscaleOptions, Upscaler, resolve_device, resolve_dtype, target_size
 from test_image_profile import DISPLAY_P3, SRGB_CURVE, matrix_icc
 
@@ -214,6 +215,16 @@ def test_seed_decides_the_noise() -> None:
     first, again, other = (np.asarray(noisy(samples, seed=seed, tile=32)) for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+    assert noisy(samples, seed=10**18).size == noisy(samples, seed=-1).size  # beyond what PyTorch takes as they are
+
+
+def test_weights_that_do_not_fit_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr(registry, "load_generator", full)
+    with pytest.raises(UserError, match="d3sr-tiny: not enough memory on cpu for its weights in float32"):
+        Upscaler.from_pretrained("d3sr-tiny", "cpu", "float32")
 
 
 def test_values_that_are_not_finite(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +250,33 @@ def test_devices_and_number_formats() -> None:
     with pytest.raises(UserError, match="dtype 'int8': accepted: auto, float32"):
         resolve_dtype("int8", torch.device("cpu"))
     assert resolve_dtype("auto", torch.device("cuda")) == torch.float16
+
+
+def test_a_gpu_that_does_not_work_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ones(*_: object, device: str) -> None:
+        if broken:
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel ...")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", ones)
+    broken = False
+    assert resolve_device("auto") == torch.device("cuda")
+    broken = True
+    assert resolve_device("auto") == torch.device("cpu")
+    assert "cuda cannot be used, so the CPU computes (CUDA error: no kernel image" in caplog.text
+
+
+def test_without_a_home_nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(sources.CACHE, raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert resolve_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
+    with pytest.raises(UserError, match="no home folder for the cache of weights; set ONESTEPSR_CACHE"):
+        sources.cache_folder()
 
 
 def test_wrong_output_size_is_named() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
-from onestepsr.errors import UserError
+from onestepsr.errors import UserError, first_line
 from onestepsr.machine import instructions, recall_speeds
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BFLOAT16_GAIN = 1.2
@@ -13,15 +17,25 @@ BFLOAT16_GAIN = 1.2
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is the first CUDA GPU, else the CPU."""
+    """The device called ``name``; "auto" is the first CUDA GPU if it works, else the CPU."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and _computes("cuda") else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{name}': not available here; accepted: auto, cpu, cuda, cuda:N, mps") from error
     return device
+
+
+def _computes(device: str) -> bool:
+    """Whether a device that is there can be used: it may be busy or full, or too old or too new for this PyTorch."""
+    try:
+        torch.ones(1, device=device)
+    except RuntimeError as error:
+        logger.warning("%s cannot be used, so the CPU computes (%s)", device, first_line(error))
+        return False
+    return True
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -43,7 +57,10 @@ def _bfloat16_pays() -> bool:
     """As ``doctor`` measured it on this processor; where it did not, if there are instructions for it."""
     from onestepsr.models.sources import cache_folder
 
-    speeds = recall_speeds(cache_folder())
+    try:
+        speeds = recall_speeds(cache_folder())
+    except UserError:  # there is no place for a cache, so nothing was kept
+        speeds = {}
     if {"bfloat16", "float32"} <= speeds.keys():
         return speeds["bfloat16"] > BFLOAT16_GAIN * speeds["float32"]
     return not {"amx_bf16", "avx512_bf16"}.isdisjoint(instructions())

@@ -99,13 +99,13 @@ class TileStep:
         # Elsewhere than on CUDA and the CPU only the network is sure to run.
         home = self.network.device if self.network.device.type == "cuda" else torch.device("cpu")
         lr = _on(home, [*tiles, *tiles[-1:] * (self.batch - len(tiles))] if self.fill else tiles)
-        output = self._run(lr if self.profile is None else self.profile.to_srgb(lr))
+        output = self._run(lr if self.profile is None else self.profile.to_srgb(lr)).to(home)
         extremes = Arrival(torch.stack(output.aminmax()))  # far cheaper than looking at every value
         if home.type == "cpu":
             self._require_finite(extremes)
         else:  # looked at when they land: asking now would wait
             output = output.nan_to_num()
-        pictures = Arrival(self._coloured(output.to(home).clamp(0.0, 1.0), lr))
+        pictures = Arrival(self._coloured(output.clamp(0.0, 1.0), lr))
         self._launched += len(tiles)
         return _Launched(tiles=len(tiles), pictures=pictures, extremes=extremes)
 
@@ -147,7 +147,8 @@ class TileStep:
             extra["origin"] = self.places[self._launched]
         if network.takes_rng:  # otherwise every tile has its own, the same in every run
             own = 0 if network.takes_origin else self._launched
-            extra["rng"] = torch.Generator().manual_seed((self.options.seed or 0) * 1_000_003 + own)
+            seed = (self.options.seed or 0) * 1_000_003 + own
+            extra["rng"] = torch.Generator().manual_seed(seed % 2**64)  # PyTorch takes no larger ones
         if self.options.prompt_embedding is not None:
             extra["prompt_embedding"] = self.options.prompt_embedding.to(network.device, network.dtype)
         return extra

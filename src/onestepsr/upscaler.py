@@ -117,10 +117,18 @@ class Upscaler:
 
         target = resolve_device(device)
         number_format = resolve_dtype(dtype, target)
-        generator = load_generator(
-            name_or_path, device=target, dtype=number_format, steps=steps, sampler=sampler, fidelity=fidelity
-        )
-        return cls(generator, device, dtype, str(name_or_path), compiled=compiled)
+        try:
+            generator = load_generator(
+                name_or_path, device=target, dtype=number_format, steps=steps, sampler=sampler, fidelity=fidelity
+            )
+            return cls(generator, str(target), dtype, str(name_or_path), compiled=compiled)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"{name_or_path}: not enough memory on {target} for its weights in "
+                f"{str(number_format).removeprefix('torch.')}; free some, or choose another --device or --dtype"
+            ) from error
 
     def __call__(
         self,

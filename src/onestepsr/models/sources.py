@@ -104,8 +104,11 @@ class Download:
 
 
 def cache_folder() -> Path:
-    """Folder of downloaded weights: ``ONESTEPSR_CACHE``, or ``~/.cache/onestepsr``."""
-    return Path(os.environ.get(CACHE) or "~/.cache/onestepsr").expanduser()
+    """Folder of downloaded weights: ``ONESTEPSR_CACHE``, or ``~/.cache/onestepsr``; UserError if there is no home."""
+    try:
+        return Path(os.environ.get(CACHE) or "~/.cache/onestepsr").expanduser()
+    except RuntimeError as error:
+        raise UserError(f"no home folder for the cache of weights; set {CACHE} to a folder") from error
 
 
 def is_offline() -> bool:
