@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
+from onestepsr.apps import upscale_workers
 from onestepsr.apps.upscale_files import Job
 from onestepsr.apps.upscale_pipeline import AHEAD, Result
 from onestepsr.apps.upscale_prompts import GROUP, PromptChoice
@@ -208,3 +210,15 @@ def test_an_interrupt_ends_all_processes_and_leaves_whole_files(folder: Path) ->
     assert 1 <= len(written) < 399
     assert not [name for name in written if name.startswith(".")]
     assert all(content.endswith(b"IEND\xaeB`\x82") for content in written.values())
+
+
+def test_interrupts_are_left_to_the_process_that_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: dict[int, object] = {}
+    levels = (logging.getLogger().level, logging.getLogger("onestepsr").level)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    ours, theirs = multiprocessing.Pipe()
+    monkeypatch.setattr(upscale_workers, "_enlarge", lambda connection, duty: None)
+    upscale_workers.work(theirs, Duty(setup=SETUP, processes=1, levels=levels))
+    ours.close()
+    assert handlers[signal.SIGINT] is signal.SIG_IGN
+    assert callable(handlers[signal.SIGTERM])

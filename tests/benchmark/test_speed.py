@@ -192,6 +192,14 @@ def test_memory_is_measured_in_an_interpreter_of_its_own(tmp_path: Path) -> None
     assert use.device_peak is None
 
 
+def test_where_the_system_tells_no_memory_none_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "resident_memory", dict)  # Windows
+    said: list[str] = []
+    found = measure_speed("bicubic", SpeedConfig(**QUICK | {"memory": True, "repeats": 1}), announce=said.append)
+    assert found.memory is None
+    assert any("does not tell" in line for line in said)
+
+
 def test_a_failing_interpreter_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peak_memory, "MODULE", "onestepsr.no_such_module")
     task = MemoryTask(model="m", source="a", target="b", device="cpu", dtype="float32", tile="off")

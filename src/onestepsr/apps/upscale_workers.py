@@ -54,6 +54,7 @@ their order, or the exception that ends the run."""
 def work(connection: Connection, duty: Duty) -> None:
     """Enlarge what comes until None comes, or nobody is left at the other end. The task of every process."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows it is not inherited
     root, package = duty.levels
     logging.basicConfig(level=root, format="%(levelname)s: %(message)s")
     logging.getLogger("onestepsr").setLevel(package)

@@ -36,7 +36,7 @@ from onestepsr.benchmark.speed_result import ModelSpeed, PathSpeed, StageSpeed, 
 from onestepsr.benchmark.stages import NETWORK, count_stages
 from onestepsr.compiling import compiler_errors_named
 from onestepsr.errors import UserError
-from onestepsr.machine import free_memory
+from onestepsr.machine import free_memory, resident_memory
 from onestepsr.upscaler import UpscaleOptions, Upscaler
 
 logger = logging.getLogger(__name__)
@@ -204,6 +204,9 @@ def _memory(
     model: str, source: Path, config: SpeedConfig, steps: int | None, announce: Callable[[str], None]
 ) -> MemoryUse | None:
     if not config.memory:
+        return None
+    if not resident_memory():
+        announce(f"{model}: no memory, this system does not tell how much a process takes")
         return None
     announce(f"{model}: memory")
     target = source.with_name(f"memory{source.suffix}")
