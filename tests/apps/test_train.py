@@ -108,6 +108,31 @@ def test_resume_without_a_run_starts_one(recipe: str, tmp_path: Path) -> None:
     assert (tmp_path / "2024" / "model.safetensors").is_file()
 
 
+def test_whole_pictures_of_any_size_are_shown(recipe: str, tmp_path: Path) -> None:
+    # 90 is no multiple of the autoencoder's factor.
+    for name, side in (("hr", 90), ("lr", 45)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (side, side), (90, 120, 60)).save(tmp_path / name / "a.png")
+    pairs = {
+        "kind": "pairs",
+        "paths": [str(tmp_path / "hr")],
+        "lr_paths": [str(tmp_path / "lr")],
+        "crop": 0,
+        "scale": 2,
+    }
+    invoke("autoencoder", f"validation.data={json.dumps(pairs)}", "train.steps=1", "--recipe", recipe)
+    assert (tmp_path / "run" / "previews" / "step_000001.png").is_file()
+
+
+def test_processes_that_do_not_find_each_other_train_nothing(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # and nothing that a launcher says besides
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but 1 would train together"):
+        invoke("autoencoder", "--recipe", recipe)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_what_is_missing_is_said() -> None:
     with pytest.raises(UserError, match="METHOD and --recipe"):
         invoke("autoencoder")

@@ -36,6 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "photos").mkdir()
     (path / "empty").mkdir()
     Image.fromarray(np.full((96, 96, 3), 90, dtype=np.uint8)).save(path / "photos" / "a.png")
+    (path / "quarters").mkdir()
+    Image.fromarray(np.full((24, 24, 3), 90, dtype=np.uint8)).save(path / "quarters" / "a.png")
     write_backbone(path / "backbone.safetensors")
     write_backbone(path / "other-latent.safetensors", luma_channels=4)
     exported = build(AutoencoderConfig(model=TinyConfig(**SMALL))).export
@@ -104,6 +106,13 @@ CASES = {
     "a network that is not trained": (["train.optimizers.judge.lr=1"], "train.optimizers.judge: no such network"),
     "nothing to train towards": (["config.mse_weight=0", "config.perceptual_weight=0"], "both 0"),
     "a step beyond the schedule": (["config.timestep=1000"], "config.timestep: 1000, but"),
+    "noise beyond the schedule": (["config.discriminator.t_max=5000"], "discriminator.t_max: 5000, but the diffusion"),
+    "a discriminator of negative width": (["config.discriminator.hidden=[-1]"], "hidden widths of at least 1"),
+    "a date as folder of photos": (["data.paths=[2026-01-02]"], "data.paths[0]: expected Path, got datetime.date"),
+    "whole pictures in batches": (
+        ["data.kind=pairs", "data.lr_paths=[{folder}/quarters]", "data.crop=0"],
+        "data.crop: 0 keeps whole pictures",
+    ),
 }
 
 
@@ -120,6 +129,11 @@ def test_a_batch_for_other_processes(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "train.batch_size: 2 does not divide among 4 processes" in refusal(folder, capsys)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without one")
+def test_a_type_that_only_a_gpu_computes_in(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "train.mixed_precision: fp16 needs a GPU" in refusal(folder, capsys, "train.mixed_precision=fp16")
 
 
 def test_a_missing_package(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from onestepsr.errors import UserError
 from onestepsr.methods.base import SampleRandom
 from onestepsr.methods.noising import AdaptiveConfig, AdaptiveNoise, NoiseConfig, latent_noise
 from onestepsr.schedules import DiffusionSchedule
@@ -121,5 +122,5 @@ def test_every_kind_works_without_data_on_the_meta_device():
 def test_wrong_ranges_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         NoiseConfig(**changes)
-    with pytest.raises(ValueError, match="below the schedule's 1000 steps"):
+    with pytest.raises(UserError, match=r"discriminator\.t_max: 1000, but the diffusion has 1000 steps from 0"):
         latent_noise(SCHEDULE, NoiseConfig(t_max=1000))

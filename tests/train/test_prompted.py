@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +122,25 @@ def test_embeddings_are_made_once_and_stay_on_disk(photos: Path) -> None:
         path.unlink()
     with pytest.raises(UserError, match="embedding of a photo's text is gone"):
         again[0]
+
+
+def test_several_processes_make_embeddings_one_after_the_other(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While this process waits for the lock, the one that has it makes what this one would look for."""
+    places: list[Path] = []
+
+    @contextmanager
+    def after_another(path: Path, *, wait: bool) -> Iterator[bool]:
+        assert wait
+        places.append(path)
+        monkeypatch.setattr("onestepsr.train.prompted.locked", lambda path, wait: nullcontext(True))
+        prompted(photos, [])
+        yield True
+
+    monkeypatch.setattr("onestepsr.train.prompted.locked", after_another)
+    embedders: list[Lengths] = []
+    prompted(photos, embedders)
+    assert embedders[0].asked == []
+    assert places == [photos / "cache" / "prompts" / ".lock"]
 
 
 def test_a_dry_run_reads_texts_and_makes_no_embedding(photos: Path) -> None:

@@ -14,7 +14,7 @@ from toy_training import ToyImages, toy_config, toy_method
 
 from onestepsr.errors import UserError
 from onestepsr.train.config import PreviewConfig
-from onestepsr.train.previews import PAPER, TITLE_HEIGHT, Validator, draw_grid, is_better, perceptual_distance
+from onestepsr.train.previews import PAPER, TITLE_HEIGHT, Validator, cut, draw_grid, is_better, perceptual_distance
 from onestepsr.train.report import JsonLines, Reporter
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
 
@@ -88,6 +88,17 @@ def test_validation_uses_averages_and_changes_nothing(tmp_path: Path, images: in
     assert validator.run(3, trainer.networks, torch.device("cpu")).scores != found[0].scores
     with Image.open(tmp_path / "previews" / "step_000003.png") as picture:
         assert picture.height == TITLE_HEIGHT + min(images, 2) * 12
+
+
+def test_whole_pictures_are_cut_to_what_networks_take() -> None:
+    sample = {"hr": torch.rand(3, 50, 37), "lr": torch.rand(3, 25, 18), "prompt": torch.rand(7, 2)}
+    kept = cut(sample, 16)
+    assert torch.equal(kept["hr"], sample["hr"][:, :48, :32])
+    assert torch.equal(kept["lr"], sample["lr"][:, :24, :16])
+    assert kept["prompt"] is sample["prompt"]
+    assert cut({"hr": sample["hr"]}, 1)["hr"].shape == (3, 50, 37)
+    with pytest.raises(UserError, match="37 x 50, expected at least 64 a side"):
+        cut(sample, 64)
 
 
 def test_better_means_more_for_similarities_and_less_for_distances() -> None:

@@ -62,6 +62,16 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(value, results[2][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_the_accumulation_of_a_launcher_leaves_gradients_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    norms = []
+    for launched in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", launched)
+        method = toy_method()
+        hooks = Hooks(on_step=lambda record: norms.append(record.gradient_norms))
+        Trainer(method, ToyImages(), toy_config(steps=1), tmp_path / launched, hooks=hooks).run()
+    assert norms[0] == norms[1]
+
+
 def test_every_sample_is_seen_once_whatever_the_split() -> None:
     config = toy_config(steps=5, batch_size=12, accumulation=2)
     for processes in (1, 2, 3):

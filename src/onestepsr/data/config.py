@@ -26,7 +26,8 @@ class DataConfig:
     lr_paths: tuple[Path, ...] = ()
     """Only for pairs in folders: the folders of LR pictures, in the order of ``paths``."""
     crop: int = 256
-    """Side of the square HR crop in pixels, a multiple of ``scale``. For pairs, 0 keeps whole pictures."""
+    """Side of the square HR crop in pixels, a multiple of ``scale``. For pairs, 0 keeps whole pictures, to
+    measure on: training needs one size."""
     scale: int = 4
     """HR size divided by LR size; 1 where pictures are restored at their own size, as faces are."""
     degradation: str | dict[str, float] | FaceDegradationConfig | DegradationConfig = "mixed"

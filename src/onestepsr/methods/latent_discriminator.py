@@ -36,6 +36,11 @@ class DiscriminatorConfig(NoiseConfig):
     sdxl: SDXLConditioning = field(default_factory=SDXLConditioning)
     """How a Stable Diffusion XL backbone is conditioned; other backbones have no use for it."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.hidden, default=1) < 1 or self.start < 0:
+            raise ValueError(f"need hidden widths of at least 1 and start >= 0, got {self.hidden} and {self.start}")
+
 
 def build_discriminator(
     generator: OneStepLatentGenerator, settings: DiscriminatorConfig, *, name: str, checkpointing: bool = False

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from onestepsr.errors import UserError
 from onestepsr.machine import is_one_of_several
 from onestepsr.methods.base import SampleRandom
 from onestepsr.schedules import DiffusionSchedule
@@ -62,7 +63,7 @@ class LatentNoise(nn.Module):
         """``gain`` multiplies the latents first, for a discriminator that knows them on another scale."""
         super().__init__()
         if config.t_max >= schedule.steps:
-            raise ValueError(f"t_max must be below the schedule's {schedule.steps} steps, got {config.t_max}")
+            raise UserError(f"discriminator.t_max: {config.t_max}, but the diffusion has {schedule.steps} steps from 0")
         self.schedule, self.config, self.gain = schedule, config, gain
 
     def forward(self, z: Tensor, random: SampleRandom) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from onestepsr.errors import UserError
 from onestepsr.files import replacing
 from onestepsr.methods.base import Batch, Networks
 from onestepsr.methods.spatial import PerceptualConfig, build_perceptual
@@ -44,8 +45,12 @@ class Validator:
         source: SampleSource,
         config: PreviewConfig,
         folder: Path,
+        *,
+        multiple: int = 1,
     ) -> None:
+        """Whole pictures are cut at the bottom and right to HR sides that are multiples of ``multiple``."""
         self.preview, self.source, self.config, self.folder = preview, source, config, folder
+        self.multiple = multiple
         self.distance = perceptual_distance(config)
 
     def run(self, step: int, networks: NetworkSet, device: torch.device, channels_last: bool = False) -> Validation:
@@ -54,7 +59,7 @@ class Validator:
         rows: list[dict[str, Tensor]] = []
         with networks.evaluating() as callables:
             for index in range(self.config.images):
-                sample = {name: tensor[None] for name, tensor in self.source[index].items()}
+                sample = {name: tensor[None] for name, tensor in cut(self.source[index], self.multiple).items()}
                 columns = self.preview(callables, to_device(sample, device, channels_last))
                 columns = {title: image.detach().float().cpu().clamp(0, 1) for title, image in columns.items()}
                 scores.append({**score(columns), **self._distance(columns)})
@@ -77,6 +82,19 @@ def perceptual_distance(config: PreviewConfig) -> Callable[[Tensor, Tensor], Ten
         return None
     features, distance = build_perceptual(PerceptualConfig(distance=config.best, features="vgg16"))
     return lambda sr, hr: cast(Tensor, distance(features, sr, hr))
+
+
+def cut(sample: Mapping[str, Tensor], multiple: int) -> dict[str, Tensor]:
+    """``sample`` with ``hr`` (3, H, W) cut to sides that are multiples of ``multiple``, and ``lr`` to what belongs to
+    it; UserError for a picture that leaves nothing."""
+    hr, sides = sample["hr"], [side // multiple * multiple for side in sample["hr"].shape[-2:]]
+    if not all(sides):
+        raise UserError(f"a validation picture is {hr.shape[-1]} x {hr.shape[-2]}, expected at least {multiple} a side")
+    kept = {"hr": hr[..., : sides[0], : sides[1]]}
+    if "lr" in sample:
+        scale = hr.shape[-1] // sample["lr"].shape[-1]
+        kept["lr"] = sample["lr"][..., : sides[0] // scale, : sides[1] // scale]
+    return {**sample, **kept}
 
 
 def is_better(name: str, score: float, than: float | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,9 +13,13 @@ from onestepsr.data.config import DataConfig
 from onestepsr.data.hr_folder import PHOTO, Sample
 from onestepsr.errors import UserError
 from onestepsr.methods.base import Method
+from onestepsr.train.locking import locked
 
 if TYPE_CHECKING:
     from onestepsr.prompts.photos import PhotoPrompts
+
+
+LOCK = ".lock"
 
 
 class Prompted(Dataset[Sample]):
@@ -52,4 +57,8 @@ def with_prompts(source: Any, data: DataConfig, method: Method, where: str, *, d
     if dry:
         return Prompted(source, None)
     cache = EmbeddingCache(data.cache_dir / "prompts", limit=None)
-    return Prompted(source, PhotoPrompts(texts, method.embedder(cache)))
+    # Several processes start at once: the first one makes the embeddings, the others wait and find them there.
+    with suppress(OSError):
+        cache.folder.mkdir(parents=True, exist_ok=True)
+    with locked(cache.folder / LOCK, wait=True):
+        return Prompted(source, PhotoPrompts(texts, method.embedder(cache)))

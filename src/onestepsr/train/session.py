@@ -15,10 +15,11 @@ from onestepsr.config import to_mapping
 from onestepsr.data.datasets import DataConfig, Pool, build_dataset
 from onestepsr.data.sampling import derived_seed
 from onestepsr.errors import UserError
-from onestepsr.files import write_text
+from onestepsr.files import write_text, writing
 from onestepsr.methods.base import Exported, Method, get_method
 from onestepsr.train.checkpoint import Checkpoint, Checkpoints
 from onestepsr.train.estimate import Estimate, estimate
+from onestepsr.train.locking import locked
 from onestepsr.train.networks import NetworkSet
 from onestepsr.train.optimization import require_optimizer
 from onestepsr.train.previews import Validator, is_better
@@ -26,11 +27,11 @@ from onestepsr.train.prompted import with_prompts
 from onestepsr.train.recipes import RunConfig, check_resumable
 from onestepsr.train.report import Reporter
 from onestepsr.train.storage import as_float32
-from onestepsr.train.trainer import Hooks, Trainer
+from onestepsr.train.trainer import Hooks, Trainer, trains_on_cpu
 
 VALIDATION_SEED = 0
 """Not the run's seed, so that runs are compared on the same crops and degradations."""
-MODEL, BEST, CONFIG = "model.safetensors", "best.safetensors", "config.yaml"
+MODEL, BEST, CONFIG, LOCK = "model.safetensors", "best.safetensors", "config.yaml", ".lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,16 @@ def prepare(run: RunConfig, *, resume: bool, dry: bool = False) -> Plan:
     run.train.micro_batch(process_count())
     for optimizer in (run.train.optimizer, *run.train.optimizers.values()):
         require_optimizer(optimizer)
+    if run.train.mixed_precision == "fp16" and not dry and trains_on_cpu(run.train):
+        raise UserError("train.mixed_precision: fp16 needs a GPU; on a CPU it can be bf16 or no")
     entry = get_method(run.method)
     source = build_dataset(run.data, run.train.seed, entry.needs_lr)
     held_out = run.validation.data
     validation = source if held_out is None else build_dataset(held_out, VALIDATION_SEED, entry.needs_lr)
     method = _build(run, dry)
     run.train.check_networks(method.networks)
+    if run.data.crop == 0:
+        raise UserError("data.crop: 0 keeps whole pictures, which is for measuring; samples of a batch need one size")
     check_sizes(method, run.data, "data")
     source = with_prompts(source, run.data, method, "data", dry=dry)
     if held_out is None:
@@ -82,7 +87,7 @@ def prepare(run: RunConfig, *, resume: bool, dry: bool = False) -> Plan:
         validation = with_prompts(validation, held_out, method, "validation.data", dry=dry)
     validator = None
     if method.preview is not None:
-        validator = Validator(method.preview, validation, run.validation, run.out)
+        validator = Validator(method.preview, validation, run.validation, run.out, multiple=method.hr_multiple)
     return Plan(run=run, method=method, source=source, validator=validator, checkpoint=checkpoint)
 
 
@@ -106,12 +111,26 @@ def _build(run: RunConfig, dry: bool) -> Method:
 
 
 def execute(plan: Plan) -> Path:
-    """Train to the end; returns the folder with the model."""
+    """Train to the end; returns the folder with the model. Raises UserError while another run is at work there."""
+    if not _is_first_process():
+        return _execute(plan)
+    # Two runs in one folder, such as a second --resume, would take away each other's checkpoints.
+    with writing(plan.run.out):
+        plan.run.out.mkdir(parents=True, exist_ok=True)
+    with locked(plan.run.out / LOCK, wait=False) as alone:
+        if not alone:
+            raise UserError(f"{plan.run.out}: another process trains there; wait for it or choose another --out")
+        _write_config(plan.run)
+        return _execute(plan)
+
+
+def _execute(plan: Plan) -> Path:
     run = plan.run
-    if _is_first_process():
-        _write_config(run)
     hooks = Hooks(validation_every=run.validation.every)
     trainer = Trainer(plan.method, plan.source, run.train, run.out, identity=to_mapping(run), hooks=hooks)
+    if trainer.share.processes != process_count():
+        together = f"WORLD_SIZE is {process_count()}, but {trainer.share.processes} would train together"
+        raise UserError(f"{together}: start processes with torchrun or accelerate launch")
     if plan.checkpoint is not None:
         trainer.resume(plan.checkpoint)
     if trainer.accelerator.is_main_process:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
 
 from onestepsr.data.sampling import derived_seed
@@ -274,6 +274,16 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     # The others wait while the first process validates, exports and saves.
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     handlers = [wrapping, waiting]
-    # Left to itself, Accelerate makes processes on a machine without a GPU train one by one, each the whole batch.
-    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    return Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision, kwargs_handlers=handlers)
+    return Accelerator(
+        # Left to itself, Accelerate makes processes on a machine without a GPU train one by one, each the whole batch.
+        cpu=trains_on_cpu(config),
+        mixed_precision=config.mixed_precision,
+        # Given, because otherwise a launcher's number of micro-batches would divide the gradients once more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=handlers,
+    )
+
+
+def trains_on_cpu(config: TrainConfig) -> bool:
+    """Whether a run on this machine has no accelerator, by its settings or for want of one."""
+    return config.device == "cpu" or not torch.accelerator.is_available()
