@@ -1,6 +1,10 @@
 """The command line as a whole: one line and exit code 2 for a mistake, a traceback only on request."""
 
+import io
+import sys
+
 import pytest
+import typer
 
 from onestepsr import __version__
 from onestepsr.apps.cli import main
@@ -54,3 +58,14 @@ def test_an_interrupt_is_one_word_and_its_own_exit_code(capsys, monkeypatch):
 
     monkeypatch.setattr("onestepsr.apps.upscale.plan_jobs", interrupt)
     assert run(capsys, "upscale", "a.jpg") == (130, "", "interrupted\n")
+
+
+def test_a_name_that_the_encoding_lacks_is_printed_all_the_same(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr("onestepsr.apps.cli.app", lambda **_: typer.echo("\u7167 \udcff \xe9"))
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    stream.flush()
+    assert stopped.value.code == 0
+    assert stream.buffer.getvalue().split() == [b"\\u7167", b"\\udcff", b"\xe9"]

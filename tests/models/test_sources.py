@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -149,9 +150,10 @@ def test_a_mirror_with_the_wrong_file_or_none_falls_to_the_sources(server, tmp_p
     assert obtain(download_of(server, "/net.bin")).read_bytes() == BODY
 
 
-def test_an_impossible_mirror_is_named(server, monkeypatch):
-    monkeypatch.setenv(sources.MIRROR, "file:///mirror")
-    with pytest.raises(UserError, match="ONESTEPSR_MIRROR: 'file:///mirror' is neither"):
+@pytest.mark.parametrize("mirror", ["file:///mirror", "http://mirror:port/", "http://[mirror/", "https:///mirror"])
+def test_an_impossible_mirror_is_named(server, monkeypatch, mirror):
+    monkeypatch.setenv(sources.MIRROR, mirror)
+    with pytest.raises(UserError, match=rf"ONESTEPSR_MIRROR: '{re.escape(mirror)}' is neither"):
         obtain(download_of(server, "/net.bin"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -55,6 +56,7 @@ _register_commands()
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script; ``--debug`` is accepted anywhere on the line."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _print_all_characters()
     debug = "--debug" in arguments or bool(os.environ.get("ONESTEPSR_DEBUG"))
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
@@ -71,6 +73,13 @@ def main(arguments: list[str] | None = None) -> None:
     if code == INTERRUPTED:  # into which the command-line library turns an interrupt of a command
         typer.echo("interrupted", err=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_all_characters() -> None:
+    """File names may hold what the encoding of a pipe or terminal lacks: that is written as an escape, no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(error: Exception, line: str, code: int, debug: bool) -> NoReturn:

@@ -250,13 +250,22 @@ def _places(download: Download) -> list[str | Path]:
     places: list[str | Path] = []
     if "://" not in mirror:
         places += [Path(mirror).expanduser() / name for name in names if mirror]
-    elif urlsplit(mirror).scheme in ("http", "https"):
+    elif _is_address(mirror):
         places += [f"{mirror.rstrip('/')}/{quote(name)}" for name in names]
     else:
         raise UserError(f"{MIRROR}: '{mirror}' is neither a folder nor an http or https address")
     places += [source.url for source in download.sources]
     closed = is_offline() or bool(_no_downloads.get())
     return [place for place in places if isinstance(place, Path) or not closed]
+
+
+def _is_address(text: str) -> bool:
+    """Whether this is an http or https address whose server and port can be told."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no number, or half a bracket
+        return False
 
 
 def _label(place: str | Path) -> str:
