@@ -56,6 +56,15 @@ def test_what_is_not_complete_is_passed_over(tmp_path: Path, damage: str) -> Non
     assert latest(checkpoints).step == 1
 
 
+def test_a_damaged_later_one_does_not_push_out_what_is_written_after_it(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1000, GROUPS, {})
+    (checkpoints.save(2000, GROUPS, {}) / "state.json").unlink()
+    checkpoints.save(1500, GROUPS, {})
+    assert latest(checkpoints).step == 1500
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001500"]
+
+
 def test_unfinished_writes_are_ignored_and_cleared(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, GROUPS, {})

@@ -73,10 +73,13 @@ def ablate(
     folder = out or Path("runs") / loaded.name
     ablation = plan_ablation(loaded, only=_names(only), seeds=_seeds(seeds), out=folder, reuse=reuse or [])
     held_out = HeldOut(loaded.config.evaluation)
+    starting = _words(launcher)
+    if report is not None and report.exists() and not report.is_dir():
+        raise UserError(f"--report {report}: is a file, expected a folder")
     if dry_run:
         show(ablation, held_out)
         return
-    failures = train_all(ablation, launcher=shlex.split(launcher), announce=_say)
+    failures = train_all(ablation, launcher=starting, announce=_say)
     results, paths = compare(ablation, held_out, failures, report or folder, _command(suite, settings, seeds, only))
     show_results(results)
     _say(f"report: {', '.join(map(str, paths))}")
@@ -145,6 +148,13 @@ def show_results(results: Results) -> None:
 def _command(suite: str, settings: Sequence[str] | None, seeds: str, only: str) -> str:
     words = ["onestepsr", "ablate", suite, *(settings or []), "--seeds", seeds]
     return shlex.join([*words, *(["--only", only] if only else [])])
+
+
+def _words(launcher: str) -> list[str]:
+    try:
+        return shlex.split(launcher)
+    except ValueError as error:
+        raise UserError(f"--launcher {launcher}: {error}") from error
 
 
 def _names(text: str) -> list[str]:

@@ -81,7 +81,7 @@ class Checkpoints:
             shutil.rmtree(target)
         os.replace(temporary, target)
         _flush_folder(self.folder)
-        self._drop_oldest()
+        self._drop_others(target)
         return target
 
     def latest(self) -> Checkpoint | None:
@@ -103,8 +103,11 @@ class Checkpoints:
             return []
         return sorted(path for path in self.folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
 
-    def _drop_oldest(self) -> None:
-        for path in self._paths()[: -self.keep]:
+    def _drop_others(self, newest: Path) -> None:
+        paths = self._paths()
+        # What has a later step was passed over for a damaged one: it must not count among the newest.
+        later = [path for path in paths if path.name > newest.name]
+        for path in [*later, *[path for path in paths if path not in later][: -self.keep]]:
             # Renamed first: a kill in the middle of the deletion must not leave a folder that looks like a checkpoint.
             doomed = path.with_name(f".writing_{path.name}")
             os.replace(path, doomed)

@@ -255,7 +255,12 @@ def _read_suite(suite: str) -> dict[str, Any]:
 
 
 def _folders(text: str) -> list[str]:
-    value = yaml.safe_load(text)
+    if not text.strip():  # as an unset variable of the shell leaves it; it would mean the present folder
+        raise UserError(f"{HELD_OUT}=: expected a folder of held-out photos")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:  # a folder may have any name
+        return [text]
     return [str(folder) for folder in value] if isinstance(value, list) else [text]
 
 
