@@ -59,3 +59,13 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
     cache = EmbeddingCache(tmp_path / "file" / "folder")
     cache.put("e", "a", embedding())
     assert cache.get("e", "a", WIDTH) is None
+
+
+def test_a_folder_that_others_own_can_be_read(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    cache = EmbeddingCache(tmp_path)
+    cache.put("e", "a", embedding())
+    monkeypatch.setattr(os, "utime", refuse)
+    assert torch.equal(cache.get("e", "a", WIDTH), embedding())

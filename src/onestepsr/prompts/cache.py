@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -49,7 +50,8 @@ class EmbeddingCache:
                 return None
             with safe_open(path, framework="pt") as handle:
                 embedding: Tensor = handle.get_tensor("embedding").clone()
-            os.utime(path)  # marks it as used
+            with suppress(OSError):  # others may only read a folder that is shared
+                os.utime(path)  # marks it as used
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
