@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -48,15 +50,23 @@ def test_without_a_limit_tiles_stay_at_what_pays(monkeypatch: pytest.MonkeyPatch
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.integers(1, 3000), st.integers(1, 3000), st.floats(0.05, 8.0), st.sampled_from(["cpu", "cuda"]))
-def test_a_limit_is_kept_or_refused(height: int, width: int, limit: float, device: str) -> None:
-    extent = Extent(height=height, width=width)
-    least = plan(extent, device=torch.device(device), tile=96, tile_batch=1).expected_peak
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.floats(0.05, 8.0),
+    st.sampled_from(["cpu", "cuda"]),
+    st.sampled_from([16, 64]),
+)
+@example(49, 1121, 4.5, "cpu", 16)  # fits unless it is padded
+@example(1225, 1225, 3.7, "cuda", 64)  # a side of 208 would be one of 256
+def test_a_limit_is_kept_or_refused(height: int, width: int, limit: float, device: str, multiple: int) -> None:
+    extent, demand = Extent(height=height, width=width), replace(SD, multiple=multiple)
+    least = plan(extent, demand, torch.device(device), tile=96, tile_batch=1).expected_peak
     if least > limit * 1e9:
         with pytest.raises(UserError, match="accepted: "):
-            plan(extent, device=torch.device(device), memory=limit)
+            plan(extent, demand, torch.device(device), memory=limit)
         return
-    found = plan(extent, device=torch.device(device), memory=limit)
+    found = plan(extent, demand, torch.device(device), memory=limit)
     assert found.expected_peak <= limit * 1e9
     assert found.tile >= 96 or found.tiles == 1
 

@@ -163,8 +163,9 @@ class Planner:
 
     def _side(self) -> int:
         height, width, wanted = self.extent.height, self.extent.width, self.options.tile
+        whole = max(height, width)
         if wanted == "off":
-            return max(height, width)
+            return whole
         if wanted != "auto":
             return wanted
         together = 1 if self.options.tile_batch == "auto" else self.options.tile_batch
@@ -173,15 +174,17 @@ class Planner:
         if side < smallest:
             self._require(smallest)
             side = smallest
+        cells = side - side % self.demand.multiple  # tiles consist of whole cells, and would be rounded up
+        side = cells if cells >= smallest else side
         side = min(side, max(LARGEST_TILE.get(self.device.type, 320), smallest), self.demand.largest_tile or side)
-        if height * width <= side * side:
-            return max(height, width)
+        if height * width <= side * side and self._needed(whole) <= self.budget:  # a long one is padded by more
+            return whole
         published = [known for known in PUBLISHED_OVERLAPS if known <= side]
         return max(published) if published and self.options.tile_blend == "average" else side
 
     def _require(self, smallest: int) -> None:
         """Raise unless tiles of this side, or the whole of a smaller picture, fit."""
-        needed = self._geometry(smallest)[0] * self.demand.per_pixel + self._rows(smallest)
+        needed = self._needed(smallest)
         if needed <= self.budget:
             return
         if self.limited and self.options.memory is not None:
@@ -191,6 +194,10 @@ class Planner:
             f"{(needed / SHARE + self.pictures) / 1e9:.1f} GB needed for the smallest tile ({smallest} px): free some, "
             "or set --tile yourself"
         )
+
+    def _needed(self, side: int) -> float:
+        """Bytes to work with for one tile of ``side`` at a time."""
+        return self._geometry(side)[0] * self.demand.per_pixel + self._rows(side)
 
     def _of_side(self, side: int, most_pixels: int | None) -> Plan:
         area, tiles = self._geometry(side)
