@@ -53,6 +53,7 @@ def test_the_saved_configuration_is_a_recipe_for_the_same_run(recipe: str, tmp_p
     [
         ("train.stpes=3", r"unknown setting 'train\.stpes': did you mean 'steps'"),
         ("config.kl_wieght=3", r"unknown setting 'config\.kl_wieght': did you mean 'kl_weight'"),
+        ("config.kl_weight=-1", "config: kl_weight must not be negative, got -1"),
         ("trian.steps=3", r"unknown setting 'trian': did you mean 'train'"),
         ("train.steps=many", r"train\.steps: expected int, got 'many'"),
         ("train.accumulation=3", "batch_size 16 is no multiple of accumulation 3"),

@@ -22,6 +22,10 @@ class AutoencoderConfig:
     kl_weight: float = 1e-4
     """Weight of the Kullback-Leibler term, in nats per latent value against a reconstruction error in [-1, 1]."""
 
+    def __post_init__(self) -> None:
+        if self.kl_weight < 0:
+            raise ValueError(f"kl_weight must not be negative, got {self.kl_weight}")
+
 
 def build(config: AutoencoderConfig) -> Method:
     """One network, one phase: L1 reconstruction through a sampled posterior, plus KL."""
