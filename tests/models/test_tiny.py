@@ -1,5 +1,7 @@
 """The tiny backbone: the DCT start, shapes, statistics, and gradients everywhere."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -129,3 +131,19 @@ def test_refinement_starts_as_nothing_and_sees_across_cells():
     change = (refined.decoder.refine(touched, half) - refined.decoder.refine(image, half)).abs().sum(1)[0] > 0
     assert change[5:10, 5:10].all()
     assert change.sum() == 25
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"widths": (8,)}, "one entry per level"),
+        ({"encoder_width": 0}, "at least 1"),
+        ({"down_blocks": (1, 1, -1)}, "at least 1"),
+        ({"decoder_blocks": -1}, "negative"),
+        ({"refine_blocks": 1}, "refine_width"),
+        ({"luma_channels": 17}, "luma_channels"),
+    ],
+)
+def test_sizes_that_no_network_has_are_refused(sizes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        TinyConfig(**sizes)

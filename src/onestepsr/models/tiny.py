@@ -67,10 +67,13 @@ class TinyConfig:
             raise ValueError(f"luma_channels must be 1..{FACTOR**2} and chroma_channels 0..{FACTOR**2}")
         if not len(self.widths) == len(self.down_blocks) == len(self.up_blocks) >= 1:
             raise ValueError("widths, down_blocks and up_blocks must have one entry per level")
-        if min(self.decoder_blocks, self.refine_blocks) < 0 or (self.refine_blocks and not self.refine_width):
-            raise ValueError(
-                "decoder_blocks and refine_blocks must be at least 0, and refine_blocks needs a refine_width"
-            )
+        sizes = (self.encoder_width, self.decoder_width, self.time_width, self.prompt_tokens, self.prompt_width)
+        if min(*sizes, *self.widths, *self.down_blocks, *self.up_blocks) < 1:
+            raise ValueError("widths, blocks and tokens must be at least 1")
+        if min(self.refine_width, self.decoder_blocks, self.refine_blocks) < 0:
+            raise ValueError("refine_width, decoder_blocks and refine_blocks must not be negative")
+        if self.refine_blocks and not self.refine_width:
+            raise ValueError("refine_blocks needs a refine_width")
 
     @property
     def latent_channels(self) -> int:
