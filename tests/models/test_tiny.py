@@ -136,7 +136,6 @@ def test_refinement_starts_as_nothing_and_sees_across_cells():
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ({"widths": (8,)}, "one entry per level"),
         ({"encoder_width": 0}, "at least 1"),
         ({"down_blocks": (1, 1, -1)}, "at least 1"),
         ({"decoder_blocks": -1}, "negative"),
