@@ -95,6 +95,24 @@ def test_existing_pairs_are_kept_or_replaced_only_on_request(photos, tmp_path):
     assert (out / "LR" / "a.png").read_bytes() != original
 
 
+def test_pairs_of_other_photos_stay_in_the_record(photos, tmp_path):
+    out, more = tmp_path / "out", tmp_path / "more"
+    more.mkdir()
+    (photos / "a.png").rename(more / "z.png")
+    degrade(photos, out)
+    degrade(more, out)
+    images = json.loads((out / "degradation.json").read_text())["images"]
+    assert sorted(images) == ["b.jpg", "z.png"]
+    (out / "LR" / "b.png").unlink()
+    degrade(more, out, "--overwrite")
+    assert list(json.loads((out / "degradation.json").read_text())["images"]) == ["z.png"], "a pair that is gone"
+    (more / "z.png").rename(more / "y.png")
+    with pytest.raises(UserError, match="made with seed 0, now it is 9"):
+        degrade(more, out, "--seed", 9)
+    degrade(more, out, "--overwrite", "--seed", 9)
+    assert json.loads((out / "degradation.json").read_text())["seed"] == 9
+
+
 def test_failures_are_reported_after_the_others_are_done(photos, tmp_path):
     out = tmp_path / "out"
     (photos / "broken.png").write_bytes(b"no picture")

@@ -66,8 +66,9 @@ def degrade_command(
         raise UserError(f"--crop-multiple {multiple}: expected a multiple of the scale, {scale}")
     jobs = plan(hr_dir, out_dir, recursive)
     header = {"schema": SCHEMA, "recipe": recipe, "scale": scale, "seed": seed, "crop_multiple": multiple}
-    _check_existing(jobs, out_dir, header, skip_existing, overwrite)
-    failures = run(jobs, out_dir, header, skip_existing)
+    _check_existing(jobs, skip_existing, overwrite)
+    others = _other_pairs(jobs, out_dir, header, overwrite)
+    failures = run(jobs, out_dir, header, skip_existing, others)
     typer.echo(f"{len(jobs) - len(failures)} pairs in {out_dir} (LR, HR, {RECORD})")
     if failures:
         raise UserError(f"{len(failures)} of {len(jobs)} photos failed, the first: {next(iter(failures.values()))}")
@@ -86,19 +87,24 @@ def plan(hr_dir: Path, out_dir: Path, recursive: bool) -> list[Job]:
         if target in jobs:
             raise UserError(f"{path}: gives the same output as {jobs[target].source.name}; rename one of them")
         jobs[target] = Job(
-            name=relative.as_posix(), source=path, lr=out_dir / "LR" / target, hr=out_dir / "HR" / target
+            name=relative.as_posix(), source=path, lr=_lr_of(relative.as_posix(), out_dir), hr=out_dir / "HR" / target
         )
     return list(jobs.values())
 
 
-def run(jobs: list[Job], out_dir: Path, header: dict[str, Any], skip_existing: bool) -> dict[str, str]:
-    """Make all pairs and the record; returns the error of each photo that failed, by name."""
+def run(
+    jobs: list[Job], out_dir: Path, header: dict[str, Any], skip_existing: bool, others: dict[str, Any] | None = None
+) -> dict[str, str]:
+    """Make all pairs and the record; returns the error of each photo that failed, by name.
+
+    ``others`` is the record of pairs from other photos that lie in ``out_dir`` already.
+    """
     from onestepsr.data.photo_pairs import draw_for
 
     recipe = load_recipe(header["recipe"])
     # What is drawn does not depend on the photo, so the record is complete before the first picture is written.
     drawn = {job.name: draw_for(recipe, header["seed"], job.name) for job in jobs}
-    write_record(out_dir, header, drawn)
+    write_record(out_dir, header, drawn, others)
     remove_leftovers(*(path for job in jobs for path in (job.lr, job.hr)))
     failures: dict[str, str] = {}
     for job in progress(jobs, "Degrading"):
@@ -109,7 +115,8 @@ def run(jobs: list[Job], out_dir: Path, header: dict[str, Any], skip_existing: b
         except UserError as error:
             failures[job.name] = str(error)
     if failures:
-        write_record(out_dir, header, {name: entry for name, entry in drawn.items() if name not in failures})
+        drawn = {name: entry for name, entry in drawn.items() if name not in failures}
+        write_record(out_dir, header, drawn, others)
     return failures
 
 
@@ -147,26 +154,50 @@ def write_pair(job: Job, drawn: Degradation, header: dict[str, Any]) -> None:
         write_picture(from_array(samples), path, sweep=False)
 
 
-def write_record(out_dir: Path, header: dict[str, Any], drawn: dict[str, Degradation]) -> None:
+def write_record(
+    out_dir: Path, header: dict[str, Any], drawn: dict[str, Degradation], others: dict[str, Any] | None = None
+) -> None:
     """Write degradation.json in one step."""
     from onestepsr.config import to_mapping
 
-    record = {**header, "images": {name: to_mapping(entry) for name, entry in drawn.items()}}
-    write_text(out_dir / RECORD, json.dumps(record, indent=1) + "\n")
+    images = {**(others or {}), **{name: to_mapping(entry) for name, entry in drawn.items()}}
+    write_text(out_dir / RECORD, json.dumps({**header, "images": images}, indent=1) + "\n")
 
 
-def _check_existing(jobs: list[Job], out_dir: Path, header: dict[str, Any], skip: bool, overwrite: bool) -> None:
-    """Refuse to overwrite unasked, and to add to pairs that were made with other settings."""
+def _check_existing(jobs: list[Job], skip: bool, overwrite: bool) -> None:
+    """Refuse to overwrite unasked."""
     existing = [job.lr for job in jobs if job.lr.exists() or job.hr.exists()]
     if existing and not (skip or overwrite):
         raise UserError(f"{existing[0]}: exists; give --skip-existing or --overwrite")
+
+
+def _other_pairs(jobs: list[Job], out_dir: Path, header: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """The record of pairs in ``out_dir`` from photos that are not in ``jobs``.
+
+    Raises UserError where they were made with other settings; with ``overwrite``, the record then forgets them.
+    """
     record = out_dir / RECORD
-    if not (existing and skip and record.exists()):
-        return
+    if not record.exists():
+        return {}
     try:
         before = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        images = dict(before["images"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if overwrite:
+            return {}
         raise UserError(f"{record}: cannot be read ({error}); remove it or give --overwrite") from error
-    for name, value in header.items():
-        if before.get(name) != value:
-            raise UserError(f"{record}: these pairs were made with {name} {before.get(name)}, now it is {value}")
+    made = {job.name for job in jobs if job.lr.exists()}
+    others = {
+        name: images[name] for name in images.keys() - {job.name for job in jobs} if _lr_of(name, out_dir).exists()
+    }
+    changed = [name for name, value in header.items() if before.get(name) != value]
+    if not changed:
+        return dict(sorted(others.items()))
+    if (others or made) and not overwrite:
+        name = changed[0]
+        raise UserError(f"{record}: these pairs were made with {name} {before.get(name)}, now it is {header[name]}")
+    return {}
+
+
+def _lr_of(name: str, out_dir: Path) -> Path:
+    return out_dir / "LR" / Path(name).with_suffix(".png")
