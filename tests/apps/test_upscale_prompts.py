@@ -17,6 +17,7 @@ from torch.nn import functional
 from typer.testing import CliRunner
 
 from onestepsr.apps import upscale as command
+from onestepsr.apps.upscale_prompts import PromptChoice
 from onestepsr.errors import UserError
 from onestepsr.models import registry, sources
 from onestepsr.upscaler import Upscaler
@@ -181,6 +182,17 @@ def test_nothing_of_prompts_is_imported_without_one() -> None:
         "sys.exit(any(name.startswith(('onestepsr.prompts', 'transformers')) for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "choice", "said"),
+    [("osediff", {}, True), ("osediff", {"text": ""}, False), ("d3sr-tiny", {}, False)],
+)
+def test_a_published_model_without_its_prompts_is_reported(
+    caplog: pytest.LogCaptureFixture, model: str, choice: dict[str, str], said: bool
+) -> None:
+    PromptChoice(**choice).miss(model)
+    assert ("--prompt-from dape" in caplog.text) is said
 
 
 def test_an_embedding_can_be_given_in_python() -> None:

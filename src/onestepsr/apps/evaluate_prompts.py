@@ -59,6 +59,7 @@ class CasePrompts:
 
     def start(self, upscaler: Upscaler) -> None:
         """Check the prompts against the model; those of files are made in groups, as they are asked for."""
+        self.choice.miss(upscaler.name)
         if self.choice.is_given:
             self._prompts = Prompts(self.choice, upscaler)
             self._waiting = zip(self.paths, prompted(self.paths, self._prompts), strict=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onestepsr.errors import UserError
+from onestepsr.models.osediff_catalog import OSEDIFF_SCALES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from onestepsr.image import Picture
     from onestepsr.prompts.base import PromptSource
     from onestepsr.upscaler import UpscaleOptions, Upscaler
+
+logger = logging.getLogger(__name__)
 
 GROUP = 32
 """So many pictures get their prompts in one go: extractor and text encoder are in memory once for them, not beside the
@@ -48,6 +52,13 @@ class PromptChoice:
     def is_given(self) -> bool:
         """Whether pictures get a prompt at all."""
         return (self.text, self.file, self.extractor) != (None, None, None)
+
+    def miss(self, model: str) -> None:
+        """Say so where a published model of OSEDiff goes without the prompts that it was trained with."""
+        if not self.is_given and model in OSEDIFF_SCALES:
+            logger.warning(
+                "%s: reads prompts and is given none; --prompt-from dape makes what it was trained with", model
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

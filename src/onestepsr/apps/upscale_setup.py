@@ -52,5 +52,6 @@ class Setup:
             fidelity=self.fidelity,
             compiled=self.compiled,
         )
+        self.prompts.miss(self.model)
         logger.info("%s on %s in %s", self.model, upscaler.device, upscaler.dtype)
         return upscaler, Prompts(self.prompts, upscaler) if self.prompts.is_given else None
