@@ -28,7 +28,7 @@ _MODELS: dict[str, ModelSpec] = {
             summary="D3SR on the tiny backbone, trained by this project on 1,380 photos; runs on any CPU",
             licence="Apache-2.0",
             bundled="d3sr-tiny.safetensors",
-            sha256="84e77f5dc9a35d4b793d9fbedce84ef0b3a960603f91778cc3547a49467fefb5",
+            sha256="974cb3f52fd6e9e436768c70c2a8f3268e41f52188016f3c45bda2b7b6d1f368",
             faithful="d3sr-tiny-fidelity",
         ),
         ModelSpec(
@@ -36,7 +36,7 @@ _MODELS: dict[str, ModelSpec] = {
             summary="d3sr-tiny before adversarial training: softer, closer to the input; --fidelity goes between them",
             licence="Apache-2.0",
             bundled="d3sr-tiny-fidelity.safetensors",
-            sha256="ab26d1f86e580b409246d06b7aec8c97740cfd7edbf22148333239aaf6f29499",
+            sha256="1ee480495a88ec5e5d4cb5f0049b673cafc334566ddec1ca339656cd03515491",
         ),
         ModelSpec(id=BICUBIC, summary="no network: bicubic enlargement, for comparison", licence="Apache-2.0"),
         *OSEDIFF_MODELS,
