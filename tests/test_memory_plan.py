@@ -41,9 +41,9 @@ def test_side_follows_the_memory() -> None:
 
 
 def test_without_a_limit_tiles_stay_at_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert plan().tile == 320
+    assert plan(Extent(height=320, width=608)).tile == 320
     assert plan(device=CUDA).tile == 608
-    assert plan(demand=Demand(name="small", dtype=torch.float32, scale=4, weights=0, per_pixel=900.0)).tile == 320
+    assert plan(demand=Demand(name="small", dtype=torch.float32, scale=4, weights=0, per_pixel=900.0)).tile <= 320
     monkeypatch.setattr(memory_plan, "free_memory", lambda device: 0.5e9)
     with pytest.raises(UserError, match=r"0\.5 GB free, about 0\.\d GB needed for the smallest tile \(96 px\)"):
         plan()
@@ -75,7 +75,21 @@ def test_stated_peaks_can_be_had() -> None:
     assert plan(memory=6.0).tile >= 256  # 24 megapixels at the size of Stable Diffusion
     huge = Extent(height=2500, width=2500)
     assert plan(huge, memory=6.0).tile >= 256
-    assert plan(huge).expected_peak < 1.1 * plan().expected_peak
+    assert plan(huge).expected_peak < 1.1 * plan(tile=320).expected_peak
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([1, 4, 16, 64]))
+@example(1024, 1024, 4)
+def test_tiles_are_no_larger_than_their_number_asks_for(height: int, width: int, multiple: int) -> None:
+    extent, demand = Extent(height=height, width=width), replace(SD, multiple=multiple)
+    found, largest = plan(extent, demand), plan(extent, demand, tile=320)
+    assert found.tile <= 320 or found.tiles == 1
+    assert found.tiles <= largest.tiles
+    assert found.tiles * found.pixels <= largest.tiles * largest.pixels
+    smaller = found.tile - multiple
+    if found.tiles > 1 and smaller >= 96:
+        assert plan(extent, demand, tile=smaller).tiles > found.tiles
 
 
 def test_a_limit_that_cannot_be_kept_names_one_that_can() -> None:

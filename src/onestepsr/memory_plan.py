@@ -179,8 +179,23 @@ class Planner:
         side = min(side, max(LARGEST_TILE.get(self.device.type, 320), smallest), self.demand.largest_tile or side)
         if height * width <= side * side and self._needed(whole) <= self.budget:  # a long one is padded by more
             return whole
-        published = [known for known in PUBLISHED_OVERLAPS if known <= side]
-        return max(published) if published and self.options.tile_blend == "average" else side
+        if self.options.tile_blend == "average":
+            return max((known for known in PUBLISHED_OVERLAPS if known <= side), default=side)
+        return self._even(side) if self.device.type == "cpu" else side
+
+    def _even(self, side: int) -> int:
+        """The smallest side with which no more tiles are needed than with ``side``.
+
+        The last tile of a row is moved inward until it ends with the picture; of large tiles it would mostly do again
+        what its neighbour has done. On a GPU one shape for all pictures is worth more: that is what gets compiled.
+        """
+        join = join_of(side, self.options.overlap, self.demand.multiple, self.options.tile_blend)
+        least = smallest_side(self.options)
+        for length in (self.extent.height, self.extent.width):
+            padded = -(-length // join.multiple) * join.multiple
+            count = len(join.starts(padded, 1))
+            least = max(least, -(-(padded + (count - 1) * join.overlap) // count))
+        return min(side, -(-least // join.multiple) * join.multiple)
 
     def _require(self, smallest: int) -> None:
         """Raise unless tiles of this side, or the whole of a smaller picture, fit."""
