@@ -22,8 +22,8 @@ from onestepsr.models.tiny_decoder import FACTOR, ResidualBlock, TinyDecoder
 
 LORA_TARGETS = r".*(conv\w*|to_q|to_k|to_v|to_out|time|skip_gain)"
 """Layers of the UNet that get adapters: every convolution, every projection of the attention and of the time."""
-MEMORY_PER_PIXEL = 225.0
-"""Bytes per image pixel in float32: measured over a whole generator as growth of the peak resident size, 175 to 225."""
+MEMORY_PER_PIXEL = 480.0
+"""Bytes per image pixel in float32: measured over :data:`BUNDLED` as growth of the peak resident size, 430 to 490."""
 STATISTICS_MOMENTUM = 0.02
 """Weight of a new batch in the running latent statistics."""
 
