@@ -273,11 +273,11 @@ def test_a_killed_run_continues_to_the_same_bytes(weights: Path, tmp_path: Path,
 
 def test_memory_is_limited_and_the_plan_is_told(run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     put(tmp_path / "a.png", size=(130, 110))
-    outcome = run("a.png", "--memory", 0.12, "-v", "--json")
+    outcome = run("a.png", "--memory", 0.2, "-v", "--json")
     plan = json.loads(outcome.out)["results"][0]["plan"]
     assert (plan["batch"], plan["dtype"], plan["device"], plan["retries"]) == (1, "float32", "cpu", 0)
     assert plan["tiles"] > 1
-    assert plan["expected_peak"] <= 120_000_000
+    assert plan["expected_peak"] <= 200_000_000
     assert f"{plan['tiles']} tiles of {plan['tile']} pixels, float32 on cpu" in caplog.text
     refused = run("a.png", "-o", "b.png", "--memory", 0.001)
     assert "memory 0.001 GB: " in refused.error

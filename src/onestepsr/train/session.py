@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import Accelerator
 
 from onestepsr.config import to_mapping
 from onestepsr.data.datasets import DataConfig, Pool, build_dataset
@@ -125,6 +126,15 @@ def execute(plan: Plan) -> Path:
 
 
 def _execute(plan: Plan) -> Path:
+    accelerator = _run(plan)
+    # Wrappers that outlive the group of processes can abort the interpreter at its end, after all is done.
+    accelerator.free_memory()
+    accelerator.end_training()
+    return plan.run.out
+
+
+def _run(plan: Plan) -> Accelerator:
+    """Train to the end; nothing holds the wrapped networks afterwards but what is returned."""
     run = plan.run
     hooks = Hooks(validation_every=run.validation.every)
     trainer = Trainer(plan.method, plan.source, run.train, run.out, identity=to_mapping(run), hooks=hooks)
@@ -140,8 +150,7 @@ def _execute(plan: Plan) -> Path:
             trainer.run()
     else:
         trainer.run()
-    trainer.accelerator.end_training()
-    return run.out
+    return trainer.accelerator
 
 
 class Validations:
