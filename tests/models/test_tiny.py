@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from onestepsr.models.registry import load_network
 from onestepsr.models.tiny import TinyAutoencoder, TinyConfig, TinyUNet, block_dct, timestep_embedding
 
 SMALL = TinyConfig(
@@ -146,3 +147,16 @@ def test_refinement_starts_as_nothing_and_sees_across_cells():
 def test_sizes_that_no_network_has_are_refused(sizes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         TinyConfig(**sizes)
+
+
+@pytest.mark.parametrize("name", ["d3sr-tiny", "d3sr-tiny-fidelity"])
+@pytest.mark.parametrize("pattern", ["columns", "rows", "checks", "halves"])
+def test_pure_colours_stay_pictures(name: str, pattern: str) -> None:
+    rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    mask = {"columns": columns % 2, "rows": rows % 2, "checks": (rows + columns) % 2, "halves": columns // 16}[pattern]
+    first, second = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [1.0, 0.0, 0.0]]), torch.eye(3)
+    lr = torch.where(mask.bool(), first[:, :, None, None], second[:, :, None, None])
+    with torch.no_grad():
+        sr = load_network(name)(lr)
+    assert sr.min() > -1
+    assert sr.max() < 2

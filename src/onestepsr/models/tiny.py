@@ -24,6 +24,10 @@ LORA_TARGETS = r".*(conv\w*|to_q|to_k|to_v|to_out|time|skip_gain)"
 """Layers of the UNet that get adapters: every convolution, every projection of the attention and of the time."""
 MEMORY_PER_PIXEL = 480.0
 """Bytes per image pixel in float32: measured over :data:`BUNDLED` as growth of the peak resident size, 430 to 490."""
+LARGEST_LATENT = 4.0
+"""Deviations beyond which the UNet's convolutions see no difference. Photos stay within it, but for stripes of pure
+colours, whose chroma is up to 16 deviations: without normalisation, what is so far from all training grows from block
+to block."""
 STATISTICS_MOMENTUM = 0.02
 """Weight of a new batch in the running latent statistics."""
 
@@ -296,7 +300,7 @@ class TinyUNetEncoder(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor, prompt: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """Middle features (N, C_mid, h/f, w/f), skip features by level (finest first) and the time embedding."""
         emb = self.embed_time(t)
-        h = self.conv_in(z_t)
+        h = self.conv_in(z_t.clamp(-LARGEST_LATENT, LARGEST_LATENT))
         skips: list[Tensor] = []
         for level, blocks in enumerate(self.levels):
             if level:
