@@ -49,8 +49,13 @@ def start_pair(*arguments: str) -> list[subprocess.Popen[str]]:
 
 
 def finish(pair: list[subprocess.Popen[str]]) -> list[str]:
-    """Wait for both; returns what each wrote."""
-    written = [process.communicate(timeout=240) for process in pair]
+    """Wait for both; returns what each wrote. A pair that does not end is killed, workers included."""
+    try:
+        written = [process.communicate(timeout=240) for process in pair]
+    except subprocess.TimeoutExpired:
+        for process in pair:
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert [process.returncode for process in pair] == [0, 0], [errors for _, errors in written]
     return [output for output, _ in written]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import traceback
 from collections.abc import Generator, Iterator
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,9 +17,14 @@ from onestepsr.errors import UserError
 from onestepsr.methods.base import Batch
 from onestepsr.train.config import TrainConfig
 
+STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class SampleSource(Protocol):
-    """A data set without end: sample ``i`` >= 0 depends on nothing but ``i`` and the data set's own seed."""
+    """A data set without end: sample ``i`` >= 0 depends on nothing but ``i`` and the data set's own seed.
+
+    It is pickled for worker processes.
+    """
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """``hr`` (3, H, W) and, for super-resolution, ``lr`` (3, H/s, W/s), RGB in [0, 1]."""
@@ -70,9 +76,11 @@ def micro_batches(
         pin_memory=device.type == "cuda",
         generator=generator(config.seed, "loader", share.rank),
         worker_init_fn=_leave_signals_to_the_loop,
+        # A fork copies locks as they are; those that a thread of gloo, NCCL or OpenMP holds then stay shut for ever.
+        multiprocessing_context="spawn" if config.num_workers else None,
     )
     try:
-        for batch in loader:
+        for batch in _started(loader):
             yield to_device(batch, device, config.channels_last)
     except Exception as error:
         # The traceback would keep the loader alive, and with it workers for which this process waits when it ends.
@@ -106,5 +114,17 @@ def _leave_signals_to_the_loop(worker: int) -> None:
 
     Workers leave when the generator of batches is closed, or by themselves when the training process is gone.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Batch]:
+    """The loader's batches; its worker processes never see the signals, not even before they ignore them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        return iter(loader)
+    resource_tracker.ensure_running()  # when it starts, it lets the signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING_SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
