@@ -1,6 +1,7 @@
 """The methods as the trainer sees them: phases, gradients, what stays frozen, what is exported."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -187,7 +188,34 @@ def test_a_critic_sees_every_picture_from_a_place_of_its_own():
     assert len(places) > 6
 
 
-@pytest.mark.parametrize("views", [{}, {"contrast_floor": 0.05, "conditional": True, "matching": 1.0}])
+def test_lattice_planes_name_every_place_in_an_input_pixel():
+    planes = judges.lattice_planes(torch.zeros(1, 3, 8, 12), 4)[0]
+    codes = [planes[:, row, column] for row in range(4) for column in range(4)]
+    assert all(torch.dist(a, b) > 0.5 for a, b in combinations(codes, 2))
+    assert torch.allclose(planes[:, 4:], planes[:, :4], atol=1e-6)
+    assert torch.allclose(planes[:, :, 4:], planes[:, :, :8], atol=1e-6)
+    assert planes.min() >= 0
+    assert planes.max() <= 1
+
+
+def test_a_critic_told_of_the_lattice_sees_planes_from_the_place_of_the_picture():
+    seen = []
+
+    def network(pictures, condition):
+        seen.append((pictures, condition))
+        return (pictures.mean().reshape(1, 1, 1, 1).expand(len(pictures), 1, 1, 1),)
+
+    judge = judges.picture_judge(1.0, 0, conditional=True, lattice=True)
+    planes = judges.lattice_planes(torch.zeros(6, 3, 32, 32), 4)[:, :3]  # what stands for the pictures tells the place
+    batch = {"hr": planes, "sr": planes, "lr": torch.zeros(6, 3, 8, 8)}
+    judge.learn({judges.CRITIC: network}, batch, random_of(6))
+    ((pictures, condition),) = seen
+    assert condition.shape[1] == judges.condition_channels(conditional=True, lattice=True) == 9
+    assert torch.equal(condition[:, 3:6], pictures)
+    assert any(not torch.equal(pictures[0], other) for other in pictures[1:6]), "every sample has a place of its own"
+
+
+@pytest.mark.parametrize("views", [{}, {"contrast_floor": 0.05, "conditional": True, "lattice": True, "matching": 1.0}])
 def test_critic_learns_to_tell_pictures_and_teaches_the_generator(backbone, views):
     critic = d3sr.CriticConfig(**views)
     config = d3sr.D3SRConfig(backbone=backbone, adversarial_weight=0.0, critic_weight=1.0, critic=critic, tuning="full")

@@ -26,7 +26,16 @@ from onestepsr.methods.base import (
     preview_columns,
     register,
 )
-from onestepsr.methods.judges import CRITIC, DISCRIMINATOR, Judge, Made, judged_phases, latent_judge, picture_judge
+from onestepsr.methods.judges import (
+    CRITIC,
+    DISCRIMINATOR,
+    Judge,
+    Made,
+    condition_channels,
+    judged_phases,
+    latent_judge,
+    picture_judge,
+)
 from onestepsr.methods.latent_discriminator import DiscriminatorConfig, Tuning, build_discriminator
 from onestepsr.methods.networks import check_timestep, checkpoint_gradients, exported
 from onestepsr.methods.spatial import PerceptualConfig, SpatialLoss, SpatialWeights
@@ -52,6 +61,9 @@ class CriticConfig:
     draws a mesh."""
     conditional: bool = False
     """Show it the enlarged input too, so that it can tell invented detail from restored detail."""
+    lattice: bool = False
+    """Tell it where in its input pixel every output pixel lies: texture that follows the input's grid, which photos
+    never do, is then plain to see."""
     matching: float = 0.0
     """Weight of the distance between its features of picture and photo, relative to its adversarial term."""
 
@@ -134,12 +146,11 @@ def build(config: D3SRConfig) -> Method:
         judges.append(latent_judge(noise, config.adversarial_weight, config.discriminator.start))
     if config.critic_weight:
         critic = config.critic
+        beside = {"conditional": critic.conditional, "lattice": critic.lattice}
         networks[CRITIC] = PatchCritic(
-            critic.widths, contrast_floor=critic.contrast_floor, conditional=critic.conditional
+            critic.widths, contrast_floor=critic.contrast_floor, condition_channels=condition_channels(**beside)
         )
-        judges.append(
-            picture_judge(config.critic_weight, critic.start, conditional=critic.conditional, matching=critic.matching)
-        )
+        judges.append(picture_judge(config.critic_weight, critic.start, matching=critic.matching, **beside))
     if config.tuning == "lora":  # after the discriminator has copied the plain UNet
         add_lora(generator.unet, config.lora)
     return Method(

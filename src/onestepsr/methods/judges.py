@@ -19,6 +19,8 @@ CRITIC = "critic"
 LARGEST_SHIFT = 8
 """Pixels by which pictures are moved before a critic sees them: the critic's strides and the generator's latent cells
 would else share one grid, and the critic would teach patterns that follow it."""
+LATTICE_PLANES = 6
+"""Channels of :func:`lattice_planes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,19 +74,30 @@ def latent_judge(noise: LatentNoise, weight: float, start: int) -> Judge:
     return Judge(network=DISCRIMINATOR, term="adversarial", start=start, judge=judge, learn=learn, settle=noise.settle)
 
 
-def picture_judge(weight: float, start: int, *, conditional: bool = False, matching: float = 0.0) -> Judge:
+def condition_channels(*, conditional: bool, lattice: bool) -> int:
+    """Channels that a critic of :func:`picture_judge` sees beside the pictures."""
+    return 3 * conditional + LATTICE_PLANES * lattice
+
+
+def picture_judge(
+    weight: float, start: int, *, conditional: bool = False, lattice: bool = False, matching: float = 0.0
+) -> Judge:
     """A critic of pictures, with the same losses on pictures cut at random places: no noise, no step.
 
-    With ``conditional`` it sees the enlarged input beside each picture. ``matching`` weighs the mean absolute
-    difference of its features between picture and photo, relative to its adversarial term (Wang et al., "pix2pixHD",
-    2018).
+    With ``conditional`` it sees the enlarged input beside each picture, with ``lattice`` where in its input pixel
+    every output pixel lies. ``matching`` weighs the mean absolute difference of its features between picture and
+    photo, relative to its adversarial term (Wang et al., "pix2pixHD", 2018).
     """
 
     def views(pictures: Sequence[Tensor], lr: Tensor | None, random: SampleRandom) -> tuple[Tensor, ...]:
-        """Pictures at one random place each, joined along the batch, and the enlarged input at the same places."""
-        if not conditional or lr is None:
+        """Pictures at one random place each, joined along the batch, and what is seen beside them at these places."""
+        if lr is None or not (conditional or lattice):
             return (torch.cat(shifted(pictures, random)),)
-        *cut, condition = shifted([*pictures, bicubic(lr, pictures[0].shape[-1] // lr.shape[-1])], random)
+        scale = pictures[0].shape[-1] // lr.shape[-1]
+        beside = [bicubic(lr, scale)] if conditional else []
+        beside += [lattice_planes(pictures[0], scale)] if lattice else []
+        cut = shifted([*pictures, *beside], random)
+        cut, condition = cut[: len(pictures)], torch.cat(cut[len(pictures) :], dim=1)
         return torch.cat(cut), condition.repeat(len(cut), 1, 1, 1)
 
     def judge(networks: Networks, made: Made, random: SampleRandom) -> Tensor:
@@ -127,6 +140,24 @@ def shifted(pictures: Sequence[Tensor], random: SampleRandom) -> list[Tensor]:
     rows, columns = (random.integers(0, LARGEST_SHIFT + 1).tolist() for _ in range(2))
     places = list(zip(rows, columns, strict=True))
     return [torch.stack([_part(one, *place) for one, place in zip(x, places, strict=True)]) for x in pictures]
+
+
+def lattice_planes(like: Tensor, scale: int) -> Tensor:
+    """Planes (N, 6, H, W) in [0, 1] that tell an output pixel's place in its input pixel of ``scale`` x ``scale``.
+
+    Waves of one and of two periods per input pixel along both axes. Photos have nothing in common with them, so what
+    they let a critic foretell in a generator's pictures is an artefact.
+    """
+    n, _, height, width = like.shape
+    rows, columns = (
+        torch.arange(size, device=like.device, dtype=torch.float32) * (2 * torch.pi / scale) for size in (height, width)
+    )
+    waves = [
+        wave
+        for angle in (rows[:, None].expand(height, width), columns[None].expand(height, width))
+        for wave in (angle.cos(), angle.sin(), (2 * angle).cos())
+    ]
+    return ((torch.stack(waves) + 1) / 2).to(like.dtype).expand(n, -1, -1, -1)
 
 
 def _part(x: Tensor, row: int, column: int) -> Tensor:

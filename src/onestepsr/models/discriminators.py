@@ -76,13 +76,14 @@ class PatchCritic(nn.Module):
         *,
         slope: float = 0.2,
         contrast_floor: float | None = None,
-        conditional: bool = False,
+        condition_channels: int = 0,
     ) -> None:
         """``widths`` are the channels at a half, a quarter, ... of the picture's resolution. With ``contrast_floor`` it
-        sees :func:`local_contrast` beside the colours, with ``conditional`` the enlarged input of the generator too."""
+        sees :func:`local_contrast` beside the colours, with ``condition_channels`` whatever else it is shown, such as
+        the enlarged input of the generator."""
         super().__init__()
-        self.contrast_floor, self.conditional = contrast_floor, conditional
-        channels = 4 * (3 + (contrast_floor is not None) + 3 * conditional)
+        self.contrast_floor, self.condition_channels = contrast_floor, condition_channels
+        channels = 4 * (3 + (contrast_floor is not None) + condition_channels)
         layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1), nn.LeakyReLU(slope)]
         for fine, coarse in pairwise(widths):
             layers += [spectral_norm(nn.Conv2d(fine, coarse, 4, stride=2, padding=1)), nn.LeakyReLU(slope)]
@@ -92,9 +93,9 @@ class PatchCritic(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, ...]:
         """Realism logits (N, 1, h', w') of pictures (N, 3, H, W) in [0, 1], H and W even, then the features behind
-        every activation, finest first; ``condition`` (N, 3, H, W) is the enlarged input."""
-        if self.conditional != (condition is not None):
-            raise ValueError("a conditional critic needs the enlarged input, another has no use for it")
+        every activation, finest first; ``condition`` (N, condition_channels, H, W) in [0, 1] is seen beside them."""
+        if self.condition_channels != (0 if condition is None else condition.shape[1]):
+            raise ValueError(f"this critic needs a condition of {self.condition_channels} channels")
         seen = [x * 2 - 1]
         seen += [local_contrast(x, self.contrast_floor)] if self.contrast_floor is not None else []
         seen += [condition * 2 - 1] if condition is not None else []
