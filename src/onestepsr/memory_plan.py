@@ -1,13 +1,15 @@
 """How much of a picture goes through a network at once, so that the memory suffices.
 
 What a network takes follows from what it says of itself: peak bytes per input pixel, measured for each kind of network
-as growth of the resident memory. One tile side serves encoder, UNet and decoder (``docs/benchmark.md`` says why).
+as growth of the resident memory. One tile shape serves encoder, UNet and decoder (``docs/benchmark.md`` says why).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -16,7 +18,7 @@ from torch import nn
 
 from onestepsr.errors import UserError
 from onestepsr.machine import free_memory
-from onestepsr.tiling import PUBLISHED_OVERLAPS, join_of
+from onestepsr.tiling import PUBLISHED_OVERLAPS, Sides, TileJoin, join_of, starts_along
 from onestepsr.upscale_options import UpscaleOptions
 
 DEFAULT_MEMORY_PER_PIXEL = 6000.0
@@ -24,7 +26,10 @@ DEFAULT_MEMORY_PER_PIXEL = 6000.0
 COLOUR_BYTES = 200
 """Peak bytes per input pixel that the colour fix takes, at scale 4."""
 LARGEST_TILE = {"cpu": 320, "cuda": 768}
-"""Beyond these sides a larger tile saves no time worth its memory: the overlap costs a fifth or less."""
+"""Side of a square tile beyond whose area a larger one saves no time worth its memory: the overlap costs a fifth or
+less."""
+WORK_FOR_MEMORY = 1.03
+"""So much of the least work is done for smaller tiles, which take less memory."""
 LARGEST_BATCH = 8
 """So many tiles at once are enough to keep a GPU busy; beyond it they only take memory."""
 SHARE = 0.6
@@ -49,8 +54,8 @@ _OUT_OF_MEMORY = re.compile(
 class Plan:
     """How a picture goes through the network."""
 
-    tile: int
-    """Side of a tile in input pixels; the picture's larger side where one tile is all of it."""
+    tile: Sides
+    """Height and width of a tile in input pixels; the picture's where one tile is all of it."""
     tiles: int
     """How many there are."""
     batch: int
@@ -67,11 +72,16 @@ class Plan:
     """How often less had to be tried, because memory ran out."""
 
     def __str__(self) -> str:
-        cut = "whole" if self.tiles == 1 else f"{self.tiles} tiles of {self.tile} pixels"
+        cut = "whole" if self.tiles == 1 else f"{self.tiles} tiles of {self.tile_name} pixels"
         batch = f", {self.batch} at once" if self.batch > 1 else ""
         tried = f", after running out of it {self.retries}x" if self.retries else ""
         where = f"{self.dtype} on {self.device}"
         return f"{cut}{batch}, {where}: about {self.expected_peak / 1e9:.2f} GB of memory{tried}"
+
+    @property
+    def tile_name(self) -> str:
+        """Height and width of a tile as messages say them."""
+        return "{}x{}".format(*self.tile)
 
     def as_json(self) -> dict[str, Any]:
         """Its fields by name; bytes as ``expected_peak``."""
@@ -152,22 +162,23 @@ class Planner:
         :class:`UserError` if the memory, or ``options.memory``, does not suffice for the smallest tiles, or the latter
         not for those that ``options.tile`` asks for.
         """
-        side = self._side()
-        if most_pixels is not None and self._geometry(side)[0] > most_pixels:
+        tile = self._tile()
+        if most_pixels is not None and self._geometry(tile)[0] > most_pixels:
             side = max(math.isqrt(most_pixels), smallest_side(self.options))
-        plan = self._of_side(side, most_pixels)
+            tile = (side, side)
+        plan = self._of_tile(tile, most_pixels)
         limit = self.options.memory
         if limit is not None and plan.expected_peak > limit * 1e9:
             raise UserError(self._over_the_limit(plan, limit))
         return plan
 
-    def _side(self) -> int:
+    def _tile(self) -> Sides:
         height, width, wanted = self.extent.height, self.extent.width, self.options.tile
-        whole = max(height, width)
+        whole = (height, width)
         if wanted == "off":
             return whole
         if wanted != "auto":
-            return wanted
+            return wanted, wanted
         together = 1 if self.options.tile_batch == "auto" else self.options.tile_batch
         side = largest_side(self.budget, together * self.demand.per_pixel, self._row_bytes())
         smallest = smallest_side(self.options)
@@ -180,46 +191,68 @@ class Planner:
         if height * width <= side * side and self._needed(whole) <= self.budget:  # a long one is padded by more
             return whole
         if self.options.tile_blend == "average":
-            return max((known for known in PUBLISHED_OVERLAPS if known <= side), default=side)
-        return self._even(side) if self.device.type == "cpu" else side
+            side = max((known for known in PUBLISHED_OVERLAPS if known <= side), default=side)
+        elif self.device.type == "cpu":
+            return self._least_work(side, together)
+        return side, side
 
-    def _even(self, side: int) -> int:
-        """The smallest side with which no more tiles are needed than with ``side``.
+    def _least_work(self, side: int, together: int) -> Sides:
+        """The tiles of at most ``side`` x ``side`` pixels that have the fewest in all, or nearly, and are smallest.
 
-        The last tile of a row is moved inward until it ends with the picture; of large tiles it would mostly do again
-        what its neighbour has done. On a GPU one shape for all pictures is worth more: that is what gets compiled.
+        The last tile of a row is moved inward until it ends with the picture; of tiles that do not divide it, it would
+        mostly do again what its neighbour has done. On a GPU one shape for all pictures is worth more: that is what
+        gets compiled.
         """
-        join = join_of(side, self.options.overlap, self.demand.multiple, self.options.tile_blend)
-        least = smallest_side(self.options)
-        for length in (self.extent.height, self.extent.width):
-            padded = -(-length // join.multiple) * join.multiple
-            count = len(join.starts(padded, 1))
-            least = max(least, -(-(padded + (count - 1) * join.overlap) // count))
-        return min(side, -(-least // join.multiple) * join.multiple)
+        join = join_of((side, side), self.options.overlap, self.demand.multiple, self.options.tile_blend)
+        padded, longest = self._padded(join), self.demand.largest_tile or math.inf
+        choice: list[tuple[int, int, Sides]] = []
+        for (height, rows), (width, columns) in itertools.product(*(self._divisions(n, join) for n in padded)):
+            area = min(height, padded[0]) * min(width, padded[1])
+            needed = together * area * self.demand.per_pixel + self._rows((height, width))
+            if area <= side * side and needed <= self.budget and max(height, width) <= longest:
+                choice.append((area * rows * columns, area, (height, width)))
+        if not choice:
+            return side, side
+        good_enough = WORK_FOR_MEMORY * min(work for work, *_ in choice)
+        return min((area, work, tile) for work, area, tile in choice if work <= good_enough)[2]
+
+    def _divisions(self, length: int, join: TileJoin) -> Iterator[tuple[int, int]]:
+        """Sides with which 1, 2, 3 ... tiles cover ``length``, each as small as their number allows, and how many."""
+        smallest, cells = smallest_side(self.options), join.multiple
+        for count in range(1, length + 1):
+            least = -(-(length + (count - 1) * join.overlap) // count)
+            side = -(-max(least, smallest) // cells) * cells
+            yield side, len(starts_along(length, side, join.overlap))
+            if least <= smallest:
+                return
+
+    def _padded(self, join: TileJoin) -> Sides:
+        height, width = self.extent.height, self.extent.width
+        return -(-height // join.multiple) * join.multiple, -(-width // join.multiple) * join.multiple
 
     def _require(self, smallest: int) -> None:
         """Raise unless tiles of this side, or the whole of a smaller picture, fit."""
-        needed = self._needed(smallest)
+        needed = self._needed((smallest, smallest))
         if needed <= self.budget:
             return
         if self.limited and self.options.memory is not None:
-            raise UserError(self._over_the_limit(self._of_side(smallest, 0), self.options.memory))
+            raise UserError(self._over_the_limit(self._of_tile((smallest, smallest), 0), self.options.memory))
         raise UserError(
             f"not enough memory on {self.device}: {self.free / 1e9:.1f} GB free, about "
             f"{(needed / SHARE + self.pictures) / 1e9:.1f} GB needed for the smallest tile ({smallest} px): free some, "
             "or set --tile yourself"
         )
 
-    def _needed(self, side: int) -> float:
-        """Bytes to work with for one tile of ``side`` at a time."""
-        return self._geometry(side)[0] * self.demand.per_pixel + self._rows(side)
+    def _needed(self, tile: Sides) -> float:
+        """Bytes to work with for one tile at a time."""
+        return self._geometry(tile)[0] * self.demand.per_pixel + self._rows(tile)
 
-    def _of_side(self, side: int, most_pixels: int | None) -> Plan:
-        area, tiles = self._geometry(side)
+    def _of_tile(self, tile: Sides, most_pixels: int | None) -> Plan:
+        area, tiles = self._geometry(tile)
         batch = self._batch(area, tiles, most_pixels)
-        work = batch * area * self.demand.per_pixel + self._rows(side)
+        work = batch * area * self.demand.per_pixel + self._rows(tile)
         return Plan(
-            tile=side,
+            tile=tile,
             tiles=tiles,
             batch=batch,
             pixels=batch * area,
@@ -228,11 +261,12 @@ class Planner:
             expected_peak=round(self.demand.weights + self.pictures + work + self._held(work)),
         )
 
-    def _geometry(self, side: int) -> tuple[int, int]:
-        """Input pixels of a tile of ``side``, and how many tiles there are."""
-        join = join_of(side, self.options.overlap, self.demand.multiple, self.options.tile_blend)
-        padded = [-(-length // join.multiple) * join.multiple for length in (self.extent.height, self.extent.width)]
-        return math.prod(min(join.tile, length) for length in padded), len(join.starts(padded[0], padded[1]))
+    def _geometry(self, tile: Sides) -> tuple[int, int]:
+        """Input pixels of a tile, and how many tiles there are."""
+        join = join_of(tile, self.options.overlap, self.demand.multiple, self.options.tile_blend)
+        padded = self._padded(join)
+        counts = (len(starts_along(*lengths, join.overlap)) for lengths in zip(padded, join.tile, strict=True))
+        return math.prod(map(min, join.tile, padded)), math.prod(counts)
 
     def _batch(self, area: int, tiles: int, most_pixels: int | None) -> int:
         """Tiles at once: as many as fit, spread evenly over the batches."""
@@ -257,8 +291,8 @@ class Planner:
         """Bytes of joined rows per input row of a tile: three float32 channels over the whole width."""
         return BANDS * 12 * self.demand.scale**2 * self.extent.width if self.on_host else 0.0
 
-    def _rows(self, side: int) -> float:
-        return min(side, self.extent.height) * self._row_bytes()
+    def _rows(self, tile: Sides) -> float:
+        return min(tile[0], self.extent.height) * self._row_bytes()
 
     def _held(self, work: float) -> float:
         """Bytes beyond those that are worked with."""
@@ -276,7 +310,7 @@ class Planner:
         other = "" if self.options.tile == "auto" else ", or --tile auto"
         return (
             f"memory {limit:g} GB: {self.demand.name} in {plan.dtype} needs about {needed:g} GB for this picture with "
-            f"tiles of {plan.tile} pixels; accepted: {needed:g} and more{other}"
+            f"tiles of {plan.tile_name} pixels; accepted: {needed:g} and more{other}"
         )
 
 

@@ -27,6 +27,8 @@ correction."""
 
 PUBLISHED_OVERLAPS = {512: 64, 256: 32, 64: 16}
 """Tile sides of ResShift's and SinSR's commands at scale 4, and how far neighbours overlap there, in input pixels."""
+Sides = tuple[int, int]
+"""Height and width of a tile in input pixels."""
 Work = Callable[[Iterable[Tensor]], Iterator[Tensor]]
 """Tiles (1, C, h, w) to results (1, D, h * scale, w * scale), in order; it may look ahead and take several at once."""
 
@@ -35,8 +37,8 @@ Work = Callable[[Iterable[Tensor]], Iterator[Tensor]]
 class TileJoin:
     """Where tiles lie and how they become one picture; sides in input pixels. :func:`join_of` makes it."""
 
-    tile: int
-    """Side of a tile."""
+    tile: Sides
+    """Height and width of a tile."""
     overlap: int
     """Overlap of neighbours."""
     multiple: int
@@ -55,16 +57,16 @@ class TileJoin:
         return places(height, width, self.tile, self.overlap)
 
 
-def join_of(tile: int, overlap: int, multiple: int, blend: TileBlend) -> TileJoin:
+def join_of(tile: Sides, overlap: int, multiple: int, blend: TileBlend) -> TileJoin:
     """How tiles of about ``tile`` and ``overlap`` are joined for a network whose cells are ``multiple`` pixels wide.
 
     A network with strided layers sees a tile as it sees the whole only if the tile starts where its cells do. The
     published way does not care.
     """
     if blend == "average":
-        return TileJoin(tile=tile, overlap=published_overlap(tile, overlap), multiple=1, blend=blend)
-    tile = -(-tile // multiple) * multiple
-    return TileJoin(tile=tile, overlap=_whole_cells(overlap, tile, multiple), multiple=multiple, blend=blend)
+        return TileJoin(tile=tile, overlap=published_overlap(min(tile), overlap), multiple=1, blend=blend)
+    tile = (-(-tile[0] // multiple) * multiple, -(-tile[1] // multiple) * multiple)
+    return TileJoin(tile=tile, overlap=_whole_cells(overlap, min(tile), multiple), multiple=multiple, blend=blend)
 
 
 def _whole_cells(overlap: int, tile: int, multiple: int) -> int:
@@ -75,7 +77,7 @@ def _whole_cells(overlap: int, tile: int, multiple: int) -> int:
     return cells * multiple
 
 
-def plan(length: int, tile: int, overlap: int) -> list[int]:
+def starts_along(length: int, tile: int, overlap: int) -> list[int]:
     """Starts of the tiles that cover ``length`` pixels, each ``min(tile, length)`` long; the last is shifted inward."""
     if not 0 <= overlap < tile or length < 1:
         raise ValueError(f"need length >= 1 and 0 <= overlap < tile, got {length}, {tile}, {overlap}")
@@ -93,7 +95,7 @@ def opacity(length: int, overlap: int, margin: int) -> Tensor:
 
 
 def tiled(
-    fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, tile: int, overlap: int = OVERLAP, *, margin: int = MARGIN
+    fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, tile: Sides, overlap: int = OVERLAP, *, margin: int = MARGIN
 ) -> Tensor:
     """``fn`` over the whole of ``x`` (1, C, H, W) in tiles: (1, D, H * scale, W * scale), on the CPU in float32.
 
@@ -105,7 +107,7 @@ def tiled(
 
 
 def tiled_rows(
-    work: Work, x: Tensor, scale: int, tile: int, overlap: int = OVERLAP, *, margin: int = MARGIN
+    work: Work, x: Tensor, scale: int, tile: Sides, overlap: int = OVERLAP, *, margin: int = MARGIN
 ) -> Iterator[Tensor]:
     """The result of :func:`tiled` as consecutive bands of finished rows (1, D, rows, W * scale).
 
@@ -113,7 +115,7 @@ def tiled_rows(
     have one shape.
     """
     height, width = x.shape[-2:]
-    starts, columns = plan(height, tile, overlap), plan(width, tile, overlap)
+    starts, columns = starts_along(height, tile[0], overlap), starts_along(width, tile[1], overlap)
     pieces, tail = work(_cut(x, tile, overlap)), None
     for top, following in zip(starts, [*starts[1:], height], strict=True):
         band = _row_of_tiles(pieces, columns, width * scale, scale, overlap=overlap, margin=margin)
@@ -126,12 +128,12 @@ def tiled_rows(
         del band
 
 
-def places(height: int, width: int, tile: int, overlap: int = OVERLAP) -> list[tuple[int, int]]:
+def places(height: int, width: int, tile: Sides, overlap: int = OVERLAP) -> list[tuple[int, int]]:
     """Row and column where each tile of a picture of this size starts, in the order in which ``fn`` is called."""
-    return list(itertools.product(plan(height, tile, overlap), plan(width, tile, overlap)))
+    return list(itertools.product(starts_along(height, tile[0], overlap), starts_along(width, tile[1], overlap)))
 
 
-def averaged(fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, tile: int, overlap: int) -> Tensor:
+def averaged(fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, tile: Sides, overlap: int) -> Tensor:
     """:func:`tiled` as ResShift and SinSR join tiles, for comparison: the plain mean where they overlap, seams and all.
 
     Their own settings are in :data:`PUBLISHED_OVERLAPS`.
@@ -139,10 +141,10 @@ def averaged(fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, tile: int, o
     return torch.cat(list(averaged_rows(functools.partial(map, fn), x, scale, tile, overlap)), dim=2)
 
 
-def averaged_rows(work: Work, x: Tensor, scale: int, tile: int, overlap: int) -> Iterator[Tensor]:
+def averaged_rows(work: Work, x: Tensor, scale: int, tile: Sides, overlap: int) -> Iterator[Tensor]:
     """The result of :func:`averaged` as consecutive bands of finished rows, one row of tiles in memory at a time."""
     height, width = x.shape[-2:]
-    starts, columns = plan(height, tile, overlap), plan(width, tile, overlap)
+    starts, columns = starts_along(height, tile[0], overlap), starts_along(width, tile[1], overlap)
     pieces, above = work(_cut(x, tile, overlap)), None
     for top, following in zip(starts, [*starts[1:], height], strict=True):
         sums = _sum_of_tiles(pieces, columns, width * scale, scale)
@@ -168,7 +170,7 @@ def gaussian_blended(fn: Callable[[Tensor], Tensor], z: Tensor, tile: int = 96, 
     side = min(tile, z.shape[-2], z.shape[-1])
     weights = gaussian_weights(side, side).to(z.device)
     total, sums = torch.zeros_like(z, dtype=torch.float32), torch.zeros_like(z[:1, :1], dtype=torch.float32)
-    for top, left in places(z.shape[-2], z.shape[-1], side, overlap):
+    for top, left in places(z.shape[-2], z.shape[-1], (side, side), overlap):
         window = (..., slice(top, top + side), slice(left, left + side))
         total[window] += fn(z[window]) * weights
         sums[window] += weights
@@ -188,10 +190,10 @@ def _bell(length: int, middle: float, variance: float = 0.01) -> Tensor:
     return torch.exp(-(distance**2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
 
 
-def _cut(x: Tensor, tile: int, overlap: int) -> Iterator[Tensor]:
+def _cut(x: Tensor, tile: Sides, overlap: int) -> Iterator[Tensor]:
     """The tiles of ``x`` (1, C, H, W), as views of it."""
     for top, left in places(x.shape[-2], x.shape[-1], tile, overlap):
-        yield x[..., top : top + tile, left : left + tile]
+        yield x[..., top : top + tile[0], left : left + tile[1]]
 
 
 def _row_of_tiles(

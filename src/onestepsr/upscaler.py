@@ -31,7 +31,7 @@ from onestepsr.image_profile import matrix_profile
 from onestepsr.image_resample import fill_transparent, resize
 from onestepsr.memory_plan import Demand, Extent, Plan, Planner, is_out_of_memory, smaller
 from onestepsr.tile_step import Network, NonFiniteError, TileStep, enlarge, input_dtype_of, to_float
-from onestepsr.tiling import TileBlend, Work, join_of
+from onestepsr.tiling import Sides, TileBlend, Work, join_of
 from onestepsr.upscale_options import ColorFix, UpscaleOptions, target_size
 
 __all__ = [
@@ -223,8 +223,8 @@ class Upscaler:
                 raise
             return Planner(extent, self._demand(torch.bfloat16), options, self.device).plan(self._most_pixels)
 
-    def plan_tile(self, height: int, width: int, options: UpscaleOptions) -> int:
-        """Tile side in input pixels for a picture of this size."""
+    def plan_tile(self, height: int, width: int, options: UpscaleOptions) -> Sides:
+        """Height and width of the tiles in input pixels for a picture of this size."""
         return self.plan(height, width, options).tile
 
     def memory_per_pixel(self) -> float:
@@ -279,8 +279,8 @@ class Upscaler:
                     logger.warning("%s: memory ran out with %s; using less at once from here on", self.name, failed)
                 return replace(plan, retries=failed.retries + 1)
         raise UserError(
-            f"{self.name}: memory ran out on {self.device} even in tiles of {failed.tile} pixels in {failed.dtype}; "
-            "free some, or try --dtype bfloat16 or --tile 64"
+            f"{self.name}: memory ran out on {self.device} even in tiles of {failed.tile_name} pixels in "
+            f"{failed.dtype}; free some, or try --dtype bfloat16 or --tile 64"
         )
 
     def _enlarge(

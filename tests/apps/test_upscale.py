@@ -276,9 +276,10 @@ def test_memory_is_limited_and_the_plan_is_told(run, tmp_path: Path, caplog: pyt
     outcome = run("a.png", "--memory", 0.2, "-v", "--json")
     plan = json.loads(outcome.out)["results"][0]["plan"]
     assert (plan["batch"], plan["dtype"], plan["device"], plan["retries"]) == (1, "float32", "cpu", 0)
+    height, width = plan["tile"]
     assert plan["tiles"] > 1
     assert plan["expected_peak"] <= 200_000_000
-    assert f"{plan['tiles']} tiles of {plan['tile']} pixels, float32 on cpu" in caplog.text
+    assert f"{plan['tiles']} tiles of {height}x{width} pixels, float32 on cpu" in caplog.text
     refused = run("a.png", "-o", "b.png", "--memory", 0.001)
     assert "memory 0.001 GB: " in refused.error
     assert refused.error.endswith("accepted: 0.2 and more")

@@ -39,7 +39,7 @@ def path(encode: float, steps: float, whole: float) -> PathSpeed:
     )
     network = seconds(encode + steps)
     return PathSpeed(
-        dtype="float32", memory_format="contiguous", tile=8, stages=stages, network=network, whole=seconds(whole)
+        dtype="float32", memory_format="contiguous", tile=(8, 8), stages=stages, network=network, whole=seconds(whole)
     )
 
 
@@ -120,7 +120,7 @@ def test_tiles_are_counted_as_they_run() -> None:
         measure_speed("random:d3sr-tiny", SpeedConfig(**{**QUICK, "width": 64, "tile": tile, "baseline": False}))
         for tile in ("off", 32)
     )
-    assert (whole.product.tile, cut.product.tile) == (64, 32)
+    assert (whole.product.tile, cut.product.tile) == ((QUICK["height"], 64), (QUICK["height"], 32))
     assert cut.product.macs > 1.4 * whole.product.macs
     assert cut.speedup_over_baseline is None
 

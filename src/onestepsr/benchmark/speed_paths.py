@@ -20,6 +20,7 @@ from onestepsr.image import Picture, read_picture, samples_to_tensor, tensor_to_
 from onestepsr.image_write import write_picture
 from onestepsr.models.generators import pad_to
 from onestepsr.tile_step import input_dtype_of
+from onestepsr.tiling import Sides
 from onestepsr.upscaler import UpscaleOptions, Upscaler, enlarge
 
 WHOLE, READ, UPSCALE, WRITE = "whole", "read", "upscale", "write"
@@ -53,8 +54,8 @@ class EnlargingPath(Protocol):
         """The pictures four times as large, (H, W, 3) of their own kind."""
         ...
 
-    def tile(self, height: int, width: int) -> int:
-        """Tile side in input pixels for pictures of this size; the larger side where there is one tile only."""
+    def tile(self, height: int, width: int) -> Sides:
+        """Height and width of the tiles in input pixels for pictures of this size; the picture's if there is one."""
         ...
 
 
@@ -85,9 +86,10 @@ class ProductPath:
         """One after the other."""
         return [self.upscaler.upscale_picture(picture, self.options).pixels for picture in pictures]
 
-    def tile(self, height: int, width: int) -> int:
+    def tile(self, height: int, width: int) -> Sides:
         """What the upscaler plans."""
-        return min(self.upscaler.plan_tile(height, width, self.options), max(height, width))
+        tile = self.upscaler.plan_tile(height, width, self.options)
+        return min(tile[0], height), min(tile[1], width)
 
 
 class WholePath:
@@ -125,9 +127,9 @@ class WholePath:
         height, width = (-(-side // multiple) * multiple for side in lr.shape[-2:])
         return pad_to(lr, height, width)
 
-    def tile(self, height: int, width: int) -> int:
+    def tile(self, height: int, width: int) -> Sides:
         """The whole picture."""
-        return max(height, width)
+        return height, width
 
 
 @dataclass(frozen=True, kw_only=True)

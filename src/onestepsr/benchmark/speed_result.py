@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from onestepsr.benchmark.ceiling import Ceiling
 from onestepsr.benchmark.peak_memory import MemoryUse
+from onestepsr.tiling import Sides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +59,8 @@ class PathSpeed:
     """Number format of the network."""
     memory_format: str
     """Order of the network's tensors in memory."""
-    tile: int
-    """Tile side in input pixels; the larger side of the picture where it is one tile."""
+    tile: Sides
+    """Height and width of a tile in input pixels; those of the picture where it is one tile."""
     stages: tuple[StageSpeed, ...]
     """The parts, in order."""
     network: Spread
