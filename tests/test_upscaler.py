@@ -247,6 +247,8 @@ def test_bfloat16_is_near_float32(upscaler: Upscaler) -> None:
 def test_devices_and_number_formats() -> None:
     with pytest.raises(UserError, match="device 'gpu': not available"):
         resolve_device("gpu")
+    with pytest.raises(UserError, match="device 'meta': not available here"):
+        resolve_device("meta")
     with pytest.raises(UserError, match="dtype 'int8': accepted: auto, float32"):
         resolve_dtype("int8", torch.device("cpu"))
     assert resolve_dtype("auto", torch.device("cuda")) == torch.float16

@@ -22,7 +22,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() and _computes("cuda") else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # "meta" is a device too, of tensors that have no values to copy
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{name}': not available here; accepted: auto, cpu, cuda, cuda:N, mps") from error
     return device

@@ -180,6 +180,7 @@ def test_mistakes_of_usage(folders: Path, data: Path) -> None:
         ((folders / "sr", "--crop-border", "-1"), "0 pixels and more"),
         ((folders / "sr", "--json", folders / "absent" / "scores.json"), "does not exist"),
         ((folders / "sr", "--data", data), "--data needs --model"),
+        ((folders / "sr", "--label", "x" * 1001), "--label has 1001 characters; accepted: 1 to 1000"),
         ((folders / "absent",), "no such folder"),
         (("--hr", folders / "hr"), "nothing to measure"),
         ((folders / "sr", "--model", "bicubic"), "exclude each other"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,15 @@ def test_the_best_model_is_chosen_by_the_score_that_is_named(
 def test_resume_without_a_run_starts_one(recipe: str, tmp_path: Path) -> None:
     invoke("autoencoder", "train.steps=1", "--recipe", recipe, "--resume", "--out", str(tmp_path / "2024"))
     assert (tmp_path / "2024" / "model.safetensors").is_file()
+
+
+def test_resuming_with_other_photos_is_said(recipe: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    invoke("autoencoder", "train.steps=1", "--recipe", recipe)
+    invoke("autoencoder", "train.steps=2", "--recipe", recipe, "--resume")
+    assert "training photos were added" not in caplog.text
+    shutil.copy(tmp_path / "photos/0.png", tmp_path / "photos/another.png")
+    invoke("autoencoder", "train.steps=3", "--recipe", recipe, "--resume")
+    assert caplog.text.count("training photos were added, removed or changed since ") == 1
 
 
 def test_whole_pictures_of_any_size_are_shown(recipe: str, tmp_path: Path) -> None:

@@ -48,6 +48,12 @@ class MeasureOptions:
     device: str
     label: str | None
 
+    def __post_init__(self) -> None:
+        from onestepsr.evaluate.result import NAME_LENGTH
+
+        if self.label is not None and not 1 <= len(self.label) <= NAME_LENGTH:
+            raise UserError(f"--label has {len(self.label)} characters; accepted: 1 to {NAME_LENGTH}")
+
     def measurer(self, *, with_reference: bool) -> Measurer:
         """The metrics, loaded; why some cannot be is told on stderr, before the work and in one line each."""
         from onestepsr.evaluate.catalog import select_metrics

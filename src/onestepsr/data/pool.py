@@ -53,6 +53,10 @@ class Pool(Dataset[Sample]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrays": None}
 
+    def content(self) -> list[Any]:
+        """What the source says of its files."""
+        return self.source.content()
+
     def entry(self, number: int) -> Sample:
         """Sample ``number`` of the source, from disk if it is there; exactly what the source itself gives."""
         arrays = self._open()

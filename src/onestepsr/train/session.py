@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import warnings
 from dataclasses import dataclass
@@ -44,6 +46,8 @@ class Plan:
     source: Any
     validator: Validator | None
     checkpoint: Checkpoint | None
+    content: str
+    """A mark that changes with the training photos' names, sizes and bytes."""
 
     @property
     def photos(self) -> int:
@@ -80,6 +84,7 @@ def prepare(run: RunConfig, *, resume: bool, dry: bool = False) -> Plan:
     if run.data.crop == 0:
         raise UserError("data.crop: 0 keeps whole pictures, which is for measuring; samples of a batch need one size")
     check_sizes(method, run.data, "data")
+    content = hashlib.blake2b(json.dumps(source.content()).encode(), digest_size=12).hexdigest()
     source = with_prompts(source, run.data, method, "data", dry=dry)
     if held_out is None:
         validation = source
@@ -89,7 +94,7 @@ def prepare(run: RunConfig, *, resume: bool, dry: bool = False) -> Plan:
     validator = None
     if method.preview is not None:
         validator = Validator(method.preview, validation, run.validation, run.out, multiple=method.hr_multiple)
-    return Plan(run=run, method=method, source=source, validator=validator, checkpoint=checkpoint)
+    return Plan(run=run, method=method, source=source, validator=validator, checkpoint=checkpoint, content=content)
 
 
 def check_sizes(method: Method, data: DataConfig, where: str) -> None:
@@ -137,7 +142,8 @@ def _run(plan: Plan) -> Accelerator:
     """Train to the end; nothing holds the wrapped networks afterwards but what is returned."""
     run = plan.run
     hooks = Hooks(validation_every=run.validation.every)
-    trainer = Trainer(plan.method, plan.source, run.train, run.out, identity=to_mapping(run), hooks=hooks)
+    identity = to_mapping(run)
+    trainer = Trainer(plan.method, plan.source, run.train, run.out, identity=identity, photos=plan.content, hooks=hooks)
     if trainer.share.processes != process_count():
         together = f"WORLD_SIZE is {process_count()}, but {trainer.share.processes} would train together"
         raise UserError(f"{together}: start processes with torchrun or accelerate launch")

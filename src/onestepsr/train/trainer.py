@@ -82,9 +82,12 @@ class Trainer:
         folder: Path,
         *,
         identity: Mapping[str, Any] | None = None,
+        photos: str = "",
         hooks: Hooks | None = None,
     ) -> None:
+        """``identity`` and ``photos`` are kept in checkpoints: the run's settings, and a mark of its training data."""
         self.method, self.source, self.config = method, source, config
+        self.photos = photos
         self.identity, self.hooks = dict(identity or {}), hooks or Hooks()
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
         if config.threads:
@@ -114,6 +117,12 @@ class Trainer:
                 checkpoint.path,
                 before,
                 now,
+            )
+        if checkpoint.record.get("photos", self.photos) != self.photos:
+            logger.warning(
+                "training photos were added, removed or changed since %s was written: the result will not equal "
+                "that of an uninterrupted run",
+                checkpoint.path,
             )
         restore(self.networks.states, checkpoint)
         self.step = checkpoint.step
@@ -255,6 +264,7 @@ class Trainer:
             "seconds": self.seconds,
             "processes": self.accelerator.num_processes,
             "identity": self.identity,
+            "photos": self.photos,
             "memory": self.hooks.memory,
             "frozen_weights": self.networks.fingerprints,
             "scaler": None if scaler is None else scaler.state_dict(),
