@@ -42,6 +42,14 @@ def test_dry_run_shows_everything_and_writes_nothing(micro_suite: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_dry_run_fetches_nothing(micro_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONESTEPSR_OFFLINE", raising=False)
+    monkeypatch.setenv("ONESTEPSR_CACHE", str(tmp_path / "cache"))
+    published = "evaluation.perceptual.features=vgg16"
+    with pytest.raises(UserError, match="could not be fetched \\(a dry run fetches nothing\\)"):
+        invoke(str(micro_suite), held_out(micro_suite), published, "--out", str(tmp_path / "out"), "--dry-run")
+
+
 def test_a_suite_from_start_to_report(micro_suite: Path, tmp_path: Path) -> None:
     out, report = tmp_path / "out", tmp_path / "report"
     words = [str(micro_suite), held_out(micro_suite), "--out", str(out), "--report", str(report), "--seeds", "3"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import shlex
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,6 +61,7 @@ def ablate(
     The same command goes on after an interruption: finished runs are left alone, the one at work is resumed. Ends with
     exit code 1 if a run failed; the others are trained and compared all the same.
     """
+    from onestepsr.models.sources import without_downloads
     from onestepsr.train.ablation import plan_ablation, train_all
     from onestepsr.train.comparison import HeldOut
     from onestepsr.train.suites import load_suite, suite_names
@@ -71,8 +73,9 @@ def ablate(
         raise UserError(f"which SUITE? Packaged ones: {', '.join(suite_names())}")
     loaded = load_suite(suite, settings or [])
     folder = out or Path("runs") / loaded.name
-    ablation = plan_ablation(loaded, only=_names(only), seeds=_seeds(seeds), out=folder, reuse=reuse or [])
-    held_out = HeldOut(loaded.config.evaluation)
+    with without_downloads("a dry run fetches nothing") if dry_run else nullcontext():
+        ablation = plan_ablation(loaded, only=_names(only), seeds=_seeds(seeds), out=folder, reuse=reuse or [])
+        held_out = HeldOut(loaded.config.evaluation)
     starting = _words(launcher)
     if report is not None and report.exists() and not report.is_dir():
         raise UserError(f"--report {report}: is a file, expected a folder")

@@ -68,7 +68,7 @@ def upscale(
         float | None,
         typer.Option(
             help="Most GB for weights, feature maps and the picture that is enlarged, of all --workers together; "
-            "pictures read ahead or being written come on top, about 0.3 GB in each process. Default: what is free."
+            "pictures read ahead or being written come on top, about 0.3 GB in each process. Default: 0.6 of what is free."
         ),
     ] = None,
     compiled: Annotated[
@@ -78,7 +78,7 @@ def upscale(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     color_fix: Annotated[str, typer.Option(help="Colours from the input: wavelet, adain or none.")] = "wavelet",
-    seed: Annotated[int | None, typer.Option(help="For models that draw noise.")] = None,
+    seed: Annotated[int | None, typer.Option(help="For models that draw noise; 0 if not given.")] = None,
     steps: Annotated[
         int | None, typer.Option(help="Network evaluations, for ResShift's family; by default as trained.")
     ] = None,
