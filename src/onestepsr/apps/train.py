@@ -27,7 +27,10 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    method: Annotated[str | None, typer.Argument(help="autoencoder, diffusion, d3sr, osediff, resshift, sinsr or tadsr.", show_default=False)] = None,
+    method: Annotated[
+        str | None,
+        typer.Argument(help="autoencoder, diffusion, d3sr, osediff, resshift, sinsr or tadsr.", show_default=False),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as train.steps=500.")
     ] = None,

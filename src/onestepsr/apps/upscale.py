@@ -68,7 +68,8 @@ def upscale(
         float | None,
         typer.Option(
             help="Most GB for weights, feature maps and the picture that is enlarged, of all --workers together; "
-            "pictures read ahead or being written come on top, about 0.3 GB in each process. Default: 0.6 of what is free."
+            "pictures read ahead or being written come on top, about 0.3 GB in each process. Default: 0.6 of what is "
+            "free."
         ),
     ] = None,
     compiled: Annotated[
@@ -99,7 +100,9 @@ def upscale(
     ] = None,
     prompt_from: Annotated[
         str | None,
-        typer.Option(help="Captioner or tagger that looks at each picture: a folder, blip, or owner/name of the hub."),
+        typer.Option(
+            help="Captioner or tagger that looks at each picture: a folder, blip, dape, or owner/name of the hub."
+        ),
     ] = None,
     text_encoder: Annotated[
         str, typer.Option(help="Who reads the prompts: a diffusers folder, sd21-base, or owner/name of the hub.")
