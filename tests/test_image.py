@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from onestepsr.errors import UserError
 from onestepsr.image import (
@@ -26,6 +26,7 @@ from onestepsr.image import (
     to_eight_bits,
     to_pil,
 )
+from onestepsr.image_metadata import exif_block
 
 RNG = np.random.default_rng(7)
 RGB = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -254,3 +255,32 @@ def test_pil_and_arrays_in_and_out() -> None:
         from_array(np.zeros((3, 3)))
     with pytest.raises(ValueError, match="alpha"):
         Picture(pixels=RGB, alpha=RGB[:2, :, 0])
+
+
+def test_a_pillow_image_keeps_its_own_exif() -> None:
+    image = Image.new("RGB", (6, 4), (10, 20, 30))
+    exif = image.getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    sizes = [from_pil(image).pixels.shape[:2] for _ in range(2)]
+    assert sizes == [(6, 4), (6, 4)]
+    assert image.getexif()[ExifTags.Base.Orientation] == 6
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+def test_a_large_profile_does_not_hide_how_a_webp_was_written(lossless: bool) -> None:
+    stream = io.BytesIO()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + bytes(9_000)
+    Image.new("RGB", (6, 4), (10, 20, 30)).save(stream, "WEBP", lossless=lossless, icc_profile=profile)
+    assert read_picture(stream.getvalue(), "a.webp").lossless == lossless
+
+
+def test_layers_and_georeference_of_the_old_size_stay_behind() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Artist], exif[37724], exif[33550] = "me", b"layers", (10.0, 10.0, 0.0)
+    block = exif_block(exif)
+    assert block is not None
+    again = Image.Exif()
+    again.load(block)
+    assert again[ExifTags.Base.Artist] == "me"
+    assert {37724, 33550}.isdisjoint(again)
+    assert 37724 in exif

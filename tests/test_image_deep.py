@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
+from onestepsr.errors import UserError
 from onestepsr.image import Picture, read_picture
 from onestepsr.image_write import write_picture
 
@@ -125,3 +126,26 @@ def test_metadata_of_deep_files(tmp_path: Path, ending: str, channels: int) -> N
     assert kept[ExifTags.Base.Make] == "Maker"
     assert kept.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExifImageWidth] == picture.width
     assert kept.get_ifd(ExifTags.IFD.GPSInfo)[1] == "N"
+
+
+def test_sixteen_bits_in_separate_planes_are_refused_not_misread(tmp_path: Path) -> None:
+    path = tmp_path / "planes.tif"
+    plane = deep(1, 20, 30)
+    directory = TiffImagePlugin.ImageFileDirectory_v2(b"II*\0\0\0\0\0")
+    size = plane.nbytes
+    entries = {256: 30, 257: 20, 258: (16, 16, 16), 259: 1, 262: 2, 277: 3, 278: 20, 279: (size,) * 3, 284: 2}
+    for tag, value in {**entries, 273: (0, size, 2 * size)}.items():
+        directory[tag] = value
+    for tag in (273, 279):
+        directory.tagtype[tag] = 4
+    path.write_bytes(struct.pack("<2sHI", b"II", 42, 8) + directory.tobytes(8) + 3 * plane.astype("<u2").tobytes())
+    with pytest.raises(UserError, match="16-bit colours in separate planes are not supported"):
+        read_picture(path)
+
+
+def test_deep_pictures_are_as_large_as_the_limit_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_picture(deep_picture(3), tmp_path / "deep.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    assert read_picture(tmp_path / "deep.png").pixels.dtype == np.uint16

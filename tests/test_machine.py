@@ -73,6 +73,8 @@ def test_container_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     }
     monkeypatch.setattr(machine, "_read", lambda path: files.get(str(path)))
     assert machine.free_memory(torch.device("cpu")) == 1e9
+    files["/sys/fs/cgroup/memory.stat"] = "anon 100\ninactive_file 200000000\nactive_file 7\n"
+    assert machine.free_memory(torch.device("cpu")) == 1.2e9, "files that were read can be dropped"
     files["/sys/fs/cgroup/memory.max"] = "max\n"
     assert machine.free_memory(torch.device("cpu")) == 8_192_000_000
     files.clear()

@@ -259,3 +259,10 @@ def test_the_plan_in_one_line_and_as_data() -> None:
     )
     assert found.as_json()["expected_peak"] == found.expected_peak
     assert str(plan(Extent(height=64, width=64))).startswith("whole, bfloat16 on cpu")
+
+
+@pytest.mark.parametrize(("overlap", "multiple"), [(1, 16), (5, 16), (21, 64), (0, 1), (0, 64)])
+@pytest.mark.parametrize("size", [(512, 1024), (2, 2048), (700, 90)])
+def test_small_overlaps_and_large_cells_still_make_a_plan(overlap: int, multiple: int, size: tuple[int, int]) -> None:
+    found = plan(Extent(height=size[0], width=size[1]), replace(SD, multiple=multiple), overlap=overlap)
+    assert found.tiles * found.pixels < 4 * max(size[0], multiple) * max(size[1], multiple)

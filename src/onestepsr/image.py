@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -259,13 +260,24 @@ def _decode(image: Image.Image, data: bytes, label: str) -> Picture:
         xmp=xmp_packet(image),
         dpi=resolution(image),
         format=_FORMAT_NAMES.get(image.format or ""),
-        lossless=image.format not in ("JPEG", "MPO") and not (image.format == "WEBP" and b"VP8L" not in data[:4096]),
+        lossless=image.format not in ("JPEG", "MPO") and not (image.format == "WEBP" and not _is_lossless_webp(data)),
     )
+
+
+def _is_lossless_webp(data: bytes) -> bool:
+    """Whether the first picture chunk of a RIFF container is one of lossless WebP; a profile may stand before it."""
+    place = 12
+    while place + 8 <= len(data):
+        kind, size = struct.unpack_from("<4sI", data, place)
+        if kind in (b"VP8L", b"VP8 "):
+            return bool(kind == b"VP8L")
+        place += 8 + (16 if kind == b"ANMF" else size + size % 2)  # a frame holds its picture behind 16 bytes
+    return False
 
 
 def _decode_samples(image: Image.Image, data: bytes, label: str, icc: bytes | None) -> Picture:
     transparent = image.info.get("transparency")
-    deep = read_deep(image, data)
+    deep = read_deep(image, partial(_open, data, label, image.width * image.height) if data else None)
     if deep is not None:
         return replace(_split_alpha(deep, transparent), icc=icc)
     mode = image.mode

@@ -8,11 +8,10 @@ bits.
 
 from __future__ import annotations
 
-import io
 import logging
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -24,16 +23,25 @@ from onestepsr.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+Reopen = Callable[[], Image.Image]
+"""Opens the same picture anew."""
 _BAND_ROWS = 64
 _TIFF_LIMIT = 4_000_000_000
-_PHOTOMETRIC = 262
+_BITS, _PHOTOMETRIC, _PLANAR = 258, 262, 284
 
 
-def read_deep(image: Image.Image, data: bytes) -> NDArray[np.uint16] | None:
+def read_deep(image: Image.Image, reopen: Reopen | None) -> NDArray[np.uint16] | None:
     """Samples (H, W, C) uint16, C = 1 (grey), 2 (grey, alpha), 3 or 4, or None when ``image`` is not a 16-bit picture.
 
-    ``image`` is opened from ``data`` and not loaded yet; without ``data`` only grey is read with 16 bits.
+    ``image`` is not loaded yet; without ``reopen``, which opens it once more, only grey is read with 16 bits. UserError
+    for layouts that Pillow would misread.
     """
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS, (8,))
+    if tags.get(_PLANAR) == 2 and len(bits) > 1 and max(bits) > 8:
+        raise UserError(
+            "16-bit colours in separate planes are not supported; accepted: the samples of a pixel together"
+        )
     if image.mode.startswith("I;16"):
         return _white_is_high(image, np.array(image).astype(np.uint16)[..., None])
     if image.mode == "I":
@@ -41,11 +49,11 @@ def read_deep(image: Image.Image, data: bytes) -> NDArray[np.uint16] | None:
         if values.min() < 0 or values.max() > 65535:
             raise UserError("32-bit samples beyond 0..65535 are not supported; accepted: 8 or 16 bits per channel")
         return values.astype(np.uint16)[..., None]
-    raw_modes = {_raw_mode(tile) for tile in getattr(image, "tile", ()) if data}
-    if raw_modes == {"LA;16B"}:
-        return _read_gray_alpha(data)
-    if raw_modes and all(mode.startswith(("RGB;16", "RGBA;16")) for mode in raw_modes):
-        high, low = np.array(image), _read_low_bytes(data)
+    raw_modes = {_raw_mode(tile) for tile in getattr(image, "tile", ()) if reopen}
+    if reopen and raw_modes == {"LA;16B"}:
+        return _read_gray_alpha(reopen)
+    if reopen and raw_modes and all(mode.startswith(("RGB;16", "RGBA;16")) for mode in raw_modes):
+        high, low = np.array(image), _read_low_bytes(reopen)
         return _joined(high, low)
     if any(";16" in mode for mode in raw_modes):
         logger.warning("this layout of 16-bit samples is read with 8 bits")
@@ -62,8 +70,8 @@ def _raw_mode(tile: Any) -> str:
     return str(arguments[0] if isinstance(arguments, tuple) else arguments)
 
 
-def _with_raw_mode(data: bytes, change: Any) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(data)) as image:
+def _with_raw_mode(reopen: Reopen, change: Any) -> NDArray[np.uint8]:
+    with reopen() as image:
         assert isinstance(image, ImageFile.ImageFile)
         image.tile = [
             tile._replace(
@@ -74,15 +82,15 @@ def _with_raw_mode(data: bytes, change: Any) -> NDArray[np.uint8]:
         return np.array(image)
 
 
-def _read_low_bytes(data: bytes) -> NDArray[np.uint8]:
+def _read_low_bytes(reopen: Reopen) -> NDArray[np.uint8]:
     # libtiff hands out samples in the machine's order ("N"), which is little-endian wherever PyTorch runs.
     swapped = {"B": "L", "L": "B", "N": "B"}
-    return _with_raw_mode(data, lambda mode: mode[:-1] + swapped[mode[-1]])
+    return _with_raw_mode(reopen, lambda mode: mode[:-1] + swapped[mode[-1]])
 
 
-def _read_gray_alpha(data: bytes) -> NDArray[np.uint16]:
+def _read_gray_alpha(reopen: Reopen) -> NDArray[np.uint16]:
     # Two 16-bit samples are four bytes per pixel: read them as if they were 8-bit RGBA.
-    octets = _with_raw_mode(data, lambda _: "RGBA")
+    octets = _with_raw_mode(reopen, lambda _: "RGBA")
     return _joined(octets[..., 0::2], octets[..., 1::2])
 
 

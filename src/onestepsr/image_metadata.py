@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import struct
@@ -44,6 +45,8 @@ _TIFF_STRUCTURE = (
         339,
     ),
     *(347, 512, 513, 514, 529, 530, 531, 532, 700, 33723, 34377, 34675),
+    *(33550, 33922, 34264, 34735, 34736, 34737),  # where on earth the old pixels lie (GeoTIFF)
+    *(37724, 50255),  # Photoshop's layers and annotations, of the old size
 )
 
 
@@ -64,6 +67,7 @@ def exif_block(exif: Image.Exif) -> bytes | None:
     """The block without its orientation and without what describes the layout of the old file; None when empty."""
     if not exif:
         return None
+    exif = copy.deepcopy(exif)  # Pillow hands out the image's own
     if ExifTags.Base.Orientation in exif:
         exif[ExifTags.Base.Orientation] = 1
     for tag in _TIFF_STRUCTURE:

@@ -197,7 +197,13 @@ def _container_headroom() -> Iterator[float]:
         for folder in {root / name.lstrip("/"), root}:  # inside a container the group is mounted as the root
             limit, used = (_read(folder / file) for file in names)
             if limit and used and limit.strip().isdigit():
-                yield max(0.0, float(limit) - float(used))
+                yield max(0.0, float(limit) - float(used) + _droppable(folder))
+
+
+def _droppable(group: Path) -> float:
+    """Bytes of files that count as used by a control group and would be dropped for want of memory."""
+    entries = dict(line.split() for line in (_read(group / "memory.stat") or "").splitlines() if line.count(" ") == 1)
+    return float(entries.get("total_inactive_file", entries.get("inactive_file", 0)))
 
 
 def _read(path: Path) -> str | None:

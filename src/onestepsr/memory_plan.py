@@ -218,7 +218,8 @@ class Planner:
 
     def _divisions(self, length: int, join: TileJoin) -> Iterator[tuple[int, int]]:
         """Sides with which 1, 2, 3 ... tiles cover ``length``, each as small as their number allows, and how many."""
-        smallest, cells = smallest_side(self.options), join.multiple
+        cells = join.multiple
+        smallest = max(smallest_side(self.options), 2 * cells, 3 * join.overlap)  # smaller ones would overlap otherwise
         for count in range(1, length + 1):
             least = -(-(length + (count - 1) * join.overlap) // count)
             side = -(-max(least, smallest) // cells) * cells

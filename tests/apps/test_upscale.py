@@ -164,6 +164,9 @@ def test_one_bad_file_does_not_stop_the_others(run, tmp_path: Path) -> None:
     ("arguments", "part"),
     [
         (["none.png"], "none.png: no such file or folder"),
+        ([""], "an empty name; expected a file, a folder or a pattern"),
+        (["/"], "give -o FOLDER"),
+        (["a.png", "-o", 300 * "n" + ".png"], "too long"),
         (["*.webp"], "*.webp: no picture matches"),
         (["empty"], "empty: the folder holds no pictures"),
         (["zero.png"], "zero.png: the file is empty (0 bytes)"),

@@ -93,7 +93,11 @@ def test_one_metric_that_fails_leaves_the_others() -> None:
     score = measurer().score("a", small, small, "a.png")
     assert list(score.values) == ["psnr", "grid"]
     assert score.problems == ["a.png: ssim: SSIM needs at least 11 x 11 pixels, got 9 x 9"]
-    for error, message in ((UserError("no good"), "no good"), (MemoryError(), "not enough memory")):
+    lack = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
+    for error, message in (
+        (UserError("no good"), "no good"),
+        *((e, "not enough memory") for e in (MemoryError(), lack)),
+    ):
         score = measurer(ALL, failing(error, when="using")).score("a", small, small)
         assert message in score.problems[-1]
         assert "psnr" in score.values

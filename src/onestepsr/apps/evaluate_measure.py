@@ -125,7 +125,7 @@ class ModelOptions:
 
         chosen = {"steps": self.steps, "sampler": self.sampler}
         upscaler = Upscaler.from_pretrained(self.model, self.device, self.dtype, steps=self.steps, sampler=self.sampler)
-        tile = int(self.tile) if self.tile.lstrip("-").isdigit() else self.tile
+        tile = int(self.tile) if self.tile.removeprefix("-").isdecimal() else self.tile
         options = UpscaleOptions(
             scale=upscaler.scale, tile=cast(Any, tile), color_fix=cast(Any, self.color_fix), seed=self.seed
         )

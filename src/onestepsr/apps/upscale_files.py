@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +54,13 @@ def plan_jobs(inputs: Sequence[str], naming: Naming, recursive: bool) -> list[Jo
     input.
     """
     jobs: dict[Path, Job] = {}
-    single = len(inputs) == 1 and Path(inputs[0]).is_file()
+    single = len(inputs) == 1 and os.path.isfile(inputs[0])  # noqa: PTH113  (false, not an error, for names too long)
     for text in inputs:
-        for job in _expand(text, naming, recursive, single):
-            jobs.setdefault(job.source.resolve(), job)
+        try:
+            for job in _expand(text, naming, recursive, single):
+                jobs.setdefault(job.source.resolve(), job)
+        except OSError as error:  # such as a name that is too long
+            raise UserError(f"{error.filename or text}: {error.strerror}") from error
     _check_distinct(jobs)
     return list(jobs.values())
 
@@ -65,14 +69,23 @@ def existing(jobs: Sequence[Job], skip_existing: bool, overwrite: bool) -> set[P
     """Targets to leave alone; raises UserError when some exist and nothing is said about them."""
     if skip_existing and overwrite:
         raise UserError("--skip-existing and --overwrite exclude each other")
-    present = [job.target for job in jobs if job.target.exists()]
+    present = [job.target for job in jobs if _is_there(job.target)]
     if present and not (skip_existing or overwrite):
         others = f" (and {len(present) - 1} more)" if len(present) > 1 else ""
         raise UserError(f"{present[0]}: already exists{others}; give --skip-existing or --overwrite")
     return set(present) if skip_existing else set()
 
 
+def _is_there(target: Path) -> bool:
+    try:
+        return target.exists()
+    except OSError as error:  # such as a name that became too long with its suffix
+        raise UserError(f"{target}: cannot be written ({error.strerror})") from error
+
+
 def _expand(text: str, naming: Naming, recursive: bool, single: bool) -> Iterator[Job]:
+    if not text:
+        raise UserError("an empty name; expected a file, a folder or a pattern")
     path = Path(text)
     if path.is_dir():
         yield from _expand_folder(path, naming, recursive)
@@ -89,6 +102,8 @@ def _expand(text: str, naming: Naming, recursive: bool, single: bool) -> Iterato
 
 
 def _expand_folder(folder: Path, naming: Naming, recursive: bool) -> Iterator[Job]:
+    if naming.out is None and not folder.resolve().name:
+        raise UserError(f"{folder}: pictures of this folder cannot go beside it; give -o FOLDER")
     root = naming.out or folder.resolve().with_name(folder.resolve().name + naming.suffix)
     _check_folder(root)
     files = list(_walk(folder, recursive))

@@ -17,8 +17,10 @@ from onestepsr.evaluate.fid import SetDistance
 from onestepsr.evaluate.protocols import Protocol
 from onestepsr.evaluate.result import WholeValue
 from onestepsr.image import Samples, samples_to_tensor
+from onestepsr.memory_plan import is_out_of_memory
 
-LACK_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+POSSIBLE_LACK_OF_MEMORY = (MemoryError, RuntimeError)
+"""What :func:`onestepsr.memory_plan.is_out_of_memory` decides on: on a CPU, PyTorch raises a plain RuntimeError."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,9 @@ class Measurer:
                 self._measure(metric, pictures, score)
             except UserError as error:
                 score.problems.append(f"{where}: {metric.name}: {error}")
-            except LACK_OF_MEMORY:
+            except POSSIBLE_LACK_OF_MEMORY as error:
+                if not is_out_of_memory(error):
+                    raise
                 score.problems.append(f"{where}: {metric.name}: not enough memory for a picture of this size")
         return score
 

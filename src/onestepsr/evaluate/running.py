@@ -16,9 +16,10 @@ import torch
 
 from onestepsr.errors import OneStepSRError
 from onestepsr.evaluate.folder import Case, Pair
-from onestepsr.evaluate.measuring import LACK_OF_MEMORY, Measurer, Score
+from onestepsr.evaluate.measuring import POSSIBLE_LACK_OF_MEMORY, Measurer, Score
 from onestepsr.image import Picture, Samples, read_picture
 from onestepsr.machine import cores
+from onestepsr.memory_plan import is_out_of_memory
 
 T = TypeVar("T")
 MAX_WORKERS = 8
@@ -96,7 +97,9 @@ class ModelRun:
                 return case, loaded, self.enlarge(loaded.lr, case.path)
         except OneStepSRError as error:
             return case, None, _named(case, str(error))
-        except LACK_OF_MEMORY:
+        except POSSIBLE_LACK_OF_MEMORY as error:
+            if not is_out_of_memory(error):
+                raise
             return case, None, _named(case, "not enough memory; try --tile 64")
 
     def _finish(self, case: Case, loaded: Loaded | None, sr: Picture | str) -> Score:
@@ -126,7 +129,9 @@ def score_pairs(
                 return measurer.score(pair.name, sr, hr, label)
         except OneStepSRError as error:
             return Score(name=pair.name, problems=[str(error)])
-        except LACK_OF_MEMORY:
+        except POSSIBLE_LACK_OF_MEMORY as error:
+            if not is_out_of_memory(error):
+                raise
             return Score(name=pair.name, problems=[f"{label}: not enough memory"])
 
     with _one_core_each(count), _pool(count) as pool:
