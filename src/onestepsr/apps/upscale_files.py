@@ -54,7 +54,7 @@ def plan_jobs(inputs: Sequence[str], naming: Naming, recursive: bool) -> list[Jo
     input.
     """
     jobs: dict[Path, Job] = {}
-    single = len(inputs) == 1 and os.path.isfile(inputs[0])  # noqa: PTH113  (false, not an error, for names too long)
+    single = len(inputs) == 1 and os.path.isfile(inputs[0])
     for text in inputs:
         try:
             for job in _expand(text, naming, recursive, single):
