@@ -28,7 +28,7 @@ _MODELS: dict[str, ModelSpec] = {
             summary="D3SR on the tiny backbone, trained by this project on 1,380 photos; runs on any CPU",
             licence="Apache-2.0",
             bundled="d3sr-tiny.safetensors",
-            sha256="974cb3f52fd6e9e436768c70c2a8f3268e41f52188016f3c45bda2b7b6d1f368",
+            sha256="5429213d48654ac5e3f3f510c1910a9929ce7899822443377ab4a75b2ed105f6",
             faithful="d3sr-tiny-fidelity",
         ),
         ModelSpec(
