@@ -76,7 +76,7 @@ def test_stated_peaks_can_be_had() -> None:
     huge = Extent(height=2500, width=2500)
     for extent in (LARGE, huge):  # 24 and 100 megapixels at the size of Stable Diffusion
         found = plan(extent, memory=6.0)
-        assert found.tiles * found.pixels < 1.35 * extent.height * extent.width
+        assert found.tiles * found.pixels < 1.4 * extent.height * extent.width
     assert plan(huge).expected_peak < 1.1 * plan(tile=320).expected_peak
 
 
@@ -113,7 +113,7 @@ def test_a_limit_that_cannot_be_kept_names_one_that_can() -> None:
     with pytest.raises(UserError, match=r"memory 2 GB: sd in bfloat16 needs about 2\.6 GB .* 2\.6 and more$"):
         plan(memory=2.0)
     assert plan(memory=2.6).tile == (96, 96)
-    with pytest.raises(UserError, match=r"tiles of 512x512 pixels; accepted: 10\.\d and more, or --tile auto"):
+    with pytest.raises(UserError, match=r"tiles of 512x512 pixels; accepted: 16\.\d and more, or --tile auto"):
         plan(memory=6.0, tile=512)
     for wrong in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match="accepted: more than 0"):
