@@ -260,7 +260,7 @@ def _decode(image: Image.Image, data: bytes, label: str) -> Picture:
         xmp=xmp_packet(image),
         dpi=resolution(image),
         format=_FORMAT_NAMES.get(image.format or ""),
-        lossless=image.format not in ("JPEG", "MPO") and not (image.format == "WEBP" and not _is_lossless_webp(data)),
+        lossless=image.format not in ("JPEG", "MPO") and (image.format != "WEBP" or _is_lossless_webp(data)),
     )
 
 

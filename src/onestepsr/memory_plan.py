@@ -10,6 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -219,7 +220,8 @@ class Planner:
     def _divisions(self, length: int, join: TileJoin) -> Iterator[tuple[int, int]]:
         """Sides with which 1, 2, 3 ... tiles cover ``length``, each as small as their number allows, and how many."""
         cells = join.multiple
-        smallest = max(smallest_side(self.options), 2 * cells, 3 * join.overlap)  # smaller ones would overlap otherwise
+        # In smaller tiles, the overlap of ``join``, which is whole cells, would be more than a third of a side.
+        smallest = max(smallest_side(self.options), 2 * cells, 3 * join.overlap)
         for count in range(1, length + 1):
             least = -(-(length + (count - 1) * join.overlap) // count)
             side = -(-max(least, smallest) // cells) * cells
@@ -332,6 +334,17 @@ def smaller(plan: Plan, options: UpscaleOptions) -> int | None:
     smallest = smallest_side(options)
     side = math.isqrt(plan.pixels)
     return None if side <= smallest else max(side // 2, smallest) ** 2
+
+
+@contextmanager
+def lack_of_memory_named(message: str) -> Iterator[None]:
+    """Inside, memory that runs out is a :class:`UserError` with ``message``."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(message) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

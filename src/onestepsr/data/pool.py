@@ -106,6 +106,11 @@ def _require_space(folder: Path, length: int) -> None:
         raise UserError(f"{folder}: the pool needs {needed} more, {free / 1e9:.1f} GB are free; lower data.pool_size")
 
 
+def fingerprint(values: Any) -> str:
+    """A hash of plain values: lists, mappings, texts and numbers."""
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
 def _fingerprint(source: SampleStream, config: DataConfig, seed: int) -> str:
     """A hash of everything that the entries depend on."""
     settings = to_mapping(config)
@@ -116,4 +121,4 @@ def _fingerprint(source: SampleStream, config: DataConfig, seed: int) -> str:
     settings["with_lr"] = source.with_lr
     settings["degradation"] = to_mapping(config.recipe())
     values = {"format": FORMAT, "seed": seed, "settings": settings, "files": source.content()}
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=12).hexdigest()
+    return fingerprint(values)

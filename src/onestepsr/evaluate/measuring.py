@@ -17,10 +17,7 @@ from onestepsr.evaluate.fid import SetDistance
 from onestepsr.evaluate.protocols import Protocol
 from onestepsr.evaluate.result import WholeValue
 from onestepsr.image import Samples, samples_to_tensor
-from onestepsr.memory_plan import is_out_of_memory
-
-POSSIBLE_LACK_OF_MEMORY = (MemoryError, RuntimeError)
-"""What :func:`onestepsr.memory_plan.is_out_of_memory` decides on: on a CPU, PyTorch raises a plain RuntimeError."""
+from onestepsr.memory_plan import lack_of_memory_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +65,10 @@ class Measurer:
             if metric.name in self.unavailable:
                 continue
             try:
-                self._measure(metric, pictures, score)
+                with lack_of_memory_named("not enough memory for a picture of this size"):
+                    self._measure(metric, pictures, score)
             except UserError as error:
                 score.problems.append(f"{where}: {metric.name}: {error}")
-            except POSSIBLE_LACK_OF_MEMORY as error:
-                if not is_out_of_memory(error):
-                    raise
-                score.problems.append(f"{where}: {metric.name}: not enough memory for a picture of this size")
         return score
 
     def whole(self) -> tuple[dict[str, WholeValue], list[str]]:

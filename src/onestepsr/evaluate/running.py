@@ -16,10 +16,10 @@ import torch
 
 from onestepsr.errors import OneStepSRError
 from onestepsr.evaluate.folder import Case, Pair
-from onestepsr.evaluate.measuring import POSSIBLE_LACK_OF_MEMORY, Measurer, Score
+from onestepsr.evaluate.measuring import Measurer, Score
 from onestepsr.image import Picture, Samples, read_picture
 from onestepsr.machine import cores
-from onestepsr.memory_plan import is_out_of_memory
+from onestepsr.memory_plan import lack_of_memory_named
 
 T = TypeVar("T")
 MAX_WORKERS = 8
@@ -92,15 +92,12 @@ class ModelRun:
     def _enlarged(self, case: Case, loading: Future[Loaded]) -> tuple[Case, Loaded | None, Picture | str]:
         """The case with its SR picture, or with one line of what went wrong."""
         try:
-            loaded = loading.result()
-            with self.clock.part("model"):
-                return case, loaded, self.enlarge(loaded.lr, case.path)
+            with lack_of_memory_named("not enough memory; try --tile 64"):
+                loaded = loading.result()
+                with self.clock.part("model"):
+                    return case, loaded, self.enlarge(loaded.lr, case.path)
         except OneStepSRError as error:
             return case, None, _named(case, str(error))
-        except POSSIBLE_LACK_OF_MEMORY as error:
-            if not is_out_of_memory(error):
-                raise
-            return case, None, _named(case, "not enough memory; try --tile 64")
 
     def _finish(self, case: Case, loaded: Loaded | None, sr: Picture | str) -> Score:
         if loaded is None or isinstance(sr, str):
@@ -123,16 +120,13 @@ def score_pairs(
     def score(pair: Pair) -> Score:
         label = str(pair.sr) if pair.hr is None else f"{pair.sr} against {pair.hr}"
         try:
-            with clock.part("reading"):
-                sr, hr = read_picture(pair.sr).pixels, None if pair.hr is None else read_picture(pair.hr).pixels
-            with clock.part("metrics"):
-                return measurer.score(pair.name, sr, hr, label)
+            with lack_of_memory_named(f"{label}: not enough memory"):
+                with clock.part("reading"):
+                    sr, hr = read_picture(pair.sr).pixels, None if pair.hr is None else read_picture(pair.hr).pixels
+                with clock.part("metrics"):
+                    return measurer.score(pair.name, sr, hr, label)
         except OneStepSRError as error:
             return Score(name=pair.name, problems=[str(error)])
-        except POSSIBLE_LACK_OF_MEMORY as error:
-            if not is_out_of_memory(error):
-                raise
-            return Score(name=pair.name, problems=[f"{label}: not enough memory"])
 
     with _one_core_each(count), _pool(count) as pool:
         yield from in_order(pool, (lambda pair=pair: score(pair) for pair in pairs), 2 * count)  # type: ignore[misc]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import warnings
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from accelerate import Accelerator
 
 from onestepsr.config import to_mapping
 from onestepsr.data.datasets import DataConfig, Pool, build_dataset
+from onestepsr.data.pool import fingerprint
 from onestepsr.data.sampling import derived_seed
 from onestepsr.errors import UserError
 from onestepsr.files import write_text, writing
@@ -84,7 +83,7 @@ def prepare(run: RunConfig, *, resume: bool, dry: bool = False) -> Plan:
     if run.data.crop == 0:
         raise UserError("data.crop: 0 keeps whole pictures, which is for measuring; samples of a batch need one size")
     check_sizes(method, run.data, "data")
-    content = hashlib.blake2b(json.dumps(source.content()).encode(), digest_size=12).hexdigest()
+    content = fingerprint(source.content())
     source = with_prompts(source, run.data, method, "data", dry=dry)
     if held_out is None:
         validation = source
