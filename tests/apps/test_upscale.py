@@ -144,6 +144,16 @@ def test_existing_outputs(run, tmp_path: Path) -> None:
     assert size_of(tmp_path / "a_x4.png") == (36, 24)
 
 
+def test_a_pattern_that_matches_the_outputs_of_its_first_run(run, tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    assert run("*.png").out == "a_x4.png\n"
+    made = tree(tmp_path)
+    assert "a_x4.png: this output is also an input; --skip-existing leaves it out" in run("*.png", "--overwrite").error
+    assert (run("*.png", "--skip-existing").code, tree(tmp_path)) == (0, made)
+    put(tmp_path / "b.png", 1)
+    assert run("*.png", "--skip-existing").out == "b_x4.png\n"
+
+
 def test_one_bad_file_does_not_stop_the_others(run, tmp_path: Path) -> None:
     put(tmp_path / "in/a.png")
     (tmp_path / "in/b.png").write_bytes(b"nonsense")

@@ -135,12 +135,13 @@ def convert(
     ] = None,
     share: Annotated[float, typer.Option(help="How far towards it, 0 to 1.")] = 0.5,
     even_contrast: Annotated[
-        Path | None,
+        bool,
         typer.Option(
-            help="Folder of LR pictures, for a generator on the tiny backbone: measure on them at which positions of "
-            "its 4x4 cells it draws detail stronger, and take that back in the file written."
+            "--even-contrast",
+            help="For a generator on the tiny backbone: make detail equally strong at all positions of its 4x4 cells, "
+            "measured in every picture anew.",
         ),
-    ] = None,
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Number format: float32, bfloat16 or float16.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET if it exists.")] = False,
     as_json: JsonFlag = False,

@@ -173,7 +173,7 @@ def upscale(
         suffix=_suffix(setup.options),
         out_is_folder=out is not None and out.endswith(("/", os.sep)),
     )
-    jobs = plan_jobs(inputs, naming, recursive)
+    jobs = plan_jobs(inputs, naming, recursive, skip_existing=skip_existing)
     skipped = existing(jobs, skip_existing, overwrite)
     results = [result_of(job, "skipped") for job in jobs if job.target in skipped]
     results += _run([job for job in jobs if job.target not in skipped], setup, workers)

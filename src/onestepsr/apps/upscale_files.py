@@ -47,11 +47,12 @@ def check_format(file_format: str) -> None:
         raise UserError(f"format '{file_format}': accepted: keep, {', '.join(FORMATS)}")
 
 
-def plan_jobs(inputs: Sequence[str], naming: Naming, recursive: bool) -> list[Job]:
+def plan_jobs(inputs: Sequence[str], naming: Naming, recursive: bool, *, skip_existing: bool = False) -> list[Job]:
     """Expand files, folders and glob patterns into jobs, in a fixed order, each input once.
 
-    Raises UserError for what does not exist, an empty folder, two inputs with one output and an output that is an
-    input.
+    With ``skip_existing``, an input that is what another one becomes is left out: ``*.jpg`` matches the outputs of its
+    first run in the second. Raises UserError for what does not exist, an empty folder, two inputs with one output and
+    an output that is an input.
     """
     jobs: dict[Path, Job] = {}
     single = len(inputs) == 1 and os.path.isfile(inputs[0])
@@ -61,6 +62,9 @@ def plan_jobs(inputs: Sequence[str], naming: Naming, recursive: bool) -> list[Jo
                 jobs.setdefault(job.source.resolve(), job)
         except OSError as error:  # such as a name that is too long
             raise UserError(f"{error.filename or text}: {error.strerror}") from error
+    if skip_existing:
+        made = {job.target.resolve() for source, job in jobs.items() if job.target.resolve() != source}
+        jobs = {source: job for source, job in jobs.items() if source not in made}
     _check_distinct(jobs)
     return list(jobs.values())
 
@@ -185,7 +189,9 @@ def _check_distinct(jobs: Mapping[Path, Job]) -> None:
     for job in jobs.values():
         target = job.target.resolve()
         if target in jobs:
-            raise UserError(f"{job.target}: this output is also an input; choose another place with -o")
+            raise UserError(
+                f"{job.target}: this output is also an input; --skip-existing leaves it out, -o chooses another place"
+            )
         if target in seen:
             raise UserError(f"{job.target}: both {seen[target]} and {job.source} would be written there")
         seen[target] = job.source

@@ -42,6 +42,7 @@ from onestepsr.methods.spatial import PerceptualConfig, SpatialLoss, SpatialWeig
 from onestepsr.models.backbones import load_backbone
 from onestepsr.models.deepening import Depth, deepened
 from onestepsr.models.discriminators import PatchCritic
+from onestepsr.models.even_contrast import with_even_contrast
 from onestepsr.models.generators import OneStepLatentGenerator, TrainableGenerator
 from onestepsr.models.lora import LoraConfig, add_lora
 from onestepsr.models.stable_diffusion_config import PromptConfig
@@ -90,6 +91,10 @@ class D3SRConfig:
     deepen: Depth | None = None
     """Residual blocks that a tiny backbone shall have. New ones start as the identity: training goes on from the
     backbone's own pictures."""
+    even_contrast: bool = False
+    """Make detail of a tiny backbone's pictures equally strong at all positions of its latent cells, while training
+    already: critics see no lattice then, and the generator gains nothing by one. See
+    :class:`onestepsr.models.tiny_decoder.EvenContrast`."""
     timestep: int = 399
     """T_L, the fixed step of the UNet evaluation."""
     tuning: Tuning = "lora"
@@ -169,6 +174,7 @@ def _prepare_generator(config: D3SRConfig) -> OneStepLatentGenerator:
     generator = load_backbone(config.backbone, prompt=config.prompt, prompt_file=config.prompt_file)
     check_timestep(config.timestep, generator, config.backbone)
     generator = deepened(generator, config.deepen) if config.deepen else generator
+    generator = with_even_contrast(generator) if config.even_contrast else generator
     generator.timestep = config.timestep
     for name, parameter in generator.autoencoder.named_parameters():
         parameter.requires_grad_(config.train_decoder and _belongs_to_decoder(name))

@@ -28,7 +28,7 @@ _MODELS: dict[str, ModelSpec] = {
             summary="D3SR on the tiny backbone, trained by this project on 1,380 photos; runs on any CPU",
             licence="Apache-2.0",
             bundled="d3sr-tiny.safetensors",
-            sha256="5429213d48654ac5e3f3f510c1910a9929ce7899822443377ab4a75b2ed105f6",
+            sha256="7a7d741d613e92ff229d8ab3455bde96d6ae3bde4fe907916a9e0a4cae736c36",
             faithful="d3sr-tiny-fidelity",
         ),
         ModelSpec(
@@ -36,7 +36,7 @@ _MODELS: dict[str, ModelSpec] = {
             summary="d3sr-tiny before adversarial training: softer, closer to the input; --fidelity goes between them",
             licence="Apache-2.0",
             bundled="d3sr-tiny-fidelity.safetensors",
-            sha256="1ee480495a88ec5e5d4cb5f0049b673cafc334566ddec1ca339656cd03515491",
+            sha256="5ced6de2df3c4a217cd224961c7ed323851170970710e0a1671a56be6f1bdd81",
         ),
         ModelSpec(id=BICUBIC, summary="no network: bicubic enlargement, for comparison", licence="Apache-2.0"),
         *OSEDIFF_MODELS,

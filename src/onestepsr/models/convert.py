@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,13 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from onestepsr.data.photos import find_images
 from onestepsr.errors import UserError
-from onestepsr.image import read_picture, samples_to_tensor
 from onestepsr.models.architectures import RESIDUAL, TINY_RESIDUAL, describe
 from onestepsr.models.backbones import load_backbone, load_discriminator_backbone
 from onestepsr.models.blend import blend
-from onestepsr.models.even_contrast import alike, make_even
+from onestepsr.models.even_contrast import alike, with_even_contrast
 from onestepsr.models.osediff import Posterior
 from onestepsr.models.osediff_file import read_published, write_adapters, write_published
 from onestepsr.models.osediff_published import adapters_of, holds_adapters
@@ -57,7 +54,7 @@ def convert(
     posterior: Posterior | None = None,
     towards: Path | None = None,
     share: float = 0.5,
-    even_contrast: Path | None = None,
+    even_contrast: bool = False,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> Converted:
@@ -70,8 +67,7 @@ def convert(
     Adapters stay as they are in a second file, whose name ends in ``.adapters.safetensors``; the model's prompt for
     pictures that come without one is read from ``prompt_file``, and ``posterior`` says what its encoder gives, the mean
     by default. ``towards`` is a second backbone of the same shape: the weights written lie the part ``share`` of the
-    way to its own. ``even_contrast`` is a folder of LR pictures on which
-    :func:`onestepsr.models.even_contrast.make_even` measures the outcome.
+    way to its own. ``even_contrast`` is :func:`onestepsr.models.even_contrast.with_even_contrast`.
     """
     _check_target(target, overwrite)
     adapters = _adapters_file(target, overwrite) if holds_adapters(source) else None
@@ -96,8 +92,8 @@ def convert(
     if towards is not None:
         other = load_backbone(towards) if part == "generator" else load_discriminator_backbone(towards)[0]
         network = blend(*alike(network, other), share)
-    if even_contrast is not None:
-        network = make_even(network, lr_pictures(even_contrast))
+    if even_contrast:
+        network = with_even_contrast(network)
     architecture, config = describe(network)
     state = {key: _cast(key, value, dtype) for key, value in network.state_dict().items()}
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -112,15 +108,6 @@ def convert(
     if adapters is not None:
         write_adapters(adapters, adapters_of(source))
     return Converted(file=target, architecture=architecture, parameters=parameters, bytes=target.stat().st_size)
-
-
-def lr_pictures(folder: Path, *, count: int = 80, side: int = 192) -> Iterator[Tensor]:
-    """LR pictures (1, 3, h, w) in [0, 1]: the middle, at most ``side`` pixels wide and high, of the first ``count``
-    pictures of ``folder`` by name. Raises UserError where there is no folder or no picture."""
-    for path in find_images(folder, recursive=False)[:count]:
-        pixels = read_picture(path).pixels
-        top, left = (max(0, (length - side) // 2) for length in pixels.shape[:2])
-        yield samples_to_tensor(pixels[top : top + side, left : left + side]).expand(1, 3, -1, -1)
 
 
 def convert_to_published(source: str | Path, target: Path, *, overwrite: bool = False) -> Converted:

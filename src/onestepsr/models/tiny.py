@@ -52,7 +52,7 @@ class TinyConfig:
     refine_blocks: int = 0
     """Residual blocks of the decoder at the resolution of the picture, used with a ``refine_width``."""
     even_contrast: bool = False
-    """Scale fine contrast by factors per position in a latent cell, measured after training."""
+    """Make fine contrast equally strong at all positions in a latent cell; meant for after training."""
     widths: tuple[int, ...] = (48, 64, 128)
     """UNet channels by level, the first at latent resolution, each further one at half the resolution before."""
     down_blocks: tuple[int, ...] = (1, 1, 2)
