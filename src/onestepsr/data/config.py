@@ -22,7 +22,8 @@ class DataConfig:
     ``shards`` and ``shard_pairs`` are the same from tar files, for sets of which no folder should hold every file.
     """
     paths: tuple[Path, ...] = ()
-    """Folders of HR photos, searched recursively; for shards tar files, folders of them or ``train-{000..099}.tar``."""
+    """Folders of HR photos, searched recursively; for shards tar files, folders of them or ``train-{000..099}.tar``. At
+    least one is needed."""
     lr_paths: tuple[Path, ...] = ()
     """Only for pairs in folders: the folders of LR pictures, in the order of ``paths``."""
     crop: int = 256
