@@ -42,6 +42,14 @@ def train(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, start nothing.")] = False,
     list_recipes: Annotated[bool, typer.Option("--list-recipes", help="Name the packaged recipes and exit.")] = False,
+    fields: Annotated[
+        bool,
+        typer.Option(
+            "--fields",
+            help="Explain every setting, with its default or RECIPE's value, and exit; without "
+            "METHOD those of all methods, as Markdown.",
+        ),
+    ] = False,
 ) -> None:
     """Train METHOD as RECIPE says. The same command with --resume goes on with a run that was interrupted."""
     from onestepsr.models.sources import without_downloads
@@ -51,9 +59,12 @@ def train(
     if list_recipes:
         typer.echo("\n".join(recipe_names()))
         return
+    changes = [*(overrides or []), *([f"out={json.dumps(str(out))}"] if out is not None else [])]
+    if fields:
+        typer.echo(_fields(method, recipe, changes), nl=False)
+        return
     if method is None or recipe is None:
         raise UserError("a METHOD and --recipe FILE|NAME are needed; --list-recipes names the packaged ones")
-    changes = [*(overrides or []), *([f"out={json.dumps(str(out))}"] if out is not None else [])]
     run = load_run(method, recipe, changes)
     if dry_run:
         with without_downloads("a dry run fetches nothing"):
@@ -61,6 +72,20 @@ def train(
         return
     plan = prepare(run, resume=resume)
     typer.echo(f"finished: {execute(plan)}", err=True)
+
+
+def _fields(method: str | None, recipe: str | None, changes: list[str]) -> str:
+    from onestepsr.train.fields import recipe_fields
+    from onestepsr.train.fields_page import as_markdown, as_text
+    from onestepsr.train.recipes import load_run
+
+    if recipe is None and changes:
+        raise UserError(f"--fields: '{changes[0]}' changes a recipe; add --recipe FILE|NAME to see its values")
+    if method is None:
+        if recipe is not None:
+            raise UserError("--fields: --recipe needs a METHOD before it")
+        return as_markdown()
+    return as_text(recipe_fields(method, load_run(method, recipe, changes) if recipe is not None else None))
 
 
 def show(plan: Plan) -> None:
