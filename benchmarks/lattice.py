@@ -13,7 +13,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

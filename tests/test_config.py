@@ -30,6 +30,14 @@ class Outer:
             raise ValueError("rate must not be negative")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    slow: Inner = field(default_factory=lambda: Inner(rate=0.1, sizes=(3,)))
+    maybe: Inner | None = Inner(rate=0.2)
+    either: Inner | Outer = field(default_factory=lambda: Inner(rate=0.3))
+    outer: Outer = field(default_factory=lambda: Outer(flag=True, inner=Inner(rate=0.4)))
+
+
 def test_round_trip_keeps_everything():
     values = {
         "mode": "b",
@@ -129,3 +137,13 @@ def test_merging_goes_key_by_key_and_replaces_everything_else():
     result = merged(base, {"a": {"y": [3], "z": {"more": 2}}, "b": {"now": "a mapping"}, "c": None})
     assert result == {"a": {"x": 1, "y": [3], "z": {"deep": 1, "more": 2}}, "b": {"now": "a mapping"}, "c": None}
     assert base["a"]["y"] == [1, 2], "the base stays as it was"
+
+
+def test_a_part_of_a_group_changes_the_default_of_its_field_not_of_its_class():
+    part = {"pair": [1, 2]}
+    held = from_mapping(Holder, {"slow": part, "maybe": part, "either": part, "outer": {"inner": part}})
+    assert held.slow == Inner(rate=0.1, sizes=(3,), pair=(1.0, 2.0))
+    assert held.maybe == Inner(rate=0.2, pair=(1.0, 2.0))
+    assert held.either == Inner(pair=(1.0, 2.0)), "it may be a part of another group too"
+    assert held.outer == Outer(flag=True, inner=Inner(rate=0.4, pair=(1.0, 2.0)))
+    assert from_mapping(Holder, {"maybe": None}).maybe is None

@@ -27,15 +27,22 @@ YAML_WORDS = {False: ("no", "off", "false"), True: ("yes", "on", "true")}
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Build the dataclass ``cls`` from ``values``; ``where`` is the dotted path shown in errors."""
+    """Build the dataclass ``cls`` from ``values``; ``where`` is the dotted path shown in errors.
+
+    What ``values`` leave out has its default, in groups too: a group of which they give a part is the default of its
+    field with that part changed.
+    """
     if not isinstance(values, Mapping):
         raise UserError(f"{where or cls.__name__}: expected a mapping, got {values!r}")
     hints = get_type_hints(cls)
-    names = {field.name for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in values:
-        if key not in names:
-            raise UserError(f"unknown setting '{_join(where, str(key))}': {did_you_mean(str(key), names)}")
-    arguments = {key: _convert(value, hints[key], _join(where, key)) for key, value in values.items()}
+        if key not in fields:
+            raise UserError(f"unknown setting '{_join(where, str(key))}': {did_you_mean(str(key), fields)}")
+    arguments = {
+        key: _convert(_completed(value, fields[key], hints[key]), hints[key], _join(where, key))
+        for key, value in values.items()
+    }
     try:
         return cls(**arguments)
     except TypeError as error:
@@ -112,6 +119,16 @@ def _on_one_line(error: Exception) -> str:
 
 def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
+
+
+def _completed(value: Any, field: dataclasses.Field[Any], hint: Any) -> Any:
+    """A part of a group on top of the group that is the field's default, if it can be a part of no other."""
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    groups = {choice for choice in (hint, *get_args(hint)) if dataclasses.is_dataclass(choice)}
+    if isinstance(value, Mapping) and groups == {type(default)}:
+        return merged(to_mapping(default), value)
+    return value
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

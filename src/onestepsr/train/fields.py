@@ -81,16 +81,12 @@ def fields_of(
     for field in dataclasses.fields(cls):
         path = f"{where}.{field.name}" if where else field.name
         hint = settings if hints[field.name] is Any else hints[field.name]
-        default = _default(field)
-        value = default if values is None else getattr(values, field.name)
-        meaning = meanings.get(field.name, "")
-        if values is not None and shown != "recipe" and value != default and not dataclasses.is_dataclass(value):
-            meaning += f" (In a recipe that sets anything else in `{where}`: `{_as_yaml(default)}`.)"
+        value = _default(field) if values is None else getattr(values, field.name)
         yield RecipeField(
             path=path,
             kind=_kind(hint) + (f", with the fields of `{REPEATED[path]}`" if path in REPEATED else ""),
             value=_missing(path, hint) if value is dataclasses.MISSING else _shown(value),
-            meaning=meaning,
+            meaning=meanings.get(field.name, ""),
             in_use=shown != "unused",
         )
         yield from _fields_below(path, hint, value, shown)
