@@ -149,3 +149,41 @@ def test_deep_pictures_are_as_large_as_the_limit_that_was_asked_for(
     write_picture(deep_picture(3), tmp_path / "deep.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     assert read_picture(tmp_path / "deep.png").pixels.dtype == np.uint16
+
+
+def twelve_bit_tiff(samples: np.ndarray, *, bits: int = 12, kind: int = 1, compression: int = 1) -> bytes:
+    """A TIFF of (H, W, C) samples packed without gaps, each row in whole bytes."""
+    height, width, channels = samples.shape
+    rows = ["".join(f"{int(value) & (1 << bits) - 1:0{bits}b}" for value in row.ravel()) for row in samples]
+    data = b"".join(int(row.ljust(-(-len(row) // 8) * 8, "0"), 2).to_bytes(-(-len(row) // 8), "big") for row in rows)
+    data = zlib.compress(data) if compression == 8 else data
+    directory = TiffImagePlugin.ImageFileDirectory_v2(b"II*\0\0\0\0\0")
+    entries = {256: width, 257: height, 258: (bits,) * channels, 259: compression, 262: 1 if channels == 1 else 2}
+    for tag, value in {**entries, 273: 0, 277: channels, 278: height, 279: len(data), 339: (kind,) * channels}.items():
+        directory[tag] = value
+    directory.tagtype[273] = 4
+    return struct.pack("<2sHI", b"II", 42, 8) + directory.tobytes(8) + data
+
+
+@pytest.mark.parametrize("compression", [1, 8])
+def test_twelve_bits_of_grey_fill_the_range(compression: int) -> None:
+    samples = np.arange(4096)[RNG.permutation(4096)][:4095].reshape(45, 91, 1)  # an odd width: half a byte is left
+    picture = read_picture(twelve_bit_tiff(samples, compression=compression))
+    assert picture.pixels.dtype == np.uint16
+    assert np.array_equal(picture.pixels, np.floor(samples * (65535 / 4095) + 0.5))
+
+
+@pytest.mark.parametrize(
+    ("channels", "bits", "kind", "message"),
+    [
+        (3, 12, 1, r"TIFF samples of 12/12/12 bits are not supported"),
+        (1, 24, 1, r"TIFF samples of 24 bits are not supported"),
+        (1, 64, 3, r"TIFF samples of 64 bits in floating point are not supported"),
+        (3, 32, 3, r"TIFF samples of 32/32/32 bits in floating point are not supported"),
+        (1, 16, 2, r"samples of 16 bits with a sign are not supported"),
+    ],
+)
+def test_other_depths_are_refused_not_misread(channels: int, bits: int, kind: int, message: str) -> None:
+    data = twelve_bit_tiff(np.zeros((2, 3, channels)), bits=bits, kind=kind)
+    with pytest.raises(UserError, match=message + "; accepted: whole numbers of 8 or 16 bits per channel"):
+        read_picture(data, "odd.tif")

@@ -14,7 +14,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from onestepsr.errors import UserError, first_line
-from onestepsr.image_deep import read_deep
+from onestepsr.image_deep import ACCEPTED_SAMPLES, read_deep, strange_samples
 from onestepsr.image_metadata import exif_block, resolution, upright, xmp_packet
 from onestepsr.image_profile import to_rgb
 
@@ -235,7 +235,7 @@ def _open(data: bytes, label: str, max_pixels: int) -> Image.Image:
         except Image.DecompressionBombError as error:
             raise UserError(f"{label}: claims more than {max_pixels:,} pixels, the limit") from error
         except DECODE_ERRORS as error:
-            raise UserError(f"{label}: not a picture that can be read, or its header is damaged; {ACCEPTED}") from error
+            raise UserError(f"{label}: {_why_not_opened(data)}") from error
         finally:
             Image.MAX_IMAGE_PIXELS = before
     width, height = image.size
@@ -243,6 +243,14 @@ def _open(data: bytes, label: str, max_pixels: int) -> Image.Image:
         image.close()
         raise UserError(f"{label}: claims {width} x {height} = {width * height:,} pixels, the limit is {max_pixels:,}")
     return image
+
+
+def _why_not_opened(data: bytes) -> str:
+    with suppress(*DECODE_ERRORS):
+        samples = strange_samples(data)
+        if samples is not None:
+            return f"{samples} are not supported; {ACCEPTED_SAMPLES}"
+    return f"not a picture that can be read, or its header is damaged; {ACCEPTED}"
 
 
 def _decode(image: Image.Image, data: bytes, label: str) -> Picture:

@@ -1,4 +1,4 @@
-"""What Pillow's codecs lose: 16 bits per channel of colour PNG and TIFF, and the EXIF of a compressed TIFF.
+"""What Pillow's codecs lose: 16 bits per channel of colour PNG and TIFF, the scale of 12, the EXIF of a compressed TIFF.
 
 Reading leans on Pillow's own decoders. Its raw mode ``RGB;16B`` unpacks the high byte of big-endian samples, and
 ``RGB;16L`` that of little-endian ones; decoding the same file once with each yields the high and the low byte of every
@@ -8,6 +8,7 @@ bits.
 
 from __future__ import annotations
 
+import io
 import logging
 import struct
 import zlib
@@ -27,7 +28,11 @@ Reopen = Callable[[], Image.Image]
 """Opens the same picture anew."""
 _BAND_ROWS = 64
 _TIFF_LIMIT = 4_000_000_000
-_BITS, _PHOTOMETRIC, _PLANAR = 258, 262, 284
+_BITS, _PHOTOMETRIC, _PLANAR, _FORMAT = 258, 262, 284, 339
+_UNSIGNED, _SIGNED = 1, 2
+_KINDS = {_SIGNED: " with a sign", 3: " in floating point"}
+_USUAL_BITS = (1, 2, 4, 8, 16)
+ACCEPTED_SAMPLES = "accepted: whole numbers of 8 or 16 bits per channel"
 
 
 def read_deep(image: Image.Image, reopen: Reopen | None) -> NDArray[np.uint16] | None:
@@ -42,12 +47,16 @@ def read_deep(image: Image.Image, reopen: Reopen | None) -> NDArray[np.uint16] |
         raise UserError(
             "16-bit colours in separate planes are not supported; accepted: the samples of a pixel together"
         )
+    if tags.get(_FORMAT, (_UNSIGNED,))[0] == _SIGNED and max(bits) <= 16:  # Pillow would take -1 for the brightest
+        raise UserError(f"samples of {max(bits)} bits with a sign are not supported; {ACCEPTED_SAMPLES}")
     if image.mode.startswith("I;16"):
-        return _white_is_high(image, np.array(image).astype(np.uint16)[..., None])
+        samples = np.array(image).astype(np.uint16)
+        return _white_is_high(image, (_of_twelve_bits(samples) if tuple(bits) == (12,) else samples)[..., None])
     if image.mode == "I":
         values = np.array(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise UserError("32-bit samples beyond 0..65535 are not supported; accepted: 8 or 16 bits per channel")
+        darkest, brightest = int(values.min()), int(values.max())
+        if darkest < 0 or brightest > 65535:
+            raise UserError(f"32-bit samples from {darkest} to {brightest}, beyond 0 to 65535; {ACCEPTED_SAMPLES}")
         return values.astype(np.uint16)[..., None]
     raw_modes = {_raw_mode(tile) for tile in getattr(image, "tile", ()) if reopen}
     if reopen and raw_modes == {"LA;16B"}:
@@ -58,6 +67,23 @@ def read_deep(image: Image.Image, reopen: Reopen | None) -> NDArray[np.uint16] |
     if any(";16" in mode for mode in raw_modes):
         logger.warning("this layout of 16-bit samples is read with 8 bits")
     return None
+
+
+def strange_samples(data: bytes) -> str | None:
+    """What the samples of a TIFF are, if that is why Pillow does not open it; raises what Pillow does if damaged."""
+    directory = ImageFileDirectory_v2(data[: 16 if data[2:3] == b"+" else 8])  # BigTIFF has the longer header
+    stream = io.BytesIO(data)
+    stream.seek(directory.next)
+    directory.load(stream)
+    bits, kind = directory.get(_BITS, (1,)), directory.get(_FORMAT, (_UNSIGNED,))[0]
+    if kind == _UNSIGNED and len(set(bits)) == 1 and bits[0] in _USUAL_BITS:
+        return None
+    return f"TIFF samples of {'/'.join(str(int(count)) for count in bits[:4])} bits{_KINDS.get(kind, '')}"
+
+
+def _of_twelve_bits(samples: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """Samples in 0..4095 as ones in 0..65535, rounded to nearest: 65535 / 4095 = 16 + 1 / 273."""
+    return samples * np.uint16(16) + (samples + np.uint16(136)) // np.uint16(273)
 
 
 def _white_is_high(image: Image.Image, samples: NDArray[np.uint16]) -> NDArray[np.uint16]:
