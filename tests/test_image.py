@@ -166,10 +166,12 @@ def test_first_frame_of_an_animation_with_a_warning(caplog: pytest.LogCaptureFix
         (b"hello, I am text", "not a picture"),
         (b"\x89PNG\r\n\x1a\n", "not a picture"),
         (png_header(40_000, 40_000), "claims more than 250,000,000 pixels"),
-        (encoded(Image.new("F", (3, 3)), "TIFF"), "kind 'F'"),
+        (encoded(Image.new("F", (3, 3)), "TIFF"), "floating-point samples are not supported; accepted: whole numbers"),
+        (encoded(Image.new("I", (3, 3), -5), "TIFF"), "32-bit samples from -5 to -5, beyond 0 to 65535; accepted: "),
+        (encoded(Image.new("I", (3, 3), 70_000), "TIFF"), "32-bit samples from 70000 to 70000, beyond"),
         (encoded(Image.new("RGB", (8, 8)), "GIF"), "not a picture"),
     ],
-    ids=["large", "empty", "text", "signature", "huge", "float", "gif"],
+    ids=["large", "empty", "text", "signature", "huge", "float", "negative", "large numbers", "gif"],
 )
 def test_bad_inputs_are_one_line_that_names_the_file(data: bytes, part: str) -> None:
     with pytest.raises(UserError) as caught:

@@ -139,7 +139,7 @@ def test_sixteen_bits_in_separate_planes_are_refused_not_misread(tmp_path: Path)
     for tag in (273, 279):
         directory.tagtype[tag] = 4
     path.write_bytes(struct.pack("<2sHI", b"II", 42, 8) + directory.tobytes(8) + 3 * plane.astype("<u2").tobytes())
-    with pytest.raises(UserError, match="16-bit colours in separate planes are not supported"):
+    with pytest.raises(UserError, match=r"planes\.tif: 16-bit colours in separate planes are not supported"):
         read_picture(path)
 
 
@@ -185,5 +185,5 @@ def test_twelve_bits_of_grey_fill_the_range(compression: int) -> None:
 )
 def test_other_depths_are_refused_not_misread(channels: int, bits: int, kind: int, message: str) -> None:
     data = twelve_bit_tiff(np.zeros((2, 3, channels)), bits=bits, kind=kind)
-    with pytest.raises(UserError, match=message + "; accepted: whole numbers of 8 or 16 bits per channel"):
+    with pytest.raises(UserError, match=rf"odd\.tif: {message}; accepted: whole numbers of 8 or 16 bits per channel"):
         read_picture(data, "odd.tif")

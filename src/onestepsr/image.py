@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from onestepsr.errors import UserError, first_line
+from onestepsr.errors import UserError, concerning, first_line
 from onestepsr.image_deep import ACCEPTED_SAMPLES, read_deep, strange_samples
 from onestepsr.image_metadata import exif_block, resolution, upright, xmp_packet
 from onestepsr.image_profile import to_rgb
@@ -285,7 +285,8 @@ def _is_lossless_webp(data: bytes) -> bool:
 
 def _decode_samples(image: Image.Image, data: bytes, label: str, icc: bytes | None) -> Picture:
     transparent = image.info.get("transparency")
-    deep = read_deep(image, partial(_open, data, label, image.width * image.height) if data else None)
+    with concerning(label):
+        deep = read_deep(image, partial(_open, data, label, image.width * image.height) if data else None)
     if deep is not None:
         return replace(_split_alpha(deep, transparent), icc=icc)
     mode = image.mode
@@ -301,7 +302,8 @@ def _decode_samples(image: Image.Image, data: bytes, label: str, icc: bytes | No
     elif mode in ("RGBX", "YCbCr", "HSV"):
         image = image.convert("RGB")
     elif mode not in ("LA", "RGBA"):
-        raise UserError(f"{label}: samples of kind '{mode}' are not supported; accepted: 8 or 16 bits per channel")
+        kind = "floating-point samples" if mode == "F" else f"samples of kind '{mode}'"
+        raise UserError(f"{label}: {kind} are not supported; {ACCEPTED_SAMPLES}")
     samples = np.array(image)
     return replace(_split_alpha(samples if samples.ndim == 3 else samples[..., None]), icc=icc)
 
