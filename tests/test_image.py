@@ -102,6 +102,21 @@ def test_alpha_of_rgba_la_and_colour_key() -> None:
     assert keyed.alpha.sum() == 255 * (6 * 9 - 1)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_the_transparent_grey_is_one_of_the_files_own_depth(bits: int) -> None:
+    values = list(range(min(2**bits, 16)))
+    line = "".join(f"{value:0{bits}b}" for value in values)
+    packed = int(line.ljust(-(-len(line) // 8) * 8, "0"), 2).to_bytes(-(-len(line) // 8), "big")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", len(values), 1, bits, 0, 0, 0, 0))
+    end = chunk(b"IDAT", zlib.compress(b"\0" + packed)) + chunk(b"IEND", b"")
+    for key in values:
+        high = 0xFF00 if bits > 1 and key % 2 else 0  # bits beyond the depth mean nothing; of one bit Pillow reads all
+        picture = read_picture(b"\x89PNG\r\n\x1a\n" + header + chunk(b"tRNS", struct.pack(">H", key | high)) + end)
+        assert picture.pixels[0, :, 0].tolist() == [value * (255 // (2**bits - 1)) for value in values]
+        assert picture.alpha is not None
+        assert picture.alpha.tolist() == [[255 * (value != key) for value in values]]
+
+
 def test_cmyk_becomes_rgb() -> None:
     cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
     for kind in ("JPEG", "TIFF"):

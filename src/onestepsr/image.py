@@ -27,7 +27,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from onestepsr.errors import UserError, concerning, first_line
-from onestepsr.image_deep import ACCEPTED_SAMPLES, read_deep, strange_samples
+from onestepsr.image_deep import ACCEPTED_SAMPLES, read_deep, sample_bits, strange_samples
 from onestepsr.image_metadata import exif_block, resolution, upright, xmp_packet
 from onestepsr.image_profile import to_rgb
 
@@ -295,8 +295,9 @@ def _decode_samples(image: Image.Image, data: bytes, label: str, icc: bytes | No
     if mode == "P":
         image = image.convert("RGBA" if transparent is not None else "RGB")
     elif mode in ("1", "L", "RGB"):
-        grey = mode != "RGB"
-        image = image.convert(("LA" if grey else "RGBA") if transparent is not None else ("L" if grey else "RGB"))
+        key = None if transparent is None else _key_of_eight_bits(image, transparent)
+        samples = np.array(image.convert("RGB" if mode == "RGB" else "L"))
+        return replace(_split_alpha(samples if samples.ndim == 3 else samples[..., None], key), icc=icc)
     elif mode in ("PA", "RGBa", "La"):
         image = image.convert("LA" if mode == "La" else "RGBA")
     elif mode in ("RGBX", "YCbCr", "HSV"):
@@ -306,6 +307,16 @@ def _decode_samples(image: Image.Image, data: bytes, label: str, icc: bytes | No
         raise UserError(f"{label}: {kind} are not supported; {ACCEPTED_SAMPLES}")
     samples = np.array(image)
     return replace(_split_alpha(samples if samples.ndim == 3 else samples[..., None]), icc=icc)
+
+
+def _key_of_eight_bits(image: Image.Image, key: Any) -> NDArray[np.uint8]:
+    """The colour ``key`` of a tRNS chunk, which is in the file's own depth, as ``image`` has it once it is decoded.
+
+    Pillow itself spreads grey samples of 1, 2 and 4 bits over 0..255, but not the key.
+    """
+    peak = 2 ** sample_bits(image) - 1
+    meant = np.asarray(key, np.int64) & peak  # the other bits mean nothing (PNG, 11.3.2)
+    return np.asarray(meant * (255 // peak), np.uint8)
 
 
 def _split_alpha(samples: NDArray[Any], transparent: Any = None) -> Picture:

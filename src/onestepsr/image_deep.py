@@ -1,4 +1,5 @@
-"""What Pillow's codecs lose: 16 bits per channel of colour PNG and TIFF, the scale of 12, the EXIF of a compressed TIFF.
+"""What Pillow's codecs lose: 16 bits per channel of colour PNG and TIFF, the scale of fewer, and the EXIF of a
+compressed TIFF.
 
 Reading leans on Pillow's own decoders. Its raw mode ``RGB;16B`` unpacks the high byte of big-endian samples, and
 ``RGB;16L`` that of little-endian ones; decoding the same file once with each yields the high and the low byte of every
@@ -84,6 +85,14 @@ def strange_samples(data: bytes) -> str | None:
 def _of_twelve_bits(samples: NDArray[np.uint16]) -> NDArray[np.uint16]:
     """Samples in 0..4095 as ones in 0..65535, rounded to nearest: 65535 / 4095 = 16 + 1 / 273."""
     return samples * np.uint16(16) + (samples + np.uint16(136)) // np.uint16(273)
+
+
+def sample_bits(image: Image.Image) -> int:
+    """Bits of a sample in the file, 1, 2, 4 or 8, of a picture that is not loaded yet; once it is, 1 or 8."""
+    if image.mode == "1":
+        return 1
+    modes = [_raw_mode(tile) for tile in getattr(image, "tile", ())]
+    return {"L;2": 2, "L;4": 4}.get(modes[0], 8) if modes else 8
 
 
 def _white_is_high(image: Image.Image, samples: NDArray[np.uint16]) -> NDArray[np.uint16]:
