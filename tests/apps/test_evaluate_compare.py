@@ -114,6 +114,16 @@ def test_what_is_wrong_is_one_line(
     assert err.count("\n") == 1
 
 
+def test_a_mean_beyond_all_measure_is_one_line(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(Path("second.json").read_text())
+    Path("second.json").write_text(json.dumps(content | {"mean": {"psnr": 10**400}}))
+    run("first.json", "second.json", code=2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: second.json: mean.psnr is 1000")
+    assert err.count("\n") == 1
+
+
 def test_files_are_written_where_no_published_table_fits(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("first.json", "--beside", "realset65", "--csv", "c.csv", "--markdown", "c.md", code=2)
     assert "no metric of these results is among those published on 'realset65'" in capsys.readouterr().err

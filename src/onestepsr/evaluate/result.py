@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from onestepsr import __version__
 from onestepsr.config import from_mapping, to_mapping
@@ -35,6 +35,9 @@ REQUIRED = ("label", "protocol", "images", "mean")
 
 Setting = str | bool | int | float | None
 NAME_LENGTH = 1000
+LARGEST_VALUE = 1e100
+"""No metric comes near; sums and squares of values up to here are numbers still."""
+SHOWN_CHARACTERS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +101,7 @@ class WholeValue:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """Values of one method on one set of pictures. ValueError for values that are not finite and unknown metrics."""
+    """Values of one method on one set of pictures. ValueError for values beyond all measure and unknown metrics."""
 
     label: str
     """Name of the method in tables, at most 1000 characters."""
@@ -193,8 +196,10 @@ class EvaluationResult:
     def _check(self, metric: str, value: float, where: str) -> None:
         if metric not in self.protocol.metrics:
             raise ValueError(f"{where} has a value of '{metric}', which the protocol does not describe")
-        if not math.isfinite(value):
-            raise ValueError(f"{where} has the {metric} {value}, expected a finite number")
+        if not abs(value) <= LARGEST_VALUE:  # also refuses NaN
+            raise ValueError(
+                f"{where} has the {metric} {value}, expected a finite number of at most {LARGEST_VALUE:g} in size"
+            )
 
 
 def write_result(path: Path, result: EvaluationResult) -> None:
@@ -251,9 +256,15 @@ def _check_means(written: object, result: EvaluationResult) -> None:
     means = {name: summary.mean for name, summary in result.summaries().items()}
     for name in {**written, **means}:
         own, theirs = means.get(name), written.get(name)
-        numbers = isinstance(theirs, (int, float)) and not isinstance(theirs, bool) and own is not None
-        if not numbers or not math.isclose(own, theirs, rel_tol=1e-6, abs_tol=1e-9):  # type: ignore[arg-type]
-            raise UserError(f"mean.{name} is {theirs!r} but the pictures give {own!r}: the file was changed by hand")
+        if own is None or not _is_number(theirs) or not math.isclose(own, theirs, rel_tol=1e-6, abs_tol=1e-9):
+            shown = repr(theirs)
+            shown = shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}…"
+            raise UserError(f"mean.{name} is {shown} but the pictures give {own!r}: the file was changed by hand")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value of a file can be one of a metric: JSON's whole numbers may be larger than any float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_VALUE
 
 
 def _from_first_schema(content: Mapping[str, Any]) -> EvaluationResult:
