@@ -72,6 +72,58 @@ def test_a_limit_is_kept_or_refused(height: int, width: int, limit: float, devic
     assert min(found.tile) >= 96 or found.tiles == 1
 
 
+SMALL = Demand(name="small", dtype=torch.float32, scale=4, weights=10_000_000, per_pixel=900.0)
+
+
+def test_the_last_step_to_another_size_is_counted() -> None:
+    """At the end the network's picture and the one of the wanted size stand side by side."""
+    extent = Extent(height=1000, width=1200)
+    usual, shrunk, larger, largest = (plan(extent, SMALL, scale=scale) for scale in (4, 3, 7, 8))
+    assert shrunk.expected_peak == usual.expected_peak, "less than the network needs to work"
+    assert usual.expected_peak < larger.expected_peak < largest.expected_peak
+    assert largest.expected_peak - larger.expected_peak == 3 * extent.height * extent.width * (8**2 - 7**2)
+    both = 3 * extent.height * extent.width * (1 + 4**2 + 8**2)
+    assert largest.expected_peak >= SMALL.weights + both
+    assert plan(extent, SMALL, width=9600) == largest
+    assert plan(extent, SMALL, CUDA, scale=8).expected_peak == plan(extent, SMALL, CUDA).expected_peak
+    limit = usual.expected_peak / 1e9
+    with pytest.raises(UserError, match=r"accepted: 0\.\d and more"):
+        plan(extent, SMALL, memory=limit, scale=8)
+    assert plan(extent, SMALL, memory=limit).expected_peak <= limit * 1e9
+
+
+def test_transparency_is_counted() -> None:
+    rgb = Extent(height=1000, width=1200, pixel_bytes=3)
+    rgba, deep = replace(rgb, alpha_bytes=1), replace(rgb, pixel_bytes=6, alpha_bytes=2)
+    pixels = rgb.height * rgb.width
+    assert plan(rgba).expected_peak - plan(rgb).expected_peak == pixels * (3 + 1), "a filled copy, and transparency"
+    assert plan(deep).expected_peak - plan(replace(deep, alpha_bytes=0)).expected_peak == pixels * (6 + 2)
+    enlarged = [plan(extent, SMALL, scale=8).expected_peak for extent in (rgb, rgba)]
+    assert enlarged[1] - enlarged[0] == pixels * (1 + 8**2)
+    light = replace(SMALL, scale=1, per_pixel=1.0)  # a network that takes less than what comes before it
+    assert plan(rgba, light, scale=1).expected_peak >= SMALL.weights + pixels * (4 + 57)
+
+
+def test_memory_that_does_not_hold_the_result_is_told_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: 2e9)
+    huge = Extent(height=3000, width=4000)
+    assert plan(huge, SMALL).expected_peak < 2e9
+    with pytest.raises(UserError, match=r"2\.0 GB free, about 3\.1 GB needed"):
+        plan(huge, SMALL, scale=8)
+
+
+def test_a_picture_tells_the_plan_of_its_transparency() -> None:
+    upscaler = Upscaler(Bounded(10**9), "cpu", "float32")
+    alpha = np.full(PIXELS.shape[:2], 255, np.uint8)
+    peaks = []
+    for picture in (Picture(pixels=PIXELS), Picture(pixels=PIXELS, alpha=alpha)):
+        upscaler.upscale_picture(picture)
+        assert upscaler.last_plan is not None
+        peaks.append(upscaler.last_plan.expected_peak)
+    assert peaks[1] - peaks[0] == 4 * alpha.size
+    assert upscaler.plan(*PIXELS.shape[:2], UpscaleOptions(), alpha_bytes=1).expected_peak == peaks[1]
+
+
 def test_stated_peaks_can_be_had() -> None:
     huge = Extent(height=2500, width=2500)
     for extent in (LARGE, huge):  # 24 and 100 megapixels at the size of Stable Diffusion

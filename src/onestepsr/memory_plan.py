@@ -20,7 +20,7 @@ from torch import nn
 from onestepsr.errors import UserError
 from onestepsr.machine import free_memory
 from onestepsr.tiling import PUBLISHED_OVERLAPS, Sides, TileJoin, join_of, starts_along
-from onestepsr.upscale_options import UpscaleOptions
+from onestepsr.upscale_options import UpscaleOptions, target_size
 
 DEFAULT_MEMORY_PER_PIXEL = 6000.0
 """Peak bytes per input pixel assumed of a generator that does not tell, at 4 bytes per number."""
@@ -44,6 +44,8 @@ HELD_SHARE = 0.65
 """What the C library holds back of freed memory on a CPU, as part of what is worked with: blocks of many sizes come and
 go, and the gaps between them stay. Measured with two threads: 1.3 GB of 2.1 with Stable Diffusion's networks in a tile
 of 256, which would be 0.1 if freed memory went back to the system at once; 0.2 of 0.4 with ``d3sr-tiny``."""
+RESIZE_BYTES, RESIZE_BAND_BYTES = 12, 32_000_000
+"""Bytes per output pixel that resampling works with, and the most of them: it goes over the picture in bands."""
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|alloc_failed|bad_alloc"
     r"|could not create a (primitive(?! desc)|memory)",  # all that oneDNN says when an allocation of its own fails
@@ -139,6 +141,8 @@ class Extent:
     """Columns."""
     pixel_bytes: int = 3
     """Bytes of a pixel: samples times bytes per sample."""
+    alpha_bytes: int = 0
+    """Bytes of a pixel's transparency: those of one sample, or none."""
 
 
 class Planner:
@@ -149,10 +153,11 @@ class Planner:
         self.on_host = device.type != "cuda"
         self.free = free_memory(device)
         self.pictures = self._picture_bytes() if self.on_host else 0
-        free_for_tiles = SHARE * (self.free - self.pictures)
+        self.idle_pictures = self._idle_picture_bytes() if self.on_host else 0
+        free_for_tiles = SHARE * min(self.free - self.pictures, (self.free - self.idle_pictures) / HELD_SHARE)
         allowed = math.inf
         if options.memory is not None:
-            allowed = self._workable(options.memory * 1e9 - demand.weights - self.pictures)
+            allowed = self._workable(options.memory * 1e9 - demand.weights)
         self.limited = allowed < free_for_tiles
         self.budget = min(allowed, free_for_tiles)
         """Bytes for feature maps and, on a CPU, for the rows that tiles are joined in."""
@@ -240,10 +245,11 @@ class Planner:
             return
         if self.limited and self.options.memory is not None:
             raise UserError(self._over_the_limit(self._of_tile((smallest, smallest), 0), self.options.memory))
+        work = needed / SHARE
+        in_all = max(work + self.pictures, HELD_SHARE * work + self.idle_pictures)
         raise UserError(
-            f"not enough memory on {self.device}: {self.free / 1e9:.1f} GB free, about "
-            f"{(needed / SHARE + self.pictures) / 1e9:.1f} GB needed for the smallest tile ({smallest} px): free some, "
-            "or set --tile yourself"
+            f"not enough memory on {self.device}: {self.free / 1e9:.1f} GB free, about {in_all / 1e9:.1f} GB needed "
+            f"for the smallest tile ({smallest} px): free some, or set --tile yourself"
         )
 
     def _needed(self, tile: Sides) -> float:
@@ -261,7 +267,7 @@ class Planner:
             pixels=batch * area,
             dtype=str(self.demand.dtype).removeprefix("torch."),
             device=str(self.device),
-            expected_peak=round(self.demand.weights + self.pictures + work + self._held(work)),
+            expected_peak=round(self.demand.weights + self._held(work) + max(self.pictures + work, self.idle_pictures)),
         )
 
     def _geometry(self, tile: Sides) -> tuple[int, int]:
@@ -285,10 +291,30 @@ class Planner:
         return -(-tiles // -(-tiles // max(1, min(most, tiles))))
 
     def _picture_bytes(self) -> int:
-        """Bytes of the picture, with its padded copy, and of the enlarged one; AdaIN keeps that in 16 bits too."""
-        own, area = self.extent.pixel_bytes, self.demand.scale**2
+        """Bytes of the picture, with its padded copy, and of the enlarged one; AdaIN keeps that in 16 bits too.
+
+        With transparency there is one copy more, in which hidden pixels have the colour of their surroundings.
+        """
+        own, alpha, area = self.extent.pixel_bytes, self.extent.alpha_bytes, self.demand.scale**2
         fine = 6 if self.options.color_fix == "adain" else 0
-        return self.extent.height * self.extent.width * (2 * own + area * (own + fine))
+        copies = 3 if alpha else 2
+        return self.extent.height * self.extent.width * (copies * own + alpha + area * (own + fine))
+
+    def _idle_picture_bytes(self) -> int:
+        """Bytes of pictures while no tile is at work: before the first one, or after the last, whichever are more.
+
+        Before, hidden pixels are given a colour, in float32. Afterwards transparency is enlarged, and what the network
+        has made is resampled beside itself if another size is wanted.
+        """
+        height, width, scale = self.extent.height, self.extent.width, self.demand.scale
+        own, alpha = self.extent.pixel_bytes, self.extent.alpha_bytes
+        columns, rows = target_size(width, height, self.options)
+        before = height * width * (17 * own // alpha + 6) if alpha else 0  # measured: 23 bytes of grey, 57 of RGB
+        resampled = alpha if (columns, rows) == (width * scale, height * scale) else alpha + own
+        after = height * width * scale**2 * own + rows * columns * resampled
+        if resampled:
+            after += min(RESIZE_BYTES * rows * columns, RESIZE_BAND_BYTES)
+        return height * width * (own + alpha) + max(before, after)
 
     def _row_bytes(self) -> float:
         """Bytes of joined rows per input row of a tile: three float32 channels over the whole width."""
@@ -302,10 +328,11 @@ class Planner:
         return FIRST_USE + HELD_SHARE * work if self.on_host else 0.0
 
     def _workable(self, allowed: float) -> float:
-        """Bytes that can be worked with such that they and what is held are ``allowed``."""
+        """Bytes that can be worked with such that they, what is held and the pictures are ``allowed``."""
         if not self.on_host:
             return allowed
-        return (allowed - FIRST_USE) / (1 + HELD_SHARE)
+        allowed -= FIRST_USE
+        return min((allowed - self.pictures) / (1 + HELD_SHARE), (allowed - self.idle_pictures) / HELD_SHARE)
 
     def _over_the_limit(self, plan: Plan, limit: float) -> str:
         needed = math.ceil(plan.expected_peak / 1e8) / 10

@@ -210,12 +210,16 @@ class Upscaler:
                 f"{self.name}: reads prompts of {self.prompt_width} channels, the text encoder gives {width}"
             )
 
-    def plan(self, height: int, width: int, options: UpscaleOptions, *, pixel_bytes: int = 3) -> Plan:
+    def plan(
+        self, height: int, width: int, options: UpscaleOptions, *, pixel_bytes: int = 3, alpha_bytes: int = 0
+    ) -> Plan:
         """How a picture of this size goes through the network, by the memory that is free now.
 
         Where the number format was left to choose, and float32 does not fit on a CPU, the plan is one for bfloat16.
         """
-        extent = Extent(height=height, width=width, pixel_bytes=pixel_bytes)
+        return self._plan(Extent(height=height, width=width, pixel_bytes=pixel_bytes, alpha_bytes=alpha_bytes), options)
+
+    def _plan(self, extent: Extent, options: UpscaleOptions) -> Plan:
         try:
             return Planner(extent, self._demand(self.dtype), options, self.device).plan(self._most_pixels)
         except UserError:
@@ -249,8 +253,8 @@ class Upscaler:
         self, picture: Picture, options: UpscaleOptions, progress: Callable[[int, int], None] | None
     ) -> NDArray[Any]:
         """:meth:`_enlarge` with the first plan, of smaller and smaller ones, for which the memory suffices."""
-        pixel_bytes = picture.pixels.shape[2] * picture.pixels.itemsize
-        plan = self.plan(picture.height, picture.width, options, pixel_bytes=pixel_bytes)
+        extent = _extent(picture)
+        plan = self._plan(extent, options)
         while True:
             logger.info("%s: %s", self.name, plan)
             if DTYPES[plan.dtype] != self.dtype:
@@ -264,16 +268,16 @@ class Upscaler:
             else:
                 self.last_plan = plan
                 return samples
-            plan = self._after_failure(plan, options, picture, pixel_bytes)  # here, where the error holds no tensors
+            plan = self._after_failure(plan, options, extent)  # here, where the error holds no tensors
 
-    def _after_failure(self, failed: Plan, options: UpscaleOptions, picture: Picture, pixel_bytes: int) -> Plan:
+    def _after_failure(self, failed: Plan, options: UpscaleOptions, extent: Extent) -> Plan:
         """A plan with fewer pixels at once than ``failed``; :class:`UserError` if there is none."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         first, most = self._most_pixels is None, smaller(failed, options)
         if most is not None:
             self._most_pixels = most
-            plan = self.plan(picture.height, picture.width, options, pixel_bytes=pixel_bytes)
+            plan = self._plan(extent, options)
             if plan.pixels < failed.pixels:
                 if first:
                     logger.warning("%s: memory ran out with %s; using less at once from here on", self.name, failed)
@@ -320,6 +324,16 @@ class Upscaler:
             takes_rng=self._takes_rng,
             takes_origin=self._takes_origin,
         )
+
+
+def _extent(picture: Picture) -> Extent:
+    item = picture.pixels.itemsize
+    return Extent(
+        height=picture.height,
+        width=picture.width,
+        pixel_bytes=picture.pixels.shape[2] * item,
+        alpha_bytes=0 if picture.alpha is None else item,
+    )
 
 
 def _padded(pixels: NDArray[Any], multiple: int) -> Tensor:
