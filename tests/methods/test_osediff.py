@@ -241,8 +241,8 @@ class Lengths:
 
     width = WIDTH
 
-    def __init__(self, name_or_path: str, cache: EmbeddingCache | None = None) -> None:
-        assert (name_or_path, cache) == ("sd21-base", None)
+    def __init__(self, name_or_path: str, cache: EmbeddingCache | None, fetch: bool) -> None:
+        assert (name_or_path, cache, fetch) == ("sd21-base", None, True)
 
     def embed(self, texts: list[str]) -> torch.Tensor:
         return torch.stack([torch.full((77, WIDTH), float(len(text))) for text in texts])
@@ -259,7 +259,8 @@ def test_texts_are_embedded_once_before_training(backbone, monkeypatch):
     with pytest.raises(UserError, match="'sd21-base' gives embeddings of width 1024, the backbone takes 16"):
         osediff.build(OSEDiffConfig(backbone=backbone, prompt=condition))
     monkeypatch.undo()
-    with torch.device("meta"):  # a dry run needs no text encoder
+    monkeypatch.delenv("ONESTEPSR_OFFLINE", raising=False)
+    with torch.device("meta"):  # a dry run fetches no text encoder
         planned = osediff.build(OSEDiffConfig(backbone="random:sd21-base", prompt=condition))
     assert planned.networks["generator"].generator.prompt.shape == (1, 77, 1024)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_text_model import write_text_encoder
 
 from onestepsr.config import from_mapping
 from onestepsr.data.datasets import DataConfig, build_dataset
@@ -170,7 +171,8 @@ def test_recipes_read_texts_unless_they_learn_their_prompt(photos: Path, monkeyp
     class Wide(Lengths):
         width = 64
 
-        def __init__(self, name: str, cache: EmbeddingCache) -> None:
+        def __init__(self, name: str, cache: EmbeddingCache, fetch: bool) -> None:
+            assert fetch
             super().__init__(cache)
 
     monkeypatch.setattr("onestepsr.prompts.embedder.PromptEmbedder", Wide)
@@ -184,3 +186,59 @@ def test_recipes_read_texts_unless_they_learn_their_prompt(photos: Path, monkeyp
     assert plan.validator.source is plan.source
     with pytest.raises(UserError, match="read no texts of photos"):
         prepare(load_run("osediff", "osediff-tiny", [*settings, "config.prompt.kind=learnable"]), resume=False)
+
+
+@pytest.fixture
+def dry_settings(photos: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.delenv("ONESTEPSR_OFFLINE", raising=False)
+    monkeypatch.setenv("ONESTEPSR_CACHE", str(photos / "weights"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(photos / "hub"))
+    values = {"data.paths": [str(photos / "photos")], "data.crop": 32, "data.pool_size": 0, "out": "run"}
+    values |= {"config.backbone": "random:d3sr-tiny", "data.cache_dir": str(photos / "cache")}
+    values |= {"config.prompt.kind": "text", "config.prompt.text_encoder": str(photos / "sd")}
+    return [f"{name}={json.dumps(value)}" for name, value in values.items()]
+
+
+def dry_run(*settings: str) -> None:
+    """Says of text encoder and texts what training would."""
+    prepare(load_run("osediff", "osediff-tiny", list(settings)), resume=False, dry=True)
+
+
+def test_a_dry_run_only_looks_at_a_text_encoder(
+    photos: Path, dry_settings: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_text_encoder(photos / "sd", width=64)
+    dry_run(*dry_settings, f"data.prompts={photos / 'texts.json'}")
+    assert not (photos / "cache").exists()
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["config.prompt.text_encoder=nowhere"], "text encoder 'nowhere': no such folder"),
+        (["config.prompt.text_encoder={folder}/photos"], r"photos: no text_encoder/config\.json; expected"),
+        (["config.prompt.text_encoder={folder}/narrow"], "gives embeddings of width 16, the backbone takes 64"),
+        (["config.prompt.text='{long}'"], "80 tokens, at most 75 are read"),
+        (["data.prompts={folder}/long.json"], "80 tokens, at most 75 are read"),
+    ],
+)
+def test_a_dry_run_refuses_what_training_would(
+    photos: Path, dry_settings: list[str], changes: list[str], message: str
+) -> None:
+    long = "cat " * 80
+    write_text_encoder(photos / "sd", width=64)
+    write_text_encoder(photos / "narrow")
+    (photos / "long.json").write_text(json.dumps(TEXTS | {"c": long}))
+    with pytest.raises(UserError, match=message):
+        dry_run(*dry_settings, *(change.format(folder=photos, long=long) for change in changes))
+
+
+def test_a_dry_run_tells_what_training_would_fetch(
+    dry_settings: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dry_run(*dry_settings, "config.prompt.text_encoder=nobody/nothing")
+    assert "text encoder 'nobody/nothing': not on this machine; training begins by fetching it" in caplog.text
+    monkeypatch.setenv("ONESTEPSR_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"not to be fetched \(ONESTEPSR_OFFLINE is set\)"):
+        dry_run(*dry_settings, "config.prompt.text_encoder=nobody/nothing")

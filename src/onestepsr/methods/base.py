@@ -109,6 +109,8 @@ class Method:
     embedder: Callable[[EmbeddingCache], PromptEmbedder] | None = None
     """Who turns photos' texts into the batch's ``prompt``, given where embeddings are kept; none where the networks
     read no text or learn their prompt."""
+    check_texts: Callable[[Sequence[str], EmbeddingCache], None] | None = None
+    """What a dry run does with these texts instead: raise what ``embedder`` would."""
     scale: int | None = None
     """Factor between the sides of ``hr`` and ``lr`` that the networks are made for; none where they take any."""
     hr_multiple: int = 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +19,9 @@ from onestepsr.models.stable_diffusion_config import PromptConfig
 if TYPE_CHECKING:
     from onestepsr.prompts.cache import EmbeddingCache
     from onestepsr.prompts.embedder import PromptEmbedder
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,17 +80,29 @@ class ConditionConfig:
         if torch.empty(0).device.type == "meta":  # a dry run has no use for values
             from onestepsr.prompts.base import TOKENS
 
+            with torch.device("cpu"):  # whatever importing transformers makes has values
+                self.check(width, texts)
             return torch.empty(len(texts), TOKENS, width)
         return self.embedder(width).embed(texts)
 
-    def embedder(self, width: int, cache: EmbeddingCache | None = None) -> PromptEmbedder:
+    def check(self, width: int, texts: Sequence[str], cache: EmbeddingCache | None = None) -> None:
+        """What a dry run does instead of embedding ``texts``: raise what that would, and tell what it would fetch."""
+        from onestepsr.prompts.hub import NotHere
+
+        try:
+            self.embedder(width, cache, fetch=False).check(list(texts))
+        except NotHere as error:
+            logger.warning("config.prompt.text_encoder: %s; training begins by fetching it", error)
+
+    def embedder(self, width: int, cache: EmbeddingCache | None = None, *, fetch: bool = True) -> PromptEmbedder:
         """Who turns texts into embeddings of ``width`` channels; :class:`UserError` if the text encoder gives others.
 
-        ``cache`` defaults to the one of prompts in general.
+        ``cache`` defaults to the one of prompts in general. Without ``fetch``, a text encoder that would have to be
+        fetched is :class:`onestepsr.prompts.hub.NotHere`.
         """
         from onestepsr.prompts.embedder import PromptEmbedder
 
-        embedder = PromptEmbedder(self.text_encoder, cache=cache)
+        embedder = PromptEmbedder(self.text_encoder, cache=cache, fetch=fetch)
         if embedder.width != width:
             raise UserError(
                 f"config.prompt.text_encoder: '{self.text_encoder}' gives embeddings of width {embedder.width}, the "

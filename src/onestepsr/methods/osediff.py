@@ -168,6 +168,7 @@ def build(config: OSEDiffConfig) -> Method:
     frozen = dict(spatial.frozen)
     judges = _add_judge(generator, config, negative, networks, frozen)
     _tune(generator, config)  # after the judges have copied the plain networks
+    learnt = config.prompt.kind == "learnable"
     return Method(
         networks=networks,
         frozen=frozen,
@@ -175,7 +176,8 @@ def build(config: OSEDiffConfig) -> Method:
         ema=("generator",),
         preview=partial(_preview, generator.scale),
         export=_export,
-        embedder=None if config.prompt.kind == "learnable" else partial(config.prompt.embedder, generator.prompt_width),
+        embedder=None if learnt else partial(config.prompt.embedder, generator.prompt_width),
+        check_texts=None if learnt else partial(config.prompt.check, generator.prompt_width),
         scale=generator.scale,
         hr_multiple=generator.scale * generator.lr_multiple,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from onestepsr.errors import UserError
 from onestepsr.prompts.base import TOKENS
 from onestepsr.prompts.cache import EmbeddingCache
-from onestepsr.prompts.text_encoder import TextEncoder, TextEncoderFolder
+from onestepsr.prompts.text_encoder import TextEncoder, TextEncoderFolder, count_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +32,15 @@ class PromptEmbedder:
         device: torch.device | str = "cpu",
         truncate: bool = False,
         cache: EmbeddingCache | None = None,
+        fetch: bool = True,
     ) -> None:
         """``name_or_path``: a diffusers folder, ``sd21-base`` or ``owner/name[@revision]`` of the hub.
 
         A text of more than 77 tokens is an error, or is cut off as the published code does if ``truncate``. ``cache``
-        defaults to :class:`EmbeddingCache` in its usual place.
+        defaults to :class:`EmbeddingCache` in its usual place. Without ``fetch``, a text encoder that would have to be
+        fetched is :class:`onestepsr.prompts.hub.NotHere`.
         """
-        self.source = TextEncoderFolder(name_or_path)
+        self.source = TextEncoderFolder(name_or_path, fetch=fetch)
         self.device, self.truncate = device, truncate
         self.cache = EmbeddingCache() if cache is None else cache
         self._identity = self.source.identity()
@@ -60,6 +62,17 @@ class PromptEmbedder:
                 raise embedding
         good = [embedding for embedding in found if not isinstance(embedding, UserError)]
         return torch.stack(good) if good else torch.empty(0, TOKENS, self.width)
+
+    def check(self, texts: list[str]) -> None:
+        """Raise what :meth:`embed` would, as far as that can be told without loading the text encoder's weights."""
+        missing = [text for text in dict.fromkeys(texts) if not self.path(text).is_file()]
+        if not missing:
+            return
+        tokenizer = self.source.load_tokenizer()
+        for text in missing:
+            length = count_tokens(tokenizer, text)
+            if length > TOKENS and not self.truncate:
+                raise _too_long(text, length)
 
     def try_embed(self, texts: list[str]) -> list[Tensor | UserError]:
         """:meth:`embed` with the error of a text in its place, so that the others are not lost; (77, C) each."""

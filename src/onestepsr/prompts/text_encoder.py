@@ -30,9 +30,12 @@ SMALL_FILE = 16 * 2**20
 class TextEncoderFolder:
     """``text_encoder`` and ``tokenizer`` of a diffusers folder, checked but not loaded."""
 
-    def __init__(self, name_or_path: str | Path) -> None:
-        """``name_or_path`` is a folder, an alias or ``owner/name[@revision]`` of the hub; UserError if unusable."""
-        self.folder = model_folder(name_or_path, FILES, "text encoder")
+    def __init__(self, name_or_path: str | Path, *, fetch: bool = True) -> None:
+        """``name_or_path`` is a folder, an alias or ``owner/name[@revision]`` of the hub; UserError if unusable.
+
+        Without ``fetch``, what would have to be fetched is ``NotHere``.
+        """
+        self.folder = model_folder(name_or_path, FILES, "text encoder", fetch=fetch)
         self.model, self.tokenizer = self.folder / "text_encoder", self.folder / "tokenizer"
         for path in (self.model / "config.json", self.model / WEIGHTS, self.tokenizer):
             if not path.exists():
@@ -63,12 +66,17 @@ class TextEncoderFolder:
 
     def load(self, device: torch.device | str = "cpu") -> TextEncoder:
         """Tokenizer and model in memory, float32; :class:`UserError` if they do not load."""
-        require_transformers("reading prompts")
-        from transformers import CLIPTextModel, CLIPTokenizer
+        tokenizer = self.load_tokenizer()
+        from transformers import CLIPTextModel
 
-        return TextEncoder(
-            load_preprocessing(CLIPTokenizer, self.tokenizer), load_network(CLIPTextModel, self.model, device)
-        )
+        return TextEncoder(tokenizer, load_network(CLIPTextModel, self.model, device))
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer alone; :class:`UserError` if it does not load."""
+        require_transformers("reading prompts")
+        from transformers import CLIPTokenizer
+
+        return load_preprocessing(CLIPTokenizer, self.tokenizer)
 
 
 class TextEncoder:
@@ -79,7 +87,7 @@ class TextEncoder:
 
     def length(self, text: str) -> int:
         """Tokens of ``text`` with the first and the last that every prompt has."""
-        return len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+        return count_tokens(self.tokenizer, text)
 
     def encode(self, texts: list[str]) -> Tensor:
         """Embeddings (N, 77, C), float32 on the CPU; what goes beyond 77 tokens is cut off, the last one is kept."""
@@ -87,6 +95,11 @@ class TextEncoder:
         with torch.no_grad():
             embedding: Tensor = self.model(tokens["input_ids"].to(self.model.device))[0]
         return embedding.float().cpu()
+
+
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """Tokens of ``text`` with the first and the last that every prompt has."""
+    return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
 
 def _content(path: Path) -> str:

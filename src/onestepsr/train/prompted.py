@@ -54,9 +54,11 @@ def with_prompts(source: Any, data: DataConfig, method: Method, where: str, *, d
     from onestepsr.prompts.photos import PhotoPrompts, photo_texts
 
     texts = photo_texts(data.prompts, source.names())
-    if dry:
-        return Prompted(source, None)
     cache = EmbeddingCache(data.cache_dir / "prompts", limit=None)
+    if dry:
+        if method.check_texts is not None:
+            method.check_texts(texts, cache)
+        return Prompted(source, None)
     # Several processes start at once: the first one makes the embeddings, the others wait and find them there.
     with suppress(OSError):
         cache.folder.mkdir(parents=True, exist_ok=True)
