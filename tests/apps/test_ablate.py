@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,8 @@ def test_a_suite_from_start_to_report(micro_suite: Path, tmp_path: Path) -> None
     run = results["rows"][1]["runs"][0]
     assert (run["seed"], run["folder"], len(run["values"]["psnr"])) == (3, str(out / "dists" / "seed-3"), 3)
     assert results["rows"][1]["scores"]["psnr"]["mean"] == pytest.approx(sum(run["values"]["psnr"]) / 3)
-    assert results["command"].startswith("onestepsr ablate ")
-    assert results["command"].endswith("--seeds 3 --only dists")
+    said_again = ["--seeds", "3", "--only", "dists", "--out", str(out), "--report", str(report)]
+    assert shlex.split(results["command"]) == ["onestepsr", "ablate", *words[:2], *said_again]
     assert "| MSE + DISTS |" in (report / "micro-suite.md").read_text()
     with Image.open(report / "micro-suite.png") as sheet:
         assert sheet.size[0] == 3 * (24 + 4) + 4, "bicubic, the variant and HR"
@@ -77,8 +78,16 @@ def test_a_failed_run_ends_in_exit_code_1_and_a_report_without_it(micro_suite: P
     with pytest.raises(UserError, match="none of the 2 runs was finished"):
         invoke(*words, "--launcher", "false")
     invoke(*words, "--only", "mse")
-    code, said = invoke(*words, "--launcher", "false")
+    command = json.loads((tmp_path / "out" / "micro-suite.json").read_text())["command"]
+    assert shlex.split(command)[4:] == ["--seeds", "0", "--only", "mse", "--out", str(tmp_path / "out")]
+    others = [tmp_path / "other suite", tmp_path / "another"]
+    for folder in others:
+        folder.mkdir()
+    reused = [word for folder in others for word in ("--reuse", str(folder))]
+    code, said = invoke(*words, *reused, "--launcher", "env false")
     assert code == 1
+    command = json.loads((tmp_path / "out" / "micro-suite.json").read_text())["command"]
+    assert shlex.split(command)[4:] == ["--seeds", "0", "--out", words[3], *reused, "--launcher", "env false"]
     assert "dists/seed-0: training ended with exit code 1" in said
     text = (tmp_path / "out" / "micro-suite.md").read_text()
     assert "- dists/seed-0 is missing: training ended with exit code 1" in text

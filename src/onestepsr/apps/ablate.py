@@ -83,7 +83,9 @@ def ablate(
         show(ablation, held_out)
         return
     failures = train_all(ablation, launcher=starting, announce=_say)
-    results, paths = compare(ablation, held_out, failures, report or folder, _command(suite, settings, seeds, only))
+    chosen = [("--seeds", seeds), ("--only", only), ("--out", out), ("--report", report)]
+    chosen += [*(("--reuse", path) for path in reuse or []), ("--launcher", launcher)]
+    results, paths = compare(ablation, held_out, failures, report or folder, _command(suite, settings or [], chosen))
     show_results(results)
     _say(f"report: {', '.join(map(str, paths))}")
     if failures:
@@ -148,9 +150,10 @@ def show_results(results: Results) -> None:
     Console().print(table)
 
 
-def _command(suite: str, settings: Sequence[str] | None, seeds: str, only: str) -> str:
-    words = ["onestepsr", "ablate", suite, *(settings or []), "--seeds", seeds]
-    return shlex.join([*words, *(["--only", only] if only else [])])
+def _command(suite: str, settings: Sequence[str], options: Sequence[tuple[str, str | Path | None]]) -> str:
+    """The line that does the same again: with what was given, and without the options that were not."""
+    given = [word for name, value in options if value for word in (name, str(value))]
+    return shlex.join(["onestepsr", "ablate", suite, *settings, *given])
 
 
 def _words(launcher: str) -> list[str]:
