@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import onestepsr
+from onestepsr import image, image_write
 from onestepsr.train.recipes import load_run, recipe_names
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +77,22 @@ def test_every_module_is_on_the_map() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     modules = [path.stem for path in SOURCES.rglob("*.py") if not path.stem.startswith("__")]
     assert sorted(name for name in modules if not re.search(rf"\b{name}\b", page)) == []
+
+
+def test_every_environment_variable_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    sources = "".join(path.read_text(encoding="utf-8") for path in SOURCES.rglob("*.py"))
+    names = set(re.findall(r"ONESTEPSR_[A-Z_]+", sources)) | set(re.findall(r'environ\.get\("(\w+)"', sources))
+    assert len(names) >= 8
+    assert sorted(name for name in names if f"`{name}`" not in page) == []
+
+
+def test_limits_of_pictures_are_on_their_page() -> None:
+    page = (ROOT / "docs" / "pictures.md").read_text(encoding="utf-8")
+    for limit in (image.MAX_PIXELS, image.MAX_BYTES, *(n for n in image_write._SIDE_LIMITS.values() if n < 2**31 - 1)):
+        assert f"{limit:,}" in page
+    for ending in image.EXTENSIONS:
+        assert re.search(rf"\{ending}\b", page)
 
 
 def test_examples_are_attributed() -> None:
