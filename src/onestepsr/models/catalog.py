@@ -28,7 +28,7 @@ _MODELS: dict[str, ModelSpec] = {
             summary="D3SR on the tiny backbone, trained by this project on 1,380 photos; runs on any CPU",
             licence="Apache-2.0",
             bundled="d3sr-tiny.safetensors",
-            sha256="7a7d741d613e92ff229d8ab3455bde96d6ae3bde4fe907916a9e0a4cae736c36",
+            sha256="2600ae559b341890d0b473a1c07770f3be694fba770dfcfb0e860d087aa3d8af",
             faithful="d3sr-tiny-fidelity",
         ),
         ModelSpec(
