@@ -35,10 +35,20 @@ def test_only_the_outermost_user_hands_memory_back(calls: Calls) -> None:
     assert calls[-4:] == [*allocator.USUAL.items(), (0,)]
 
 
-def test_nothing_happens_where_it_is_not_wanted(calls: Calls) -> None:
-    with freed_memory_kept(wanted=False):
-        pass
-    assert calls == []
+def test_small_work_settles_the_usual_behaviour_once(calls: Calls) -> None:
+    allocator._settle.cache_clear()
+    for _ in range(2):
+        with freed_memory_kept(wanted=False):
+            pass
+    assert calls == [*allocator.USUAL.items()], "nothing is handed back, and the second time nothing is asked for"
+
+
+def test_small_work_beside_large_work_changes_nothing(calls: Calls) -> None:
+    allocator._settle.cache_clear()
+    with freed_memory_kept():
+        begun = list(calls)
+        with freed_memory_kept(wanted=False):
+            assert calls == begun
 
 
 def test_the_usual_behaviour_returns_after_an_error(calls: Calls) -> None:
@@ -49,5 +59,6 @@ def test_the_usual_behaviour_returns_after_an_error(calls: Calls) -> None:
 
 def test_another_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator, "_glibc", lambda: None)
-    with freed_memory_kept():
-        pass
+    for wanted in (True, False):
+        with freed_memory_kept(wanted):
+            pass

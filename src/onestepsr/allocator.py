@@ -2,7 +2,8 @@
 
 By default it hands blocks beyond 32 MB back to the system at once. The next tensor of that size is made of new pages,
 each with a page fault and filled with zeros first: in the autoencoder of Stable Diffusion at 512 x 512 pixels that
-takes several times as long as an activation function itself.
+takes several times as long as an activation function itself. Before a process has freed a block that large, the same
+happens to smaller ones, from 128 kB on.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ _users = 0
 def freed_memory_kept(wanted: bool = True) -> Iterator[None]:
     """Inside, memory that is freed stays with the process for what is allocated next; afterwards it is handed back.
 
-    Does nothing unless ``wanted``, and nothing where the C library is not glibc. Blocks of other threads than the main
+    Unless ``wanted``, the process only gets :data:`USUAL` settings, for good: small pictures never free a block from
+    which glibc would learn them. Does nothing where the C library is not glibc. Blocks of other threads than the main
     one may be treated as ever.
     """
-    library = _glibc() if wanted else None
-    if library is None:
+    library = _glibc()
+    if library is None or not wanted:
+        _settle()
         yield
         return
     _enter(library)
@@ -54,9 +57,21 @@ def _leave(library: ctypes.CDLL) -> None:
     with _lock:
         _users -= 1
         if _users == 0:
-            for parameter, value in USUAL.items():
-                library.mallopt(parameter, value)
+            _set_usual(library)
             library.malloc_trim(0)
+
+
+@functools.cache
+def _settle() -> None:
+    library = _glibc()
+    with _lock:
+        if library is not None and _users == 0:
+            _set_usual(library)
+
+
+def _set_usual(library: ctypes.CDLL) -> None:
+    for parameter, value in USUAL.items():
+        library.mallopt(parameter, value)
 
 
 @functools.cache
