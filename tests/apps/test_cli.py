@@ -53,7 +53,7 @@ def test_debug_raises_anywhere_on_the_line():
 
 
 def test_an_interrupt_is_one_word_and_its_own_exit_code(capsys, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("onestepsr.apps.upscale.plan_jobs", interrupt)
