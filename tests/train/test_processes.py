@@ -83,7 +83,8 @@ def test_two_processes_agree_with_each_other_and_with_one(folder: Path, name: st
     trainer.run()
     alone = weights(trainer)
     assert first.keys() == second.keys() == alone.keys()
-    error = 1e-5 if name not in LOOPS else 2e-3  # a step is 3e-3
+    # A step is 3e-3. A latent at the bound of what the UNet sees falls to either side of it with the last bit.
+    error = 5e-5 if name not in LOOPS else 2e-3
     for key, value in alone.items():
         assert torch.equal(first[key], second[key]), key
         torch.testing.assert_close(first[key], value, rtol=1e-4, atol=error, msg=lambda text, key=key: f"{key}: {text}")
