@@ -18,11 +18,11 @@ from torch import Tensor
 
 from onestepsr.color import luma
 from onestepsr.data.photos import find_images
-from onestepsr.evaluate.metrics import LATTICE
+from onestepsr.evaluate.metrics import lattice_variation
 from onestepsr.image import read_picture, samples_to_tensor
 
 BORDER = 8
-"""Pixels left out on every side, a multiple of the lattice."""
+"""Pixels left out on every side: more than any filter reaches over the edge."""
 
 
 def main() -> None:
@@ -53,11 +53,7 @@ def _mean(y: Tensor, side: int) -> Tensor:
 
 
 def _variation(strength: Tensor) -> float:
-    """Standard deviation over mean of the averages at the 16 positions."""
-    height, width = ((side - 2 * BORDER) // LATTICE * LATTICE for side in strength.shape[-2:])
-    inner = strength[..., BORDER : BORDER + height, BORDER : BORDER + width]
-    averages = F.pixel_unshuffle(inner, LATTICE).mean(dim=(2, 3))
-    return float(averages.std(correction=0) / averages.mean())
+    return float(lattice_variation(strength[..., BORDER:-BORDER, BORDER:-BORDER]))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from onestepsr.errors import UserError
 from onestepsr.tiling import OVERLAP, TileBlend
 
 ColorFix = Literal["wavelet", "adain", "none"]
+Tile = int | Literal["auto", "off"]
 SCALE_RANGE = (1, 8)
 """Smallest and largest factor between input and output along either axis."""
 SMALLEST_TILE = 16
@@ -29,7 +30,7 @@ class UpscaleOptions:
     """Output columns; with ``height`` absent the aspect ratio is kept."""
     height: int | None = None
     """Output rows."""
-    tile: int | Literal["auto", "off"] = "auto"
+    tile: Tile = "auto"
     """Tile side in input pixels; "auto" follows the free memory, "off" runs the whole picture at once."""
     tile_batch: int | Literal["auto"] = "auto"
     """Tiles of one picture that go through the network together, where it takes several; "auto" follows the free memory
@@ -87,3 +88,8 @@ def target_size(width: int, height: int, options: UpscaleOptions) -> tuple[int, 
 
 def _round(value: Fraction) -> int:
     return max(1, math.floor(value + Fraction(1, 2)))
+
+
+def tile_of(text: str) -> Tile:
+    """``--tile`` as :class:`UpscaleOptions` takes it, which refuses what is neither a number nor one of the words."""
+    return int(text) if text.removeprefix("-").isdecimal() else cast(Tile, text)

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -78,6 +78,7 @@ def speed(
     width, height = _size(size)
 
     from onestepsr.benchmark.speed import SpeedConfig
+    from onestepsr.upscale_options import tile_of
 
     config = SpeedConfig(
         width=width,
@@ -85,7 +86,7 @@ def speed(
         batch=batch,
         device=device,
         dtype=dtype,
-        tile=int(tile) if tile.isdecimal() else cast(Any, tile),
+        tile=tile_of(tile),
         compiled=compiled,
         file_format=file_format,
         repeats=repeats,

@@ -121,13 +121,13 @@ class ModelOptions:
         """The model, ready to enlarge."""
         from onestepsr.evaluate.evaluation import EvaluatedModel
         from onestepsr.evaluate.result import ModelRecord
-        from onestepsr.upscaler import UpscaleOptions, Upscaler
+        from onestepsr.upscale_options import UpscaleOptions, tile_of
+        from onestepsr.upscaler import Upscaler
 
         chosen = {"steps": self.steps, "sampler": self.sampler}
         upscaler = Upscaler.from_pretrained(self.model, self.device, self.dtype, steps=self.steps, sampler=self.sampler)
-        tile = int(self.tile) if self.tile.removeprefix("-").isdecimal() else self.tile
         options = UpscaleOptions(
-            scale=upscaler.scale, tile=cast(Any, tile), color_fix=cast(Any, self.color_fix), seed=self.seed
+            scale=upscaler.scale, tile=tile_of(self.tile), color_fix=cast(Any, self.color_fix), seed=self.seed
         )
         prompts.start(upscaler)
         used = {"device": str(upscaler.device), "dtype": str(upscaler.dtype).removeprefix("torch.")}

@@ -8,7 +8,7 @@ import os
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -181,9 +181,9 @@ def upscale(
 
 
 def _options(tile: str, **others: Any) -> UpscaleOptions:
-    from onestepsr.upscale_options import UpscaleOptions
+    from onestepsr.upscale_options import UpscaleOptions, tile_of
 
-    return UpscaleOptions(tile=int(tile) if tile.removeprefix("-").isdecimal() else cast(Any, tile), **others)
+    return UpscaleOptions(tile=tile_of(tile), **others)
 
 
 def _suffix(options: UpscaleOptions) -> str:

@@ -126,9 +126,14 @@ def grid_artifact(image: Tensor) -> Tensor:
     if min(image.shape[-2:]) < 2 * LATTICE:
         raise UserError(f"the grid measure needs at least {2 * LATTICE} x {2 * LATTICE} pixels, got {_size(image)}")
     y = studio_luma(image)
-    detail = (y[..., 2:-2, 2:-2] - F.avg_pool2d(y, 5, stride=1)).abs()
+    return lattice_variation((y[..., 2:-2, 2:-2] - F.avg_pool2d(y, 5, stride=1)).abs())
+
+
+def lattice_variation(strength: Tensor) -> Tensor:
+    """Variation (N,) of a plane (N, 1, H, W) over the lattice: of the averages at its 16 positions, the standard
+    deviation over the mean."""
     averages = [
-        detail[..., row::LATTICE, column::LATTICE].flatten(1).mean(1)
+        strength[..., row::LATTICE, column::LATTICE].flatten(1).mean(1)
         for row in range(LATTICE)
         for column in range(LATTICE)
     ]
