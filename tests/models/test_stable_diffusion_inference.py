@@ -8,13 +8,12 @@ import pytest
 import torch
 from small_diffusion import GENERATOR
 from torch import nn
-from torch.nn import functional
 
 from onestepsr.benchmark.stages import without_contents
-from onestepsr.models import registry
+from onestepsr.models import attention, registry
 from onestepsr.models import stable_diffusion_inference as inference
 from onestepsr.models.stable_diffusion import stable_diffusion_generator
-from onestepsr.models.stable_diffusion_inference import PackedConvolution, attention
+from onestepsr.models.stable_diffusion_inference import PackedConvolution
 
 LAST = torch.channels_last
 
@@ -24,42 +23,10 @@ def decibels(signal, other) -> float:
     return 20.0 * math.log10(signal.float().norm() / (other.float() - signal.float()).norm())
 
 
-def heads(count: int, rows: int, channels: int, spread: float, offset: float = 0.0):
-    """(1, count, rows, channels) as a linear layer leaves it in memory."""
-    common = offset * torch.randn(1, 1, count * channels)
-    values = spread * torch.randn(1, rows, count * channels) + common
-    return values.bfloat16().unflatten(-1, (count, channels)).transpose(1, 2)
-
-
-@pytest.mark.parametrize(
-    ("shape", "spread", "offset"),
-    [((2, 600, 64), 1.0, 0.0), ((2, 600, 64), 2.0, 0.0), ((1, 600, 64), 0.5, 8.0), ((1, 700, 256), 0.7, 0.0)],
-)
-def test_attention_by_blocks_is_attention(shape, spread, offset):
-    torch.manual_seed(0)
-    query, value = heads(*shape, spread), heads(*shape, 1.0)
-    key = heads(*shape, spread, offset)
-    with torch.inference_mode():
-        found = attention(query, key, value)
-    exact = functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
-    assert found.dtype == torch.bfloat16
-    assert decibels(exact, found) > 42.0
-
-
-def test_large_scores_are_not_rounded_where_it_matters():
-    torch.manual_seed(0)
-    query, key = 5.0 * torch.randn(64, 64).bfloat16(), torch.randn(64, 600).bfloat16()
-    exact = (query.float() @ key.float()).softmax(-1)
-    with torch.inference_mode():
-        found = inference._scores(query, key).float().softmax(-1)
-    assert decibels(exact, found) > 45.0
-    assert decibels(exact, (query @ key).float().softmax(-1)) < 35.0
-
-
 @pytest.fixture
 def fast(monkeypatch):
     """A small generator as inference has it, which uses what only larger ones would."""
-    monkeypatch.setattr(inference, "LEAST_KEYS", 1)
+    monkeypatch.setattr(attention, "LEAST_KEYS", 1)
     monkeypatch.setattr(inference, "LEAST_WEIGHT", 0)
     plain = generator()
     made = copy.deepcopy(plain)
@@ -99,12 +66,29 @@ def test_parameters_keep_their_names_and_gradients(fast):
     assert all(gradient is not None for gradient in gradients)
 
 
+@pytest.mark.parametrize(("width", "embedded"), [(32, True), (64, False)])
+def test_residual_blocks_in_place_give_the_same_bits(width, embedded):
+    from diffusers.models.resnet import ResnetBlock2D
+
+    torch.manual_seed(0)
+    block = ResnetBlock2D(in_channels=32, out_channels=width, temb_channels=8 if embedded else None, groups=8)
+    lean = inference.LeanResidualBlock(block.eval().requires_grad_(False))
+    x, time = torch.randn(2, 32, 6, 10).contiguous(memory_format=LAST), torch.randn(2, 8) if embedded else None
+    assert torch.equal(lean(x, time), block(x, time))
+    block, x, time = block.bfloat16(), x.bfloat16(), None if time is None else time.bfloat16()
+    before = x.clone()
+    with torch.inference_mode():
+        assert torch.equal(lean(x, time), block(x, time))
+    assert torch.equal(x, before)
+
+
 def test_a_generator_loaded_for_inference_has_it_all(monkeypatch):
     monkeypatch.setattr(registry, "_generator_without_file", lambda name: generator())
     made = registry.load_generator("any", dtype=torch.bfloat16)
     for part in (made.unet, made.autoencoder):
         assert any(isinstance(layer, PackedConvolution) for layer in part.modules())
         assert any(isinstance(getattr(m, "processor", None), inference.BlockwiseAttention) for m in part.modules())
+        assert not any(type(layer).__name__ == "ResnetBlock2D" for layer in part.modules())
 
 
 def test_training_starts_from_plain_layers():
@@ -159,9 +143,9 @@ def test_packed_weights_can_be_had_back():
 def test_compilers_see_what_diffusers_wrote(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with torch.inference_mode():
-        assert not inference.is_fast(torch.zeros(1).bfloat16())
+        assert not attention.is_fast(torch.zeros(1).bfloat16())
         monkeypatch.undo()
-        assert inference.is_fast(torch.zeros(1).bfloat16())
+        assert attention.is_fast(torch.zeros(1).bfloat16())
 
 
 def test_changed_weights_are_packed_anew():

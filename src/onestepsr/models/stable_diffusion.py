@@ -44,12 +44,13 @@ The paper gives rank 16, alpha 16 and 966.3 M parameters in total, not the layer
 The last three lie within 0.5 M of the paper's total. With the chosen one, and no other of these, a common profiler
 prints the paper's 966.3 M and 2,132 G in every digit (``docs/results/complexity.md``).
 """
-MEMORY_PER_PIXEL = 4000.0
-"""Peak bytes of the published autoencoder per image pixel in float32, decoding being the hungrier way.
+MEMORY_PER_PIXEL, LEAN_MEMORY_PER_PIXEL = 4000.0, 3400.0
+"""Peak bytes of the published autoencoder per image pixel in float32, as diffusers wrote it and for inference.
 
-Measured once as growth of the peak resident size at 512 x 512 with random weights on a CPU: encoding 2620, decoding
-3455; in bfloat16 1329 and 1840, and 1988 over a whole generator. Its attention over all positions adds nothing that
-grows faster than the picture, because the fused attention never holds the matrix of all pairs.
+Measured once as growth of the peak resident size at 512 x 512 with random weights on a CPU, the second number for
+inference: encoding 2640, 1617; decoding 3614, 2937, which with a UNet after an encoder is 3276; in bfloat16 encoding
+1370, 847; decoding 1866, 1543. Its attention over all positions adds nothing that grows faster than the picture,
+because neither way of computing it ever holds the matrix of all pairs.
 """
 MEMORY_PER_CELL = 75_000.0
 """Peak bytes of the published UNet per latent position in float32, likewise: 73,503, and 37,448 in bfloat16."""
@@ -66,6 +67,7 @@ class StableDiffusionAutoencoder(nn.Module):
         self.config = config
         self.factor = 2 ** (levels - 1)
         self.latent_channels = config.latent_channels
+        self._is_lean = False
         self.vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
@@ -83,15 +85,16 @@ class StableDiffusionAutoencoder(nn.Module):
     def memory_per_pixel(self, dtype: torch.dtype) -> float:
         """Peak bytes per image pixel without gradients, in proportion to the widest feature maps."""
         widths = self.config.block_out_channels[0] / AutoencoderConfig().block_out_channels[0]
-        return MEMORY_PER_PIXEL * widths * dtype.itemsize / 4
+        return (LEAN_MEMORY_PER_PIXEL if self._is_lean else MEMORY_PER_PIXEL) * widths * dtype.itemsize / 4
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass instead of keeping them."""
         self.vae.enable_gradient_checkpointing()
 
     def speed_up(self) -> None:
-        """Compute faster on a CPU in bfloat16, for inference; parameters and their names stay."""
+        """Compute in less memory, and faster on a CPU in bfloat16, for inference; parameters and their names stay."""
         speed_up(self.vae)
+        self._is_lean = True
 
 
 class StableDiffusionUNet(nn.Module):
@@ -121,7 +124,7 @@ class StableDiffusionUNet(nn.Module):
         self.unet.enable_gradient_checkpointing()
 
     def speed_up(self) -> None:
-        """Compute faster on a CPU in bfloat16, for inference; parameters and their names stay."""
+        """Compute in less memory, and faster on a CPU in bfloat16, for inference; parameters and their names stay."""
         speed_up(self.unet)
 
     def freeze_prompt(self, prompt: Tensor) -> None:

@@ -1,71 +1,32 @@
-"""What makes diffusers' networks faster on a CPU in bfloat16: attention by blocks of queries, weights packed once. And
-last layers in float32, whose digits cost nothing.
+"""What inference does differently from diffusers' code, for time and memory; parameters keep their names and values.
 
-All leave the names and values of all parameters. They act where no gradient is wanted, on the CPU and in bfloat16;
-everywhere else, and inside ``torch.compile``, the networks compute as diffusers wrote them.
+Everywhere: feature maps are overwritten, or forgotten, as soon as nobody reads them any more; the values are the same.
+On a CPU in bfloat16, outside ``torch.compile``: attention by blocks of queries, weights packed once, and last layers in
+float32, whose digits cost nothing.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST_KEYS = 512
-"""Below this many keys, as for a prompt, PyTorch's own attention is as fast."""
-LEAST_ROWS = 128
-"""Queries of a block, if their heads are not wider."""
-LARGE_SCORE = 6.0
-"""Beyond this, the rounding of scores, whose last place is then 1/32, would be seen: attention agrees with float32 to
-46 dB where scores have a standard deviation of 1, to 37 dB where it is 4."""
+from onestepsr.models.attention import attention, is_fast
+
+CODERS = ("Encoder", "Decoder")
+"""Names of diffusers' classes for the halves of its autoencoder."""
 LAST_LAYERS = ("conv_out", "quant_conv")
 """Names of the layers that end diffusers' UNet, encoder and decoder."""
 LEAST_WEIGHT = 4
 """Weights are packed beforehand where they hold this many times as many numbers as the picture that they meet."""
 
 
-def is_fast(x: Tensor) -> bool:
-    """Whether the ways of this module are meant for ``x``."""
-    plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not plain
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax(Q K^T / sqrt(C)) V for Q (N, H, Q, C), K and V (N, H, K, C), of which :func:`is_fast` is true.
-
-    PyTorch's fused kernel multiplies in float32 even for bfloat16 on processors without AMX. Here the products are
-    bfloat16's own, head by head, for as many queries at a time as stay in the cache.
-    """
-    heads, rows, channels = query.shape[1:]
-    query, value = (query * channels**-0.5).contiguous(), value.contiguous()
-    # Softmax does not see what all keys have in common, but the rounding of the scores does.
-    key = (key - key.mean(2, keepdim=True, dtype=torch.float32)).to(value.dtype).transpose(2, 3)
-    result = query.new_empty(query.shape[0], rows, heads, channels).transpose(1, 2)
-    step = max(LEAST_ROWS, channels)  # every block has the keys packed anew, which wide heads feel
-    for place in itertools.product(range(query.shape[0]), range(heads)):
-        for start in range(0, rows, step):
-            scores = _scores(query[place][start : start + step], key[place])
-            result[place][start : start + step] = torch.mm(scores.softmax(-1), value[place])
-    return result
-
-
-def _scores(query: Tensor, key: Tensor) -> Tensor:
-    """Q K for Q (Q, C) and K (C, K), but for a number for each row.
-
-    Where they are large, they are computed again less the largest of their row: what matters most is then close to zero
-    when it is rounded.
-    """
-    scores = torch.mm(query, key)
-    largest = scores.amax(-1, keepdim=True)
-    return scores if largest.max() <= LARGE_SCORE else torch.addmm(-largest, query, key)
-
-
 class BlockwiseAttention:
-    """A processor for diffusers' attention layers: :func:`attention` where that is meant, else PyTorch's own."""
+    """A processor for diffusers' attention layers: :func:`onestepsr.models.attention.attention`."""
 
     def __call__(
         self,
@@ -96,16 +57,14 @@ def _attend(attn: Any, tokens: Tensor, context: Tensor | None) -> Tensor:
         torch.unflatten(layer(given), -1, (attn.heads, -1)).transpose(1, 2)  # (N, heads, L, C / heads)
         for layer, given in ((attn.to_q, tokens), (attn.to_k, context), (attn.to_v, context))
     )
-    if is_fast(query) and key.shape[2] >= LEAST_KEYS:
-        result = attention(query, key, value)
-    else:
-        result = F.scaled_dot_product_attention(query, key, value)
-    return cast(Tensor, attn.to_out[1](attn.to_out[0](result.transpose(1, 2).flatten(2))))
+    result = attention(query, key, value).transpose(1, 2).flatten(2)
+    return cast(Tensor, attn.to_out[1](attn.to_out[0](result)))
 
 
 def speed_up(network: nn.Module) -> None:
     """All of it, for inference with the weights that ``network`` has."""
     use_blockwise_attention(network)
+    make_lean(network)
     widen_ends(network)
     pack_convolutions(network)
 
@@ -122,6 +81,88 @@ def _is_plain(attn: Any) -> bool:
     """Whether an attention layer is one of a transformer block or of an autoencoder, without anything special."""
     extras = (attn.spatial_norm, attn.norm_q, attn.norm_k, attn.norm_cross, attn.rescale_output_factor != 1.0)
     return not any(extras) and (attn.group_norm is not None) == bool(attn.residual_connection)
+
+
+class LeanResidualBlock(nn.Module):
+    """A residual block of diffusers, its layers and their names, that writes over what nobody reads again.
+
+    The original makes a new tensor for each activation, sum and division, the last one by 1.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm1, self.conv1, self.time_emb_proj = block.norm1, block.conv1, block.time_emb_proj
+        self.norm2, self.dropout, self.conv2 = block.norm2, block.dropout, block.conv2
+        self.conv_shortcut = block.conv_shortcut
+        self.output_scale_factor = float(block.output_scale_factor)
+        self.train(block.training)
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        """Output (N, out_channels, H, W) of ``x`` (N, in_channels, H, W) and the embedding (N, C) of the step, which an
+        autoencoder has not."""
+        hidden = cast(Tensor, self.conv1(_activated(self.norm1, x)))
+        if self.time_emb_proj is not None:
+            hidden += self.time_emb_proj(F.silu(cast(Tensor, temb)))[:, :, None, None]
+        hidden = _activated(self.norm2, hidden)
+        hidden = cast(Tensor, self.conv2(self.dropout(hidden)))
+        hidden += x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return hidden if self.output_scale_factor == 1.0 else hidden / self.output_scale_factor
+
+
+def _activated(norm: nn.Module, x: Tensor) -> Tensor:
+    return F.silu(norm(x), inplace=True)
+
+
+class LeanCoder(nn.Module):
+    """Encoder or decoder of diffusers' autoencoder, its layers and their names, that forgets what has been read.
+
+    The original keeps the input of a block until the block is done, which at the resolution of the picture is as much
+    as the widest of the feature maps.
+    """
+
+    def __init__(self, coder: Any) -> None:
+        super().__init__()
+        for name, layer in coder.named_children():
+            self.add_module(name, layer)
+        self.train(coder.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Latent of a picture, or picture of a latent: one layer after the other, (N, C, H, W)."""
+        for layer in _layers(self):
+            x = layer(x)
+        return x
+
+
+def _layers(coder: Any) -> Iterator[nn.Module]:
+    """The layers of diffusers' encoder or decoder in the order of their use."""
+    yield coder.conv_in
+    if hasattr(coder, "up_blocks"):
+        yield coder.mid_block
+        for block in coder.up_blocks:
+            yield from (*block.resnets, *(block.upsamplers or ()))
+    else:
+        for block in coder.down_blocks:
+            yield from (*block.resnets, *(block.downsamplers or ()))
+        yield coder.mid_block
+    yield from (coder.conv_norm_out, coder.conv_act, coder.conv_out)
+
+
+def make_lean(network: nn.Module) -> None:
+    """Replace residual blocks, encoder and decoder of Stable Diffusion's kind below ``network`` by lean ones;
+    parameters and their names stay."""
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ == "ResnetBlock2D" and _is_usual(child):
+                setattr(parent, name, LeanResidualBlock(child))
+            elif type(child).__name__ in CODERS:
+                setattr(parent, name, LeanCoder(child))
+
+
+def _is_usual(block: Any) -> bool:
+    """Whether a residual block keeps the size, and the step, if it knows one, shifts its first convolution's output."""
+    plain = block.upsample is None and block.downsample is None and isinstance(block.nonlinearity, nn.SiLU)
+    timeless = block.time_emb_proj is None and block.time_embedding_norm == "group"
+    return plain and not block.skip_time_act and (timeless or block.time_embedding_norm == "default")
 
 
 class WideConvolution(nn.Conv2d):

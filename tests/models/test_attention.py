@@ -1,0 +1,46 @@
+"""Attention by blocks of queries against PyTorch's own in float32."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from onestepsr.models import attention
+
+
+def decibels(signal, other) -> float:
+    """Signal to noise ratio of ``other``."""
+    return 20.0 * math.log10(signal.float().norm() / (other.float() - signal.float()).norm())
+
+
+def heads(count: int, rows: int, channels: int, spread: float, offset: float = 0.0):
+    """(1, count, rows, channels) as a linear layer leaves it in memory."""
+    common = offset * torch.randn(1, 1, count * channels)
+    values = spread * torch.randn(1, rows, count * channels) + common
+    return values.bfloat16().unflatten(-1, (count, channels)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spread", "offset"),
+    [((2, 600, 64), 1.0, 0.0), ((2, 600, 64), 2.0, 0.0), ((1, 600, 64), 0.5, 8.0), ((1, 700, 256), 0.7, 0.0)],
+)
+def test_attention_by_blocks_is_attention(shape, spread, offset):
+    torch.manual_seed(0)
+    query, value = heads(*shape, spread), heads(*shape, 1.0)
+    key = heads(*shape, spread, offset)
+    with torch.inference_mode():
+        found = attention.attention_by_blocks(query, key, value)
+    exact = functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    assert found.dtype == torch.bfloat16
+    assert decibels(exact, found) > 42.0
+
+
+def test_large_scores_are_not_rounded_where_it_matters():
+    torch.manual_seed(0)
+    query, key = 5.0 * torch.randn(64, 64).bfloat16(), torch.randn(64, 600).bfloat16()
+    exact = (query.float() @ key.float()).softmax(-1)
+    with torch.inference_mode():
+        found = attention._scores(query, key).float().softmax(-1)
+    assert decibels(exact, found) > 45.0
+    assert decibels(exact, (query @ key).float().softmax(-1)) < 35.0
