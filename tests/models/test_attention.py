@@ -44,3 +44,11 @@ def test_large_scores_are_not_rounded_where_it_matters():
         found = attention._scores(query, key).float().softmax(-1)
     assert decibels(exact, found) > 45.0
     assert decibels(exact, (query @ key).float().softmax(-1)) < 35.0
+
+
+def test_compilers_see_what_was_written(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.inference_mode():
+        assert not attention.is_fast(torch.zeros(1).bfloat16())
+        monkeypatch.undo()
+        assert attention.is_fast(torch.zeros(1).bfloat16())

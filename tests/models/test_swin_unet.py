@@ -1,5 +1,6 @@
 """ResShift's UNet: the published names, numbers and masks at its published size; everything else on a small one."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from onestepsr.config import from_mapping, to_mapping
 from onestepsr.errors import UserError
+from onestepsr.models import packed_convolution
+from onestepsr.models.packed_convolution import PackedConvolution
 from onestepsr.models.swin_blocks import GroupNorm, SwinBlock, SwinConfig, shifted_window_masks
 from onestepsr.models.swin_unet import SwinUNet, SwinUNetConfig
 from onestepsr.models.tensors import canonical_keys, given
@@ -50,6 +53,19 @@ def small_inputs(n: int = 2, height: int = 16, width: int = 32, factor: int = 1)
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(n, 4, height, width, generator=rng)
     return x, torch.arange(n) * 7, torch.randn(n, 3, factor * height, factor * width, generator=rng)
+
+
+def test_packed_weights_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_convolution, "LEAST_WEIGHT", 0)
+    plain = small_network().eval().requires_grad_(False).bfloat16().to(memory_format=torch.channels_last)
+    made, inputs = copy.deepcopy(plain), small_inputs()
+    made.speed_up()
+    with torch.inference_mode():
+        assert torch.equal(made(*inputs), plain(*inputs))
+    packed = [layer for layer in made.modules() if isinstance(layer, PackedConvolution)]
+    assert packed
+    assert all(layer.weight.is_meta for layer in packed)
+    assert list(made.state_dict()) == list(plain.state_dict())
 
 
 @pytest.mark.slow

@@ -69,6 +69,14 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return pad_to(x, height, width)
 
 
+def speed_up_parts(*networks: nn.Module) -> None:
+    """``speed_up()`` of those networks that have it."""
+    for network in networks:
+        faster = getattr(network, "speed_up", None)
+        if callable(faster):
+            faster()
+
+
 def _wide(x: Tensor) -> Tensor:
     """``x`` in float32 if it has 16 bits: between the networks no digit is lost."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -141,10 +149,7 @@ class OneStepLatentGenerator(nn.Module):
 
     def speed_up(self) -> None:
         """Let the backbone compute faster where it can, for inference; parameters and their names stay."""
-        for part in (self.autoencoder, self.unet):
-            faster = getattr(part, "speed_up", None)
-            if callable(faster):
-                faster()
+        speed_up_parts(self.autoencoder, self.unet)
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent (N, C, H/f, W/f) of an image (N, 3, H, W) in [0, 1] whose sides are multiples of f; the image may have

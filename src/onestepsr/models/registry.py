@@ -177,6 +177,7 @@ def load_generator(
     network.requires_grad_(False).to(device=device, dtype=dtype)
     if isinstance(network, OneStepLatentGenerator):
         network.freeze_prompt()
+    if isinstance(network, (OneStepLatentGenerator, ResidualShiftGenerator)):
         network.speed_up()
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from onestepsr.data.sampling import generator as seeded
 from onestepsr.errors import UserError
 from onestepsr.models.enlarging import bicubic
-from onestepsr.models.generators import LatentAutoencoder, pad_to_multiple
+from onestepsr.models.generators import LatentAutoencoder, pad_to_multiple, speed_up_parts
 from onestepsr.residual_schedule import Noise, Predict, ResidualShiftSchedule
 
 Sampler = Literal["ancestral", "deterministic"]
@@ -145,6 +145,10 @@ class ResidualShiftGenerator(nn.Module):
         """Peak bytes of one picture per LR pixel: autoencoder and UNet run one after the other."""
         unet = self._denoiser.memory_per_cell(dtype) / self._latent_autoencoder.factor**2
         return self.scale**2 * max(self._latent_autoencoder.memory_per_pixel(dtype), unet)
+
+    def speed_up(self) -> None:
+        """Let the networks compute faster where they can, for inference; parameters and their names stay."""
+        speed_up_parts(self.autoencoder, self.unet)
 
     def enlarge(self, lr: Tensor) -> Tensor:
         """The LR image at output size: bicubic (a = -0.75), not clamped."""

@@ -7,7 +7,6 @@ float32, whose digits cost nothing.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -16,13 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.models.attention import attention, is_fast
+from onestepsr.models.packed_convolution import as_kind, is_ordinary, pack_convolutions
 
 CODERS = ("Encoder", "Decoder")
 """Names of diffusers' classes for the halves of its autoencoder."""
 LAST_LAYERS = ("conv_out", "quant_conv")
 """Names of the layers that end diffusers' UNet, encoder and decoder."""
-LEAST_WEIGHT = 4
-"""Weights are packed beforehand where they hold this many times as many numbers as the picture that they meet."""
 
 
 class BlockwiseAttention:
@@ -182,105 +180,5 @@ def widen_ends(network: nn.Module) -> None:
     for parent in list(network.modules()):
         for name in LAST_LAYERS:
             layer = getattr(parent, name, None)
-            if type(layer) is nn.Conv2d and _is_ordinary(layer):
-                setattr(parent, name, _as_kind(WideConvolution, layer))
-
-
-def _as_kind(kind: type[nn.Conv2d], plain: nn.Conv2d) -> nn.Conv2d:
-    """The same layer with the same parameters, not copied, as another kind of convolution."""
-    with torch.device("meta"):
-        made = kind(
-            plain.in_channels,
-            plain.out_channels,
-            cast(Any, plain.kernel_size),
-            cast(Any, plain.stride),
-            cast(Any, plain.padding),
-            bias=plain.bias is not None,
-        )
-    made.weight, made.bias = plain.weight, plain.bias
-    return made.train(plain.training)
-
-
-class PackedConvolution(nn.Conv2d):
-    """A convolution that keeps its weights in the order that the CPU's kernel wants, once it has been called.
-
-    Otherwise they are brought into that order at every call, which at the coarse levels of a UNet, where there are
-    more weights than pixels, takes longer than the convolution. There is one copy of them: while they are packed,
-    ``weight`` has a shape but no contents. :meth:`unpack` brings these back, as do saving, loading, copying and moving.
-    """
-
-    _packed: Tensor | None = None
-
-    @classmethod
-    def of(cls, plain: nn.Conv2d) -> PackedConvolution:
-        """The same layer with the same parameters, not copied."""
-        return cast(PackedConvolution, _as_kind(cls, plain))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Output (N, out_channels, h, w) of ``x`` (N, in_channels, H, W)."""
-        if not is_fast(x) or self.weight.dtype != x.dtype:
-            self.unpack()
-            return super().forward(x)
-        if self._packed is None:
-            if self.weight.numel() < LEAST_WEIGHT * x.numel():
-                return super().forward(x)
-            self._pack(x)
-        channels_last = x.contiguous(memory_format=torch.channels_last)
-        bias, padding, stride = self.bias, list(cast(Any, self.padding)), list(self.stride)
-        convolve = torch.ops.mkldnn._convolution_pointwise
-        return cast(Tensor, convolve(channels_last, self._packed, bias, padding, stride, [1, 1], 1, "none", [], ""))
-
-    def unpack(self) -> None:
-        """Bring back the contents of ``weight``; the next call packs them anew."""
-        if self._packed is None:
-            return
-        with torch.inference_mode(False), torch.no_grad():  # for use in training too, wherever this is called
-            self.weight = nn.Parameter(self._packed.to_dense(), requires_grad=self.weight.requires_grad)
-        self._packed = None
-
-    def _pack(self, x: Tensor) -> None:
-        reorder = cast(Any, torch._C._nn).mkldnn_reorder_conv2d_weight
-        plain = self.weight.detach().to_mkldnn()
-        self._packed = reorder(plain, self.padding, self.stride, (1, 1), 1, list(x.shape))
-        with torch.inference_mode(False), torch.no_grad():
-            empty = torch.empty_like(self.weight, device="meta")
-            self.weight = nn.Parameter(empty, requires_grad=self.weight.requires_grad)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.unpack()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        self.unpack()
-        super()._load_from_state_dict(*args, **options)
-
-    def _save_to_state_dict(self, *args: Any, **options: Any) -> None:
-        self.unpack()
-        super()._save_to_state_dict(*args, **options)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.unpack()
-        return self.__dict__
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedConvolution:
-        if id(self.weight) not in memo:  # what is there already replaces the weights: they need not be unpacked for it
-            self.unpack()
-        made = memo[id(self)] = type(self).__new__(type(self))
-        made.__dict__.update(copy.deepcopy({**self.__dict__, "_packed": None}, memo))
-        return made
-
-
-def pack_convolutions(network: nn.Module) -> None:
-    """Replace the plain convolutions below ``network`` by ones that pack their weights at their first call; parameters
-    and their names stay. For inference only: weights that an optimiser changes would be missed."""
-    if not (cast(Any, torch.backends.mkldnn).is_available() and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")):
-        return
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Conv2d and _is_ordinary(child):
-                setattr(parent, name, PackedConvolution.of(child))
-
-
-def _is_ordinary(layer: nn.Conv2d) -> bool:
-    plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-    return plain and not isinstance(layer.padding, str)
+            if type(layer) is nn.Conv2d and is_ordinary(layer):
+                setattr(parent, name, as_kind(WideConvolution, layer))
