@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from torch import Tensor, nn
 from torch.nn import functional
@@ -96,7 +98,8 @@ def test_target_sizes() -> None:
     for wrong in ({"scale": 9.0}, {"scale": 0.5}, {"scale": float("nan")}, {"width": 99}, {"height": 401}):
         with pytest.raises(UserError, match="accepted"):
             target_size(100, 50, UpscaleOptions(**wrong))
-    for wrong in ({"tile": 8}, {"tile": "big"}, {"color_fix": "x"}, {"overlap": -1}, {"tile_blend": "mean"}):
+    others = ({"tile": "big"}, {"color_fix": "x"}, {"overlap": -1}, {"tile_blend": "mean"}, {"tile_norms": "whole"})
+    for wrong in ({"tile": 8}, *others):
         with pytest.raises(UserError, match="accepted"):
             UpscaleOptions(**wrong)
 
@@ -144,6 +147,38 @@ def test_published_tiles_have_a_published_side(monkeypatch: pytest.MonkeyPatch) 
     assert upscaler.plan_tile(900, 900, UpscaleOptions(tile_blend="average")) == (256, 256)
     assert upscaler.plan_tile(900, 900, UpscaleOptions()) == (249, 322), "four rows as 300 would need, three columns"
     assert upscaler.plan_tile(200, 400, UpscaleOptions(tile_blend="average")) == (200, 400)
+
+
+class Normed(SmallConvolution):
+    """A convolution, a group norm, a convolution, in an autoencoder's place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.autoencoder = nn.Sequential(self.body[0], nn.GroupNorm(2, 8), *self.body[1:])
+        for layer in (self.autoencoder[0], self.autoencoder[3]):  # zeros around would matter more to a small copy
+            layer.padding_mode, layer._reversed_padding_repeated_twice = "reflect", [2, 2, 2, 2]
+        self.body = nn.Identity()
+
+    def forward(self, lr: Tensor) -> Tensor:
+        return functional.pixel_shuffle(self.autoencoder(lr), 4) + 0.5
+
+
+def test_norms_treat_all_tiles_of_a_picture_alike() -> None:
+    rng = np.random.default_rng(0)
+    contrast = np.linspace(0, 127, 160)[:, None, None]  # from flat grey to noise
+    picture = Picture(pixels=(128 + contrast * rng.uniform(-1, 1, (160, 120, 3))).astype(np.uint8))
+    upscaler = Upscaler(Normed(), "cpu", "float32")
+
+    def enlarged(**options: Any) -> NDArray[Any]:
+        return upscaler.upscale_picture(picture, UpscaleOptions(color_fix="none", **options)).pixels.astype(float)
+
+    whole = enlarged(tile="off")
+    errors = [
+        np.abs(enlarged(tile=48, **options) - whole).mean()
+        for options in ({}, {"tile_norms": "tile"}, {"tile_blend": "average"})
+    ]
+    assert errors[0] < 1.0 < 5 * errors[0] < min(errors[1:])
+    assert np.array_equal(enlarged(tile="off"), whole)
 
 
 @pytest.mark.parametrize("color_fix", ["wavelet", "adain"])

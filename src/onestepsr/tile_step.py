@@ -95,11 +95,19 @@ class TileStep:
         while waiting:
             yield from self._landed(waiting.popleft())
 
+    def rehearse(self, tile: Tensor) -> None:
+        """Send ``tile`` (1, C, h, w) through the network for what that leaves behind there; its output is dropped."""
+        self._network_output(_on(self._home, [tile]))
+
+    @property
+    def _home(self) -> torch.device:
+        """Where everything but the network is computed: elsewhere than on CUDA and the CPU only that is sure to run."""
+        return self.network.device if self.network.device.type == "cuda" else torch.device("cpu")
+
     def _launch(self, tiles: list[Tensor]) -> _Launched:
-        # Elsewhere than on CUDA and the CPU only the network is sure to run.
-        home = self.network.device if self.network.device.type == "cuda" else torch.device("cpu")
+        home = self._home
         lr = _on(home, [*tiles, *tiles[-1:] * (self.batch - len(tiles))] if self.fill else tiles)
-        output = self._run(lr if self.profile is None else self.profile.to_srgb(lr)).to(home)
+        output = self._network_output(lr).to(home)
         extremes = Arrival(torch.stack(output.aminmax()))  # far cheaper than looking at every value
         if home.type == "cpu":
             self._require_finite(extremes)
@@ -128,8 +136,9 @@ class TileStep:
             output = wavelet(output, enlarge(lr, self.network.scale))
         return output
 
-    def _run(self, lr: Tensor) -> Tensor:
+    def _network_output(self, lr: Tensor) -> Tensor:
         network = self.network
+        lr = lr if self.profile is None else self.profile.to_srgb(lr)
         rgb = lr.expand(-1, 3, -1, -1).to(network.device, network.input_dtype)
         rgb = rgb.contiguous(memory_format=torch.channels_last)
         output = network.generator(rgb, **self._conditions()).float()

@@ -12,6 +12,7 @@ from torch import Tensor
 from onestepsr.errors import UserError
 from onestepsr.tiling import OVERLAP, TileBlend
 
+TileNorms = Literal["picture", "tile"]
 ColorFix = Literal["wavelet", "adain", "none"]
 Tile = int | Literal["auto", "off"]
 SCALE_RANGE = (1, 8)
@@ -43,6 +44,10 @@ class UpscaleOptions:
     tile_blend: TileBlend = "smooth"
     """How tiles are joined. "average" is what ResShift and SinSR published, for comparison: the plain mean where tiles
     overlap, and tiles anywhere, also between a network's cells; those of 512, 256 and 64 overlap by 64, 32 and 16."""
+    tile_norms: TileNorms = "picture"
+    """Whose statistics the group norms of an autoencoder take: those of the whole "picture", so that its tiles are what
+    the whole would be, at the price of a reduced copy that goes through the network first; or of each "tile", as does
+    ``tile_blend`` "average" and a compiled network."""
     color_fix: ColorFix = "wavelet"
     """Which colour statistics of the input the output is given; "none" leaves the network's colours."""
     seed: int | None = None
@@ -54,6 +59,8 @@ class UpscaleOptions:
     def __post_init__(self) -> None:
         if self.color_fix not in get_args(ColorFix):
             raise UserError(f"color fix '{self.color_fix}': accepted: {', '.join(get_args(ColorFix))}")
+        if self.tile_norms not in get_args(TileNorms):
+            raise UserError(f"tile norms '{self.tile_norms}': accepted: {', '.join(get_args(TileNorms))}")
         if self.tile_blend not in get_args(TileBlend):
             raise UserError(f"tile blend '{self.tile_blend}': accepted: {', '.join(get_args(TileBlend))}")
         if isinstance(self.tile, str) and self.tile not in ("auto", "off"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from onestepsr.image import Picture, from_array, from_pil, read_picture, samples
 from onestepsr.image_profile import matrix_profile
 from onestepsr.image_resample import fill_transparent, resize
 from onestepsr.memory_plan import Demand, Extent, Plan, Planner, is_out_of_memory, smaller
+from onestepsr.models.picture_norms import SHARE_OF_PICTURE, PictureNorms, reduced
 from onestepsr.tile_step import Network, NonFiniteError, TileStep, enlarge, input_dtype_of, to_float
 from onestepsr.tiling import Sides, TileBlend, Work, join_of
 from onestepsr.upscale_options import ColorFix, UpscaleOptions, target_size
@@ -90,6 +91,8 @@ class Upscaler:
         """Channels of the prompt embeddings that the generator reads; None if it reads no text."""
         self.generator = generator.eval().requires_grad_(False)
         self._convert(self.dtype)
+        autoencoder = getattr(self.generator, "autoencoder", None)
+        self._norms = PictureNorms(autoencoder) if isinstance(autoencoder, nn.Module) else None
         self.compiled = compiled
         if compiled:
             require_compiler(self.device)
@@ -301,17 +304,29 @@ class Upscaler:
             self._network(), profile, options, starts, batch=plan.batch, progress=progress, fill=self.compiled
         )
 
+        def rehearse() -> None:
+            most = min(plan.pixels, source.shape[2] * source.shape[3] * SHARE_OF_PICTURE)
+            step.rehearse(reduced(source, most, join.multiple))
+
         def rows(work: Work) -> Iterator[Tensor]:
             return _cropped(join.rows(work, source, self.scale), shape[0], shape[1])
 
         errors = compiler_errors_named(self.name) if self.compiled else nullcontext()
-        with errors, freed_memory_kept(self.keeps_freed_memory(plan.pixels)), torch.inference_mode():
+        freed = freed_memory_kept(self.keeps_freed_memory(plan.pixels))
+        with errors, freed, torch.inference_mode(), self._alike(rehearse, plan, options):
             if options.color_fix != "adain":
                 return _stored(rows(step), shape, pixels.dtype.type)
             # AdaIN needs statistics of the whole output: it is kept with 16 bits until they are known.
             fine = _stored(rows(step), shape, np.uint16)
             wanted = statistics(rows(partial(map, lambda tile: enlarge(to_float(tile), self.scale))))
             return _stored(_matched(fine, statistics(_bands(fine)), wanted), shape, pixels.dtype.type)
+
+    def _alike(self, rehearse: Callable[[], None], plan: Plan, options: UpscaleOptions) -> AbstractContextManager[None]:
+        """Inside, the norms of the autoencoder treat all tiles alike, where there are tiles, and that is wanted."""
+        wanted = options.tile_norms == "picture" and options.tile_blend == "smooth" and not self.compiled
+        if self._norms and wanted and plan.tiles > 1:
+            return self._norms.measured_by(rehearse)
+        return nullcontext()
 
     def _network(self) -> Network:
         return Network(

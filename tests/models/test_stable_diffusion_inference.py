@@ -7,9 +7,9 @@ import pytest
 import torch
 from small_diffusion import GENERATOR
 
-from onestepsr.models import attention, packed_convolution, registry
+from onestepsr.models import attention, packed_weights, registry
 from onestepsr.models import stable_diffusion_inference as inference
-from onestepsr.models.packed_convolution import PackedConvolution
+from onestepsr.models.packed_weights import PackedConvolution
 from onestepsr.models.stable_diffusion import stable_diffusion_generator
 
 LAST = torch.channels_last
@@ -24,7 +24,7 @@ def decibels(signal, other) -> float:
 def fast(monkeypatch):
     """A small generator as inference has it, which uses what only larger ones would."""
     monkeypatch.setattr(attention, "LEAST_KEYS", 1)
-    monkeypatch.setattr(packed_convolution, "LEAST_WEIGHT", 0)
+    monkeypatch.setattr(packed_weights, "LEAST_WEIGHT", 0)
     plain = generator()
     made = copy.deepcopy(plain)
     made.speed_up()

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from onestepsr.config import from_mapping, to_mapping
 from onestepsr.errors import UserError
-from onestepsr.models import packed_convolution
-from onestepsr.models.packed_convolution import PackedConvolution
+from onestepsr.models import packed_weights
+from onestepsr.models.packed_weights import PackedConvolution
 from onestepsr.models.swin_blocks import GroupNorm, SwinBlock, SwinConfig, shifted_window_masks
 from onestepsr.models.swin_unet import SwinUNet, SwinUNetConfig
 from onestepsr.models.tensors import canonical_keys, given
@@ -56,7 +56,7 @@ def small_inputs(n: int = 2, height: int = 16, width: int = 32, factor: int = 1)
 
 
 def test_packed_weights_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_convolution, "LEAST_WEIGHT", 0)
+    monkeypatch.setattr(packed_weights, "LEAST_WEIGHT", 0)
     plain = small_network().eval().requires_grad_(False).bfloat16().to(memory_format=torch.channels_last)
     made, inputs = copy.deepcopy(plain), small_inputs()
     made.speed_up()

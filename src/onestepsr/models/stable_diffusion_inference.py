@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.models.attention import attention, is_fast
-from onestepsr.models.packed_convolution import as_kind, is_ordinary, pack_convolutions
+from onestepsr.models.packed_weights import as_kind, is_ordinary, pack_weights
 
 CODERS = ("Encoder", "Decoder")
 """Names of diffusers' classes for the halves of its autoencoder."""
@@ -64,7 +64,7 @@ def speed_up(network: nn.Module) -> None:
     use_blockwise_attention(network)
     make_lean(network)
     widen_ends(network)
-    pack_convolutions(network)
+    pack_weights(network)
 
 
 def use_blockwise_attention(network: nn.Module) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from onestepsr.models.packed_convolution import pack_convolutions
+from onestepsr.models.packed_weights import pack_weights
 from onestepsr.models.swin_blocks import GroupNorm, SwinConfig, SwinLayer
 from onestepsr.models.tiny import timestep_embedding
 
@@ -185,7 +185,7 @@ class SwinUNet(nn.Module):
 
     def speed_up(self) -> None:
         """Compute faster on a CPU in bfloat16, for inference; parameters and their names stay."""
-        pack_convolutions(self)
+        pack_weights(self)
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Time embedding (N, :attr:`time_channels`), not activated, of integer steps (N,)."""

@@ -1,4 +1,4 @@
-"""Convolutions with packed weights: the same bits, and the weights can be had back."""
+"""Layers with packed weights: the same bits, and the weights can be had back."""
 
 import copy
 import math
@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from onestepsr.benchmark.stages import without_contents
-from onestepsr.models import packed_convolution
-from onestepsr.models.packed_convolution import PackedConvolution
+from onestepsr.models import packed_weights
+from onestepsr.models.packed_weights import PackedConvolution, PackedLinear
 
 LAST = torch.channels_last
 
@@ -22,7 +22,7 @@ def decibels(signal, other) -> float:
 
 @pytest.mark.parametrize(("stride", "kernel", "padding"), [(1, 3, 1), (2, 3, 0), (1, 1, 0)])
 def test_packed_weights_give_the_same_bits(stride, kernel, padding, monkeypatch):
-    monkeypatch.setattr(packed_convolution, "LEAST_WEIGHT", 0)
+    monkeypatch.setattr(packed_weights, "LEAST_WEIGHT", 0)
     torch.manual_seed(0)
     plain = nn.Conv2d(64, 48, kernel, stride, padding).bfloat16().to(memory_format=LAST)
     packed = PackedConvolution.of(plain)
@@ -36,6 +36,26 @@ def test_packed_weights_give_the_same_bits(stride, kernel, padding, monkeypatch)
     assert packed.weight.is_meta  # there is no second copy
     assert (packed.weight.shape, packed.weight.dtype) == (plain.weight.shape, torch.bfloat16)
     assert not packed.weight.is_inference()
+
+
+def test_packed_linear_layers_agree_and_can_be_had_back():
+    torch.manual_seed(0)
+    plain = nn.Linear(48, 33).bfloat16().requires_grad_(False)
+    packed = PackedLinear.of(plain)
+    x = torch.randn(2, 7, 48).bfloat16()
+    exact = copy.deepcopy(plain).float()(x.float())
+    with torch.inference_mode():
+        for given in (x, x[:1, 0], x.transpose(0, 1)):  # the same bits for most shapes
+            assert decibels(plain(given), packed(given)) > 45.0
+        assert decibels(exact, packed(x)) > 45.0
+    assert packed.weight.is_meta
+    assert torch.equal(copy.deepcopy(packed).weight, plain.weight)
+    with torch.inference_mode():
+        packed(x)
+    assert torch.equal(packed.state_dict()["weight"], plain.weight)
+    assert torch.allclose(packed.float()(x.float()), exact)
+    packed.requires_grad_(True)(x.float()).sum().backward()
+    assert packed.weight.grad is not None
 
 
 def test_packed_weights_can_be_had_back():

@@ -1,0 +1,149 @@
+"""Layers that keep their weights in the order that the CPU's kernels want, for inference in bfloat16."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from onestepsr.models.attention import is_fast
+
+LEAST_WEIGHT = 4
+"""Weights of a convolution are packed where they hold this many times as many numbers as the picture that they meet."""
+
+
+class _Packed(nn.Module):
+    """A layer that keeps its weights in the order that the CPU's kernel wants, once it has been called.
+
+    Otherwise they are brought into that order at every call, which at the coarse levels of a UNet, where there are
+    more weights than pixels, takes longer than a convolution. There is one copy of them: while they are packed,
+    ``weight`` has a shape but no contents. :meth:`unpack` brings these back, as do saving, loading, copying and moving.
+    """
+
+    weight: Tensor
+    _packed: Tensor | None = None
+
+    def unpack(self) -> None:
+        """Bring back the contents of ``weight``; the next call packs them anew."""
+        if self._packed is None:
+            return
+        with torch.inference_mode(False), torch.no_grad():  # for use in training too, wherever this is called
+            self.weight = nn.Parameter(self._packed.to_dense(), requires_grad=self.weight.requires_grad)
+        self._packed = None
+
+    def _replace_weight(self, packed: Tensor) -> None:
+        self._packed = packed
+        with torch.inference_mode(False), torch.no_grad():
+            empty = torch.empty_like(self.weight, device="meta")
+            self.weight = nn.Parameter(empty, requires_grad=self.weight.requires_grad)
+
+    def _suits(self, x: Tensor) -> bool:
+        """Whether ``x`` may meet packed weights; otherwise they are plain from here on."""
+        if is_fast(x) and self.weight.dtype == x.dtype:
+            return True
+        self.unpack()
+        return False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.unpack()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **options)
+
+    def _save_to_state_dict(self, *args: Any, **options: Any) -> None:
+        self.unpack()
+        super()._save_to_state_dict(*args, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unpack()
+        return self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Packed:
+        if id(self.weight) not in memo:  # what is there already replaces the weights: they need not be unpacked for it
+            self.unpack()
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy({**self.__dict__, "_packed": None}, memo))
+        return made
+
+
+class PackedConvolution(_Packed, nn.Conv2d):
+    """A convolution with packed weights, where they outweigh the picture."""
+
+    @classmethod
+    def of(cls, plain: nn.Conv2d) -> PackedConvolution:
+        """The same layer with the same parameters, not copied."""
+        return cast(PackedConvolution, as_kind(cls, plain))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output (N, out_channels, h, w) of ``x`` (N, in_channels, H, W)."""
+        if not self._suits(x):
+            return super().forward(x)
+        if self._packed is None:
+            if self.weight.numel() < LEAST_WEIGHT * x.numel():
+                return super().forward(x)
+            reorder = cast(Any, torch._C._nn).mkldnn_reorder_conv2d_weight
+            plain = self.weight.detach().to_mkldnn()
+            self._replace_weight(reorder(plain, self.padding, self.stride, (1, 1), 1, list(x.shape)))
+        channels_last = x.contiguous(memory_format=torch.channels_last)
+        bias, padding, stride = self.bias, list(cast(Any, self.padding)), list(self.stride)
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        return cast(Tensor, convolve(channels_last, self._packed, bias, padding, stride, [1, 1], 1, "none", [], ""))
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """A linear layer with packed weights."""
+
+    @classmethod
+    def of(cls, plain: nn.Linear) -> PackedLinear:
+        """The same layer with the same parameters, not copied."""
+        with torch.device("meta"):
+            made = cls(plain.in_features, plain.out_features, bias=plain.bias is not None)
+        made.weight, made.bias = plain.weight, plain.bias
+        return made.train(plain.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output (..., out_features) of ``x`` (..., in_features)."""
+        if not self._suits(x):
+            return super().forward(x)
+        if self._packed is None:
+            rows = x.numel() // self.in_features
+            self._replace_weight(torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), rows))
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], ""))
+
+
+def pack_weights(network: nn.Module) -> None:
+    """Replace the plain convolutions and linear layers below ``network`` by ones that pack their weights at their first
+    call; parameters and their names stay. For inference only: weights that an optimiser changes would be missed."""
+    if not (cast(Any, torch.backends.mkldnn).is_available() and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")):
+        return
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Conv2d and is_ordinary(child):
+                setattr(parent, name, PackedConvolution.of(child))
+            elif type(child) is nn.Linear and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+                setattr(parent, name, PackedLinear.of(child))
+
+
+def as_kind(kind: type[nn.Conv2d], plain: nn.Conv2d) -> nn.Conv2d:
+    """The same layer with the same parameters, not copied, as another kind of convolution."""
+    with torch.device("meta"):
+        made = kind(
+            plain.in_channels,
+            plain.out_channels,
+            cast(Any, plain.kernel_size),
+            cast(Any, plain.stride),
+            cast(Any, plain.padding),
+            bias=plain.bias is not None,
+        )
+    made.weight, made.bias = plain.weight, plain.bias
+    return made.train(plain.training)
+
+
+def is_ordinary(layer: nn.Conv2d) -> bool:
+    """Whether a convolution has no groups, no dilation and zeros around its input."""
+    plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    return plain and not isinstance(layer.padding, str)

@@ -1,0 +1,102 @@
+"""Group norms that treat all tiles of a picture alike.
+
+A group norm divides by what it finds in the tile before it: sky becomes as lively as foliage, and neighbouring tiles
+differ in tone and contrast. Inside :meth:`PictureNorms.measured_by`, norms take their statistics from a reduced copy
+of the whole picture instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SHARE_OF_PICTURE = 1 / 8
+"""Most of a picture's pixels that its reduced copy has: what it costs beside the tiles."""
+
+
+class PictureNorm(nn.GroupNorm):
+    """A group norm that may be given mean and variance."""
+
+    watching = False
+    """Whether the statistics of what comes are kept."""
+    kept: tuple[Tensor, Tensor] | None = None
+    """Mean and variance of every channel's group, each (C,) in float32; None: those of the input."""
+
+    @classmethod
+    def of(cls, plain: nn.GroupNorm) -> PictureNorm:
+        """The same layer with the same parameters, not copied."""
+        with torch.device("meta"):
+            made = cls(plain.num_groups, plain.num_channels, plain.eps, plain.affine)
+        made.weight, made.bias = plain.weight, plain.bias
+        return made.train(plain.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised ``x`` (N, C, H, W)."""
+        if self.watching:
+            self.kept = self._statistics(x)
+        elif self.kept is not None:
+            weight, bias = (None if given is None else given.float() for given in (self.weight, self.bias))
+            return F.batch_norm(x, *self.kept, weight, bias, training=False, eps=self.eps)
+        return super().forward(x)
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        groups = x.float().reshape(x.shape[0], self.num_groups, -1).transpose(0, 1).flatten(1)
+        variance, mean = torch.var_mean(groups, dim=1, correction=0)
+        width = self.num_channels // self.num_groups
+        return mean.repeat_interleave(width), variance.repeat_interleave(width)
+
+
+class PictureNorms:
+    """All group norms of a network, as :class:`PictureNorm`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        """Replaces the plain ones below ``network``; parameters and their names stay."""
+        for parent in list(network.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.GroupNorm:
+                    setattr(parent, name, PictureNorm.of(child))
+        self._norms = [layer for layer in network.modules() if isinstance(layer, PictureNorm)]
+
+    def __len__(self) -> int:
+        return len(self._norms)
+
+    @contextmanager
+    def measured_by(self, run: Callable[[], object]) -> Iterator[None]:
+        """Inside, every norm has the statistics of what it met in ``run``."""
+        try:
+            for norm in self._norms:
+                norm.watching = True
+            run()
+            for norm in self._norms:
+                norm.watching = False
+            yield
+        finally:
+            for norm in self._norms:
+                norm.watching, norm.kept = False, None
+
+
+def reduced(source: Tensor, most: float, multiple: int) -> Tensor:
+    """Evenly spread pixels of ``source`` (1, C, H, W), at most ``most`` of them: sides are multiples of ``multiple``,
+    and no shorter than it.
+
+    Nothing is averaged: noise and grain would get lost, which are part of the statistics.
+    """
+
+    def cells(side: float) -> int:
+        return max(1, int(side / multiple)) * multiple
+
+    height, width = source.shape[-2:]
+    factor = min(1.0, (most / (height * width)) ** 0.5)
+    rows = cells(height * factor)
+    columns = cells(min(width * factor, most / rows))
+    rows = cells(min(height * factor, most / columns))  # where the columns could not be as few as that
+    return source[..., _spread(height, rows), :][..., _spread(width, columns)]
+
+
+def _spread(length: int, count: int) -> Tensor:
+    """``count`` of ``length`` indices."""
+    return ((torch.arange(count) + 0.5) * (length / count)).long()
