@@ -107,6 +107,34 @@ class LeanResidualBlock(nn.Module):
         return hidden if self.output_scale_factor == 1.0 else hidden / self.output_scale_factor
 
 
+class LeanTransformer(nn.Module):
+    """The transformer blocks at one place of diffusers' UNet, with their layers and names, that leave the order of
+    feature maps in memory as it is.
+
+    The original copies its result into another order, from which all that follows is copied back.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm, self.proj_in, self.proj_out = block.norm, block.proj_in, block.proj_out
+        self.transformer_blocks = block.transformer_blocks
+        self.train(block.training)
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **others: Any
+    ) -> tuple[Tensor]:
+        """Feature maps (N, C, H, W) of feature maps and of the prompt (N, L, C'); ``others``, masks and what else
+        diffusers hands to such layers, must be None."""
+        if any(value is not None for name, value in others.items() if name != "return_dict"):
+            raise ValueError(f"transformer blocks here take a prompt alone, no {', '.join(sorted(others))}")
+        height, width = hidden_states.shape[2:]
+        tokens = self.proj_in(self.norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2))  # (N, H W, C)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, encoder_hidden_states=encoder_hidden_states)
+        result = torch.unflatten(self.proj_out(tokens), 1, (height, width)).permute(0, 3, 1, 2)
+        return (result + hidden_states,)
+
+
 def _activated(norm: nn.Module, x: Tensor) -> Tensor:
     return F.silu(norm(x), inplace=True)
 
@@ -146,12 +174,14 @@ def _layers(coder: Any) -> Iterator[nn.Module]:
 
 
 def make_lean(network: nn.Module) -> None:
-    """Replace residual blocks, encoder and decoder of Stable Diffusion's kind below ``network`` by lean ones;
-    parameters and their names stay."""
+    """Replace residual blocks, transformers, encoder and decoder of Stable Diffusion's kind below ``network`` by lean
+    ones; parameters and their names stay."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__ == "ResnetBlock2D" and _is_usual(child):
                 setattr(parent, name, LeanResidualBlock(child))
+            elif type(child).__name__ == "Transformer2DModel" and _is_linear(child):
+                setattr(parent, name, LeanTransformer(child))
             elif type(child).__name__ in CODERS:
                 setattr(parent, name, LeanCoder(child))
 
@@ -161,6 +191,11 @@ def _is_usual(block: Any) -> bool:
     plain = block.upsample is None and block.downsample is None and isinstance(block.nonlinearity, nn.SiLU)
     timeless = block.time_emb_proj is None and block.time_embedding_norm == "group"
     return plain and not block.skip_time_act and (timeless or block.time_embedding_norm == "default")
+
+
+def _is_linear(block: Any) -> bool:
+    """Whether a transformer reads feature maps through a linear layer, as from Stable Diffusion 2 on."""
+    return bool(block.is_input_continuous and block.use_linear_projection)
 
 
 class WideConvolution(nn.Conv2d):
