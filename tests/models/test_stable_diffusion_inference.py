@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_diffusion import GENERATOR
 
+from onestepsr.benchmark.loading import load_plain
 from onestepsr.models import attention, packed_weights, registry
 from onestepsr.models import stable_diffusion_inference as inference
 from onestepsr.models.packed_weights import PackedConvolution
@@ -98,6 +99,17 @@ def test_a_generator_loaded_for_inference_has_it_all(monkeypatch):
         assert any(isinstance(layer, PackedConvolution) for layer in part.modules())
         assert any(isinstance(getattr(m, "processor", None), inference.BlockwiseAttention) for m in part.modules())
         assert not any(type(layer).__name__ == "ResnetBlock2D" for layer in part.modules())
+
+
+def test_the_baseline_of_speed_is_what_diffusers_wrote(monkeypatch):
+    monkeypatch.setattr(registry, "_generator_without_file", lambda name: generator())
+    made = load_plain("any", torch.device("cpu"))
+    ours = {module.__class__.__module__ for module in made.modules()} & {
+        inference.__name__,
+        PackedConvolution.__module__,
+    }
+    assert ours == set()
+    assert any(type(layer).__name__ == "ResnetBlock2D" for layer in made.modules())
 
 
 def test_training_starts_from_plain_layers():

@@ -159,12 +159,14 @@ def load_generator(
     steps: int | None = None,
     sampler: str | None = None,
     fidelity: float | None = None,
+    faster: bool = True,
 ) -> nn.Module:
     """The generator called ``name_or_path`` (alias, safetensors file or ``random:ALIAS``), ready for inference.
 
     It maps LR (N, 3, h, w) in [0, 1] of any size to SR (N, 3, s h, s w), where s is its attribute ``scale``. Of a model
     that shifts residuals, ``steps`` and ``sampler`` can be chosen; None is what it was made for. Of a model with a
-    faithful counterpart, ``fidelity`` (0 to 1) chooses a place between the two.
+    faithful counterpart, ``fidelity`` (0 to 1) chooses a place between the two. ``faster``: with layers that take less
+    time and memory in inference, where there are such; False leaves those that were trained.
     """
     network = _generator_without_file(str(name_or_path)) or load_network(name_or_path)
     if not isinstance(network, (OneStepLatentGenerator, ResidualShiftGenerator, BicubicGenerator)):
@@ -177,7 +179,7 @@ def load_generator(
     network.requires_grad_(False).to(device=device, dtype=dtype)
     if isinstance(network, OneStepLatentGenerator):
         network.freeze_prompt()
-    if isinstance(network, (OneStepLatentGenerator, ResidualShiftGenerator)):
+    if faster and isinstance(network, (OneStepLatentGenerator, ResidualShiftGenerator)):
         network.speed_up()
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
