@@ -6,7 +6,7 @@ What the C library makes of it depends on the state of its heap, so that residen
 import pytest
 
 from onestepsr import allocator
-from onestepsr.allocator import freed_memory_kept
+from onestepsr.allocator import blocks_apart, freed_memory_kept
 
 Calls = list[tuple[int, ...]]
 
@@ -57,8 +57,18 @@ def test_the_usual_behaviour_returns_after_an_error(calls: Calls) -> None:
     assert calls[-4:] == [*allocator.USUAL.items(), (0,)]
 
 
+def test_weights_get_pages_of_their_own(calls: Calls) -> None:
+    with blocks_apart():
+        assert calls == [*allocator.APART.items()]
+    assert calls[2:] == [*allocator.USUAL.items()]
+    with freed_memory_kept():
+        begun = list(calls)
+        with blocks_apart():  # a model loaded while another one works
+            assert calls == begun
+
+
 def test_another_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator, "_glibc", lambda: None)
     for wanted in (True, False):
-        with freed_memory_kept(wanted):
+        with freed_memory_kept(wanted), blocks_apart():
             pass

@@ -19,6 +19,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 """Parameters of mallopt, from malloc.h."""
 USUAL = {MMAP_MAX: 65_536, MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}
 """What glibc has arrived at by itself in a process that has used large blocks."""
+APART = {MMAP_MAX: 65_536, MMAP_THRESHOLD: 128 << 10}
+"""What it begins with, but for good: by itself it raises the threshold with the first large block that is freed."""
 
 _lock = threading.Lock()
 _users = 0
@@ -44,6 +46,20 @@ def freed_memory_kept(wanted: bool = True) -> Iterator[None]:
         _leave(library)
 
 
+@contextmanager
+def blocks_apart() -> Iterator[None]:
+    """Inside, every block from 128 kB on has pages of its own: whenever it is freed, they go back to the system.
+
+    Made for weights. Those that are converted or packed later would leave gaps between the others, in which nothing of
+    the size of a feature map fits. Does nothing where the C library is not glibc, or freed memory is being kept.
+    """
+    _arrange(APART)
+    try:
+        yield
+    finally:
+        _arrange(USUAL)
+
+
 def _enter(library: ctypes.CDLL) -> None:
     global _users  # noqa: PLW0603  (as global as what it counts the users of)
     with _lock:
@@ -57,20 +73,25 @@ def _leave(library: ctypes.CDLL) -> None:
     with _lock:
         _users -= 1
         if _users == 0:
-            _set_usual(library)
+            _apply(library, USUAL)
             library.malloc_trim(0)
 
 
 @functools.cache
 def _settle() -> None:
+    _arrange(USUAL)
+
+
+def _arrange(settings: dict[int, int]) -> None:
+    """Apply ``settings`` unless freed memory is being kept."""
     library = _glibc()
     with _lock:
         if library is not None and _users == 0:
-            _set_usual(library)
+            _apply(library, settings)
 
 
-def _set_usual(library: ctypes.CDLL) -> None:
-    for parameter, value in USUAL.items():
+def _apply(library: ctypes.CDLL, settings: dict[int, int]) -> None:
+    for parameter, value in settings.items():
         library.mallopt(parameter, value)
 
 

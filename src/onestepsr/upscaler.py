@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from onestepsr.allocator import freed_memory_kept
+from onestepsr.allocator import blocks_apart, freed_memory_kept
 from onestepsr.color import Statistics, match_statistics, statistics
 from onestepsr.compiling import compile_networks, compiler_errors_named, require_compiler
 from onestepsr.devices import DTYPES, resolve_device, resolve_dtype
@@ -121,10 +121,11 @@ class Upscaler:
         target = resolve_device(device)
         number_format = resolve_dtype(dtype, target)
         try:
-            generator = load_generator(
-                name_or_path, device=target, dtype=number_format, steps=steps, sampler=sampler, fidelity=fidelity
-            )
-            return cls(generator, str(target), dtype, str(name_or_path), compiled=compiled)
+            with blocks_apart():
+                generator = load_generator(
+                    name_or_path, device=target, dtype=number_format, steps=steps, sampler=sampler, fidelity=fidelity
+                )
+                return cls(generator, str(target), dtype, str(name_or_path), compiled=compiled)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
