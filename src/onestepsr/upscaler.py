@@ -314,7 +314,8 @@ class Upscaler:
 
         errors = compiler_errors_named(self.name) if self.compiled else nullcontext()
         freed = freed_memory_kept(self.keeps_freed_memory(plan.pixels))
-        with errors, freed, torch.inference_mode(), self._alike(rehearse, plan, options):
+        # The rehearsal is not inside the last of these: its blocks have other sizes, and would only break up the heap.
+        with errors, torch.inference_mode(), self._alike(rehearse, plan, options), freed:
             if options.color_fix != "adain":
                 return _stored(rows(step), shape, pixels.dtype.type)
             # AdaIN needs statistics of the whole output: it is kept with 16 bits until they are known.
