@@ -28,7 +28,8 @@ _users = 0
 
 @contextmanager
 def freed_memory_kept(wanted: bool = True) -> Iterator[None]:
-    """Inside, memory that is freed stays with the process for what is allocated next; afterwards it is handed back.
+    """Inside, memory that is freed stays with the process for what is allocated next; afterwards, and of what had been
+    freed before, all is handed back.
 
     Unless ``wanted``, the process only gets :data:`USUAL` settings, for good: small pictures never free a block from
     which glibc would learn them. Does nothing where the C library is not glibc. Blocks of other threads than the main
@@ -64,6 +65,8 @@ def _enter(library: ctypes.CDLL) -> None:
     global _users  # noqa: PLW0603  (as global as what it counts the users of)
     with _lock:
         _users += 1
+        if _users == 1:
+            library.malloc_trim(0)
         library.mallopt(MMAP_MAX, 0)
         library.mallopt(TRIM_THRESHOLD, -1)
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+BAND = 2**22
+"""Numbers that statistics are taken of at once."""
 SHARE_OF_PICTURE = 1 / 8
 """Most of a picture's pixels that its reduced copy has: what it costs beside the tiles."""
 
@@ -44,10 +46,15 @@ class PictureNorm(nn.GroupNorm):
         return super().forward(x)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        groups = x.float().reshape(x.shape[0], self.num_groups, -1).transpose(0, 1).flatten(1)
-        variance, mean = torch.var_mean(groups, dim=1, correction=0)
+        """Over all samples, in bands, because all of ``x`` in float32 would be the largest tensor of all."""
+        own = [axis for axis in range(x.ndim) if axis != 1]
+        totals = torch.zeros(2, self.num_channels, device=x.device)
+        for band in torch.split(x, max(1, BAND // x[:, :, :1].numel()), dim=2):
+            values = band.float()
+            totals += torch.stack([values.sum(own), values.square().sum(own)])
         width = self.num_channels // self.num_groups
-        return mean.repeat_interleave(width), variance.repeat_interleave(width)
+        mean, square = totals.reshape(2, -1, width).sum(2) / (x.numel() // self.num_groups)
+        return mean.repeat_interleave(width), (square - mean.square()).clamp_min(0.0).repeat_interleave(width)
 
 
 class PictureNorms:
