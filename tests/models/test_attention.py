@@ -1,17 +1,11 @@
 """Attention by blocks of queries against PyTorch's own in float32."""
 
-import math
-
 import pytest
 import torch
+from agreement import decibels
 from torch.nn import functional
 
 from onestepsr.models import attention
-
-
-def decibels(signal, other) -> float:
-    """Signal to noise ratio of ``other``."""
-    return 20.0 * math.log10(signal.float().norm() / (other.float() - signal.float()).norm())
 
 
 def heads(count: int, rows: int, channels: int, spread: float, offset: float = 0.0):

@@ -1,23 +1,19 @@
 """Layers with packed weights: the same bits, and the weights can be had back."""
 
 import copy
-import math
 import pickle
 
 import pytest
 import torch
+from agreement import decibels
 from torch import nn
 
 from onestepsr.benchmark.stages import without_contents
 from onestepsr.models import packed_weights
 from onestepsr.models.packed_weights import PackedConvolution, PackedLinear
+from onestepsr.models.replacing import as_kind
 
 LAST = torch.channels_last
-
-
-def decibels(signal, other) -> float:
-    """Signal to noise ratio of ``other``."""
-    return 20.0 * math.log10(signal.float().norm() / (other.float() - signal.float()).norm())
 
 
 @pytest.mark.parametrize(("stride", "kernel", "padding"), [(1, 3, 1), (2, 3, 0), (1, 1, 0)])
@@ -25,7 +21,7 @@ def test_packed_weights_give_the_same_bits(stride, kernel, padding, monkeypatch)
     monkeypatch.setattr(packed_weights, "LEAST_WEIGHT", 0)
     torch.manual_seed(0)
     plain = nn.Conv2d(64, 48, kernel, stride, padding).bfloat16().to(memory_format=LAST)
-    packed = PackedConvolution.of(plain)
+    packed = as_kind(PackedConvolution, plain)
     assert packed.weight is plain.weight
     for shape in ((1, 64, 4, 4), (2, 64, 3, 5)):  # packed for the first of them
         x = torch.randn(shape).bfloat16()
@@ -41,7 +37,7 @@ def test_packed_weights_give_the_same_bits(stride, kernel, padding, monkeypatch)
 def test_packed_linear_layers_agree_and_can_be_had_back():
     torch.manual_seed(0)
     plain = nn.Linear(48, 33).bfloat16().requires_grad_(False)
-    packed = PackedLinear.of(plain)
+    packed = as_kind(PackedLinear, plain)
     x = torch.randn(2, 7, 48).bfloat16()
     exact = copy.deepcopy(plain).float()(x.float())
     with torch.inference_mode():
@@ -61,7 +57,7 @@ def test_packed_linear_layers_agree_and_can_be_had_back():
 def test_packed_weights_can_be_had_back():
     x = torch.randn(1, 64, 2, 2).bfloat16()
     plain = nn.Conv2d(64, 64, 3, padding=1).bfloat16().requires_grad_(False)
-    packed = PackedConvolution.of(plain)
+    packed = as_kind(PackedConvolution, plain)
 
     def fresh() -> PackedConvolution:
         with torch.inference_mode():
@@ -89,7 +85,7 @@ def test_changed_weights_are_packed_anew():
     x = torch.randn(1, 64, 2, 2).bfloat16().contiguous(memory_format=LAST)
     plain = nn.Conv2d(64, 64, 3, padding=1).bfloat16()
     other = nn.Conv2d(64, 64, 3, padding=1).bfloat16()
-    packed = PackedConvolution.of(plain)
+    packed = as_kind(PackedConvolution, plain)
     with torch.inference_mode():
         packed(x)
         assert torch.equal(copy.deepcopy(packed)(x), plain(x))

@@ -1,10 +1,10 @@
 """What inference does differently from diffusers' own code: the same within stated tolerances, training untouched."""
 
 import copy
-import math
 
 import pytest
 import torch
+from agreement import decibels
 from small_diffusion import GENERATOR
 
 from onestepsr.benchmark.loading import load_plain
@@ -14,11 +14,6 @@ from onestepsr.models.packed_weights import PackedConvolution
 from onestepsr.models.stable_diffusion import stable_diffusion_generator
 
 LAST = torch.channels_last
-
-
-def decibels(signal, other) -> float:
-    """Signal to noise ratio of ``other``."""
-    return 20.0 * math.log10(signal.float().norm() / (other.float() - signal.float()).norm())
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onestepsr.models.attention import is_fast
+from onestepsr.models.replacing import as_kind, replace_layers
 
 LEAST_WEIGHT = 4
 """Weights of a convolution are packed where they hold this many times as many numbers as the picture that they meet."""
@@ -73,11 +74,6 @@ class _Packed(nn.Module):
 class PackedConvolution(_Packed, nn.Conv2d):
     """A convolution with packed weights, where they outweigh the picture."""
 
-    @classmethod
-    def of(cls, plain: nn.Conv2d) -> PackedConvolution:
-        """The same layer with the same parameters, not copied."""
-        return cast(PackedConvolution, as_kind(cls, plain))
-
     def forward(self, x: Tensor) -> Tensor:
         """Output (N, out_channels, h, w) of ``x`` (N, in_channels, H, W)."""
         if not self._suits(x):
@@ -97,14 +93,6 @@ class PackedConvolution(_Packed, nn.Conv2d):
 class PackedLinear(_Packed, nn.Linear):
     """A linear layer with packed weights."""
 
-    @classmethod
-    def of(cls, plain: nn.Linear) -> PackedLinear:
-        """The same layer with the same parameters, not copied."""
-        with torch.device("meta"):
-            made = cls(plain.in_features, plain.out_features, bias=plain.bias is not None)
-        made.weight, made.bias = plain.weight, plain.bias
-        return made.train(plain.training)
-
     def forward(self, x: Tensor) -> Tensor:
         """Output (..., out_features) of ``x`` (..., in_features)."""
         if not self._suits(x):
@@ -120,27 +108,15 @@ def pack_weights(network: nn.Module) -> None:
     call; parameters and their names stay. For inference only: weights that an optimiser changes would be missed."""
     if not (cast(Any, torch.backends.mkldnn).is_available() and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")):
         return
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Conv2d and is_ordinary(child):
-                setattr(parent, name, PackedConvolution.of(child))
-            elif type(child) is nn.Linear and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-                setattr(parent, name, PackedLinear.of(child))
+    replace_layers(network, _packing)
 
 
-def as_kind(kind: type[nn.Conv2d], plain: nn.Conv2d) -> nn.Conv2d:
-    """The same layer with the same parameters, not copied, as another kind of convolution."""
-    with torch.device("meta"):
-        made = kind(
-            plain.in_channels,
-            plain.out_channels,
-            cast(Any, plain.kernel_size),
-            cast(Any, plain.stride),
-            cast(Any, plain.padding),
-            bias=plain.bias is not None,
-        )
-    made.weight, made.bias = plain.weight, plain.bias
-    return made.train(plain.training)
+def _packing(layer: nn.Module) -> nn.Module | None:
+    if type(layer) is nn.Conv2d and is_ordinary(layer):
+        return as_kind(PackedConvolution, layer)
+    if type(layer) is nn.Linear and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return as_kind(PackedLinear, layer)
+    return None
 
 
 def is_ordinary(layer: nn.Conv2d) -> bool:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onestepsr.models.replacing import as_kind, replace_layers
+
 BAND = 2**22
 """Numbers that statistics are taken of at once."""
 SHARE_OF_PICTURE = 1 / 8
@@ -27,14 +29,6 @@ class PictureNorm(nn.GroupNorm):
     """Whether the statistics of what comes are kept."""
     kept: tuple[Tensor, Tensor] | None = None
     """Mean and variance of every channel's group, each (C,) in float32; None: those of the input."""
-
-    @classmethod
-    def of(cls, plain: nn.GroupNorm) -> PictureNorm:
-        """The same layer with the same parameters, not copied."""
-        with torch.device("meta"):
-            made = cls(plain.num_groups, plain.num_channels, plain.eps, plain.affine)
-        made.weight, made.bias = plain.weight, plain.bias
-        return made.train(plain.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised ``x`` (N, C, H, W)."""
@@ -62,10 +56,7 @@ class PictureNorms:
 
     def __init__(self, network: nn.Module) -> None:
         """Replaces the plain ones below ``network``; parameters and their names stay."""
-        for parent in list(network.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child) is nn.GroupNorm:
-                    setattr(parent, name, PictureNorm.of(child))
+        replace_layers(network, lambda layer: as_kind(PictureNorm, layer) if type(layer) is nn.GroupNorm else None)
         self._norms = [layer for layer in network.modules() if isinstance(layer, PictureNorm)]
 
     def __len__(self) -> int:

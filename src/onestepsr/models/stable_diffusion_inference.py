@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.models.attention import attention, is_fast
-from onestepsr.models.packed_weights import as_kind, is_ordinary, pack_weights
+from onestepsr.models.packed_weights import is_ordinary, pack_weights
+from onestepsr.models.replacing import as_kind, replace_layers
 
 CODERS = ("Encoder", "Decoder")
 """Names of diffusers' classes for the halves of its autoencoder."""
@@ -42,10 +43,18 @@ class BlockwiseAttention:
             raise ValueError("attention here takes no mask")
         if hidden_states.ndim == 3:
             return _attend(attn, hidden_states, encoder_hidden_states)
-        height, width = hidden_states.shape[2:]
-        tokens = attn.group_norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2)  # (N, H W, C)
-        result = torch.unflatten(_attend(attn, tokens, None), 1, (height, width)).permute(0, 3, 1, 2)
-        return result + hidden_states
+        result = _attend(attn, _tokens(attn.group_norm(hidden_states)), None)
+        return _maps(result, hidden_states) + hidden_states
+
+
+def _tokens(maps: Tensor) -> Tensor:
+    """(N, C, H, W) as (N, H W, C), in channels_last without a copy."""
+    return maps.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _maps(tokens: Tensor, like: Tensor) -> Tensor:
+    """The way back, in channels_last, to the height and width of ``like``."""
+    return torch.unflatten(tokens, 1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
 def _attend(attn: Any, tokens: Tensor, context: Tensor | None) -> Tensor:
@@ -98,10 +107,10 @@ class LeanResidualBlock(nn.Module):
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """Output (N, out_channels, H, W) of ``x`` (N, in_channels, H, W) and the embedding (N, C) of the step, which an
         autoencoder has not."""
-        hidden = cast(Tensor, self.conv1(_activated(self.norm1, x)))
+        hidden = cast(Tensor, self.conv1(F.silu(self.norm1(x), inplace=True)))
         if self.time_emb_proj is not None:
             hidden += self.time_emb_proj(F.silu(cast(Tensor, temb)))[:, :, None, None]
-        hidden = _activated(self.norm2, hidden)
+        hidden = F.silu(self.norm2(hidden), inplace=True)
         hidden = cast(Tensor, self.conv2(self.dropout(hidden)))
         hidden += x if self.conv_shortcut is None else self.conv_shortcut(x)
         return hidden if self.output_scale_factor == 1.0 else hidden / self.output_scale_factor
@@ -127,16 +136,10 @@ class LeanTransformer(nn.Module):
         diffusers hands to such layers, must be None."""
         if any(value is not None for name, value in others.items() if name != "return_dict"):
             raise ValueError(f"transformer blocks here take a prompt alone, no {', '.join(sorted(others))}")
-        height, width = hidden_states.shape[2:]
-        tokens = self.proj_in(self.norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2))  # (N, H W, C)
+        tokens = self.proj_in(_tokens(self.norm(hidden_states)))
         for block in self.transformer_blocks:
             tokens = block(tokens, encoder_hidden_states=encoder_hidden_states)
-        result = torch.unflatten(self.proj_out(tokens), 1, (height, width)).permute(0, 3, 1, 2)
-        return (result + hidden_states,)
-
-
-def _activated(norm: nn.Module, x: Tensor) -> Tensor:
-    return F.silu(norm(x), inplace=True)
+        return (_maps(self.proj_out(tokens), hidden_states) + hidden_states,)
 
 
 class LeanCoder(nn.Module):
@@ -176,14 +179,16 @@ def _layers(coder: Any) -> Iterator[nn.Module]:
 def make_lean(network: nn.Module) -> None:
     """Replace residual blocks, transformers, encoder and decoder of Stable Diffusion's kind below ``network`` by lean
     ones; parameters and their names stay."""
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child).__name__ == "ResnetBlock2D" and _is_usual(child):
-                setattr(parent, name, LeanResidualBlock(child))
-            elif type(child).__name__ == "Transformer2DModel" and _is_linear(child):
-                setattr(parent, name, LeanTransformer(child))
-            elif type(child).__name__ in CODERS:
-                setattr(parent, name, LeanCoder(child))
+    replace_layers(network, _lean)
+
+
+def _lean(layer: Any) -> nn.Module | None:
+    name = type(layer).__name__
+    if name == "ResnetBlock2D" and _is_usual(layer):
+        return LeanResidualBlock(layer)
+    if name == "Transformer2DModel" and _is_linear(layer):
+        return LeanTransformer(layer)
+    return LeanCoder(layer) if name in CODERS else None
 
 
 def _is_usual(block: Any) -> bool:

@@ -183,8 +183,9 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, 3, H, W) to (N, latent_channels, H/f, W/f)."""
         h = self.conv_in(x)
-        for layer in (layer for level in self.down for layer in cast(Level, level).layers()):
-            h = layer(h)
+        for level in self.down:
+            for layer in cast(Level, level).layers():
+                h = layer(h)
         return cast(Tensor, self.conv_out(_activated(self.norm_out, self.mid(h))))
 
 
@@ -207,8 +208,9 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Map (N, latent_channels, h, w) to (N, 3, f h, f w)."""
         h = self.mid(self.conv_in(z))
-        for layer in (layer for level in reversed(self.up) for layer in cast(Level, level).layers()):
-            h = layer(h)
+        for level in reversed(self.up):
+            for layer in cast(Level, level).layers():
+                h = layer(h)
         return cast(Tensor, self.conv_out(_activated(self.norm_out, h)))
 
 
