@@ -4,8 +4,9 @@
 
 Random weights say little about norms, so this first trains a small autoencoder with Stable Diffusion's layers on crops
 of the first folder. Then pictures of the second, enlarged twofold so that they are large beside a tile, go through
-encoder and decoder by way of the upscaler: whole, and in tiles, with either of ``UpscaleOptions.tile_norms``. One line
-for each size of tile: PSNR between tiles and whole in dB, mean over the pictures, and seconds.
+encoder and decoder by way of the upscaler: whole, and in tiles, with either of ``UpscaleOptions.tile_norms``, and with
+the latents of all tiles joined before the first is decoded. One line for each size of tile: PSNR between tiles and
+whole in dB, mean over the pictures, and seconds.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from onestepsr.image import Picture, read_picture, samples_to_tensor
 from onestepsr.image_resample import resize
 from onestepsr.models.stable_diffusion import StableDiffusionAutoencoder
 from onestepsr.models.stable_diffusion_config import AutoencoderConfig
+from onestepsr.models.tile_stages import Stage, StageDemand
 from onestepsr.upscaler import UpscaleOptions, Upscaler
 
 SMALL = AutoencoderConfig(
@@ -46,10 +48,34 @@ class Reconstruction(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.autoencoder = StableDiffusionAutoencoder(SMALL)
+        self.latent_channels = SMALL.latent_channels
+        self.joins_latents = False
+
+    def memory_per_pixel(self, dtype: torch.dtype) -> float:
+        """Peak bytes per pixel."""
+        return self.autoencoder.memory_per_pixel(dtype)
+
+    def stage_demands(self, dtype: torch.dtype) -> dict[Stage, StageDemand] | None:
+        """Whether latents are joined decides if there are stages; their UNet does nothing."""
+        factor = self.autoencoder.factor
+        demand = StageDemand(per_pixel=self.memory_per_pixel(dtype), multiple=factor)
+        return {"encode": demand, "unet": demand, "decode": demand} if self.joins_latents else None
+
+    def encode_lr(self, rgb: Tensor) -> Tensor:
+        """Latent (N, C, h / 8, w / 8) of ``rgb`` (N, 3, h, w) in [0, 1]."""
+        return self.autoencoder.encode(rgb * 2 - 1)
+
+    def restore_latent(self, z: Tensor, rgb: Tensor) -> Tensor:
+        """``z`` itself."""
+        return z
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Image in [0, 1] of a latent."""
+        return self.autoencoder.decode(z) * 0.5 + 0.5
 
     def forward(self, rgb: Tensor) -> Tensor:
         """``rgb`` (N, 3, h, w) in [0, 1] again."""
-        return self.autoencoder.decode(self.autoencoder.encode(rgb * 2 - 1)) * 0.5 + 0.5
+        return self.decode(self.encode_lr(rgb))
 
 
 def main() -> None:
@@ -108,15 +134,18 @@ def doubled(path: Path) -> Picture:
 
 def compared(upscaler: Upscaler, pictures: list[Picture], tile: int) -> str:
     """What is said of one size of tile."""
-    levels: dict[str, list[float]] = {"tile": [], "picture": []}
+    ways = {"norms of the tile": (False, "tile"), "norms of the picture": (False, "picture")}
+    ways["and joined latents"] = (True, "picture")
+    levels: dict[str, list[float]] = {name: [] for name in ways}
     seconds = dict.fromkeys(levels, 0.0)
     for picture in pictures:
         whole, _ = enlarged(upscaler, picture, tile="off")
-        for norms, found in levels.items():
+        for name, (joins_latents, norms) in ways.items():
+            cast(Any, upscaler.generator).joins_latents = joins_latents
             pixels, taken = enlarged(upscaler, picture, tile=tile, tile_norms=norms)
-            found.append(10 * math.log10(255**2 / np.square(pixels - whole).mean()))
-            seconds[norms] += taken
-    return ", ".join(f"norms of the {n} {np.mean(levels[n]):.1f} dB in {seconds[n]:.1f} s" for n in levels)
+            levels[name].append(10 * math.log10(255**2 / np.square(pixels - whole).mean()))
+            seconds[name] += taken
+    return ", ".join(f"{name} {np.mean(levels[name]):.1f} dB in {seconds[name]:.1f} s" for name in ways)
 
 
 def enlarged(upscaler: Upscaler, picture: Picture, **options: Any) -> tuple[Any, float]:

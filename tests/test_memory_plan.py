@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from onestepsr import memory_plan
+from onestepsr.demand import Demand, Extent
 from onestepsr.errors import UserError
 from onestepsr.image import Picture
-from onestepsr.memory_plan import Demand, Extent, Plan, Planner, is_out_of_memory, largest_side, smaller
+from onestepsr.memory_plan import Plan, Planner, largest_side, smaller
+from onestepsr.out_of_memory import is_out_of_memory
 from onestepsr.upscaler import UpscaleOptions, Upscaler
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

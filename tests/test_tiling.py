@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -76,7 +75,7 @@ def test_equals_the_whole_when_the_function_looks_no_further_than_the_margin() -
 
 def test_bands_are_complete_rows_of_bounded_height() -> None:
     x = torch.rand(1, 1, 100, 70)
-    bands = list(tiling.tiled_rows(partial(map, enlarge), x, 4, (32, 48), 8, margin=2))
+    bands = list(tiling.tiled_rows(map(enlarge, tiling.cut(x, (32, 48), 8)), (100, 70), 4, (32, 48), 8, margin=2))
     assert sum(band.shape[2] for band in bands) == 400
     assert all(band.shape[3] == 280 and band.shape[2] <= 128 for band in bands)
 
@@ -104,7 +103,7 @@ def test_averaged_tiles_equal_published_code(name: str) -> None:
 
 def test_published_tiles_need_one_row_of_tiles_at_a_time() -> None:
     x = torch.rand(1, 2, 70, 40)
-    bands = list(tiling.averaged_rows(partial(map, enlarge), x, 4, (32, 32), 10))
+    bands = list(tiling.averaged_rows(map(enlarge, tiling.cut(x, (32, 32), 10)), (70, 40), 4, (32, 32), 10))
     assert [band.shape[2] for band in bands] == [88, 64, 128]  # tiles start in rows 0, 22 and 38
     torch.testing.assert_close(torch.cat(bands, 2), enlarge(x), atol=1e-6, rtol=0)
     assert {side: side - tiling.published_overlap(side) for side in (512, 256, 64)} == {512: 448, 256: 224, 64: 48}

@@ -1,36 +1,33 @@
 """How much of a picture goes through a network at once, so that the memory suffices.
 
 What a network takes follows from what it says of itself: peak bytes per input pixel, measured for each kind of network
-as growth of the resident memory. One tile shape serves encoder, UNet and decoder (``docs/benchmark.md`` says why).
+as growth of the resident memory. Where encoder, UNet and decoder each tell, they have tiles of their own.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
 
+from onestepsr.demand import Demand, Extent
 from onestepsr.errors import UserError
 from onestepsr.machine import free_memory
+from onestepsr.models.tile_stages import Stage
 from onestepsr.tiling import PUBLISHED_OVERLAPS, Sides, TileJoin, join_of, starts_along
 from onestepsr.upscale_options import UpscaleOptions, target_size
 
-DEFAULT_MEMORY_PER_PIXEL = 6000.0
-"""Peak bytes per input pixel assumed of a generator that does not tell, at 4 bytes per number."""
-COLOUR_BYTES = 200
-"""Peak bytes per input pixel that the colour fix takes, at scale 4."""
 LARGEST_TILE = {"cpu": 320, "cuda": 768}
 """Side of a square tile beyond whose area a larger one saves no time worth its memory: the overlap costs a fifth or
 less."""
 WORK_FOR_MEMORY = 1.03
 """So much of the least work is done for smaller tiles, which take less memory."""
+WORK_FOR_WHOLE = 1.25
+"""So much of the work of tiles is done for the whole, which has no joins, where attention makes tiles less work."""
 LARGEST_BATCH = 8
 """So many tiles at once are enough to keep a GPU busy; beyond it they only take memory."""
 SHARE = 0.6
@@ -46,25 +43,37 @@ go, and the gaps between them stay. Measured with two threads: 1.3 GB of 2.1 wit
 of 256, which would be 0.1 if freed memory went back to the system at once; 0.2 of 0.4 with ``d3sr-tiny``."""
 RESIZE_BYTES, RESIZE_BAND_BYTES = 12, 32_000_000
 """Bytes per output pixel that resampling works with, and the most of them: it goes over the picture in bands."""
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|not enough memory|alloc_failed|bad_alloc"
-    r"|could not create a (primitive(?! desc)|memory)",  # all that oneDNN says when an allocation of its own fails
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a picture goes through the network."""
+class StagePlan:
+    """How a picture goes through encoder, UNet or decoder."""
 
     tile: Sides
-    """Height and width of a tile in input pixels; the picture's where one tile is all of it."""
+    """Height and width of a tile in input pixels."""
     tiles: int
     """How many there are."""
     batch: int
     """Tiles that go through the network together."""
+    multiple: int
+    """Input pixels at multiples of which tiles start."""
+
+    @property
+    def tile_name(self) -> str:
+        """Height and width of a tile as messages say them."""
+        return "{}x{}".format(*self.tile)
+
+    def __str__(self) -> str:
+        cut = "whole" if self.tiles == 1 else f"{self.tiles} tiles of {self.tile_name} pixels"
+        return f"{cut}, {self.batch} at once" if self.batch > 1 else cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(StagePlan):
+    """How a picture goes through the network. Where its stages have tiles of their own, these are the decoder's."""
+
     pixels: int
-    """Input pixels that do so, padding included."""
+    """Input pixels that go through it together, padding included; as many as take the memory of the largest stage."""
     dtype: str
     """Number format of the network."""
     device: str
@@ -73,76 +82,39 @@ class Plan:
     """Bytes that this takes on the device: weights, feature maps and, on a CPU, the picture and the enlarged one."""
     retries: int = 0
     """How often less had to be tried, because memory ran out."""
+    stages: dict[Stage, StagePlan] | None = None
+    """Tiles of encoder, UNet and decoder; None where all three are done with one tile before the next."""
 
     def __str__(self) -> str:
-        cut = "whole" if self.tiles == 1 else f"{self.tiles} tiles of {self.tile_name} pixels"
-        batch = f", {self.batch} at once" if self.batch > 1 else ""
+        cut = super().__str__()
+        if self.stages is not None:
+            cut = "; ".join(f"{stage} {plan}" for stage, plan in self.stages.items())
         tried = f", after running out of it {self.retries}x" if self.retries else ""
         where = f"{self.dtype} on {self.device}"
-        return f"{cut}{batch}, {where}: about {self.expected_peak / 1e9:.2f} GB of memory{tried}"
+        return f"{cut}, {where}: about {self.expected_peak / 1e9:.2f} GB of memory{tried}"
+
+    def as_stage(self) -> StagePlan:
+        """What of it is said of a stage."""
+        return StagePlan(tile=self.tile, tiles=self.tiles, batch=self.batch, multiple=self.multiple)
 
     @property
-    def tile_name(self) -> str:
-        """Height and width of a tile as messages say them."""
-        return "{}x{}".format(*self.tile)
+    def cell(self) -> int:
+        """Input pixels along an axis of a latent position, where there are stages: the encoder's tiles start at any."""
+        return 1 if self.stages is None else self.stages["encode"].multiple
+
+    @property
+    def steps(self) -> int:
+        """Tiles of all stages."""
+        return sum(plan.tiles for plan in self.stages.values()) if self.stages else self.tiles
+
+    @property
+    def cuts_autoencoder(self) -> bool:
+        """Whether encoder or decoder see less than the whole."""
+        return self.tiles > 1 or (self.stages is not None and self.stages["encode"].tiles > 1)
 
     def as_json(self) -> dict[str, Any]:
         """Its fields by name; bytes as ``expected_peak``."""
         return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demand:
-    """What a generator takes and asks for; :meth:`of` reads it from the generator."""
-
-    name: str
-    """What the model is called."""
-    dtype: torch.dtype
-    """Number format that the rest is said of."""
-    scale: int
-    """Output side / input side."""
-    weights: int
-    """Bytes of its weights."""
-    per_pixel: float
-    """Peak bytes per input pixel of its feature maps and of the colour fix."""
-    multiple: int = 1
-    """Tiles start at multiples of this."""
-    largest_tile: int | None = None
-    """Side that tiles chosen by memory stay below."""
-    takes_batches: bool = True
-    """Whether it may be given several tiles of one picture at once."""
-
-    @staticmethod
-    def of(generator: nn.Module, dtype: torch.dtype, name: str, *, takes_batches: bool = True) -> Demand:
-        """The demand of ``generator`` once its weights are in ``dtype``."""
-        scale = int(cast(int, generator.scale))
-        tell = getattr(generator, "memory_per_pixel", None)
-        own = float(tell(dtype)) if callable(tell) else DEFAULT_MEMORY_PER_PIXEL * dtype.itemsize / 4
-        largest = getattr(generator, "largest_tile", None)
-        return Demand(
-            name=name,
-            dtype=dtype,
-            scale=scale,
-            weights=sum(parameter.numel() for parameter in generator.parameters()) * dtype.itemsize,
-            per_pixel=own + COLOUR_BYTES * scale**2 / 16,
-            multiple=int(getattr(generator, "lr_multiple", 1)),
-            largest_tile=None if largest is None else int(largest),
-            takes_batches=takes_batches,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extent:
-    """The size of a picture."""
-
-    height: int
-    """Rows."""
-    width: int
-    """Columns."""
-    pixel_bytes: int = 3
-    """Bytes of a pixel: samples times bytes per sample."""
-    alpha_bytes: int = 0
-    """Bytes of a pixel's transparency: those of one sample, or none."""
 
 
 class Planner:
@@ -168,18 +140,42 @@ class Planner:
         :class:`UserError` if the memory, or ``options.memory``, does not suffice for the smallest tiles, or the latter
         not for those that ``options.tile`` asks for.
         """
-        tile = self._tile()
-        if most_pixels is not None and self._geometry(tile)[0] > most_pixels:
-            side = max(math.isqrt(most_pixels), smallest_side(self.options))
-            tile = (side, side)
-        plan = self._of_tile(tile, most_pixels)
+        plan = self._staged(most_pixels) or self._chosen(most_pixels)
         limit = self.options.memory
         if limit is not None and plan.expected_peak > limit * 1e9:
             raise UserError(self._over_the_limit(plan, limit))
         return plan
 
+    def _chosen(self, most_pixels: int | None) -> Plan:
+        tile = self._tile()
+        if most_pixels is not None and self._geometry(tile)[0] > most_pixels:
+            side = max(math.isqrt(most_pixels), smallest_side(self.options))
+            tile = (side, side)
+        return self._of_tile(tile, most_pixels)
+
+    def _staged(self, most_pixels: int | None) -> Plan | None:
+        """A plan with tiles of their own for all stages, unless one is all of it; None where they have none."""
+        stages, options = self.demand.stages, self.options
+        if stages is None or options.tile == "off" or options.tile_blend == "average":
+            return None
+        plans = dict[Stage, Plan]()
+        for stage, demand in sorted(stages.items(), key=lambda item: -item[1].per_pixel):  # the first to lack memory
+            share = self.demand.per_pixel / demand.per_pixel
+            most = None if most_pixels is None else int(most_pixels * share)
+            plans[stage] = Planner(self.extent, demand, options, self.device)._chosen(most)
+        if all(plan.tiles == 1 for plan in plans.values()) and (whole := self._chosen(most_pixels)).tiles == 1:
+            return whole
+        most_work = max(plan.pixels * stages[stage].per_pixel for stage, plan in plans.items())
+        return replace(
+            plans["decode"],
+            pixels=math.ceil(most_work / self.demand.per_pixel),
+            expected_peak=max(plan.expected_peak for plan in plans.values()),
+            stages={stage: plans[stage].as_stage() for stage in stages},
+        )
+
     def _tile(self) -> Sides:
-        height, width, wanted = self.extent.height, self.extent.width, self.options.tile
+        wanted, padding = self.options.tile, self.demand.padding
+        height, width = (-(-side // padding) * padding for side in (self.extent.height, self.extent.width))
         whole = (height, width)
         if wanted == "off":
             return whole
@@ -194,13 +190,34 @@ class Planner:
         cells = side - side % self.demand.multiple  # tiles consist of whole cells, and would be rounded up
         side = cells if cells >= smallest else side
         side = min(side, max(LARGEST_TILE.get(self.device.type, 320), smallest), self.demand.largest_tile or side)
-        if height * width <= side * side and self._needed(whole) <= self.budget:  # a long one is padded by more
+        fits = height * width <= side * side and self._needed(whole) <= self.budget  # a long one is padded by more
+        if fits and self.demand.balance == math.inf:
             return whole
         if self.options.tile_blend == "average":
             side = max((known for known in PUBLISHED_OVERLAPS if known <= side), default=side)
+            tile = side, side
         elif self.device.type == "cpu":
-            return self._least_work(side, together)
-        return side, side
+            tile = self._least_work(side, together)
+        else:
+            tile = (self._best_side(side, smallest),) * 2
+        return whole if fits and self._work(whole) <= WORK_FOR_WHOLE * self._work(tile) else tile
+
+    def _work(self, tile: Sides) -> float:
+        """Input pixels of all tiles together, and what attention takes in such pixels."""
+        area, tiles = self._geometry(tile)
+        return tiles * area * (1 + area / self.demand.balance)
+
+    def _best_side(self, largest: int, smallest: int) -> int:
+        """Side of square tiles, at most ``largest``, that have the least work for the area that they add."""
+        if self.demand.balance == math.inf:
+            return largest
+        step = self.demand.multiple
+        sides = range(largest, max(smallest, step) - 1, -step)
+        return min(sides, key=self._work_of_squares, default=largest)
+
+    def _work_of_squares(self, side: int) -> float:
+        overlap = join_of((side, side), self.options.overlap, self.demand.multiple, self.options.tile_blend).overlap
+        return (1 + side**2 / self.demand.balance) * (side / (side - overlap)) ** 2
 
     def _least_work(self, side: int, together: int) -> Sides:
         """The tiles of at most ``side`` x ``side`` pixels that have the fewest in all, or nearly, and are smallest.
@@ -211,12 +228,13 @@ class Planner:
         """
         join = join_of((side, side), self.options.overlap, self.demand.multiple, self.options.tile_blend)
         padded, longest = self._padded(join), self.demand.largest_tile or math.inf
-        choice: list[tuple[int, int, Sides]] = []
+        choice: list[tuple[float, int, Sides]] = []
         for (height, rows), (width, columns) in itertools.product(*(self._divisions(n, join) for n in padded)):
             area = min(height, padded[0]) * min(width, padded[1])
             needed = together * area * self.demand.per_pixel + self._rows((height, width))
             if area <= side * side and needed <= self.budget and max(height, width) <= longest:
-                choice.append((area * rows * columns, area, (height, width)))
+                work = area * rows * columns * (1 + area / self.demand.balance)
+                choice.append((work, area, (height, width)))
         if not choice:
             return side, side
         good_enough = WORK_FOR_MEMORY * min(work for work, *_ in choice)
@@ -235,8 +253,9 @@ class Planner:
                 return
 
     def _padded(self, join: TileJoin) -> Sides:
+        multiple = join.multiple if join.blend == "average" else max(join.multiple, self.demand.padding)
         height, width = self.extent.height, self.extent.width
-        return -(-height // join.multiple) * join.multiple, -(-width // join.multiple) * join.multiple
+        return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
     def _require(self, smallest: int) -> None:
         """Raise unless tiles of this side, or the whole of a smaller picture, fit."""
@@ -264,6 +283,7 @@ class Planner:
             tile=tile,
             tiles=tiles,
             batch=batch,
+            multiple=self.demand.multiple,
             pixels=batch * area,
             dtype=str(self.demand.dtype).removeprefix("torch."),
             device=str(self.device),
@@ -298,7 +318,8 @@ class Planner:
         own, alpha, area = self.extent.pixel_bytes, self.extent.alpha_bytes, self.demand.scale**2
         fine = 6 if self.options.color_fix == "adain" else 0
         copies = 3 if alpha else 2
-        return self.extent.height * self.extent.width * (copies * own + alpha + area * (own + fine))
+        between = math.ceil(self.demand.latents_per_pixel)
+        return self.extent.height * self.extent.width * (copies * own + alpha + area * (own + fine) + between)
 
     def _idle_picture_bytes(self) -> int:
         """Bytes of pictures while no tile is at work: before the first one, or after the last, whichever are more.
@@ -317,8 +338,10 @@ class Planner:
         return height * width * (own + alpha) + max(before, after)
 
     def _row_bytes(self) -> float:
-        """Bytes of joined rows per input row of a tile: three float32 channels over the whole width."""
-        return BANDS * 12 * self.demand.scale**2 * self.extent.width if self.on_host else 0.0
+        """Bytes of joined rows per input row of a tile: three float32 channels over the whole width, or latents."""
+        joined = self.demand.joined_per_pixel
+        per_pixel = 12 * self.demand.scale**2 if joined is None else joined
+        return BANDS * per_pixel * self.extent.width if self.on_host else 0.0
 
     def _rows(self, tile: Sides) -> float:
         return min(tile[0], self.extent.height) * self._row_bytes()
@@ -361,21 +384,3 @@ def smaller(plan: Plan, options: UpscaleOptions) -> int | None:
     smallest = smallest_side(options)
     side = math.isqrt(plan.pixels)
     return None if side <= smallest else max(side // 2, smallest) ** 2
-
-
-@contextmanager
-def lack_of_memory_named(message: str) -> Iterator[None]:
-    """Inside, memory that runs out is a :class:`UserError` with ``message``."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(message) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, whatever the device says that with."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None

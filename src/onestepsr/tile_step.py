@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ from onestepsr.color import gray, wavelet
 from onestepsr.errors import OneStepSRError
 from onestepsr.image import samples_to_tensor
 from onestepsr.image_profile import MatrixProfile
+from onestepsr.models.tile_stages import Stage
 from onestepsr.transfers import Arrival, to_device
 from onestepsr.upscale_options import UpscaleOptions
 
@@ -44,10 +46,47 @@ class Network:
     """Output side / input side."""
     name: str
     """What the model is called."""
-    takes_rng: bool
-    """Whether it draws noise from a generator that it is given."""
-    takes_origin: bool
-    """Whether it wants to know where a tile lies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What of a generator tiles go through."""
+
+    method: str
+    """Its method."""
+    takes_lr: bool = True
+    """Whether that is given the LR tile."""
+    takes_latent: bool = False
+    """Whether it is given, before that, the tile of a latent."""
+    makes_picture: bool = True
+    """Whether a picture comes out, and not a latent."""
+
+
+WHOLE = Pass(method="forward")
+STAGES: dict[Stage, Pass] = {
+    "encode": Pass(method="encode_lr", makes_picture=False),
+    "unet": Pass(method="restore_latent", takes_latent=True, makes_picture=False),
+    "decode": Pass(method="decode", takes_lr=False, takes_latent=True),
+}
+"""Encoder, UNet and decoder, one after the other."""
+
+
+def takes_batches(generator: nn.Module, part: Pass) -> bool:
+    """Whether several tiles of one picture may be given to it together: not where each has noise of its own."""
+    taken = inspect.signature(getattr(generator, part.method)).parameters
+    return "rng" not in taken and "origin" not in taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """A part of a picture."""
+
+    place: tuple[int, int]
+    """Row and column where it starts."""
+    lr: Tensor
+    """Stored samples (1, C, h, w)."""
+    latent: Tensor | None = None
+    """The same part of a latent (1, D, h', w'), where the network is given one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +94,14 @@ class _Launched:
     """What a device was told to compute."""
 
     tiles: int
-    pictures: Arrival
+    results: Arrival
     extremes: Arrival
     """Lowest and highest value that the network gave."""
 
 
 class TileStep:
-    """Tiles of stored samples (1, C, h, w) to colour-fixed float32 output (1, C, h * scale, w * scale), in order.
+    """Tiles to what comes of them in one pass, in order: colour-fixed pictures (1, C, h * scale, w * scale) in float32,
+    or latents.
 
     The tiles are those of one picture, all of one shape, and ``batch`` of them go through the network together.
     """
@@ -71,19 +111,20 @@ class TileStep:
         network: Network,
         profile: MatrixProfile | None,
         options: UpscaleOptions,
-        places: list[tuple[int, int]],
         *,
+        part: Pass = WHOLE,
         batch: int = 1,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[], None] | None = None,
         fill: bool = False,
     ) -> None:
-        """``places`` holds row and column of every tile, in the order of the calls; ``progress(done, total)`` is called
-        after each. ``fill``: the last batch repeats its last tile until it is as large as the others."""
+        """``progress`` is called after each tile. ``fill``: the last batch repeats its last tile until it is as large
+        as the others."""
         self.network, self.profile, self.options, self.progress = network, profile, options, progress
-        self.places, self.batch, self.fill = places, batch, fill
-        self._launched = self._done = 0
+        self.part, self.batch, self.fill = part, batch, fill
+        self._takes = inspect.signature(getattr(network.generator, part.method)).parameters
+        self._launched = 0
 
-    def __call__(self, tiles: Iterable[Tensor]) -> Iterator[Tensor]:
+    def __call__(self, tiles: Iterable[Tile]) -> Iterator[Tensor]:
         """The output of each tile, on the CPU; it may be changed in place."""
         waiting: deque[_Launched] = deque()
         ahead = AHEAD.get(self.network.device.type, 0)
@@ -95,36 +136,36 @@ class TileStep:
         while waiting:
             yield from self._landed(waiting.popleft())
 
-    def rehearse(self, tile: Tensor) -> None:
-        """Send ``tile`` (1, C, h, w) through the network for what that leaves behind there; its output is dropped."""
-        self._network_output(_on(self._home, [tile]))
+    def rehearse(self, tile: Tile) -> None:
+        """Send ``tile`` through the network for what that leaves behind there; its output is dropped."""
+        self._network_output([tile], _on(self._home, [tile]))
 
     @property
     def _home(self) -> torch.device:
         """Where everything but the network is computed: elsewhere than on CUDA and the CPU only that is sure to run."""
         return self.network.device if self.network.device.type == "cuda" else torch.device("cpu")
 
-    def _launch(self, tiles: list[Tensor]) -> _Launched:
+    def _launch(self, tiles: list[Tile]) -> _Launched:
         home = self._home
-        lr = _on(home, [*tiles, *tiles[-1:] * (self.batch - len(tiles))] if self.fill else tiles)
-        output = self._network_output(lr).to(home)
+        given = [*tiles, *tiles[-1:] * (self.batch - len(tiles))] if self.fill else tiles
+        lr = _on(home, given)
+        output = self._network_output(given, lr).to(home)
         extremes = Arrival(torch.stack(output.aminmax()))  # far cheaper than looking at every value
         if home.type == "cpu":
             self._require_finite(extremes)
         else:  # looked at when they land: asking now would wait
             output = output.nan_to_num()
-        pictures = Arrival(self._coloured(output.clamp(0.0, 1.0), lr))
+        results = Arrival(self._coloured(output.clamp(0.0, 1.0), lr) if self.part.makes_picture else output)
         self._launched += len(tiles)
-        return _Launched(tiles=len(tiles), pictures=pictures, extremes=extremes)
+        return _Launched(tiles=len(tiles), results=results, extremes=extremes)
 
     def _landed(self, launched: _Launched) -> Iterator[Tensor]:
-        pictures = launched.pictures.get()
+        results = launched.results.get()
         self._require_finite(launched.extremes)
         for index in range(launched.tiles):
-            self._done += 1
             if self.progress is not None:
-                self.progress(self._done, len(self.places))
-            yield pictures[index : index + 1]
+                self.progress()
+            yield results[index : index + 1]
 
     def _coloured(self, output: Tensor, lr: Tensor) -> Tensor:
         """``output`` in the picture's own colour space, with the low frequencies of ``lr`` where these are wanted."""
@@ -136,30 +177,38 @@ class TileStep:
             output = wavelet(output, enlarge(lr, self.network.scale))
         return output
 
-    def _network_output(self, lr: Tensor) -> Tensor:
+    def _network_output(self, tiles: list[Tile], lr: Tensor) -> Tensor:
         network = self.network
-        lr = lr if self.profile is None else self.profile.to_srgb(lr)
-        rgb = lr.expand(-1, 3, -1, -1).to(network.device, network.input_dtype)
-        rgb = rgb.contiguous(memory_format=torch.channels_last)
-        output = network.generator(rgb, **self._conditions()).float()
+        given = []
+        if self.part.takes_latent:
+            latents = torch.cat([tile.latent for tile in tiles if tile.latent is not None])
+            given.append(to_device(latents, network.device))
+        if self.part.takes_lr:
+            lr = lr if self.profile is None else self.profile.to_srgb(lr)
+            given.append(lr.expand(-1, 3, -1, -1).to(network.device, network.input_dtype))
+        ordered = (values.contiguous(memory_format=torch.channels_last) for values in given)
+        # A module is called by itself, not by its method, so that it may be a compiled one.
+        run = network.generator if self.part is WHOLE else getattr(network.generator, self.part.method)
+        output = run(*ordered, **self._conditions(tiles[0].place)).float()
         expected = (len(lr), 3, *(side * network.scale for side in lr.shape[-2:]))
-        if output.shape != expected:
+        if self.part.makes_picture and output.shape != expected:
             raise OneStepSRError(
                 f"{network.name}: gave {tuple(output.shape)} for {tuple(lr.shape)}, expected {expected}"
             )
         return cast(Tensor, output)
 
-    def _conditions(self) -> dict[str, Any]:
+    def _conditions(self, place: tuple[int, int]) -> dict[str, Any]:
         """What the generator takes besides the picture. Those that take noise are given one tile at a time."""
-        network, extra = self.network, dict[str, Any]()
-        if network.takes_origin:  # the place decides the noise
-            extra["origin"] = self.places[self._launched]
-        if network.takes_rng:  # otherwise every tile has its own, the same in every run
-            own = 0 if network.takes_origin else self._launched
+        extra = dict[str, Any]()
+        if "origin" in self._takes:  # the place decides the noise
+            extra["origin"] = place
+        if "rng" in self._takes:  # otherwise every tile has its own, the same in every run
+            own = 0 if "origin" in self._takes else self._launched
             seed = (self.options.seed or 0) * 1_000_003 + own
             extra["rng"] = torch.Generator().manual_seed(seed % 2**64)  # PyTorch takes no larger ones
-        if self.options.prompt_embedding is not None:
-            extra["prompt_embedding"] = self.options.prompt_embedding.to(network.device, network.dtype)
+        if self.options.prompt_embedding is not None and "prompt_embedding" in self._takes:
+            embedding = self.options.prompt_embedding
+            extra["prompt_embedding"] = embedding.to(self.network.device, self.network.dtype)
         return extra
 
     def _require_finite(self, extremes: Arrival) -> None:
@@ -187,9 +236,10 @@ def to_float(tile: Tensor) -> Tensor:
     return samples_to_tensor(tile[0].permute(1, 2, 0).numpy())
 
 
-def _on(device: torch.device, tiles: list[Tensor]) -> Tensor:
-    """Stored samples of tiles as float32 (N, C, h, w) in [0, 1] on ``device``; 8 bits travel as they are."""
-    if device.type == "cpu" or tiles[0].dtype != torch.uint8:
-        values = [to_float(tile) for tile in tiles]
+def _on(device: torch.device, tiles: list[Tile]) -> Tensor:
+    """LR tiles as float32 (N, C, h, w) in [0, 1] on ``device``; 8 bits travel as they are."""
+    samples = [tile.lr for tile in tiles]
+    if device.type == "cpu" or samples[0].dtype != torch.uint8:
+        values = [to_float(tile) for tile in samples]
         return to_device(values[0] if len(values) == 1 else torch.cat(values), device)
-    return to_device(torch.cat(tiles), device).to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
+    return to_device(torch.cat(samples), device).to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)

@@ -8,7 +8,6 @@ equal results.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -29,8 +28,6 @@ PUBLISHED_OVERLAPS = {512: 64, 256: 32, 64: 16}
 """Tile sides of ResShift's and SinSR's commands at scale 4, and how far neighbours overlap there, in input pixels."""
 Sides = tuple[int, int]
 """Height and width of a tile in input pixels."""
-Work = Callable[[Iterable[Tensor]], Iterator[Tensor]]
-"""Tiles (1, C, h, w) to results (1, D, h * scale, w * scale), in order; it may look ahead and take several at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +42,29 @@ class TileJoin:
     """Tiles start at multiples of this; the picture must have been padded to them."""
     blend: TileBlend
     """``smooth`` is :func:`tiled_rows`, ``average`` :func:`averaged_rows`."""
+    margin: int = 0
+    """Width of the edge of a tile that is never used, for ``smooth``."""
 
-    def rows(self, work: Work, source: Tensor, scale: int) -> Iterator[Tensor]:
-        """``work`` on all tiles of ``source`` (1, C, H, W), as bands of finished rows (1, D, rows, W * scale)."""
+    def rows(self, pieces: Iterable[Tensor], size: Sides, scale: int) -> Iterator[Tensor]:
+        """``pieces`` (1, D, h * scale, w * scale), one for each tile of a padded picture of ``size``, as bands of
+        finished rows (1, D, rows, width * scale)."""
         if self.blend == "average":
-            return averaged_rows(work, source, scale, self.tile, self.overlap)
-        return tiled_rows(work, source, scale, self.tile, self.overlap, margin=min(MARGIN, self.overlap // 3))
+            return averaged_rows(pieces, size, scale, self.tile, self.overlap)
+        return tiled_rows(pieces, size, scale, self.tile, self.overlap, margin=self.margin)
+
+    def cut(self, source: Tensor) -> Iterator[Tensor]:
+        """The tiles of ``source`` (1, C, H, W), as views of it."""
+        return cut(source, self.tile, self.overlap)
+
+    def in_cells(self, cell: int) -> TileJoin:
+        """The same tiles in units of ``cell`` pixels, of which all sides are multiples."""
+        return TileJoin(
+            tile=(self.tile[0] // cell, self.tile[1] // cell),
+            overlap=self.overlap // cell,
+            multiple=self.multiple // cell,
+            blend=self.blend,
+            margin=self.margin // cell,
+        )
 
     def starts(self, height: int, width: int) -> list[tuple[int, int]]:
         """Row and column where each tile of a padded picture starts, in order."""
@@ -66,7 +80,8 @@ def join_of(tile: Sides, overlap: int, multiple: int, blend: TileBlend) -> TileJ
     if blend == "average":
         return TileJoin(tile=tile, overlap=published_overlap(min(tile), overlap), multiple=1, blend=blend)
     tile = (-(-tile[0] // multiple) * multiple, -(-tile[1] // multiple) * multiple)
-    return TileJoin(tile=tile, overlap=_whole_cells(overlap, min(tile), multiple), multiple=multiple, blend=blend)
+    overlap = _whole_cells(overlap, min(tile), multiple)
+    return TileJoin(tile=tile, overlap=overlap, multiple=multiple, blend=blend, margin=min(MARGIN, overlap // 3))
 
 
 def _whole_cells(overlap: int, tile: int, multiple: int) -> int:
@@ -102,21 +117,23 @@ def tiled(
     ``fn`` maps (1, C, h, w) to (1, D, h * scale, w * scale). When the value of ``fn`` at a pixel depends on at most
     ``margin`` input pixels around it, the result equals that of one call on the whole.
     """
-    work = functools.partial(map, fn)
-    return torch.cat(list(tiled_rows(work, x, scale, tile, overlap, margin=margin)), dim=2)
+    pieces = map(fn, cut(x, tile, overlap))
+    size = x.shape[-2], x.shape[-1]
+    return torch.cat(list(tiled_rows(pieces, size, scale, tile, overlap, margin=margin)), dim=2)
 
 
 def tiled_rows(
-    work: Work, x: Tensor, scale: int, tile: Sides, overlap: int = OVERLAP, *, margin: int = MARGIN
+    pieces: Iterable[Tensor], size: Sides, scale: int, tile: Sides, overlap: int = OVERLAP, *, margin: int = MARGIN
 ) -> Iterator[Tensor]:
-    """The result of :func:`tiled` as consecutive bands of finished rows (1, D, rows, W * scale).
+    """The result of :func:`tiled` as consecutive bands of finished rows (1, D, rows, W * scale): of what comes of the
+    tiles that :func:`cut` makes of a picture of ``size``, in their order.
 
     No more than one row of tiles is in memory at a time, so that the caller can round and store each band. All tiles
     have one shape.
     """
-    height, width = x.shape[-2:]
+    height, width = size
     starts, columns = starts_along(height, tile[0], overlap), starts_along(width, tile[1], overlap)
-    pieces, tail = work(_cut(x, tile, overlap)), None
+    pieces, tail = iter(pieces), None
     for top, following in zip(starts, [*starts[1:], height], strict=True):
         band = _row_of_tiles(pieces, columns, width * scale, scale, overlap=overlap, margin=margin)
         if tail is not None:
@@ -133,19 +150,27 @@ def places(height: int, width: int, tile: Sides, overlap: int = OVERLAP) -> list
     return list(itertools.product(starts_along(height, tile[0], overlap), starts_along(width, tile[1], overlap)))
 
 
+def cut(x: Tensor, tile: Sides, overlap: int = OVERLAP) -> Iterator[Tensor]:
+    """The tiles of ``x`` (1, C, H, W) in the order of :func:`places`, as views of it."""
+    for top, left in places(x.shape[-2], x.shape[-1], tile, overlap):
+        yield x[..., top : top + tile[0], left : left + tile[1]]
+
+
 def averaged(fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, tile: Sides, overlap: int) -> Tensor:
     """:func:`tiled` as ResShift and SinSR join tiles, for comparison: the plain mean where they overlap, seams and all.
 
     Their own settings are in :data:`PUBLISHED_OVERLAPS`.
     """
-    return torch.cat(list(averaged_rows(functools.partial(map, fn), x, scale, tile, overlap)), dim=2)
+    pieces = map(fn, cut(x, tile, overlap))
+    size = x.shape[-2], x.shape[-1]
+    return torch.cat(list(averaged_rows(pieces, size, scale, tile, overlap)), dim=2)
 
 
-def averaged_rows(work: Work, x: Tensor, scale: int, tile: Sides, overlap: int) -> Iterator[Tensor]:
+def averaged_rows(pieces: Iterable[Tensor], size: Sides, scale: int, tile: Sides, overlap: int) -> Iterator[Tensor]:
     """The result of :func:`averaged` as consecutive bands of finished rows, one row of tiles in memory at a time."""
-    height, width = x.shape[-2:]
+    height, width = size
     starts, columns = starts_along(height, tile[0], overlap), starts_along(width, tile[1], overlap)
-    pieces, above = work(_cut(x, tile, overlap)), None
+    pieces, above = iter(pieces), None
     for top, following in zip(starts, [*starts[1:], height], strict=True):
         sums = _sum_of_tiles(pieces, columns, width * scale, scale)
         if above is not None:
@@ -188,12 +213,6 @@ def _bell(length: int, middle: float, variance: float = 0.01) -> Tensor:
     """A Gaussian (length,) float64 of ``variance`` in units of the squared length."""
     distance = (torch.arange(length, dtype=torch.float64) - middle) / length
     return torch.exp(-(distance**2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
-
-
-def _cut(x: Tensor, tile: Sides, overlap: int) -> Iterator[Tensor]:
-    """The tiles of ``x`` (1, C, H, W), as views of it."""
-    for top, left in places(x.shape[-2], x.shape[-1], tile, overlap):
-        yield x[..., top : top + tile[0], left : left + tile[1]]
 
 
 def _row_of_tiles(

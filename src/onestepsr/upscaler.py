@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,18 +20,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from onestepsr.allocator import blocks_apart, freed_memory_kept
+from onestepsr.allocator import blocks_apart
 from onestepsr.color import Statistics, match_statistics, statistics
 from onestepsr.compiling import compile_networks, compiler_errors_named, require_compiler
+from onestepsr.demand import Demand, Extent
 from onestepsr.devices import DTYPES, resolve_device, resolve_dtype
 from onestepsr.errors import UserError
 from onestepsr.image import Picture, from_array, from_pil, read_picture, samples_to_tensor, tensor_to_samples, to_pil
 from onestepsr.image_profile import matrix_profile
 from onestepsr.image_resample import fill_transparent, resize
-from onestepsr.memory_plan import Demand, Extent, Plan, Planner, is_out_of_memory, smaller
-from onestepsr.models.picture_norms import SHARE_OF_PICTURE, PictureNorms, reduced
-from onestepsr.tile_step import Network, NonFiniteError, TileStep, enlarge, input_dtype_of, to_float
-from onestepsr.tiling import Sides, TileBlend, Work, join_of
+from onestepsr.memory_plan import Plan, Planner, smaller
+from onestepsr.models.picture_norms import PictureNorms
+from onestepsr.out_of_memory import is_out_of_memory
+from onestepsr.tile_route import Route
+from onestepsr.tile_step import Network, NonFiniteError, enlarge, input_dtype_of
+from onestepsr.tiling import Sides, TileBlend
 from onestepsr.upscale_options import ColorFix, UpscaleOptions, target_size
 
 __all__ = [
@@ -85,9 +87,8 @@ class Upscaler:
         self._most_pixels: int | None = None  # at once, since memory ran out with more
         self.last_plan: Plan | None = None
         """How the last picture went through the network: the plan with which it succeeded."""
-        taken = inspect.signature(generator.forward).parameters
-        self._takes_rng, self._takes_origin = "rng" in taken, "origin" in taken
-        self.prompt_width = int(cast(int, generator.prompt_width)) if "prompt_embedding" in taken else None
+        reads_text = "prompt_embedding" in inspect.signature(generator.forward).parameters
+        self.prompt_width = int(cast(int, generator.prompt_width)) if reads_text else None
         """Channels of the prompt embeddings that the generator reads; None if it reads no text."""
         self.generator = generator.eval().requires_grad_(False)
         self._convert(self.dtype)
@@ -244,8 +245,7 @@ class Upscaler:
         return self.device.type == "cpu" and area * self.memory_per_pixel() > LARGE_WORK
 
     def _demand(self, dtype: torch.dtype) -> Demand:
-        one_by_one = self._takes_rng or self._takes_origin  # each tile has noise of its own
-        return Demand.of(self.generator, dtype, self.name, takes_batches=not one_by_one)
+        return Demand.of(self.generator, dtype, self.name)
 
     def _convert(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -297,37 +297,30 @@ class Upscaler:
         """The network's output at its own scale, colour-fixed, as samples of the picture's kind."""
         pixels = picture.pixels if picture.alpha is None else fill_transparent(picture.pixels, picture.alpha)
         shape = (picture.height * self.scale, picture.width * self.scale, pixels.shape[2])
-        join = join_of(plan.tile, options.overlap, int(getattr(self.generator, "lr_multiple", 1)), options.tile_blend)
-        source = _padded(pixels, join.multiple)
-        profile = None if picture.gray else matrix_profile(picture.icc)
-        starts = join.starts(source.shape[2], source.shape[3])
-        step = TileStep(
-            self._network(), profile, options, starts, batch=plan.batch, progress=progress, fill=self.compiled
+        route = Route(
+            self._network(),
+            pixels,
+            plan,
+            options,
+            profile=None if picture.gray else matrix_profile(picture.icc),
+            progress=progress,
+            fill=self.compiled,
+            keep_memory=self.keeps_freed_memory(plan.pixels),
         )
-
-        def rehearse() -> None:
-            most = min(plan.pixels, source.shape[2] * source.shape[3] * SHARE_OF_PICTURE)
-            step.rehearse(reduced(source, most, join.multiple))
-
-        def rows(work: Work) -> Iterator[Tensor]:
-            return _cropped(join.rows(work, source, self.scale), shape[0], shape[1])
-
         errors = compiler_errors_named(self.name) if self.compiled else nullcontext()
-        freed = freed_memory_kept(self.keeps_freed_memory(plan.pixels))
-        # The rehearsal is not inside the last of these: its blocks have other sizes, and would only break up the heap.
-        with errors, torch.inference_mode(), self._alike(rehearse, plan, options), freed:
+        with errors, torch.inference_mode(), self._alike(route, plan, options):
             if options.color_fix != "adain":
-                return _stored(rows(step), shape, pixels.dtype.type)
+                return _stored(_cropped(route.rows(), *shape[:2]), shape, pixels.dtype.type)
             # AdaIN needs statistics of the whole output: it is kept with 16 bits until they are known.
-            fine = _stored(rows(step), shape, np.uint16)
-            wanted = statistics(rows(partial(map, lambda tile: enlarge(to_float(tile), self.scale))))
+            fine = _stored(_cropped(route.rows(), *shape[:2]), shape, np.uint16)
+            wanted = statistics(_cropped(route.enlarged_rows(), *shape[:2]))
             return _stored(_matched(fine, statistics(_bands(fine)), wanted), shape, pixels.dtype.type)
 
-    def _alike(self, rehearse: Callable[[], None], plan: Plan, options: UpscaleOptions) -> AbstractContextManager[None]:
+    def _alike(self, route: Route, plan: Plan, options: UpscaleOptions) -> AbstractContextManager[None]:
         """Inside, the norms of the autoencoder treat all tiles alike, where there are tiles, and that is wanted."""
         wanted = options.tile_norms == "picture" and options.tile_blend == "smooth" and not self.compiled
-        if self._norms and wanted and plan.tiles > 1:
-            return self._norms.measured_by(rehearse)
+        if self._norms and wanted and plan.cuts_autoencoder:
+            return self._norms.measured_by(route.rehearse)
         return nullcontext()
 
     def _network(self) -> Network:
@@ -338,8 +331,6 @@ class Upscaler:
             input_dtype=input_dtype_of(self.generator, self.dtype),
             scale=self.scale,
             name=self.name,
-            takes_rng=self._takes_rng,
-            takes_origin=self._takes_origin,
         )
 
 
@@ -351,14 +342,6 @@ def _extent(picture: Picture) -> Extent:
         pixel_bytes=picture.pixels.shape[2] * item,
         alpha_bytes=0 if picture.alpha is None else item,
     )
-
-
-def _padded(pixels: NDArray[Any], multiple: int) -> Tensor:
-    """Samples (H, W, C) as (1, C, h, w), reflected at the bottom and right up to multiples of ``multiple``."""
-    height, width = pixels.shape[:2]
-    if height % multiple or width % multiple:
-        pixels = np.pad(pixels, ((0, -height % multiple), (0, -width % multiple), (0, 0)), mode="reflect")
-    return torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]
 
 
 def _cropped(bands: Iterator[Tensor], height: int, width: int) -> Iterator[Tensor]:

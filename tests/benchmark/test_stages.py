@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from onestepsr.benchmark import stages as module
 from onestepsr.benchmark.networks import measure
-from onestepsr.benchmark.stages import Stopwatch, count_stages, stages_of, without_contents, wrapped
+from onestepsr.benchmark.stages import Call, Stopwatch, count_stages, stages_of, without_contents, wrapped
 from onestepsr.compiling import compile_networks
+from onestepsr.image import Picture
 from onestepsr.models.registry import load_generator
+from onestepsr.upscaler import UpscaleOptions, Upscaler
 
 CPU = torch.device("cpu")
 
@@ -51,6 +54,10 @@ class Timed(nn.Module):
         return self._take(0.5, self.decode(self.step(self.encode(x))))
 
 
+def evaluation(*shape: int) -> Call:
+    return "forward", (shape,)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
@@ -64,8 +71,21 @@ def test_every_second_lands_in_its_stage(clock: Clock) -> None:
         for side in (2, 3):
             generator(torch.zeros(1, 3, side, side))
     assert watch.read() == {"network": 15.0, "encode": 2.0, "unet": 4.0, "decode": 8.0}
-    assert watch.shapes == [(1, 3, 2, 2), (1, 3, 3, 3)]
+    assert watch.calls == [evaluation(1, 3, 2, 2), evaluation(1, 3, 3, 3)]
     assert watch.read() == {}
+
+
+def test_stages_with_tiles_of_their_own_are_the_network_together() -> None:
+    generator = load_generator("random:resshift-micro")
+    upscaler, watch = Upscaler(generator, "cpu", "float32"), Stopwatch(CPU)
+    picture = Picture(pixels=np.zeros((40, 64, 3), np.uint8))
+    with watch.section("upscale"), watch.watching(generator):
+        upscaler.upscale_picture(picture, UpscaleOptions(tile=48, tile_norms="tile"))
+    assert [name for name, _ in watch.calls] == [*["encode_lr"] * 2, *["restore_latent"] * 2, *["decode"] * 2]
+    seconds = watch.read()
+    assert sum(seconds[stage] for stage in ("encode", "steps", "decode")) <= seconds["network"] <= seconds["upscale"]
+    tiles = count_stages(generator, [evaluation(1, 3, 40, 48)] * 2)
+    assert count_stages(generator, watch.calls) == tiles
 
 
 def test_a_watched_generator_is_as_before_afterwards(clock: Clock) -> None:
@@ -109,8 +129,8 @@ def test_on_cuda_the_devices_clock_is_read_and_only_sections_of_the_host_wait(
 def test_operations_are_those_of_the_complexity_command() -> None:
     generator = load_generator("random:d3sr-tiny", dtype=torch.bfloat16)
     expected = {stage.name: stage.cost.macs for stage in measure("random:d3sr-tiny", 128).stages}
-    assert count_stages(generator, [(1, 3, 32, 32)]) == expected
-    mixed = count_stages(generator, [(1, 3, 32, 32), (1, 3, 32, 32), (2, 3, 32, 32)])
+    assert count_stages(generator, [evaluation(1, 3, 32, 32)]) == expected
+    mixed = count_stages(generator, [evaluation(n, 3, 32, 32) for n in (1, 1, 2)])
     assert mixed == {stage: 4 * macs for stage, macs in expected.items()}
     assert all(parameter.device == CPU for parameter in generator.parameters())
     assert not set(vars(generator)) & {"forward", *stages_of(generator)}
@@ -118,14 +138,15 @@ def test_operations_are_those_of_the_complexity_command() -> None:
 
 def test_every_step_of_a_sampler_counts() -> None:
     one, four = (
-        count_stages(load_generator("random:resshift-micro", steps=steps), [(1, 3, 16, 16)]) for steps in (1, 4)
+        count_stages(load_generator("random:resshift-micro", steps=steps), [evaluation(1, 3, 16, 16)])
+        for steps in (1, 4)
     )
     assert list(one) == ["encode", "steps", "decode"]
     assert four == {**one, "steps": 4 * one["steps"]}
 
 
 def test_a_network_without_stages_counts_nothing() -> None:
-    assert count_stages(load_generator("bicubic"), [(1, 3, 16, 16)]) == {}
+    assert count_stages(load_generator("bicubic"), [evaluation(1, 3, 16, 16)]) == {}
 
 
 def test_a_copy_without_contents_leaves_the_original() -> None:
@@ -140,7 +161,7 @@ def test_a_copy_without_contents_leaves_the_original() -> None:
 def test_a_compiled_generator_is_counted_by_a_plain_copy() -> None:
     generator = load_generator("random:resshift-micro")
     compile_networks(generator)
-    macs = count_stages(generator, [(1, 3, 16, 16)])
+    macs = count_stages(generator, [evaluation(1, 3, 16, 16)])
     assert min(macs.values()) > 0
     assert "encode" not in vars(without_contents(generator).autoencoder)
     assert "encode" in vars(generator.autoencoder)

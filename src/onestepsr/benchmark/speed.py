@@ -186,7 +186,7 @@ def _plain(
 
 
 def _path_speed(path: EnlargingPath, runs: Sequence[Run], config: SpeedConfig) -> PathSpeed:
-    macs = count_stages(path.generator, runs[0].shapes)
+    macs = count_stages(path.generator, runs[0].calls)
     return PathSpeed(
         dtype=str(path.dtype).removeprefix("torch."),
         memory_format=NAMES[path.memory_format],

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from onestepsr.allocator import freed_memory_kept
-from onestepsr.benchmark.stages import NETWORK, Stopwatch, stages_of
+from onestepsr.benchmark.stages import NETWORK, Call, Stopwatch, stages_of
 from onestepsr.color import wavelet
 from onestepsr.image import Picture, read_picture, samples_to_tensor, tensor_to_samples
 from onestepsr.image_write import write_picture
@@ -138,8 +138,8 @@ class Run:
 
     seconds: dict[str, float]
     """Time by stage, and of ``network`` and ``whole``, of which the stages are parts."""
-    shapes: tuple[tuple[int, ...], ...]
-    """Shapes of the LR pictures (N, 3, h, w) that the network was called with."""
+    calls: tuple[Call, ...]
+    """What of the network was called, with tensors of which shapes."""
     pixels: list[Samples]
     """What came out."""
 
@@ -159,7 +159,7 @@ def run_path(path: EnlargingPath, sources: Sequence[Path], folder: Path) -> Run:
         with watch.section(WRITE):
             for source, samples in zip(sources, pixels, strict=True):
                 write_picture(Picture(pixels=samples), folder / source.name)
-    return Run(seconds=_completed(watch.read(), path.generator), shapes=tuple(watch.shapes), pixels=pixels)
+    return Run(seconds=_completed(watch.read(), path.generator), calls=tuple(watch.calls), pixels=pixels)
 
 
 def stage_names(generator: nn.Module) -> list[str]:

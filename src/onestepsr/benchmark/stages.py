@@ -9,7 +9,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +25,10 @@ STAGES = {"encode": "encode", "step": "unet", "sample": "steps", "decode": "deco
 ``steps``."""
 NETWORK = "network"
 """The whole evaluation of a generator, whose stages are parts of it."""
+AROUND = ("forward", "encode_lr", "restore_latent")
+"""Methods of generators that call these: all of it for one tile, or a part where the stages have tiles of their own."""
+Call = tuple[str, tuple[tuple[int, ...], ...]]
+"""A method of a generator that was called from outside it, and the shapes of the tensors it was given."""
 
 
 def stages_of(generator: nn.Module) -> dict[str, str]:
@@ -52,9 +56,10 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.shapes: list[tuple[int, ...]] = []
-        """Shapes of the pictures that the generator was called with."""
+        self.calls: list[Call] = []
+        """What of the generator was called, with what."""
         self._spans: list[tuple[str, Any, Any]] = []
+        self._inside = False
 
     @contextmanager
     def section(self, name: str, *, on_device: bool = False) -> Iterator[None]:
@@ -71,18 +76,17 @@ class Stopwatch:
     @contextmanager
     def watching(self, generator: nn.Module) -> Iterator[None]:
         """Time every evaluation of ``generator`` and its stages."""
+        stages = stages_of(generator)
 
         def timed(name: str, method: Method) -> Method:
             def call(*args: Any, **kwargs: Any) -> Any:
-                if name == NETWORK:
-                    self.shapes.append(tuple(args[0].shape))
-                with self.section(name, on_device=True):
+                with self._outermost(name, args), self._stage(stages.get(name)):
                     return method(*args, **kwargs)
 
             return call
 
-        names = {"forward": NETWORK, **stages_of(generator)}
-        with wrapped(generator, {method: functools.partial(timed, stage) for method, stage in names.items()}):
+        names = {*stages, *(name for name in AROUND if callable(getattr(generator, name, None)))}
+        with wrapped(generator, {name: functools.partial(timed, name) for name in names}):
             yield
 
     def read(self) -> dict[str, float]:
@@ -94,6 +98,23 @@ class Stopwatch:
         self._spans.clear()
         return dict(seconds)
 
+    @contextmanager
+    def _outermost(self, name: str, args: Sequence[Tensor]) -> Iterator[None]:
+        """What is not called by another method that is timed counts as the network."""
+        if self._inside:
+            yield
+            return
+        self.calls.append((name, tuple(tuple(values.shape) for values in args)))
+        self._inside = True
+        try:
+            with self.section(NETWORK, on_device=True):
+                yield
+        finally:
+            self._inside = False
+
+    def _stage(self, name: str | None) -> AbstractContextManager[None]:
+        return nullcontext() if name is None else self.section(name, on_device=True)
+
     def _mark(self, on_device: bool) -> Any:
         if not on_device or self.device.type != "cuda":
             return time.perf_counter()
@@ -102,8 +123,8 @@ class Stopwatch:
         return event
 
 
-def count_stages(generator: nn.Module, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
-    """MACs of every stage, all products, over evaluations of LR pictures of ``shapes`` (N, 3, h, w); see ``counting``.
+def count_stages(generator: nn.Module, calls: Sequence[Call]) -> dict[str, int]:
+    """MACs of every stage, all products, over ``calls``; see ``counting``.
 
     Nothing is computed: the counting is done on a copy without contents.
     """
@@ -118,10 +139,10 @@ def count_stages(generator: nn.Module, shapes: Sequence[tuple[int, ...]]) -> dic
 
         return call
 
-    for shape, times in Counter(shapes).items():
+    for (method, shapes), times in Counter(calls).items():
         wrappers = {name: functools.partial(counted, stage, times) for name, stage in stages_of(empty).items()}
         with wrapped(empty, wrappers):
-            empty(torch.empty(shape, device="meta", dtype=dtype))
+            getattr(empty, method)(*(torch.empty(shape, device="meta", dtype=dtype) for shape in shapes))
     return dict(macs)
 
 

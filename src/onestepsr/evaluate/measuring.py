@@ -17,7 +17,7 @@ from onestepsr.evaluate.fid import SetDistance
 from onestepsr.evaluate.protocols import Protocol
 from onestepsr.evaluate.result import WholeValue
 from onestepsr.image import Samples, samples_to_tensor
-from onestepsr.memory_plan import lack_of_memory_named
+from onestepsr.out_of_memory import lack_of_memory_named
 
 
 @dataclass(frozen=True, kw_only=True)

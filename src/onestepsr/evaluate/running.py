@@ -19,7 +19,7 @@ from onestepsr.evaluate.folder import Case, Pair
 from onestepsr.evaluate.measuring import Measurer, Score
 from onestepsr.image import Picture, Samples, read_picture
 from onestepsr.machine import cores
-from onestepsr.memory_plan import lack_of_memory_named
+from onestepsr.out_of_memory import lack_of_memory_named
 
 T = TypeVar("T")
 MAX_WORKERS = 8

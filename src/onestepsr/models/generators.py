@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.models.enlarging import bicubic
+from onestepsr.models.tile_stages import Stage, StageDemand, stage_demands
 from onestepsr.schedules import DiffusionSchedule
 
 
@@ -176,10 +177,22 @@ class OneStepLatentGenerator(nn.Module):
         """The LR image at output size: bicubic (a = -0.75), not clamped."""
         return bicubic(lr, self.scale)
 
+    def stage_demands(self, dtype: torch.dtype) -> dict[Stage, StageDemand] | None:
+        """What encoder, UNet and decoder take of tiles of their own; None where they have none."""
+        return stage_demands(self.autoencoder, self.unet, self.scale, dtype)
+
+    def encode_lr(self, lr: Tensor) -> Tensor:
+        """Latent (N, C, s h/f, s w/f) of the enlarged LR (N, 3, h, w)."""
+        return self.encode(self.enlarge(_wide(lr)))
+
+    def restore_latent(self, z_l: Tensor, lr: Tensor) -> Tensor:
+        """Latent estimate of the HR image from that of the enlarged ``lr``, shaped like ``z_l``."""
+        return self.step(z_l)
+
     def restore(self, lr: Tensor) -> tuple[Tensor, Tensor]:
         """SR image (N, 3, s h, s w), not clamped, and its latent, for LR (N, 3, h, w) with sides multiples of
         ``lr_multiple``."""
-        z_h = self.step(self.encode(self.enlarge(_wide(lr))))
+        z_h = self.restore_latent(self.encode_lr(lr), lr)
         return self.decode(z_h), z_h
 
     def forward(self, lr: Tensor) -> Tensor:

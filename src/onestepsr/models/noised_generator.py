@@ -21,10 +21,15 @@ class NoisedLatentGenerator(OneStepLatentGenerator):
     def restore(self, lr: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
         """SR image (N, 3, s h, s w), not clamped, and its latent, for LR (N, 3, h, w) with sides multiples of
         ``lr_multiple``; without ``noise`` always the same one."""
-        z_y = self.encode(self.enlarge(lr))
-        drawn = (noise or NoisePlane(0))(0, z_y)
-        z_0 = self.step(self.schedule.add_noise(z_y, drawn, self.timestep))
+        z_0 = self._denoised(self.encode_lr(lr), noise or NoisePlane(0))
         return self.decode(z_0), z_0
+
+    def restore_latent(
+        self, z_l: Tensor, lr: Tensor, rng: torch.Generator | None = None, origin: tuple[int, int] = (0, 0)
+    ) -> Tensor:
+        """Latent estimate of the HR image from that of the enlarged ``lr``; ``rng`` and ``origin`` as in
+        :meth:`forward`."""
+        return self._denoised(z_l, self._noise(rng, origin))
 
     def forward(self, lr: Tensor, rng: torch.Generator | None = None, origin: tuple[int, int] = (0, 0)) -> Tensor:
         """SR image (N, 3, s h, s w) in about [0, 1], not clamped, of LR (N, 3, h, w) in [0, 1] of any size.
@@ -34,6 +39,11 @@ class NoisedLatentGenerator(OneStepLatentGenerator):
         """
         height, width = lr.shape[-2:]
         padded = pad_to_multiple(lr, self.lr_multiple)
-        noise = NoisePlane.drawn(rng, origin, self.scale, self._latent_autoencoder.factor)
-        sr = self.restore(padded, noise)[0]
+        sr = self.restore(padded, self._noise(rng, origin))[0]
         return sr[..., : self.scale * height, : self.scale * width]
+
+    def _noise(self, rng: torch.Generator | None, origin: tuple[int, int]) -> Noise:
+        return NoisePlane.drawn(rng, origin, self.scale, self._latent_autoencoder.factor)
+
+    def _denoised(self, z_y: Tensor, noise: Noise) -> Tensor:
+        return self.step(self.schedule.add_noise(z_y, noise(0, z_y), self.timestep))

@@ -118,10 +118,21 @@ class OSEDiffGenerator(OneStepLatentGenerator):
         ``prompt`` is (1 or N, L, C). ``noise``, standard normal and shaped like the latent, samples the encoder's
         posterior; without it the mean is taken.
         """
-        image = self.enlarge(lr) if self.scale != 1 else lr
-        z_l = self.encode(image) if noise is None else sampled_latent(self.autoencoder, image * 2 - 1, noise)
-        z_h = self.step(z_l, prompt)
+        z_h = self.step(self._encoded(lr, noise), prompt)
         return self.decode(z_h), z_h
+
+    def encode_lr(self, lr: Tensor, rng: torch.Generator | None = None, origin: tuple[int, int] = (0, 0)) -> Tensor:
+        """Latent (N, C, s h/f, s w/f) of the enlarged LR (N, 3, h, w); ``rng`` and ``origin`` as in :meth:`forward`."""
+        return self._encoded(lr, self._noise(lr, rng, origin))
+
+    def restore_latent(self, z_l: Tensor, lr: Tensor, prompt_embedding: Tensor | None = None) -> Tensor:
+        """Latent estimate of the HR image from that of the enlarged ``lr``, under ``prompt_embedding`` (1 or N, L, C)
+        or the generator's own."""
+        return self.step(z_l, prompt_embedding)
+
+    def _encoded(self, lr: Tensor, noise: Tensor | None) -> Tensor:
+        image = self.enlarge(lr) if self.scale != 1 else lr
+        return self.encode(image) if noise is None else sampled_latent(self.autoencoder, image * 2 - 1, noise)
 
     def forward(
         self,
@@ -138,11 +149,13 @@ class OSEDiffGenerator(OneStepLatentGenerator):
         """
         height, width = lr.shape[-2:]
         padded = pad_to_multiple(lr, self.lr_multiple)
-        noise = self._noise(padded, rng, origin) if self.posterior == "sample" else None
-        sr = self.restore(padded, prompt=prompt_embedding, noise=noise)[0]
+        sr = self.restore(padded, prompt=prompt_embedding, noise=self._noise(padded, rng, origin))[0]
         return sr[..., : self.scale * height, : self.scale * width]
 
-    def _noise(self, lr: Tensor, rng: torch.Generator | None, origin: tuple[int, int]) -> Tensor:
+    def _noise(self, lr: Tensor, rng: torch.Generator | None, origin: tuple[int, int]) -> Tensor | None:
+        """What samples the posterior, where that is wanted."""
+        if self.posterior == "mean":
+            return None
         plane = NoisePlane.drawn(rng, origin, self.scale, self._latent_autoencoder.factor)
         return plane(0, self.latent_like(lr))
 

@@ -16,6 +16,7 @@ from onestepsr.data.sampling import generator as seeded
 from onestepsr.errors import UserError
 from onestepsr.models.enlarging import bicubic
 from onestepsr.models.generators import LatentAutoencoder, pad_to_multiple, speed_up_parts
+from onestepsr.models.tile_stages import Stage, StageDemand, stage_demands
 from onestepsr.residual_schedule import Noise, Predict, ResidualShiftSchedule
 
 Sampler = Literal["ancestral", "deterministic"]
@@ -168,11 +169,25 @@ class ResidualShiftGenerator(nn.Module):
             return self.schedule.sample_ancestral(predict, z_y, noise)
         return self.schedule.sample_deterministic(predict, z_y, self.schedule.prior(z_y, noise(0, z_y)))
 
+    def stage_demands(self, dtype: torch.dtype) -> dict[Stage, StageDemand] | None:
+        """What encoder, UNet and decoder take of tiles of their own; None where they have none."""
+        return stage_demands(self.autoencoder, self.unet, self.scale, dtype)
+
+    def encode_lr(self, lr: Tensor) -> Tensor:
+        """Latent (N, C, s h/f, s w/f), float32, of the enlarged LR (N, 3, h, w)."""
+        return self.encode(self.enlarge(lr.float()))
+
+    def restore_latent(
+        self, z_y: Tensor, lr: Tensor, rng: torch.Generator | None = None, origin: tuple[int, int] = (0, 0)
+    ) -> Tensor:
+        """An estimate of z_0, float32, from the latent ``z_y`` of the enlarged ``lr``; ``rng`` and ``origin`` as in
+        :meth:`forward`."""
+        return self._sampled(z_y, lr, self._noise(rng, origin))
+
     def restore(self, lr: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
         """SR image (N, 3, s h, s w), not clamped, and its latent before rounding to codes, both float32, for LR (N, 3,
         h, w) with sides multiples of ``lr_multiple``."""
-        lr = lr.float()
-        z_0 = self.sample(conditioned(self._denoiser, lr), self.encode(self.enlarge(lr)), noise)
+        z_0 = self._sampled(self.encode_lr(lr), lr, noise)
         return self.decode(z_0), z_0
 
     def forward(self, lr: Tensor, rng: torch.Generator | None = None, origin: tuple[int, int] = (0, 0)) -> Tensor:
@@ -183,5 +198,11 @@ class ResidualShiftGenerator(nn.Module):
         """
         height, width = lr.shape[-2:]
         padded = pad_to_multiple(lr, self.lr_multiple)
-        noise = NoisePlane.drawn(rng, origin, self.scale, self._latent_autoencoder.factor)
-        return self.restore(padded, noise)[0][..., : self.scale * height, : self.scale * width]
+        sr = self.restore(padded, self._noise(rng, origin))[0]
+        return sr[..., : self.scale * height, : self.scale * width]
+
+    def _noise(self, rng: torch.Generator | None, origin: tuple[int, int]) -> Noise:
+        return NoisePlane.drawn(rng, origin, self.scale, self._latent_autoencoder.factor)
+
+    def _sampled(self, z_y: Tensor, lr: Tensor, noise: Noise) -> Tensor:
+        return self.sample(conditioned(self._denoiser, lr.float()), z_y, noise)

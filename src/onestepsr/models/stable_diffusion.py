@@ -26,6 +26,7 @@ from onestepsr.models.stable_diffusion_config import (
     UNetConfig,
 )
 from onestepsr.models.stable_diffusion_inference import speed_up
+from onestepsr.models.tile_stages import NetworkDemand
 from onestepsr.schedules import DiffusionSchedule
 
 LORA_TARGETS = r"unet\.(down_blocks|mid_block|up_blocks)\..*"
@@ -45,7 +46,10 @@ The last three lie within 0.5 M of the paper's total. With the chosen one, and n
 prints the paper's 966.3 M and 2,132 G in every digit (``docs/results/complexity.md``).
 """
 MEMORY_PER_PIXEL, LEAN_MEMORY_PER_PIXEL = 4000.0, 3400.0
-"""Peak bytes of the published autoencoder per image pixel in float32, as diffusers wrote it and for inference.
+ENCODER_MEMORY, LEAN_ENCODER_MEMORY = 2850.0, 1750.0
+DECODER_MEMORY, LEAN_DECODER_MEMORY = 3800.0, 3200.0
+"""Peak bytes of the published autoencoder per image pixel in float32, as diffusers wrote it and for inference: of a
+whole generator, of encoding, of decoding.
 
 Measured once as growth of the peak resident size at 512 x 512 with random weights on a CPU, the second number for
 inference: encoding 2640, 1617; decoding 3614, 2937, which with a UNet after an encoder is 3276; in bfloat16 encoding
@@ -54,6 +58,12 @@ because neither way of computing it ever holds the matrix of all pairs.
 """
 MEMORY_PER_CELL = 75_000.0
 """Peak bytes of the published UNet per latent position in float32, likewise: 73,503, and 37,448 in bfloat16."""
+UNET_BALANCE, ENCODER_BALANCE, DECODER_BALANCE = 11_700.0, 80_000.0, 118_000.0
+"""Latent positions of a tile at which attention over all of them takes as long as everything else.
+
+From ``python benchmarks/stages.py random:sd21-base 48 64 80 96 128 160`` in bfloat16, two threads of an AMD EPYC
+without AMX.
+"""
 
 
 class StableDiffusionAutoencoder(nn.Module):
@@ -84,8 +94,23 @@ class StableDiffusionAutoencoder(nn.Module):
 
     def memory_per_pixel(self, dtype: torch.dtype) -> float:
         """Peak bytes per image pixel without gradients, in proportion to the widest feature maps."""
-        widths = self.config.block_out_channels[0] / AutoencoderConfig().block_out_channels[0]
-        return (LEAN_MEMORY_PER_PIXEL if self._is_lean else MEMORY_PER_PIXEL) * widths * dtype.itemsize / 4
+        return (LEAN_MEMORY_PER_PIXEL if self._is_lean else MEMORY_PER_PIXEL) * self._published_share(dtype)
+
+    def network_demands(self, dtype: torch.dtype) -> tuple[NetworkDemand, NetworkDemand]:
+        """What encoder and decoder take of a tile."""
+        share = self.factor**2 * self._published_share(dtype)
+        return (
+            NetworkDemand(
+                per_cell=share * (LEAN_ENCODER_MEMORY if self._is_lean else ENCODER_MEMORY), balance=ENCODER_BALANCE
+            ),
+            NetworkDemand(
+                per_cell=share * (LEAN_DECODER_MEMORY if self._is_lean else DECODER_MEMORY), balance=DECODER_BALANCE
+            ),
+        )
+
+    def _published_share(self, dtype: torch.dtype) -> float:
+        """Bytes of feature maps over those of the published widths in float32."""
+        return self.config.block_out_channels[0] / AutoencoderConfig().block_out_channels[0] * dtype.itemsize / 4
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass instead of keeping them."""
@@ -118,6 +143,10 @@ class StableDiffusionUNet(nn.Module):
         """Peak bytes per latent position without gradients, in proportion to the widest feature maps."""
         widths = self.config.block_out_channels[0] / UNetConfig().block_out_channels[0]
         return MEMORY_PER_CELL * widths * dtype.itemsize / 4
+
+    def network_demand(self, dtype: torch.dtype) -> NetworkDemand:
+        """What it takes of a tile."""
+        return NetworkDemand(per_cell=self.memory_per_cell(dtype), balance=UNET_BALANCE)
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass instead of keeping them."""

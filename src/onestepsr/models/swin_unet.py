@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from onestepsr.models.packed_weights import pack_weights
 from onestepsr.models.swin_blocks import GroupNorm, SwinConfig, SwinLayer
+from onestepsr.models.tile_stages import NetworkDemand
 from onestepsr.models.tiny import timestep_embedding
 
 EXTRACTOR_WIDTH = 16
@@ -176,6 +177,10 @@ class SwinUNet(nn.Module):
         """Peak bytes per latent position of one evaluation without gradients, next to the weights."""
         share = (self.config.model_channels + self.config.swin.width) / PUBLISHED_WIDTHS
         return share * (FLOAT32_BYTES_PER_CELL + VALUES_PER_CELL * dtype.itemsize)
+
+    def network_demand(self, dtype: torch.dtype) -> NetworkDemand:
+        """What it takes of a tile: its attention never leaves a window."""
+        return NetworkDemand(per_cell=self.memory_per_cell(dtype))
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass instead of keeping them."""

@@ -1,0 +1,125 @@
+"""Generators in three parts: the parts are the whole, and each says what it takes of a tile."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_diffusion import GENERATOR
+from small_osediff import CONFIG as OSEDIFF
+
+from onestepsr.demand import Demand, Extent
+from onestepsr.image import Picture
+from onestepsr.memory_plan import Planner
+from onestepsr.models.osediff import osediff_generator
+from onestepsr.models.registry import load_generator
+from onestepsr.models.residual_architectures import (
+    ResidualShiftGeneratorConfig,
+    random_residual_generator,
+    residual_shift_generator,
+)
+from onestepsr.models.stable_diffusion import stable_diffusion_generator
+from onestepsr.models.stable_diffusion_config import StableDiffusionGeneratorConfig
+from onestepsr.upscaler import UpscaleOptions, Upscaler
+
+PLACE: dict[str, Any] = {"origin": (64, 32)}
+LR = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+SMALL = replace(GENERATOR, scale=2)
+
+
+def prompt() -> dict[str, Any]:
+    return {"prompt_embedding": torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(1))}
+
+
+def generators() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
+    """With what their encoder and their UNet stage take besides pictures and latents."""
+    torch.manual_seed(0)
+    sampled = osediff_generator(replace(OSEDIFF, scale=2, posterior="sample"))
+    return {
+        "d3sr": (stable_diffusion_generator(SMALL), {}, {}),
+        "noised": (stable_diffusion_generator(replace(SMALL, noised=True)), {}, PLACE),
+        "osediff": (sampled, PLACE, prompt()),
+        "resshift": (random_residual_generator("resshift-micro"), {}, PLACE),
+    }
+
+
+def seeded(given: dict[str, Any]) -> dict[str, Any]:
+    """Where a place is needed, the seed of the noise is too; every call draws from a generator of its own."""
+    return {**given, "rng": torch.Generator().manual_seed(7)} if "origin" in given else given
+
+
+@pytest.mark.parametrize("name", ["d3sr", "noised", "osediff", "resshift"])
+def test_the_parts_one_after_the_other_are_the_generator(name: str) -> None:
+    generator, encoding, restoring = generators()[name]
+    generator.eval()
+    with torch.inference_mode():
+        whole = generator(LR, **seeded({**encoding, **restoring}))
+        z_l = generator.encode_lr(LR, **seeded(encoding))
+        parts = generator.decode(generator.restore_latent(z_l, LR, **seeded(restoring)))
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0.0)
+        if restoring:
+            other = generator.restore_latent(
+                z_l, LR, **seeded({**restoring, "origin": (0, 0)} if encoding == {} else {})
+            )
+            assert not torch.allclose(generator.decode(other), whole, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["d3sr", "noised", "osediff", "resshift"])
+def test_the_upscaler_gives_the_parts_what_they_take(name: str) -> None:
+    generator, _, restoring = generators()[name]
+    options = UpscaleOptions(scale=2.0, seed=3, prompt_embedding=restoring.get("prompt_embedding"))
+    upscaler = Upscaler(generator, "cpu", "float32", name)
+    picture = Picture(pixels=np.random.default_rng(0).integers(0, 256, (64, 150, 3), dtype=np.uint8))
+    results = [
+        upscaler.upscale_picture(picture, replace(options, tile=tile)).pixels.astype(int) for tile in (96, 96, "off")
+    ]
+    assert upscaler.last_plan is not None
+    assert np.array_equal(results[0], results[1])
+    psnr = 10 * math.log10(255**2 / np.square(results[0] - results[2]).mean())
+    assert psnr > 25.0, "the same noise, prompt and place, although networks of noise agree only roughly"
+
+
+def test_memory_and_attention_of_the_published_networks() -> None:
+    with torch.device("meta"):
+        diffusion = stable_diffusion_generator(StableDiffusionGeneratorConfig())
+        resshift = residual_shift_generator(ResidualShiftGeneratorConfig())
+    demands = diffusion.stage_demands(torch.bfloat16)
+    assert demands is not None
+    for stage, measured in (("encode", 1370), ("unet", 585), ("decode", 1866)):  # bytes per pixel of the output
+        assert 16 * measured <= demands[stage].per_pixel <= 16 * 1.1 * measured
+        assert demands[stage].multiple == (16 if stage == "unet" else 2)
+    assert demands["unet"].balance < demands["encode"].balance < demands["decode"].balance
+    diffusion.speed_up()
+    lean = diffusion.stage_demands(torch.bfloat16)
+    assert lean is not None
+    for stage, measured in (("encode", 847), ("unet", 585), ("decode", 1543)):
+        assert 16 * measured <= lean[stage].per_pixel <= 16 * 1.1 * measured
+    shifted = resshift.stage_demands(torch.bfloat16)
+    assert shifted is not None
+    assert [shifted[stage].multiple for stage in shifted] == [1, 64, 1]
+    assert [shifted[stage].balance for stage in shifted] == [28_000, math.inf, 62_000]
+    for stage, measured in (("encode", 951), ("decode", 1657)):
+        assert 16 * measured <= shifted[stage].per_pixel <= 16 * 1.1 * measured
+
+
+@pytest.mark.parametrize(
+    ("name", "together"),
+    [("d3sr", (8, 8, 8)), ("noised", (8, 1, 8)), ("osediff", (1, 8, 8)), ("resshift", (8, 1, 8))],
+)
+def test_only_tiles_with_noise_of_their_own_go_one_by_one(name: str, together: tuple[int, ...]) -> None:
+    demand = Demand.of(generators()[name][0], torch.bfloat16, name)
+    options = UpscaleOptions(tile=64, tile_batch=8)
+    plan = Planner(Extent(height=230, width=640), demand, options, torch.device("cpu")).plan()
+    assert plan.stages is not None
+    assert tuple(plan.stages[stage].batch for stage in ("encode", "unet", "decode")) == together
+
+
+def test_small_networks_of_our_own_keep_to_one_tile_for_all() -> None:
+    assert load_generator("random:d3sr-tiny").stage_demands(torch.float32) is None
+    assert load_generator("random:resshift-tiny").stage_demands(torch.float32) is None
+    coarse = stable_diffusion_generator(GENERATOR)
+    assert coarse.stage_demands(torch.float32) is None, "two latent positions per LR pixel"

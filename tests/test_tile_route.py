@@ -1,0 +1,176 @@
+"""Tiles of their own for encoder, UNet and decoder: planned by what each takes, and joined to what the whole gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from onestepsr import memory_plan
+from onestepsr.demand import Demand, Extent
+from onestepsr.image import Picture
+from onestepsr.memory_plan import Planner
+from onestepsr.models.tile_stages import Stage, StageDemand
+from onestepsr.upscaler import UpscaleOptions, Upscaler
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+PIXELS = np.random.default_rng(0).integers(0, 256, (203, 250, 3), dtype=np.uint8)
+CELL, UNET_CELLS = 2, 4
+
+
+class Staged(nn.Module):
+    """Every stage looks one pixel or latent position around itself; the latents are half as large as the LR picture."""
+
+    scale, lr_multiple, latent_channels = 4, CELL * UNET_CELLS, 3
+
+    def __init__(self, **balances: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.balances = balances
+        self.shapes: list[tuple[str, tuple[int, ...]]] = []
+
+    def memory_per_pixel(self, dtype: torch.dtype) -> float:
+        return 4000.0
+
+    def stage_demands(self, dtype: torch.dtype) -> dict[Stage, StageDemand]:
+        bytes_per_pixel: dict[Stage, float] = {"encode": 2000.0, "unet": 1000.0, "decode": 4000.0}
+        return {
+            stage: StageDemand(
+                per_pixel=per_pixel,
+                multiple=CELL * (UNET_CELLS if stage == "unet" else 1),
+                balance=self.balances.get(stage, float("inf")),
+            )
+            for stage, per_pixel in bytes_per_pixel.items()
+        }
+
+    def encode_lr(self, lr: Tensor) -> Tensor:
+        self.shapes.append(("encode", tuple(lr.shape)))
+        return functional.avg_pool2d(self.first(lr), CELL)
+
+    def restore_latent(self, z_l: Tensor, lr: Tensor) -> Tensor:
+        assert [CELL * side for side in z_l.shape[2:]] == list(lr.shape[2:])
+        self.shapes.append(("unet", tuple(z_l.shape)))
+        return z_l + self.second(z_l) + 0.1 * functional.avg_pool2d(lr, CELL)
+
+    def decode(self, z: Tensor) -> Tensor:
+        self.shapes.append(("decode", tuple(z.shape)))
+        return functional.interpolate(self.third(z), scale_factor=8.0) + 0.5
+
+    def forward(self, lr: Tensor) -> Tensor:
+        height, width = lr.shape[2:]
+        padded = functional.pad(lr, (0, -width % self.lr_multiple, 0, -height % self.lr_multiple), mode="reflect")
+        sr = self.decode(self.restore_latent(self.encode_lr(padded), padded))
+        return sr[..., : 4 * height, : 4 * width]
+
+
+@pytest.mark.parametrize("color_fix", ["none", "wavelet", "adain"])
+def test_stages_in_tiles_of_their_own_equal_the_whole(color_fix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: 0.1e9)
+    generator = Staged()
+    upscaler = Upscaler(generator, "cpu", "float32", "staged")
+    seen: list[tuple[int, int]] = []
+    picture, options = Picture(pixels=PIXELS), UpscaleOptions(color_fix=color_fix)
+    tiles = upscaler.upscale_picture(picture, options, lambda *at: seen.append(at)).pixels
+    plan = upscaler.last_plan
+    assert plan is not None
+    assert plan.stages is not None
+    areas = {stage: found.tile[0] * found.tile[1] for stage, found in plan.stages.items()}
+    assert areas["decode"] < areas["encode"] < areas["unet"]
+    assert [name for name, _ in generator.shapes] == [
+        stage for stage, found in plan.stages.items() for _ in range(found.tiles)
+    ]
+    assert seen == [(done, plan.steps) for done in range(1, plan.steps + 1)]
+    whole = upscaler.upscale_picture(picture, replace(options, tile="off")).pixels
+    assert np.abs(tiles.astype(int) - whole).max() <= 1
+
+
+@pytest.mark.parametrize("tile", [64, 96, 101])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_given_side_is_that_of_all_stages(tile: int, batch: int) -> None:
+    generator = Staged()
+    upscaler = Upscaler(generator, "cpu", "float32")
+    picture = Picture(pixels=PIXELS)
+    tiles = upscaler.upscale_picture(picture, UpscaleOptions(tile=tile, tile_batch=batch)).pixels
+    rounded = {
+        stage: -(-tile // multiple) * multiple // cell
+        for stage, multiple, cell in (("encode", 2, 1), ("unet", 8, 2), ("decode", 2, 2))
+    }
+    assert {(name, shape[2], shape[3]) for name, shape in generator.shapes} == {
+        (stage, side, side) for stage, side in rounded.items()
+    }
+    assert max(shape[0] for _, shape in generator.shapes) == batch
+    whole = upscaler.upscale_picture(picture, UpscaleOptions(tile="off")).pixels
+    assert np.abs(tiles.astype(int) - whole).max() <= 1
+
+
+def test_published_tiles_go_through_all_stages_one_after_the_other() -> None:
+    generator = Staged()
+    upscaler = Upscaler(generator, "cpu", "float32")
+    upscaler.upscale_picture(Picture(pixels=PIXELS), UpscaleOptions(tile=128, tile_blend="average"))
+    assert [name for name, _ in generator.shapes[:6]] == ["encode", "unet", "decode"] * 2
+    assert upscaler.last_plan is not None
+    assert upscaler.last_plan.stages is None
+
+
+def planned(extent: Extent, device: torch.device = CPU, **balances: float) -> memory_plan.Plan:
+    demand = Demand.of(Staged(**balances), torch.float32, "staged")
+    return Planner(extent, demand, UpscaleOptions(), device).plan()
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_attention_makes_tiles_smaller_and_a_whole_that_takes_little_more_stays_whole(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: 20e9)
+    large = Extent(height=2000, width=2000)
+    plain, attending = planned(large, device), planned(large, device, unet=40_000.0)
+    assert plain.stages is not None
+    assert attending.stages is not None
+    assert min(plain.stages["unet"].tile) > 250
+    side = max(attending.stages["unet"].tile)
+    assert 96 <= side < 200 < max(attending.stages["encode"].tile)
+    assert attending.stages["encode"] == plain.stages["encode"]
+
+    def work(side: int) -> float:
+        return (1 + side**2 / 40_000) * (side / (side - 32)) ** 2
+
+    assert work(side) < 1.05 * min(work(other) for other in range(96, 400))
+    assert planned(Extent(height=200, width=200), device, unet=40_000.0).stages is None
+    cut = planned(Extent(height=300, width=300), device, unet=40_000.0)
+    assert cut.stages is not None
+    assert (cut.stages["encode"].tiles, cut.stages["decode"].tiles, cut.cuts_autoencoder) == (1, 1, False)
+    assert cut.stages["unet"].tiles > 1
+    assert str(cut).startswith(f"encode whole; unet {cut.stages['unet'].tiles} tiles of ")
+
+
+@pytest.mark.parametrize("limit", [0.6, 0.8, 1.5])
+def test_every_stage_keeps_to_the_limit(limit: float) -> None:
+    demand = Demand.of(Staged(), torch.float32, "staged")
+    plan = Planner(Extent(height=2000, width=2000), demand, UpscaleOptions(memory=limit), CPU).plan()
+    assert plan.expected_peak <= limit * 1e9
+    assert plan.stages is not None
+    assert demand.stages is not None
+    for stage, found in plan.stages.items():
+        assert found.tile[0] * found.tile[1] * demand.stages[stage].per_pixel < limit * 1e9
+    assert plan.as_json()["stages"]["unet"]["tiles"] == plan.stages["unet"].tiles
+
+
+def test_memory_that_runs_out_in_one_stage_makes_the_tiles_of_all_smaller(caplog: pytest.LogCaptureFixture) -> None:
+    class Bounded(Staged):
+        def decode(self, z: Tensor) -> Tensor:
+            if z.shape[2] * z.shape[3] > 60**2:
+                torch.empty(2**62, dtype=torch.uint8)  # what no machine can give: the allocator's own error
+            return super().decode(z)
+
+    upscaler = Upscaler(Bounded(), "cpu", "float32", "bounded")
+    upscaler.upscale_picture(Picture(pixels=PIXELS))
+    plan = upscaler.last_plan
+    assert plan is not None
+    assert plan.stages is not None
+    assert (plan.retries, max(plan.tile) <= 120) == (1, True)
+    assert "memory ran out with whole" in caplog.text
