@@ -62,6 +62,7 @@ def test_without_a_limit_tiles_stay_at_what_pays(monkeypatch: pytest.MonkeyPatch
 )
 @example(49, 1121, 4.5, "cpu", 16)  # fits unless it is padded
 @example(1225, 1225, 3.7, "cuda", 64)  # a side of 208 would be one of 256
+@example(112, 1975, 2.9375, "cpu", 64)  # sides of 112 and 96 are both 128, but not the rows that are joined
 def test_a_limit_is_kept_or_refused(height: int, width: int, limit: float, device: str, multiple: int) -> None:
     extent, demand = Extent(height=height, width=width), replace(SD, multiple=multiple)
     least = plan(extent, demand, torch.device(device), tile=96, tile_batch=1).expected_peak

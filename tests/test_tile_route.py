@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
 from onestepsr import memory_plan
 from onestepsr.demand import Demand, Extent
+from onestepsr.errors import UserError
 from onestepsr.image import Picture
-from onestepsr.memory_plan import Planner
+from onestepsr.memory_plan import Planner, smaller
+from onestepsr.models.residual_architectures import random_residual_generator
 from onestepsr.models.tile_stages import Stage, StageDemand
 from onestepsr.upscaler import UpscaleOptions, Upscaler
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PIXELS = np.random.default_rng(0).integers(0, 256, (203, 250, 3), dtype=np.uint8)
 CELL, UNET_CELLS = 2, 4
+LARGE = Extent(height=2000, width=2000)
 
 
 class Staged(nn.Module):
@@ -66,6 +72,11 @@ class Staged(nn.Module):
         padded = functional.pad(lr, (0, -width % self.lr_multiple, 0, -height % self.lr_multiple), mode="reflect")
         sr = self.decode(self.restore_latent(self.encode_lr(padded), padded))
         return sr[..., : 4 * height, : 4 * width]
+
+
+@pytest.fixture(autouse=True)
+def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: 20e9)
 
 
 @pytest.mark.parametrize("color_fix", ["none", "wavelet", "adain"])
@@ -123,12 +134,8 @@ def planned(extent: Extent, device: torch.device = CPU, **balances: float) -> me
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
-def test_attention_makes_tiles_smaller_and_a_whole_that_takes_little_more_stays_whole(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory_plan, "free_memory", lambda device: 20e9)
-    large = Extent(height=2000, width=2000)
-    plain, attending = planned(large, device), planned(large, device, unet=40_000.0)
+def test_attention_makes_tiles_smaller_and_a_whole_that_takes_little_more_stays_whole(device: torch.device) -> None:
+    plain, attending = planned(LARGE, device), planned(LARGE, device, unet=40_000.0)
     assert plain.stages is not None
     assert attending.stages is not None
     assert min(plain.stages["unet"].tile) > 250
@@ -151,13 +158,41 @@ def test_attention_makes_tiles_smaller_and_a_whole_that_takes_little_more_stays_
 @pytest.mark.parametrize("limit", [0.6, 0.8, 1.5])
 def test_every_stage_keeps_to_the_limit(limit: float) -> None:
     demand = Demand.of(Staged(), torch.float32, "staged")
-    plan = Planner(Extent(height=2000, width=2000), demand, UpscaleOptions(memory=limit), CPU).plan()
+    plan = Planner(LARGE, demand, UpscaleOptions(memory=limit), CPU).plan()
     assert plan.expected_peak <= limit * 1e9
     assert plan.stages is not None
     assert demand.stages is not None
     for stage, found in plan.stages.items():
-        assert found.tile[0] * found.tile[1] * demand.stages[stage].per_pixel < limit * 1e9
+        alone = Planner(LARGE, demand.stages[stage], UpscaleOptions(tile=max(found.tile)), CPU).plan()
+        assert alone.expected_peak <= 1.2 * limit * 1e9, "a square of the longer side, which is at most a fifth longer"
     assert plan.as_json()["stages"]["unet"]["tiles"] == plan.stages["unet"].tiles
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.floats(0.05, 3.0),
+    st.sampled_from([1000.0, 40_000.0, float("inf")]),
+    st.sampled_from(["cpu", "cuda"]),
+)
+def test_a_limit_is_kept_or_one_is_named_that_can_be(
+    height: int, width: int, limit: float, balance: float, device: str
+) -> None:
+    demand = Demand.of(Staged(unet=balance, decode=3 * balance), torch.float32, "staged")
+
+    def found(memory: float) -> memory_plan.Plan:
+        options = UpscaleOptions(memory=memory)
+        return Planner(Extent(height=height, width=width), demand, options, torch.device(device)).plan()
+
+    try:
+        plan = found(limit)
+    except UserError as error:
+        named = re.search(r"accepted: ([\d.]+) and more", str(error))
+        assert named is not None
+        assert limit < float(named[1])
+        plan, limit = found(float(named[1])), float(named[1])
+    assert plan.expected_peak <= limit * 1e9
 
 
 def test_memory_that_runs_out_in_one_stage_makes_the_tiles_of_all_smaller(caplog: pytest.LogCaptureFixture) -> None:
@@ -174,3 +209,68 @@ def test_memory_that_runs_out_in_one_stage_makes_the_tiles_of_all_smaller(caplog
     assert plan.stages is not None
     assert (plan.retries, max(plan.tile) <= 120) == (1, True)
     assert "memory ran out with whole" in caplog.text
+
+
+class Normed(Staged):
+    """With a norm in the encoder and one in the decoder."""
+
+    def __init__(self, **balances: float) -> None:
+        super().__init__(**balances)
+        self.autoencoder = nn.ModuleDict({name: nn.GroupNorm(1, 3) for name in ("encoder", "decoder")})
+
+    def encode_lr(self, lr: Tensor) -> Tensor:
+        return super().encode_lr(self.autoencoder["encoder"](lr))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return super().decode(self.autoencoder["decoder"](z))
+
+
+@pytest.mark.parametrize("cut", ["encode", "decode", "unet"])
+def test_norms_are_given_statistics_only_where_they_meet_tiles(cut: str) -> None:
+    upscaler = Upscaler(Normed(**{cut: 4000.0}), "cpu", "float32")
+    gradient = np.linspace(0, 255, PIXELS.shape[1]).astype(np.uint8)
+    picture = Picture(pixels=PIXELS // 2 + gradient[:, None] // 2)
+    errors = {}
+    whole = upscaler.upscale_picture(picture, UpscaleOptions(tile="off", color_fix="none")).pixels.astype(int)
+    for norms in ("picture", "tile"):
+        options = UpscaleOptions(color_fix="none", tile_norms=norms)
+        errors[norms] = np.abs(upscaler.upscale_picture(picture, options).pixels - whole).mean()
+    plan = upscaler.last_plan
+    assert plan is not None
+    assert plan.stages is not None
+    assert [stage for stage, found in plan.stages.items() if found.tiles > 1] == [cut]
+    if cut == "unet":
+        assert errors["picture"] == errors["tile"] < 1.0
+    else:
+        assert errors["picture"] < 0.5 * errors["tile"]
+
+
+def test_networks_of_large_cells_are_not_cut_where_a_cell_is_the_picture() -> None:
+    """A reduced copy for the norms would be as large as the picture itself."""
+    with torch.device("meta"):
+        faces = random_residual_generator("resshift-face")
+    demand = Demand.of(faces, torch.bfloat16, "faces")
+    for side in (100, 320, 512):
+        plan = Planner(Extent(height=side, width=side), demand, UpscaleOptions(scale=1.0), CPU).plan()
+        assert (plan.tiles, plan.stages) == (1, None)
+
+
+def test_without_an_overlap_tiles_do_not_shrink_to_nothing() -> None:
+    for device in (CPU, CUDA):
+        demand = Demand.of(Staged(unet=40_000.0), torch.float32, "staged")
+        plan = Planner(LARGE, demand, UpscaleOptions(overlap=0), device).plan()
+        assert plan.stages is not None
+        assert min(plan.stages["unet"].tile) >= 96
+
+
+def test_after_a_failure_a_stage_of_large_cells_shrinks_as_the_others_do() -> None:
+    with torch.device("meta"):
+        shifting = random_residual_generator("resshift-realsr")
+    demand = Demand.of(shifting, torch.bfloat16, "shifting")
+    planner = Planner(Extent(height=1000, width=1000), demand, UpscaleOptions(), CPU)
+    found = [planner.plan()]
+    while (most := smaller(found[-1], planner.options)) is not None and len(found) < 9:
+        found.append(planner.plan(most))
+        assert found[-1].pixels < found[-2].pixels
+    assert found[-1].stages is not None
+    assert found[-1].stages["unet"].tile == (128, 128)

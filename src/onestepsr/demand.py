@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from onestepsr.tile_step import STAGES, WHOLE, takes_batches
 
 DEFAULT_MEMORY_PER_PIXEL = 6000.0
 """Peak bytes per input pixel assumed of a generator that does not tell, at 4 bytes per number."""
+WORK_FOR_WHOLE: dict[Stage, float] = {"encode": 1.6, "unet": 1.25, "decode": 1.6}
+"""So much of the work of tiles is done for the whole, which has no joins, where attention makes tiles less work. Before
+tiles of the autoencoder, a reduced copy of the picture goes through all of the network for the sake of its norms."""
 COLOUR_BYTES = 200
 """Peak bytes per input pixel that the colour fix takes, at scale 4."""
 
@@ -40,6 +43,8 @@ class Demand:
     """Whether it may be given several tiles of one picture at once."""
     balance: float = math.inf
     """Input pixels of a tile at which attention over all of it takes as long as everything else."""
+    work_for_whole: float = 1.0
+    """The whole is preferred to tiles that take less work until it takes so many times theirs."""
     joined_per_pixel: float | None = None
     """Bytes per input pixel that tiles are joined in; None: a picture in float32."""
     padding: int = 1
@@ -58,13 +63,13 @@ class Demand:
         if told is None:
             return whole
         latent = 4.0 * int(cast(int, generator.latent_channels)) / told["encode"].multiple ** 2
-        colour = whole.per_pixel - float(cast(Any, generator).memory_per_pixel(dtype))
         stages: dict[Stage, Demand] = {
             stage: replace(
                 whole,
-                per_pixel=demand.per_pixel + (colour if stage == "decode" else 0.0),
+                per_pixel=demand.per_pixel + (_colour_fix(whole.scale) if stage == "decode" else 0.0),
                 multiple=demand.multiple,
                 balance=demand.balance,
+                work_for_whole=WORK_FOR_WHOLE[stage],
                 largest_tile=None,
                 takes_batches=takes_batches(generator, STAGES[stage]),
                 padding=whole.multiple,
@@ -86,11 +91,16 @@ class Demand:
             dtype=dtype,
             scale=scale,
             weights=sum(parameter.numel() for parameter in generator.parameters()) * dtype.itemsize,
-            per_pixel=own + COLOUR_BYTES * scale**2 / 16,
+            per_pixel=own + _colour_fix(scale),
             multiple=int(getattr(generator, "lr_multiple", 1)),
             largest_tile=None if largest is None else int(largest),
             takes_batches=takes_batches(generator, WHOLE),
         )
+
+
+def _colour_fix(scale: int) -> float:
+    """Peak bytes per input pixel that the colour fix takes."""
+    return COLOUR_BYTES * scale**2 / 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from onestepsr.demand import Demand, Extent
 from onestepsr.errors import UserError
 from onestepsr.machine import free_memory
 from onestepsr.models.tile_stages import Stage
-from onestepsr.tiling import PUBLISHED_OVERLAPS, Sides, TileJoin, join_of, starts_along
+from onestepsr.tiling import OVERLAP, PUBLISHED_OVERLAPS, Sides, TileJoin, join_of, starts_along
 from onestepsr.upscale_options import UpscaleOptions, target_size
 
 LARGEST_TILE = {"cpu": 320, "cuda": 768}
@@ -26,8 +26,8 @@ LARGEST_TILE = {"cpu": 320, "cuda": 768}
 less."""
 WORK_FOR_MEMORY = 1.03
 """So much of the least work is done for smaller tiles, which take less memory."""
-WORK_FOR_WHOLE = 1.25
-"""So much of the work of tiles is done for the whole, which has no joins, where attention makes tiles less work."""
+LEAST_SIDE = 3 * OVERLAP
+"""Side of a tile below which no network gets to see enough, whatever its attention takes."""
 LARGEST_BATCH = 8
 """So many tiles at once are enough to keep a GPU busy; beyond it they only take memory."""
 SHARE = 0.6
@@ -56,7 +56,7 @@ class StagePlan:
     batch: int
     """Tiles that go through the network together."""
     multiple: int
-    """Input pixels at multiples of which tiles start."""
+    """Input pixels at multiples of which tiles start, unless they are joined by plain averages."""
 
     @property
     def tile_name(self) -> str:
@@ -149,12 +149,13 @@ class Planner:
     def _chosen(self, most_pixels: int | None) -> Plan:
         tile = self._tile()
         if most_pixels is not None and self._geometry(tile)[0] > most_pixels:
-            side = max(math.isqrt(most_pixels), smallest_side(self.options))
+            cells = math.isqrt(most_pixels) // self.demand.multiple  # whole ones: tiles would be rounded up to them
+            side = max(cells * self.demand.multiple, smallest_side(self.options))
             tile = (side, side)
         return self._of_tile(tile, most_pixels)
 
     def _staged(self, most_pixels: int | None) -> Plan | None:
-        """A plan with tiles of their own for all stages, unless one is all of it; None where they have none."""
+        """A plan with tiles of their own for all stages; None where they have none, or need none."""
         stages, options = self.demand.stages, self.options
         if stages is None or options.tile == "off" or options.tile_blend == "average":
             return None
@@ -163,8 +164,9 @@ class Planner:
             share = self.demand.per_pixel / demand.per_pixel
             most = None if most_pixels is None else int(most_pixels * share)
             plans[stage] = Planner(self.extent, demand, options, self.device)._chosen(most)
-        if all(plan.tiles == 1 for plan in plans.values()) and (whole := self._chosen(most_pixels)).tiles == 1:
-            return whole
+        whole = self.extent.height, self.extent.width
+        if all(plan.tiles == 1 for plan in plans.values()) and self._needed(whole) <= self.budget:
+            return None
         most_work = max(plan.pixels * stages[stage].per_pixel for stage, plan in plans.items())
         return replace(
             plans["decode"],
@@ -181,15 +183,17 @@ class Planner:
             return whole
         if wanted != "auto":
             return wanted, wanted
-        together = 1 if self.options.tile_batch == "auto" else self.options.tile_batch
+        wanted = self.options.tile_batch
+        together = 1 if wanted == "auto" or not self.demand.takes_batches else wanted
         side = largest_side(self.budget, together * self.demand.per_pixel, self._row_bytes())
         smallest = smallest_side(self.options)
         if side < smallest:
             self._require(smallest)
             side = smallest
         cells = side - side % self.demand.multiple  # tiles consist of whole cells, and would be rounded up
-        side = cells if cells >= smallest else side
-        side = min(side, max(LARGEST_TILE.get(self.device.type, 320), smallest), self.demand.largest_tile or side)
+        side = max(cells, smallest)
+        pays = max(LARGEST_TILE.get(self.device.type, 320), smallest, padding)
+        side = min(side, pays, self.demand.largest_tile or side)
         fits = height * width <= side * side and self._needed(whole) <= self.budget  # a long one is padded by more
         if fits and self.demand.balance == math.inf:
             return whole
@@ -199,21 +203,26 @@ class Planner:
         elif self.device.type == "cpu":
             tile = self._least_work(side, together)
         else:
-            tile = (self._best_side(side, smallest),) * 2
-        return whole if fits and self._work(whole) <= WORK_FOR_WHOLE * self._work(tile) else tile
+            tile = (self._best_side(side),) * 2
+        return whole if fits and self._work(whole) <= self.demand.work_for_whole * self._work(tile) else tile
 
     def _work(self, tile: Sides) -> float:
         """Input pixels of all tiles together, and what attention takes in such pixels."""
         area, tiles = self._geometry(tile)
         return tiles * area * (1 + area / self.demand.balance)
 
-    def _best_side(self, largest: int, smallest: int) -> int:
+    def _best_side(self, largest: int) -> int:
         """Side of square tiles, at most ``largest``, that have the least work for the area that they add."""
         if self.demand.balance == math.inf:
             return largest
         step = self.demand.multiple
-        sides = range(largest, max(smallest, step) - 1, -step)
+        sides = range(largest, max(self._least_side(), step) - 1, -step)
         return min(sides, key=self._work_of_squares, default=largest)
+
+    def _least_side(self) -> int:
+        """Side of the smallest tiles that are chosen for less work; attention alone, without an overlap, asks for 1."""
+        least = smallest_side(self.options)
+        return least if self.demand.balance == math.inf else max(least, LEAST_SIDE)
 
     def _work_of_squares(self, side: int) -> float:
         overlap = join_of((side, side), self.options.overlap, self.demand.multiple, self.options.tile_blend).overlap
@@ -244,7 +253,7 @@ class Planner:
         """Sides with which 1, 2, 3 ... tiles cover ``length``, each as small as their number allows, and how many."""
         cells = join.multiple
         # In smaller tiles, the overlap of ``join``, which is whole cells, would be more than a third of a side.
-        smallest = max(smallest_side(self.options), 2 * cells, 3 * join.overlap)
+        smallest = max(self._least_side(), 2 * cells, 3 * join.overlap)
         for count in range(1, length + 1):
             least = -(-(length + (count - 1) * join.overlap) // count)
             side = -(-max(least, smallest) // cells) * cells

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from onestepsr.allocator import freed_memory_kept
 from onestepsr.image_profile import MatrixProfile
 from onestepsr.memory_plan import Plan, StagePlan
-from onestepsr.models.picture_norms import SHARE_OF_PICTURE, reduced
+from onestepsr.models.picture_norms import SHARE_OF_PICTURE, PictureNorms, reduced
 from onestepsr.models.tile_stages import Stage
 from onestepsr.tile_step import STAGES, WHOLE, Network, Pass, Tile, TileStep, enlarge, to_float
 from onestepsr.tiling import TileJoin, join_of
@@ -31,17 +32,18 @@ class Route:
         options: UpscaleOptions,
         *,
         profile: MatrixProfile | None,
+        norms: PictureNorms | None,
         progress: Callable[[int, int], None] | None,
         fill: bool,
         keep_memory: bool,
     ) -> None:
-        """``pixels`` (H, W, C) are stored samples.
+        """``pixels`` (H, W, C) are stored samples. ``norms`` are to treat all tiles alike, where there are tiles.
 
         ``progress(done, total)`` is called after every tile. ``fill`` and ``profile`` as in :class:`TileStep`;
         ``keep_memory``: as :func:`onestepsr.allocator.freed_memory_kept`.
         """
         self.network, self.plan, self.options, self.profile = network, plan, options, profile
-        self.fill, self.keep_memory = fill, keep_memory
+        self.fill, self.keep_memory, self._norms = fill, keep_memory, norms
         self._join = self._join_of(plan)
         self._padding = max(self._join.multiple, self._join_of(plan.stages["unet"]).multiple if plan.stages else 1)
         self._source = _padded(pixels, self._padding)
@@ -50,38 +52,51 @@ class Route:
 
     def rows(self) -> Iterator[Tensor]:
         """The enlarged picture, padding and all, as consecutive bands (1, C, rows, W * scale) of float32."""
-        if self.plan.stages is None:
-            return self._pictures(WHOLE, self.plan, None)
-        encoding, restoring, decoding = (self.plan.stages[stage] for stage in STAGES)
-        z_l = self._latent("encode", encoding, None)
-        z_h = self._latent("unet", restoring, z_l)
-        return self._pictures(STAGES["decode"], decoding, z_h)
+        with self._alike():
+            if self.plan.stages is None:
+                yield from self._pictures(WHOLE, self.plan, None)
+                return
+            encoding, restoring, decoding = (self.plan.stages[stage] for stage in STAGES)
+            z_l = self._latent("encode", encoding, None)
+            z_h = self._latent("unet", restoring, z_l)
+            yield from self._pictures(STAGES["decode"], decoding, z_h)
 
     def enlarged_rows(self) -> Iterator[Tensor]:
         """The input, enlarged bicubically, as :meth:`rows`."""
         pieces = (enlarge(to_float(tile), self.network.scale) for tile in self._join.cut(self._source))
         return self._join.rows(pieces, self._size, self.network.scale)
 
-    def rehearse(self) -> None:
+    def _alike(self) -> AbstractContextManager[None]:
+        """Inside, norms have statistics of the whole picture, if some of them only meet tiles."""
+        # A copy is no smaller than a cell of the network, which may be more than the memory is planned for.
+        if self._norms and self.plan.cuts_autoencoder and self._padding**2 <= self.plan.pixels:
+            return self._norms.measured_by(self._rehearse)
+        return nullcontext()
+
+    def _rehearse(self) -> None:
         """Send a reduced copy of the picture through the network, whole."""
         # Not where freed memory is kept: its blocks have other sizes, and would only break up the heap.
         most = min(self.plan.pixels, self._size[0] * self._size[1] * SHARE_OF_PICTURE)
         copied = reduced(self._source, most, self._padding)
         TileStep(self.network, self.profile, self.options).rehearse(Tile(place=(0, 0), lr=copied))
 
+    def _exact(self, stage_plan: StagePlan) -> AbstractContextManager[None]:
+        """Inside, norms have statistics of their own if they meet the whole picture."""
+        return self._norms.set_aside() if self._norms and stage_plan.tiles == 1 else nullcontext()
+
     def _latent(self, stage: Stage, stage_plan: StagePlan, latent: Tensor | None) -> Tensor:
         """What encoder or UNet make of the picture, joined: (1, D, h, w) in float32."""
         join = self._join_of(stage_plan)
         cells = join.in_cells(self.plan.cell)
         size = (self._size[0] // self.plan.cell, self._size[1] // self.plan.cell)
-        with freed_memory_kept(self.keep_memory):
+        with freed_memory_kept(self.keep_memory), self._exact(stage_plan):
             pieces = self._step(STAGES[stage], stage_plan)(self._tiles(join, latent))
             return torch.cat(list(cells.rows(pieces, size, 1)), dim=2)
 
     def _pictures(self, part: Pass, stage_plan: StagePlan, latent: Tensor | None) -> Iterator[Tensor]:
         """Bands of the enlarged picture from tiles of the input, or of ``latent``."""
         join = self._join_of(stage_plan)
-        with freed_memory_kept(self.keep_memory):
+        with freed_memory_kept(self.keep_memory), self._exact(stage_plan):
             pieces = self._step(part, stage_plan)(self._tiles(join, latent))
             yield from join.rows(pieces, self._size, self.network.scale)
 

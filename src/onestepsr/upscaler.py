@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -66,7 +66,8 @@ class Upscaler:
     below; with ``takes_float32`` it is given float32 whatever the format of its weights, else its own format. It may
     take a keyword ``rng``, a ``torch.Generator`` for the noise it draws, and ``origin``, the row and
     column of a tile in the picture, by which the noise of a place is the same in every tile; one that reads text takes
-    ``prompt_embedding`` (1, L, C) and has C as ``prompt_width``.
+    ``prompt_embedding`` (1, L, C) and has C as ``prompt_width``. One whose encoder, UNet and decoder can have tiles of
+    their own has ``stage_demands(dtype)`` and what :mod:`onestepsr.models.tile_stages` asks for.
     """
 
     def __init__(
@@ -233,7 +234,8 @@ class Upscaler:
             return Planner(extent, self._demand(torch.bfloat16), options, self.device).plan(self._most_pixels)
 
     def plan_tile(self, height: int, width: int, options: UpscaleOptions) -> Sides:
-        """Height and width of the tiles in input pixels for a picture of this size."""
+        """Height and width of the tiles in input pixels for a picture of this size; the decoder's, where encoder, UNet
+        and decoder have their own."""
         return self.plan(height, width, options).tile
 
     def memory_per_pixel(self) -> float:
@@ -297,31 +299,26 @@ class Upscaler:
         """The network's output at its own scale, colour-fixed, as samples of the picture's kind."""
         pixels = picture.pixels if picture.alpha is None else fill_transparent(picture.pixels, picture.alpha)
         shape = (picture.height * self.scale, picture.width * self.scale, pixels.shape[2])
+        alike = options.tile_norms == "picture" and options.tile_blend == "smooth" and not self.compiled
         route = Route(
             self._network(),
             pixels,
             plan,
             options,
             profile=None if picture.gray else matrix_profile(picture.icc),
+            norms=self._norms if alike else None,
             progress=progress,
             fill=self.compiled,
             keep_memory=self.keeps_freed_memory(plan.pixels),
         )
         errors = compiler_errors_named(self.name) if self.compiled else nullcontext()
-        with errors, torch.inference_mode(), self._alike(route, plan, options):
+        with errors, torch.inference_mode():
             if options.color_fix != "adain":
                 return _stored(_cropped(route.rows(), *shape[:2]), shape, pixels.dtype.type)
             # AdaIN needs statistics of the whole output: it is kept with 16 bits until they are known.
             fine = _stored(_cropped(route.rows(), *shape[:2]), shape, np.uint16)
             wanted = statistics(_cropped(route.enlarged_rows(), *shape[:2]))
             return _stored(_matched(fine, statistics(_bands(fine)), wanted), shape, pixels.dtype.type)
-
-    def _alike(self, route: Route, plan: Plan, options: UpscaleOptions) -> AbstractContextManager[None]:
-        """Inside, the norms of the autoencoder treat all tiles alike, where there are tiles, and that is wanted."""
-        wanted = options.tile_norms == "picture" and options.tile_blend == "smooth" and not self.compiled
-        if self._norms and wanted and plan.cuts_autoencoder:
-            return self._norms.measured_by(route.rehearse)
-        return nullcontext()
 
     def _network(self) -> Network:
         return Network(

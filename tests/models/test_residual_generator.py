@@ -179,10 +179,13 @@ def test_upscaler_gives_tiles_one_generator_and_their_places():
         seen.append((origin, rng.initial_seed()))
         return restore(z_y, lr, rng, origin)
 
+    forward, copies = generator.forward, []
+    generator.forward = lambda lr, **given: (copies.append((len(seen), lr.shape)), forward(lr, **given))[1]
     generator.restore_latent = record
     picture = from_array(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8))
     result = Upscaler(generator, "cpu", "float32").upscale_picture(picture, UpscaleOptions(tile=32, seed=7))
     assert result.pixels.shape == (200, 240, 3)
+    assert copies == [(0, (1, 3, 16, 16))], "for the norms, before the tiles"
     assert [place for place, _ in seen] == list(product((0, 16, 32), repeat=2))
     assert len({seed for _, seed in seen}) == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -70,17 +71,36 @@ def test_the_parts_one_after_the_other_are_the_generator(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["d3sr", "noised", "osediff", "resshift"])
 def test_the_upscaler_gives_the_parts_what_they_take(name: str) -> None:
-    generator, _, restoring = generators()[name]
-    options = UpscaleOptions(scale=2.0, seed=3, prompt_embedding=restoring.get("prompt_embedding"))
+    """Of one tile after the other, each part is given what the whole is given; other noise or another prompt shows."""
+    generator, encoding, restoring = generators()[name]
+    seen: dict[str, list[dict[str, Any]]] = {"encode_lr": [], "restore_latent": []}
+    for method, calls in seen.items():
+        setattr(generator, method, recording(getattr(generator, method), calls))
+    options = UpscaleOptions(
+        scale=2.0, seed=3, color_fix="none", tile=96, prompt_embedding=restoring.get("prompt_embedding")
+    )
     upscaler = Upscaler(generator, "cpu", "float32", name)
     picture = Picture(pixels=np.random.default_rng(0).integers(0, 256, (64, 150, 3), dtype=np.uint8))
-    results = [
-        upscaler.upscale_picture(picture, replace(options, tile=tile)).pixels.astype(int) for tile in (96, 96, "off")
-    ]
+    first, again = (upscaler.upscale_picture(picture, replace(options, tile_norms="tile")).pixels for _ in range(2))
     assert upscaler.last_plan is not None
-    assert np.array_equal(results[0], results[1])
-    psnr = 10 * math.log10(255**2 / np.square(results[0] - results[2]).mean())
-    assert psnr > 25.0, "the same noise, prompt and place, although networks of noise agree only roughly"
+    assert upscaler.last_plan.stages is not None
+    assert np.array_equal(first, again)
+    for method, wanted in (("encode_lr", encoding), ("restore_latent", restoring)):
+        places = [given.get("origin") for given in seen[method][:2]]
+        assert (places[0] == (0, 0) and places[1] not in (None, (0, 0))) is ("origin" in wanted)
+        assert len({given["rng"].initial_seed() for given in seen[method] if "rng" in given}) == ("origin" in wanted)
+        assert all(given.get("prompt_embedding") is wanted.get("prompt_embedding") for given in seen[method])
+
+
+def recording(method: Any, calls: list[dict[str, Any]]) -> Any:
+    """``method``, which notes what it is given by name."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **given: Any) -> Any:
+        calls.append(given)
+        return method(*args, **given)
+
+    return call
 
 
 def test_memory_and_attention_of_the_published_networks() -> None:

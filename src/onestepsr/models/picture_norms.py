@@ -76,6 +76,16 @@ class PictureNorms:
             for norm in self._norms:
                 norm.watching, norm.kept = False, None
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside, norms take the statistics of their input again: exact ones, where that is the whole picture."""
+        kept = [norm.kept for norm in self._norms]
+        for norm in self._norms:
+            norm.kept = None
+        yield
+        for norm, statistics in zip(self._norms, kept, strict=True):
+            norm.kept = statistics
+
 
 def reduced(source: Tensor, most: float, multiple: int) -> Tensor:
     """Evenly spread pixels of ``source`` (1, C, H, W), at most ``most`` of them: sides are multiples of ``multiple``,

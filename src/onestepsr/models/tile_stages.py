@@ -1,7 +1,8 @@
 """What each network of a generator takes of a tile, so that encoder, UNet and decoder can have tiles of their own.
 
-A generator that offers this has a method for each of the three stages, ``encode_lr``, ``restore_latent`` and
-``decode``, and ``stage_demands(dtype)``. Latents of all tiles are joined between the stages.
+A generator that offers this has ``stage_demands(dtype)``, ``latent_channels`` and a method for each of the stages:
+``encode_lr(lr)``, ``restore_latent(latent, lr)`` and ``decode(latent)``. The first two may take ``rng``, ``origin`` and
+``prompt_embedding`` as its ``forward`` does. Between the stages the latents of all tiles are joined.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class StageDemand:
     per_pixel: float
     """Peak bytes per pixel of the feature maps."""
     multiple: int
-    """Tiles start at multiples of this."""
+    """Tiles start at multiples of this: of the encoder, and in every stage, of an LR picture's latent positions."""
     balance: float = math.inf
     """Pixels of a tile at which attention over all of it takes as long as everything else."""
 
