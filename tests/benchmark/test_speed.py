@@ -125,6 +125,13 @@ def test_tiles_are_counted_as_they_run() -> None:
     assert cut.speedup_over_baseline is None
 
 
+def test_stages_tell_tiles_of_their_own() -> None:
+    config = SpeedConfig(**{**QUICK, "width": 64, "tile": 32, "baseline": False})
+    found = measure_speed("random:resshift-micro", config)
+    tiles = {stage.name: stage.tile for stage in found.product.stages if stage.tile is not None}
+    assert tiles == dict.fromkeys(("encode", "steps", "decode"), (QUICK["height"], 32))
+
+
 def test_a_baseline_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "free_memory", lambda device: 1e6)
     said: list[str] = []

@@ -186,13 +186,18 @@ def _plain(
 
 
 def _path_speed(path: EnlargingPath, runs: Sequence[Run], config: SpeedConfig) -> PathSpeed:
-    macs = count_stages(path.generator, runs[0].calls)
+    macs, tiles = count_stages(path.generator, runs[0].calls), path.stage_tiles(config.height, config.width)
     return PathSpeed(
         dtype=str(path.dtype).removeprefix("torch."),
         memory_format=NAMES[path.memory_format],
         tile=path.tile(config.height, config.width),
         stages=tuple(
-            StageSpeed(name=name, seconds=spread([run.seconds[name] for run in runs]), macs=macs.get(name))
+            StageSpeed(
+                name=name,
+                seconds=spread([run.seconds[name] for run in runs]),
+                macs=macs.get(name),
+                tile=tiles.get(name),
+            )
             for name in stage_names(path.generator)
         ),
         network=spread([run.seconds[NETWORK] for run in runs]),

@@ -58,6 +58,10 @@ class EnlargingPath(Protocol):
         """Height and width of the tiles in input pixels for pictures of this size; the picture's if there is one."""
         ...
 
+    def stage_tiles(self, height: int, width: int) -> dict[str, Sides]:
+        """Likewise by stage, where encoder, UNet and decoder have tiles of their own."""
+        ...
+
 
 class ProductPath:
     """Every picture through the upscaler, tiles and all."""
@@ -90,6 +94,12 @@ class ProductPath:
         """What the upscaler plans."""
         tile = self.upscaler.plan_tile(height, width, self.options)
         return min(tile[0], height), min(tile[1], width)
+
+    def stage_tiles(self, height: int, width: int) -> dict[str, Sides]:
+        """What the upscaler plans for each."""
+        planned = self.upscaler.plan(height, width, self.options).stages or {}
+        names = zip(stages_of(self.generator).values(), planned.values(), strict=False)
+        return {name: (min(plan.tile[0], height), min(plan.tile[1], width)) for name, plan in names}
 
 
 class WholePath:
@@ -130,6 +140,10 @@ class WholePath:
     def tile(self, height: int, width: int) -> Sides:
         """The whole picture."""
         return height, width
+
+    def stage_tiles(self, height: int, width: int) -> dict[str, Sides]:
+        """None."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

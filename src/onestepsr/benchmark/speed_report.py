@@ -108,7 +108,13 @@ def _path(path: PathSpeed) -> dict[str, Any]:
         "macs": path.macs,
         "tflops": path.tflops,
         "stages": [
-            {"name": stage.name, **asdict(stage.seconds), "macs": stage.macs, "tflops": stage.tflops}
+            {
+                "name": stage.name,
+                **asdict(stage.seconds),
+                "macs": stage.macs,
+                "tflops": stage.tflops,
+                **({} if stage.tile is None else {"tile": stage.tile}),
+            }
             for stage in path.stages
         ],
     }

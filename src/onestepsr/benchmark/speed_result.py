@@ -44,6 +44,8 @@ class StageSpeed:
     """Time."""
     macs: int | None = None
     """Multiply-accumulate operations; None where they are not counted."""
+    tile: Sides | None = None
+    """Height and width of its tiles in input pixels, where it has tiles of its own."""
 
     @property
     def tflops(self) -> float | None:
@@ -60,7 +62,8 @@ class PathSpeed:
     memory_format: str
     """Order of the network's tensors in memory."""
     tile: Sides
-    """Height and width of a tile in input pixels; those of the picture where it is one tile."""
+    """Height and width of a tile in input pixels; those of the picture where it is one tile, and the decoder's where
+    stages have their own."""
     stages: tuple[StageSpeed, ...]
     """The parts, in order."""
     network: Spread
