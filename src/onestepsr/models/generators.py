@@ -36,18 +36,22 @@ class LatentAutoencoder(Protocol):
         ...
 
 
-class NoisePredictor(Protocol):
-    """What a generator needs of a diffusion UNet."""
+class LatentUNet(Protocol):
+    """What a generator needs of every UNet."""
 
     size_multiple: int
     """Latent sides must be multiples of this."""
 
-    def __call__(self, z_t: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
-        """Predicted noise, shaped like ``z_t`` (N, C, h, w), at integer steps ``t`` (N,)."""
-        ...
-
     def memory_per_cell(self, dtype: torch.dtype) -> float:
         """Peak bytes per latent position of one evaluation without gradients: feature maps, not weights."""
+        ...
+
+
+class NoisePredictor(LatentUNet, Protocol):
+    """What a generator needs of a diffusion UNet."""
+
+    def __call__(self, z_t: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+        """Predicted noise, shaped like ``z_t`` (N, C, h, w), at integer steps ``t`` (N,)."""
         ...
 
 
@@ -83,7 +87,50 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class OneStepLatentGenerator(nn.Module):
+class LatentGenerator(nn.Module):
+    """What generators have in common that enlarge an LR image, encode it, restore the latent and decode that."""
+
+    def __init__(self, autoencoder: nn.Module, unet: nn.Module, scale: int) -> None:
+        """``autoencoder`` is a :class:`LatentAutoencoder`, ``unet`` a :class:`LatentUNet`."""
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.unet = unet
+        self.scale = scale
+
+    @property
+    def _latent_autoencoder(self) -> LatentAutoencoder:
+        return cast(LatentAutoencoder, self.autoencoder)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that encoder, UNet and decoder share."""
+        return self._latent_autoencoder.latent_channels
+
+    @property
+    def lr_multiple(self) -> int:
+        """LR sides are padded to multiples of this before encoding: 64 for the published x4 models of ResShift."""
+        cells = self._latent_autoencoder.factor * cast(LatentUNet, self.unet).size_multiple
+        return max(1, cells // self.scale)
+
+    def memory_per_pixel(self, dtype: torch.dtype) -> float:
+        """Peak bytes of one picture per LR pixel: autoencoder and UNet run one after the other."""
+        unet = cast(LatentUNet, self.unet).memory_per_cell(dtype) / self._latent_autoencoder.factor**2
+        return self.scale**2 * max(self._latent_autoencoder.memory_per_pixel(dtype), unet)
+
+    def stage_demands(self, dtype: torch.dtype) -> dict[Stage, StageDemand] | None:
+        """What encoder, UNet and decoder take of tiles of their own; None where they have none."""
+        return stage_demands(self.autoencoder, self.unet, self.scale, dtype)
+
+    def speed_up(self) -> None:
+        """Let the networks compute faster where they can, for inference; parameters and their names stay."""
+        speed_up_parts(self.autoencoder, self.unet)
+
+    def enlarge(self, lr: Tensor) -> Tensor:
+        """The LR image at output size: bicubic (a = -0.75), not clamped."""
+        return bicubic(lr, self.scale)
+
+
+class OneStepLatentGenerator(LatentGenerator):
     """z_L = E(enlarged LR), one UNet evaluation at T_L, z_H by Eq. 1 of D3SR, SR = D(z_H). No noise is added.
 
     Public tensors are RGB in [0, 1]; [-1, 1] and latents exist only in here.
@@ -104,40 +151,16 @@ class OneStepLatentGenerator(nn.Module):
         schedule: DiffusionSchedule | None = None,
     ) -> None:
         """``prompt`` (1, L, C) is the learnable condition, ``timestep`` the fixed step T_L of the UNet evaluation."""
-        super().__init__()
-        self.autoencoder = autoencoder
-        self.unet = unet
+        super().__init__(autoencoder, unet, scale)
         self.prompt = nn.Parameter(prompt.detach().clone())
         self.schedule = schedule or DiffusionSchedule()
         if not 0 <= timestep < self.schedule.steps:
             raise ValueError(f"timestep T_L must be 0..{self.schedule.steps - 1}, got {timestep}")
         self.timestep = timestep
-        self.scale = scale
-
-    @property
-    def _latent_autoencoder(self) -> LatentAutoencoder:
-        return cast(LatentAutoencoder, self.autoencoder)
 
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.autoencoder.parameters()).dtype
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latents that encoder, UNet and decoder share."""
-        return self._latent_autoencoder.latent_channels
-
-    @property
-    def lr_multiple(self) -> int:
-        """LR sides are padded to multiples of this before encoding."""
-        cells = self._latent_autoencoder.factor * cast(NoisePredictor, self.unet).size_multiple
-        return max(1, cells // self.scale)
-
-    def memory_per_pixel(self, dtype: torch.dtype) -> float:
-        """Peak bytes of one evaluation per LR pixel: autoencoder and UNet run one after the other."""
-        cells_per_pixel = 1 / self._latent_autoencoder.factor**2
-        unet = cast(NoisePredictor, self.unet).memory_per_cell(dtype) * cells_per_pixel
-        return self.scale**2 * max(self._latent_autoencoder.memory_per_pixel(dtype), unet)
 
     def freeze_prompt(self) -> None:
         """Compute once what depends on the prompt alone, for inference; a backbone that offers nothing stays as it is.
@@ -147,10 +170,6 @@ class OneStepLatentGenerator(nn.Module):
         freeze = getattr(self.unet, "freeze_prompt", None)
         if callable(freeze):
             freeze(self.prompt)
-
-    def speed_up(self) -> None:
-        """Let the backbone compute faster where it can, for inference; parameters and their names stay."""
-        speed_up_parts(self.autoencoder, self.unet)
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent (N, C, H/f, W/f) of an image (N, 3, H, W) in [0, 1] whose sides are multiples of f; the image may have
@@ -172,14 +191,6 @@ class OneStepLatentGenerator(nn.Module):
         predict = cast(Callable[..., Tensor], self.unet)
         eps = predict(z_l.to(self._dtype), t, self.prompt if prompt is None else prompt)
         return self.schedule.x0_from_eps(_wide(z_l), _wide(eps), self.timestep)
-
-    def enlarge(self, lr: Tensor) -> Tensor:
-        """The LR image at output size: bicubic (a = -0.75), not clamped."""
-        return bicubic(lr, self.scale)
-
-    def stage_demands(self, dtype: torch.dtype) -> dict[Stage, StageDemand] | None:
-        """What encoder, UNet and decoder take of tiles of their own; None where they have none."""
-        return stage_demands(self.autoencoder, self.unet, self.scale, dtype)
 
     def encode_lr(self, lr: Tensor) -> Tensor:
         """Latent (N, C, s h/f, s w/f) of the enlarged LR (N, 3, h, w)."""

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from onestepsr.data.sampling import generator as seeded
 from onestepsr.errors import UserError
-from onestepsr.models.enlarging import bicubic
-from onestepsr.models.generators import LatentAutoencoder, pad_to_multiple, speed_up_parts
-from onestepsr.models.tile_stages import Stage, StageDemand, stage_demands
+from onestepsr.models.generators import LatentGenerator, LatentUNet, pad_to_multiple
 from onestepsr.residual_schedule import Noise, Predict, ResidualShiftSchedule
 
 Sampler = Literal["ancestral", "deterministic"]
@@ -26,19 +24,12 @@ UNLIMITED = 2**16
 """Side of latents for an autoencoder that names no largest one."""
 
 
-class LatentDenoiser(Protocol):
+class LatentDenoiser(LatentUNet, Protocol):
     """What the generator needs of a denoising network."""
-
-    size_multiple: int
-    """Latent sides must be multiples of this."""
 
     def __call__(self, x: Tensor, timesteps: Tensor, lq: Tensor) -> Tensor:
         """Estimate of z_0, of the shape and type of the scaled latent ``x`` (N, C, h, w), at integer steps (N,); ``lq``
         is the LR image (N, 3, H, W) in [-1, 1]."""
-        ...
-
-    def memory_per_cell(self, dtype: torch.dtype) -> float:
-        """Peak bytes per latent position of one evaluation without gradients: feature maps, not weights."""
         ...
 
 
@@ -84,7 +75,7 @@ class NoisePlane:
         return whole[:, top : top + height, left : left + width]
 
 
-class ResidualShiftGenerator(nn.Module):
+class ResidualShiftGenerator(LatentGenerator):
     """z_y = E(enlarged LR), z_T = z_y + noise, one or more steps to z_0, SR = D(the codes nearest to z_0).
 
     Public tensors are RGB in [0, 1]; [-1, 1] and latents exist only in here. Diffusion is computed in float32 whatever
@@ -101,12 +92,9 @@ class ResidualShiftGenerator(nn.Module):
         scale: int = 4,
     ) -> None:
         """``autoencoder`` is a LatentAutoencoder, ``unet`` a LatentDenoiser; every step of ``schedule`` is run."""
-        super().__init__()
-        self.autoencoder = autoencoder
-        self.unet = unet
+        super().__init__(autoencoder, unet, scale)
         self.schedule = schedule or ResidualShiftSchedule()
         self.sampler = sampler
-        self.scale = scale
 
     def choose(self, steps: int | None = None, sampler: str | None = None) -> None:
         """Run ``steps`` of the steps that the network was trained with, evenly spread, by ``sampler``; None leaves what
@@ -119,41 +107,14 @@ class ResidualShiftGenerator(nn.Module):
             self.sampler = cast(Sampler, sampler)
 
     @property
-    def _latent_autoencoder(self) -> LatentAutoencoder:
-        return cast(LatentAutoencoder, self.autoencoder)
-
-    @property
     def _denoiser(self) -> LatentDenoiser:
         return cast(LatentDenoiser, self.unet)
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latents that encoder, UNet and decoder share."""
-        return self._latent_autoencoder.latent_channels
-
-    @property
-    def lr_multiple(self) -> int:
-        """LR sides are padded to multiples of this: 64 for the published x4 models."""
-        return max(1, self._latent_autoencoder.factor * self._denoiser.size_multiple // self.scale)
 
     @property
     def largest_tile(self) -> int:
         """Side of LR tiles beyond which they cost more, not less: 256 for the published x4 models."""
         side = int(getattr(self.autoencoder, "largest_latent", UNLIMITED))
         return side * self._latent_autoencoder.factor // self.scale
-
-    def memory_per_pixel(self, dtype: torch.dtype) -> float:
-        """Peak bytes of one picture per LR pixel: autoencoder and UNet run one after the other."""
-        unet = self._denoiser.memory_per_cell(dtype) / self._latent_autoencoder.factor**2
-        return self.scale**2 * max(self._latent_autoencoder.memory_per_pixel(dtype), unet)
-
-    def speed_up(self) -> None:
-        """Let the networks compute faster where they can, for inference; parameters and their names stay."""
-        speed_up_parts(self.autoencoder, self.unet)
-
-    def enlarge(self, lr: Tensor) -> Tensor:
-        """The LR image at output size: bicubic (a = -0.75), not clamped."""
-        return bicubic(lr, self.scale)
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent (N, C, H/f, W/f), float32, of an image (N, 3, H, W) in [0, 1] whose sides are multiples of f."""
@@ -168,10 +129,6 @@ class ResidualShiftGenerator(nn.Module):
         if self.sampler == "ancestral":
             return self.schedule.sample_ancestral(predict, z_y, noise)
         return self.schedule.sample_deterministic(predict, z_y, self.schedule.prior(z_y, noise(0, z_y)))
-
-    def stage_demands(self, dtype: torch.dtype) -> dict[Stage, StageDemand] | None:
-        """What encoder, UNet and decoder take of tiles of their own; None where they have none."""
-        return stage_demands(self.autoencoder, self.unet, self.scale, dtype)
 
     def encode_lr(self, lr: Tensor) -> Tensor:
         """Latent (N, C, s h/f, s w/f), float32, of the enlarged LR (N, 3, h, w)."""
