@@ -22,8 +22,8 @@ from onestepsr.tiling import OVERLAP, PUBLISHED_OVERLAPS, Sides, TileJoin, join_
 from onestepsr.upscale_options import UpscaleOptions, target_size
 
 LARGEST_TILE = {"cpu": 320, "cuda": 768}
-"""Side of a square tile beyond whose area a larger one saves no time worth its memory: the overlap costs a fifth or
-less."""
+"""Side, at scale 4, of a square tile beyond whose area a larger one saves no time worth its memory: the overlap costs a
+fifth or less. What takes time and memory is the size of the output."""
 WORK_FOR_MEMORY = 1.03
 """So much of the least work is done for smaller tiles, which take less memory."""
 LEAST_SIDE = 3 * OVERLAP
@@ -155,7 +155,7 @@ class Planner:
         return self._of_tile(tile, most_pixels)
 
     def _staged(self, most_pixels: int | None) -> Plan | None:
-        """A plan with tiles of their own for all stages; None where they have none, or need none."""
+        """A plan with tiles of their own for all stages, unless one is all of it; None where they have none."""
         stages, options = self.demand.stages, self.options
         if stages is None or options.tile == "off" or options.tile_blend == "average":
             return None
@@ -164,9 +164,11 @@ class Planner:
             share = self.demand.per_pixel / demand.per_pixel
             most = None if most_pixels is None else int(most_pixels * share)
             plans[stage] = Planner(self.extent, demand, options, self.device)._chosen(most)
-        whole = self.extent.height, self.extent.width
-        if all(plan.tiles == 1 for plan in plans.values()) and self._needed(whole) <= self.budget:
-            return None
+        fits = self._needed((self.extent.height, self.extent.width)) <= self.budget
+        if fits and all(plan.tiles == 1 for plan in plans.values()):
+            whole = self._chosen(most_pixels)
+            if whole.tiles == 1:
+                return whole
         most_work = max(plan.pixels * stages[stage].per_pixel for stage, plan in plans.items())
         return replace(
             plans["decode"],
@@ -192,7 +194,7 @@ class Planner:
             side = smallest
         cells = side - side % self.demand.multiple  # tiles consist of whole cells, and would be rounded up
         side = max(cells, smallest)
-        pays = max(LARGEST_TILE.get(self.device.type, 320), smallest, padding)
+        pays = max(LARGEST_TILE.get(self.device.type, 320) * 4 // self.demand.scale, smallest, padding)
         side = min(side, pays, self.demand.largest_tile or side)
         fits = height * width <= side * side and self._needed(whole) <= self.budget  # a long one is padded by more
         if fits and self.demand.balance == math.inf:
@@ -212,12 +214,13 @@ class Planner:
         return tiles * area * (1 + area / self.demand.balance)
 
     def _best_side(self, largest: int) -> int:
-        """Side of square tiles, at most ``largest``, that have the least work for the area that they add."""
+        """Side of square tiles, at most ``largest``, that have the least work for the area that they add, or nearly."""
         if self.demand.balance == math.inf:
             return largest
         step = self.demand.multiple
-        sides = range(largest, max(self._least_side(), step) - 1, -step)
-        return min(sides, key=self._work_of_squares, default=largest)
+        works = {side: self._work_of_squares(side) for side in range(largest, max(self._least_side(), step) - 1, -step)}
+        least = min(works.values(), default=math.inf)
+        return next((side for side, work in works.items() if work <= self.demand.work_for_context * least), largest)
 
     def _least_side(self) -> int:
         """Side of the smallest tiles that are chosen for less work; attention alone, without an overlap, asks for 1."""
@@ -229,7 +232,8 @@ class Planner:
         return (1 + side**2 / self.demand.balance) * (side / (side - overlap)) ** 2
 
     def _least_work(self, side: int, together: int) -> Sides:
-        """The tiles of at most ``side`` x ``side`` pixels that have the fewest in all, or nearly, and are smallest.
+        """The tiles of at most ``side`` x ``side`` pixels that have the fewest in all, or nearly, and are smallest, or,
+        where a network is to see much, largest.
 
         The last tile of a row is moved inward until it ends with the picture; of tiles that do not divide it, it would
         mostly do again what its neighbour has done. On a GPU one shape for all pictures is worth more: that is what
@@ -246,8 +250,11 @@ class Planner:
                 choice.append((work, area, (height, width)))
         if not choice:
             return side, side
-        good_enough = WORK_FOR_MEMORY * min(work for work, *_ in choice)
-        return min((area, work, tile) for work, area, tile in choice if work <= good_enough)[2]
+        least = min(work for work, *_ in choice)
+        if self.demand.work_for_context > WORK_FOR_MEMORY:
+            good_enough = self.demand.work_for_context * least
+            return max((min(tile), -work, tile) for work, _, tile in choice if work <= good_enough)[2]
+        return min((area, work, tile) for work, area, tile in choice if work <= WORK_FOR_MEMORY * least)[2]
 
     def _divisions(self, length: int, join: TileJoin) -> Iterator[tuple[int, int]]:
         """Sides with which 1, 2, 3 ... tiles cover ``length``, each as small as their number allows, and how many."""
