@@ -185,8 +185,8 @@ class Planner:
             return whole
         if wanted != "auto":
             return wanted, wanted
-        wanted = self.options.tile_batch
-        together = 1 if wanted == "auto" or not self.demand.takes_batches else wanted
+        batch = self.options.tile_batch
+        together = 1 if batch == "auto" or not self.demand.takes_batches else batch
         side = largest_side(self.budget, together * self.demand.per_pixel, self._row_bytes())
         smallest = smallest_side(self.options)
         if side < smallest:
@@ -211,7 +211,11 @@ class Planner:
     def _work(self, tile: Sides) -> float:
         """Input pixels of all tiles together, and what attention takes in such pixels."""
         area, tiles = self._geometry(tile)
-        return tiles * area * (1 + area / self.demand.balance)
+        return tiles * area * self._attention(area)
+
+    def _attention(self, area: int) -> float:
+        """Time of a tile of ``area`` pixels over what it would take without attention."""
+        return 1 + area / self.demand.balance
 
     def _best_side(self, largest: int) -> int:
         """Side of square tiles, at most ``largest``, that have the least work for the area that they add, or nearly."""
@@ -229,7 +233,7 @@ class Planner:
 
     def _work_of_squares(self, side: int) -> float:
         overlap = join_of((side, side), self.options.overlap, self.demand.multiple, self.options.tile_blend).overlap
-        return (1 + side**2 / self.demand.balance) * (side / (side - overlap)) ** 2
+        return self._attention(side**2) * (side / (side - overlap)) ** 2
 
     def _least_work(self, side: int, together: int) -> Sides:
         """The tiles of at most ``side`` x ``side`` pixels that have the fewest in all, or nearly, and are smallest, or,
@@ -246,8 +250,7 @@ class Planner:
             area = min(height, padded[0]) * min(width, padded[1])
             needed = together * area * self.demand.per_pixel + self._rows((height, width))
             if area <= side * side and needed <= self.budget and max(height, width) <= longest:
-                work = area * rows * columns * (1 + area / self.demand.balance)
-                choice.append((work, area, (height, width)))
+                choice.append((area * rows * columns * self._attention(area), area, (height, width)))
         if not choice:
             return side, side
         least = min(work for work, *_ in choice)

@@ -45,7 +45,7 @@ class Route:
         self.network, self.plan, self.options, self.profile = network, plan, options, profile
         self.fill, self.keep_memory, self._norms = fill, keep_memory, norms
         self._join = self._join_of(plan)
-        self._padding = max(self._join.multiple, self._join_of(plan.stages["unet"]).multiple if plan.stages else 1)
+        self._padding = self._join_of(plan.stages["unet"] if plan.stages else plan).multiple
         self._source = _padded(pixels, self._padding)
         self._size = (self._source.shape[2], self._source.shape[3])
         self._progress, self._done = progress, 0
@@ -107,13 +107,9 @@ class Route:
     def _tiles(self, join: TileJoin, latent: Tensor | None) -> Iterator[Tile]:
         """The parts of the input, and of ``latent``."""
         places = join.starts(*self._size)
-        if latent is None:
-            for place, lr in zip(places, join.cut(self._source), strict=True):
-                yield Tile(place=place, lr=lr)
-        else:
-            parts = join.in_cells(self.plan.cell).cut(latent)
-            for place, lr, part in zip(places, join.cut(self._source), parts, strict=True):
-                yield Tile(place=place, lr=lr, latent=part)
+        parts = [None] * len(places) if latent is None else join.in_cells(self.plan.cell).cut(latent)
+        for place, lr, part in zip(places, join.cut(self._source), parts, strict=True):
+            yield Tile(place=place, lr=lr, latent=part)
 
     def _step(self, part: Pass, stage_plan: StagePlan) -> TileStep:
         return TileStep(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -73,8 +73,12 @@ STAGES: dict[Stage, Pass] = {
 
 def takes_batches(generator: nn.Module, part: Pass) -> bool:
     """Whether several tiles of one picture may be given to it together: not where each has noise of its own."""
-    taken = inspect.signature(getattr(generator, part.method)).parameters
-    return "rng" not in taken and "origin" not in taken
+    return {"rng", "origin"}.isdisjoint(_taken_by(generator, part))
+
+
+def _taken_by(generator: nn.Module, part: Pass) -> Collection[str]:
+    """Names of what the method of a generator takes."""
+    return inspect.signature(getattr(generator, part.method)).parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +125,7 @@ class TileStep:
         as the others."""
         self.network, self.profile, self.options, self.progress = network, profile, options, progress
         self.part, self.batch, self.fill = part, batch, fill
-        self._takes = inspect.signature(getattr(network.generator, part.method)).parameters
+        self._takes = _taken_by(network.generator, part)
         self._launched = 0
 
     def __call__(self, tiles: Iterable[Tile]) -> Iterator[Tensor]:
