@@ -24,10 +24,10 @@ def write_backbone(path: Path) -> None:
     """A random latent-diffusion backbone of a few thousand parameters."""
     import torch
 
-    from onestepsr.config import to_mapping
-    from onestepsr.models.architectures import TinyGeneratorConfig, tiny_generator
-    from onestepsr.models.registry import save_model
-    from onestepsr.models.tiny import TinyConfig
+    from onestepsr.core.config import to_mapping
+    from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
+    from onestepsr.models.tiny.networks import TinyConfig
+    from onestepsr.weights.native import save_model
 
     small = TinyConfig(
         encoder_width=8, decoder_width=8, widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_width=16

@@ -8,16 +8,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from onestepsr.errors import MissingExtra, OneStepSRError, UnknownModel, UserError
+from onestepsr.core.errors import MissingExtra, OneStepSRError, UnknownModel, UserError
 
 if TYPE_CHECKING:
-    from onestepsr.models.catalog import list_models
-    from onestepsr.upscaler import Upscaler
+    from onestepsr.inference.upscaler import Upscaler
+    from onestepsr.weights.catalog import list_models
 
 __version__ = "0.1.0"
 __all__ = ["MissingExtra", "OneStepSRError", "UnknownModel", "Upscaler", "UserError", "__version__", "list_models"]
 
-_LAZY = {"Upscaler": "onestepsr.upscaler", "list_models": "onestepsr.models.catalog"}
+_LAZY = {"Upscaler": "onestepsr.inference.upscaler", "list_models": "onestepsr.weights.catalog"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
 """``python -m onestepsr``: the command line, also for launchers that start several processes."""
 
-from onestepsr.apps.cli import main
+from onestepsr.cli.main import main
 
 main()

@@ -2,9 +2,8 @@
 
 import pytest
 
-from onestepsr.benchmark.adapters import compare_adapters
 from onestepsr.benchmark.complexity_report import Report
-from onestepsr.benchmark.networks import default_names, measure
+from onestepsr.benchmark.networks import compare_adapters, default_names, measure
 
 
 @pytest.fixture(scope="session")

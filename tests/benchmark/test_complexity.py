@@ -9,11 +9,11 @@ from onestepsr.benchmark.complexity import Complexity
 from onestepsr.benchmark.complexity_report import Report, reproduced
 from onestepsr.benchmark.counting import number_of
 from onestepsr.benchmark.networks import default_names, measure
-from onestepsr.errors import UnknownModel, UserError
+from onestepsr.core.errors import UnknownModel, UserError
 from onestepsr.methods.base import Method
 from onestepsr.methods.d3sr import D3SRConfig, DiscriminatorConfig
 from onestepsr.methods.d3sr import build as build_d3sr
-from onestepsr.models.catalog import list_models
+from onestepsr.weights.catalog import list_models
 
 
 def of(report: Report, name: str) -> Complexity:
@@ -155,7 +155,7 @@ def test_work_of_layers_grows_with_the_area(report: Report) -> None:
 
 
 def test_tiny_model_is_counted_as_it_is_bundled(report: Report) -> None:
-    from onestepsr.models.registry import load_generator
+    from onestepsr.models.loading import load_generator
 
     loaded = load_generator("d3sr-tiny")
     assert of(report, "d3sr-tiny").parameters == number_of(loaded.parameters())
@@ -189,7 +189,7 @@ def test_every_bundled_model_is_counted_by_default() -> None:
 
 
 def test_a_file_of_weights_is_counted_without_reading_them(tmp_path: Path) -> None:
-    from onestepsr.models.catalog import get_model
+    from onestepsr.weights.catalog import get_model
 
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(get_model("d3sr-tiny").path.read_bytes())

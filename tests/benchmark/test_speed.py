@@ -10,13 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from onestepsr.benchmark import ceiling, disturbance, peak_memory, speed
-from onestepsr.benchmark.ceiling import Ceiling, measure_ceiling
-from onestepsr.benchmark.disturbance import OtherWork
+from onestepsr.benchmark import ceiling, peak_memory, speed
+from onestepsr.benchmark.ceiling import Ceiling, OtherWork, measure_ceiling
 from onestepsr.benchmark.peak_memory import MemoryTask, measure_memory
 from onestepsr.benchmark.speed import SpeedConfig, agreement, measure_speed, write_sources
 from onestepsr.benchmark.speed_result import ModelSpeed, PathSpeed, Spread, StageSpeed, spread, step_ratios
-from onestepsr.errors import OneStepSRError, UnknownModel, UserError
+from onestepsr.core.errors import OneStepSRError, UnknownModel, UserError
 
 QUICK = {"width": 20, "height": 12, "device": "cpu", "repeats": 2, "warmup": 0, "memory": False, "ceiling_seconds": 0.0}
 
@@ -218,11 +217,11 @@ def test_a_failing_interpreter_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
 def test_other_work_is_what_this_process_did_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
     clocks = {"_busy_seconds": iter([10.0, 16.0]), "_own_seconds": iter([1.0, 3.0]), "perf_counter": iter([0.0, 2.0])}
     for name, values in clocks.items():
-        owner = disturbance.time if name == "perf_counter" else disturbance
+        owner = ceiling.time if name == "perf_counter" else ceiling
         monkeypatch.setattr(owner, name, lambda values=values: next(values))
     assert OtherWork().cores() == pytest.approx((6.0 - 2.0) / 2.0)
 
 
 def test_where_nothing_tells_other_work_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disturbance, "_busy_seconds", lambda: None)
+    monkeypatch.setattr(ceiling, "_busy_seconds", lambda: None)
     assert OtherWork().cores() is None

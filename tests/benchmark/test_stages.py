@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from onestepsr.benchmark import stages as module
 from onestepsr.benchmark.networks import measure
 from onestepsr.benchmark.stages import Call, Stopwatch, count_stages, stages_of, without_contents, wrapped
-from onestepsr.compiling import compile_networks
-from onestepsr.image import Picture
-from onestepsr.models.registry import load_generator
-from onestepsr.upscaler import UpscaleOptions, Upscaler
+from onestepsr.imaging.read import Picture
+from onestepsr.inference.compiling import compile_networks
+from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
+from onestepsr.models.loading import load_generator
 
 CPU = torch.device("cpu")
 

@@ -6,12 +6,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from onestepsr.config import from_mapping
+from onestepsr.core.config import from_mapping
+from onestepsr.core.errors import UserError
+from onestepsr.core.rng import generator
 from onestepsr.data.datasets import DataConfig, build_dataset
-from onestepsr.data.hr_folder import random_crop
 from onestepsr.data.order import epoch_position
-from onestepsr.data.sampling import generator
-from onestepsr.errors import UserError
+from onestepsr.data.photo_dataset import random_crop
 
 
 def save(path, height, width, seed=0, scale=1):

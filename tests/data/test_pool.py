@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from onestepsr.core.errors import UserError
 from onestepsr.data.datasets import DataConfig, build_dataset
 from onestepsr.data.pool import Pool
-from onestepsr.errors import UserError
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from evaluation_results import NIQE, PSNR, make_result
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
 from onestepsr.evaluate.comparison import MAX_METHODS, compare
 from onestepsr.evaluate.result import EvaluationResult, MetricRecord, ProtocolRecord, WholeValue
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from evaluation_results import NIQE, PSNR, make_result
-from onestepsr.config import from_mapping
-from onestepsr.errors import UserError
+from onestepsr.core.config import from_mapping
+from onestepsr.core.errors import UserError
 from onestepsr.evaluate.published import (
     MARK,
     PublishedSet,
@@ -118,7 +118,7 @@ def test_the_variant_decides_between_namesakes() -> None:
 
 
 def test_osediffs_variants_are_ours_where_we_have_them() -> None:
-    from onestepsr.evaluate.catalog import METRICS
+    from onestepsr.evaluate.metrics.catalog import METRICS
 
     for name, record in published_tables()["osediff"].metrics.items():
         own = METRICS["maniqa-pipal" if name == "maniqa" else name]

@@ -12,13 +12,12 @@ import pytest
 from PIL import Image
 
 from evaluation_results import make_result, write_pictures
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
 from onestepsr.evaluate.comparison import Comparison, compare
 from onestepsr.evaluate.published import beside
-from onestepsr.evaluate.report.markup import VOID, data_block, element, escape
 from onestepsr.evaluate.report.page import PAGE, ReportConfig, write_report
 from onestepsr.evaluate.report.pictures import centre, choose, locate
-from onestepsr.evaluate.report.plots import histograms
+from onestepsr.evaluate.report.plots import VOID, data_block, element, escape, histograms
 from onestepsr.evaluate.result import Files
 from onestepsr.evaluate.statistics import summarize
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from evaluation_results import NIQE, PSNR, make_result
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
 from onestepsr.evaluate import result as module
 from onestepsr.evaluate.result import (
     EvaluationResult,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onestepsr.losses.consistency import distillation_loss, ground_truth_loss, inverse_loss
+from onestepsr.losses.distillation import distillation_loss, ground_truth_loss, inverse_loss
 
 LAST = 14
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from onestepsr.losses.lattice import lattice_loss
+from onestepsr.losses.perceptual import lattice_loss
 
 
 def test_grid_is_penalised_far_more_than_noise_of_the_same_energy():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists, sobel_magnitude
-from onestepsr.models.features import HannPool, OrientedFeatures, VGG16Features, oriented_filters
+from onestepsr.models.perceptual_features import HannPool, OrientedFeatures, VGG16Features, oriented_filters
 from weights_by_name import fill_by_name
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dists.npz"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from onestepsr.losses.variational import guided, noise_prediction_loss, variational_gradient, variational_loss
-from onestepsr.schedules import DiffusionSchedule
+from onestepsr.diffusion.schedule import DiffusionSchedule
+from onestepsr.losses.distillation import guided, noise_prediction_loss, variational_gradient, variational_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "osediff_variational.npz"
 

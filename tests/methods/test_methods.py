@@ -6,16 +6,18 @@ from itertools import combinations
 import pytest
 import torch
 
-from onestepsr.config import to_mapping
-from onestepsr.errors import UserError
-from onestepsr.methods import autoencoder, d3sr, diffusion, judges
+from onestepsr.core.config import to_mapping
+from onestepsr.core.errors import UserError
+from onestepsr.methods import d3sr, pretraining
 from onestepsr.methods.base import MethodEntry, Phase, SampleRandom, get_method, method_names, register
-from onestepsr.methods.catalog import load_methods
-from onestepsr.methods.spatial import PerceptualConfig
-from onestepsr.models import registry
-from onestepsr.models.architectures import TinyGeneratorConfig, tiny_generator
+from onestepsr.methods.shared import adversarial
+from onestepsr.methods.shared.image_loss import PerceptualConfig
+from onestepsr.models import loading
 from onestepsr.models.lora import LoraConfig
-from onestepsr.models.tiny import TinyConfig
+from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
+from onestepsr.models.tiny.networks import TinyConfig
+from onestepsr.train.recipes import load_methods
+from onestepsr.weights import native
 
 SMALL = TinyConfig(
     encoder_width=8, decoder_width=8, widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_width=16
@@ -38,7 +40,7 @@ def backbone(tmp_path):
     generator = tiny_generator(config)
     torch.nn.init.normal_(generator.unet.conv_out.weight, std=0.1)
     path = tmp_path / "backbone.safetensors"
-    registry.save_model(
+    native.save_model(
         path, architecture="tiny-latent-diffusion", config=to_mapping(config), state_dict=generator.state_dict()
     )
     return path
@@ -94,7 +96,7 @@ def test_a_sample_draws_the_same_numbers_in_whatever_company():
 
 def test_autoencoder_trains_all_of_itself():
     torch.manual_seed(0)
-    method = autoencoder.build(autoencoder.AutoencoderConfig(model=SMALL))
+    method = pretraining.build_autoencoder(pretraining.AutoencoderConfig(model=SMALL))
     network = method.networks["autoencoder"].train()
     torch.nn.init.normal_(network.decoder.conv_out.weight, std=0.1)
     torch.nn.init.normal_(network.encoder[-1].weight, std=0.1)
@@ -105,20 +107,18 @@ def test_autoencoder_trains_all_of_itself():
 
 def test_diffusion_trains_unet_and_prompt_and_exports_a_whole_backbone(tmp_path):
     torch.manual_seed(0)
-    source = autoencoder.build(autoencoder.AutoencoderConfig(model=SMALL))
+    source = pretraining.build_autoencoder(pretraining.AutoencoderConfig(model=SMALL))
     exported = source.export(source.networks)
     path = tmp_path / "autoencoder.safetensors"
-    registry.save_model(
-        path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict
-    )
+    native.save_model(path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict)
     other_sizes = TinyGeneratorConfig(model=replace(SMALL, luma_channels=9))
-    method = diffusion.build(diffusion.DiffusionConfig(autoencoder=path, backbone=other_sizes))
+    method = pretraining.build_diffusion(pretraining.DiffusionConfig(autoencoder=path, backbone=other_sizes))
     torch.nn.init.normal_(method.networks["unet"].unet.conv_out.weight, std=0.1)
     assert set(run_phase(method, method.phases[0], pair())) == {"eps"}
     assert with_gradient(method.networks["unet"]) == trainable(method.networks["unet"])
     whole = method.export(method.networks)
-    registry.save_model(path, architecture=whole.architecture, config=whole.config, state_dict=whole.state_dict)
-    assert registry.load_generator(path)(torch.rand(1, 3, 5, 7)).shape == (1, 3, 20, 28)
+    native.save_model(path, architecture=whole.architecture, config=whole.config, state_dict=whole.state_dict)
+    assert loading.load_generator(path)(torch.rand(1, 3, 5, 7)).shape == (1, 3, 20, 28)
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -178,7 +178,7 @@ def test_a_critic_sees_every_picture_from_a_place_of_its_own():
     x = torch.arange(2 * 3 * 20 * 24, dtype=torch.float32).reshape(2, 3, 20, 24)
     places = set()
     for number in range(6):
-        parts, other = judges.shifted([x, -x], SampleRandom("test", number, samples=range(2)))
+        parts, other = adversarial.shifted([x, -x], SampleRandom("test", number, samples=range(2)))
         assert parts.shape == (2, 3, 12, 16)
         assert torch.equal(parts, -other), "the same place in every picture of a sample"
         for part, whole in zip(parts, x, strict=True):
@@ -189,7 +189,7 @@ def test_a_critic_sees_every_picture_from_a_place_of_its_own():
 
 
 def test_lattice_planes_name_every_place_in_an_input_pixel():
-    planes = judges.lattice_planes(torch.zeros(1, 3, 8, 12), 4)[0]
+    planes = adversarial.lattice_planes(torch.zeros(1, 3, 8, 12), 4)[0]
     codes = [planes[:, row, column] for row in range(4) for column in range(4)]
     assert all(torch.dist(a, b) > 0.5 for a, b in combinations(codes, 2))
     assert torch.allclose(planes[:, 4:], planes[:, :4], atol=1e-6)
@@ -205,12 +205,14 @@ def test_a_critic_told_of_the_lattice_sees_planes_from_the_place_of_the_picture(
         seen.append((pictures, condition))
         return (pictures.mean().reshape(1, 1, 1, 1).expand(len(pictures), 1, 1, 1),)
 
-    judge = judges.picture_judge(1.0, 0, conditional=True, lattice=True)
-    planes = judges.lattice_planes(torch.zeros(6, 3, 32, 32), 4)[:, :3]  # what stands for the pictures tells the place
+    judge = adversarial.picture_judge(1.0, 0, conditional=True, lattice=True)
+    planes = adversarial.lattice_planes(torch.zeros(6, 3, 32, 32), 4)[
+        :, :3
+    ]  # what stands for the pictures tells the place
     batch = {"hr": planes, "sr": planes, "lr": torch.zeros(6, 3, 8, 8)}
-    judge.learn({judges.CRITIC: network}, batch, random_of(6))
+    judge.learn({adversarial.CRITIC: network}, batch, random_of(6))
     ((pictures, condition),) = seen
-    assert condition.shape[1] == judges.condition_channels(conditional=True, lattice=True) == 9
+    assert condition.shape[1] == adversarial.condition_channels(conditional=True, lattice=True) == 9
     assert torch.equal(condition[:, 3:6], pictures)
     assert any(not torch.equal(pictures[0], other) for other in pictures[1:6]), "every sample has a place of its own"
 
@@ -266,11 +268,9 @@ def test_exported_generator_equals_the_trained_one_with_adapters_merged(backbone
             torch.nn.init.normal_(parameter, std=0.05)
     exported = method.export(method.networks)
     path = tmp_path / "model.safetensors"
-    registry.save_model(
-        path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict
-    )
+    native.save_model(path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict)
     lr = pair()["lr"]
-    loaded = registry.load_generator(path)
+    loaded = loading.load_generator(path)
     with torch.no_grad():
         assert torch.allclose(loaded(lr), method.networks["generator"].eval()(lr)[0], atol=1e-4)
     assert loaded.timestep == 250
@@ -283,7 +283,7 @@ def test_what_is_missing_or_wrong_is_said(backbone, tmp_path):
     with pytest.raises(UserError, match=r"none\.pth"):
         d3sr.build(d3sr.D3SRConfig(backbone=backbone, perceptual=nowhere))
     with pytest.raises(UserError, match="expected a tiny autoencoder"):
-        diffusion.build(diffusion.DiffusionConfig(autoencoder=backbone))
+        pretraining.build_diffusion(pretraining.DiffusionConfig(autoencoder=backbone))
     with pytest.raises(ValueError, match="nothing ties"):
         d3sr.D3SRConfig(backbone=backbone, mse_weight=0.0, perceptual_weight=0.0)
     with pytest.raises(ValueError, match="negative"):

@@ -8,29 +8,26 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from onestepsr.config import from_mapping, to_mapping
-from onestepsr.errors import UserError
-from onestepsr.losses.variational import guided, variational_gradient
+from onestepsr.core.config import from_mapping, to_mapping
+from onestepsr.core.errors import UserError
+from onestepsr.losses.distillation import guided, variational_gradient
 from onestepsr.methods import osediff
 from onestepsr.methods.base import SampleRandom
-from onestepsr.methods.conditions import ConditionConfig
-from onestepsr.methods.judges import Made
 from onestepsr.methods.osediff import OSEDiffConfig
-from onestepsr.methods.variational import AdapterConfig, GuidedTeacher, VariationalConfig, variational_judge
-from onestepsr.models import registry
+from onestepsr.methods.shared.adversarial import Made
+from onestepsr.methods.shared.prompt import ConditionConfig
+from onestepsr.methods.shared.vsd import AdapterConfig, GuidedTeacher, VariationalConfig, variational_judge
+from onestepsr.models import loading
 from onestepsr.models.convert import convert_to_published
-from onestepsr.models.osediff_adapters import collect
-from onestepsr.models.osediff_file import write_published
-from onestepsr.models.sharing import sharing_copy
-from onestepsr.models.stable_diffusion import stable_diffusion_generator
-from onestepsr.models.stable_diffusion_config import (
-    AutoencoderConfig,
-    StableDiffusionGeneratorConfig,
-    UNetConfig,
-)
-from onestepsr.prompts.cache import EmbeddingCache
+from onestepsr.models.lora import sharing_copy
+from onestepsr.models.osediff.adapters import collect
+from onestepsr.models.osediff.checkpoints import write_published
+from onestepsr.models.stable_diffusion.config import AutoencoderConfig, StableDiffusionGeneratorConfig, UNetConfig
+from onestepsr.models.stable_diffusion.networks import stable_diffusion_generator
+from onestepsr.prompts.embedder import EmbeddingCache
 from onestepsr.train.recipes import load_run
-from onestepsr.train.session import write_exported
+from onestepsr.train.run import write_exported
+from onestepsr.weights import native
 
 WIDTH = 16
 FULL = {"tuning": "full", "vsd": VariationalConfig(tuning="full")}
@@ -55,7 +52,7 @@ def backbone(tmp_path_factory) -> str:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("backbone") / "sd.safetensors"
     state = stable_diffusion_generator(SMALL).state_dict()
-    registry.save_model(path, architecture="stable-diffusion", config=to_mapping(SMALL), state_dict=state)
+    native.save_model(path, architecture="stable-diffusion", config=to_mapping(SMALL), state_dict=state)
     return str(path)
 
 
@@ -348,10 +345,8 @@ def test_exported_model_is_the_trained_one_and_starts_another_run(backbone, tmp_
     exported = method.export(method.networks)
     assert exported.architecture == "osediff"
     path = tmp_path / "model.safetensors"
-    registry.save_model(
-        path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict
-    )
-    loaded = registry.load_generator(path)
+    native.save_model(path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict)
+    loaded = loading.load_generator(path)
     lr = pair()["lr"]
     with torch.no_grad():
         expected = method.networks["generator"].eval()(lr)[0]

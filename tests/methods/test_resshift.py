@@ -6,15 +6,15 @@ import pytest
 import torch
 from residual_pairs import MICRO, filled, networks_of, pair, run_phase, saved, with_gradient
 
-from onestepsr.config import from_mapping
-from onestepsr.errors import UserError
+from onestepsr.core.config import from_mapping
+from onestepsr.core.errors import UserError
+from onestepsr.diffusion.residual_shift import ResidualShiftConfig
 from onestepsr.methods.base import SampleRandom
 from onestepsr.methods.resshift import ResShiftConfig, build
-from onestepsr.methods.spatial import PerceptualConfig
-from onestepsr.models.registry import load_generator, save_model
-from onestepsr.models.residual_backbones import load_residual_generator
-from onestepsr.models.tiny import TinyAutoencoder, TinyConfig
-from onestepsr.residual_schedule import ResidualShiftConfig
+from onestepsr.methods.shared.image_loss import PerceptualConfig
+from onestepsr.models.loading import load_generator, load_residual_generator
+from onestepsr.models.tiny.networks import TinyAutoencoder, TinyConfig
+from onestepsr.weights.native import save_model
 
 ORIENTED = PerceptualConfig(distance="lpips", features="oriented")
 

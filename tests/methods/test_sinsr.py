@@ -7,17 +7,16 @@ import pytest
 import torch
 from residual_pairs import MICRO, filled, networks_of, pair, run_phase, saved, with_gradient
 
-from onestepsr.config import from_mapping
-from onestepsr.errors import UserError
+from onestepsr.core.config import from_mapping
+from onestepsr.core.errors import UserError
+from onestepsr.diffusion.residual_shift import ResidualShiftSchedule
 from onestepsr.methods import resshift, sinsr
 from onestepsr.methods.base import SampleRandom
 from onestepsr.methods.sinsr import SinSRConfig, build
 from onestepsr.models.generators import pad_to
-from onestepsr.models.registry import load_generator
-from onestepsr.models.residual_backbones import load_residual_generator
-from onestepsr.models.residual_generator import conditioned
-from onestepsr.models.swin_unet import SwinUNet
-from onestepsr.residual_schedule import ResidualShiftSchedule
+from onestepsr.models.loading import load_generator, load_residual_generator
+from onestepsr.models.resshift.generator import conditioned
+from onestepsr.models.resshift.unet import SwinUNet
 from weights_by_name import fill_by_name
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -11,7 +11,8 @@ import torch
 from residual_pairs import MICRO, filled, networks_of, pair, saved, with_gradient
 from torch import Tensor
 
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
+from onestepsr.diffusion.residual_shift import ResidualShiftSchedule
 from onestepsr.methods.base import Method, SampleRandom
 from onestepsr.methods.tadsr import (
     LatentDiffusionConfig,
@@ -22,12 +23,11 @@ from onestepsr.methods.tadsr import (
     build,
     step_range,
 )
-from onestepsr.models import registry
+from onestepsr.models import loading
+from onestepsr.models.discriminators import HeadConfig
 from onestepsr.models.lora import LoraConfig
-from onestepsr.models.time_aware import HeadConfig
-from onestepsr.residual_schedule import ResidualShiftSchedule
+from onestepsr.train.ablation.suite import load_suite, plan_runs
 from onestepsr.train.recipes import load_run
-from onestepsr.train.suites import load_suite, plan_runs
 
 TINY = "random:d3sr-tiny"
 HEAD = HeadConfig(width=4, norm_groups=4)
@@ -138,7 +138,7 @@ def test_real_and_fake_are_noised_with_the_noise_of_the_start() -> None:
     method, batch = filled(method_of()), pair()
     networks, seen = spied(method)
     run(method, batch, networks)
-    process = ResidualShiftSchedule(registry.load_generator(MICRO).schedule.config)
+    process = ResidualShiftSchedule(loading.load_generator(MICRO).schedule.config)
     torch.testing.assert_close(batch["z_T"], process.prior(batch["z_y"], batch["noise"]))
     real = process.scale_input(process.q_sample(batch["z_hr"], batch["z_y"], batch["noise"], batch["t"]), batch["t"])
     torch.testing.assert_close(seen["features"][0][0][:2], real)
@@ -232,7 +232,7 @@ def test_a_student_of_latent_diffusion(tuning: str, tmp_path: Path) -> None:
     terms = run(method, pair(8))
     assert list(terms["student"]) == ["distillation", "hsd", "adversarial"]
     assert with_gradient(method.networks["student"])
-    exported = registry.load_generator(saved(method, tmp_path / "model.safetensors"))
+    exported = loading.load_generator(saved(method, tmp_path / "model.safetensors"))
     lr = pair(8)["lr"]
     with torch.no_grad():
         shown = method.preview(networks_of(method), {"lr": lr, "hr": pair(8)["hr"]})["SR"]
@@ -241,7 +241,7 @@ def test_a_student_of_latent_diffusion(tuning: str, tmp_path: Path) -> None:
 
 def test_exported_student_takes_one_step(tmp_path: Path) -> None:
     method = filled(method_of())
-    generator = registry.load_generator(saved(method, tmp_path / "model.safetensors"))
+    generator = loading.load_generator(saved(method, tmp_path / "model.safetensors"))
     assert (generator.schedule.steps, generator.schedule.kept) == (1, [3])
     batch = pair()
     with torch.no_grad():

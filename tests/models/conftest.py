@@ -3,14 +3,14 @@
 import pytest
 from weight_mirror import running
 
-from onestepsr.models import sources
+from onestepsr.weights import download
 
 
 @pytest.fixture(autouse=True)
 def _empty_cache(tmp_path, monkeypatch):
-    for name in (sources.MIRROR, sources.OFFLINE, "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    for name in (download.MIRROR, download.OFFLINE, "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(sources.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(download.CACHE, str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from agreement import decibels
 from torch.nn import functional
 
-from onestepsr.models import attention
+from onestepsr.models import cpu_kernels
 
 
 def heads(count: int, rows: int, channels: int, spread: float, offset: float = 0.0):
@@ -24,7 +24,7 @@ def test_attention_by_blocks_is_attention(shape, spread, offset):
     query, value = heads(*shape, spread), heads(*shape, 1.0)
     key = heads(*shape, spread, offset)
     with torch.inference_mode():
-        found = attention.attention_by_blocks(query, key, value)
+        found = cpu_kernels.attention_by_blocks(query, key, value)
     exact = functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
     assert found.dtype == torch.bfloat16
     assert decibels(exact, found) > 42.0
@@ -35,7 +35,7 @@ def test_large_scores_are_not_rounded_where_it_matters():
     query, key = 5.0 * torch.randn(64, 64).bfloat16(), torch.randn(64, 600).bfloat16()
     exact = (query.float() @ key.float()).softmax(-1)
     with torch.inference_mode():
-        found = attention._scores(query, key).float().softmax(-1)
+        found = cpu_kernels._scores(query, key).float().softmax(-1)
     assert decibels(exact, found) > 45.0
     assert decibels(exact, (query @ key).float().softmax(-1)) < 35.0
 
@@ -43,6 +43,6 @@ def test_large_scores_are_not_rounded_where_it_matters():
 def test_compilers_see_what_was_written(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with torch.inference_mode():
-        assert not attention.is_fast(torch.zeros(1).bfloat16())
+        assert not cpu_kernels.is_fast(torch.zeros(1).bfloat16())
         monkeypatch.undo()
-        assert attention.is_fast(torch.zeros(1).bfloat16())
+        assert cpu_kernels.is_fast(torch.zeros(1).bfloat16())

@@ -7,11 +7,12 @@ import torch
 from small_diffusion import GENERATOR, change_settings, write_folder, write_single_file
 from typer.testing import CliRunner
 
-from onestepsr.apps.cli import app, main
-from onestepsr.errors import UserError
+from onestepsr.cli.main import app, main
+from onestepsr.core.errors import UserError
 from onestepsr.models.backbones import load_backbone, load_discriminator_backbone
-from onestepsr.models.registry import load_generator, read_weights
-from onestepsr.models.stable_diffusion_config import SDXLConditioning
+from onestepsr.models.loading import load_generator
+from onestepsr.models.stable_diffusion.config import SDXLConditioning
+from onestepsr.weights.native import read_weights
 
 
 @pytest.fixture
@@ -89,7 +90,9 @@ def test_numbers_that_do_not_fit_leave_nothing_behind(folder, tmp_path):
     generator.unet.unet.conv_in.bias.data[0] = 1e6
     write_single_file(tmp_path / "big.safetensors", generator.unet.unet, generator.autoencoder.vae)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("onestepsr.models.single_file.KNOWN", {"small": (GENERATOR.unet, GENERATOR.autoencoder)})
+        patch.setattr(
+            "onestepsr.models.stable_diffusion.ldm_checkpoint.KNOWN", {"small": (GENERATOR.unet, GENERATOR.autoencoder)}
+        )
         with pytest.raises(UserError, match=r"conv_in.bias' is too large for float16"):
             convert(tmp_path / "big.safetensors", tmp_path / "out.safetensors", "--dtype", "float16")
     assert not (tmp_path / "out.safetensors").exists()

@@ -6,10 +6,11 @@ import pytest
 import torch
 from small_diffusion import write_folder
 
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
 from onestepsr.methods import d3sr
 from onestepsr.methods.base import SampleRandom
-from onestepsr.models import registry
+from onestepsr.models import loading
+from onestepsr.weights import native
 
 
 @pytest.fixture(scope="module")
@@ -90,25 +91,23 @@ def test_exported_generator_is_merged_and_loads_as_any_other(folders, tmp_path):
     exported = method.export(method.networks)
     assert not any("lora" in key for key in exported.state_dict)
     path = tmp_path / "model.safetensors"
-    registry.save_model(
-        path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict
-    )
+    native.save_model(path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict)
     lr = pair()["lr"]
     with torch.no_grad():
         expected = method.networks["generator"].eval()(lr)[0]
-        torch.testing.assert_close(registry.load_generator(path)(lr), expected, rtol=0, atol=2e-4)
+        torch.testing.assert_close(loading.load_generator(path)(lr), expected, rtol=0, atol=2e-4)
 
 
 def test_backbones_of_other_latents_are_refused(folders, tmp_path):
-    from onestepsr.config import to_mapping
-    from onestepsr.models.architectures import TinyGeneratorConfig, tiny_generator
-    from onestepsr.models.tiny import TinyConfig
+    from onestepsr.core.config import to_mapping
+    from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
+    from onestepsr.models.tiny.networks import TinyConfig
 
     sizes = TinyConfig(widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_width=16)
     config = TinyGeneratorConfig(model=sizes)
     path = tmp_path / "tiny.safetensors"
     state = tiny_generator(config).state_dict()
-    registry.save_model(path, architecture="tiny-latent-diffusion", config=to_mapping(config), state_dict=state)
+    native.save_model(path, architecture="tiny-latent-diffusion", config=to_mapping(config), state_dict=state)
     settings = d3sr.DiscriminatorConfig(backbone=str(path))
     with pytest.raises(UserError, match=r"takes latents of 20 channels, those of .*sd have 4"):
         d3sr.build(config_of(folders, discriminator=settings))

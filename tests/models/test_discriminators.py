@@ -3,7 +3,7 @@
 import torch
 
 from onestepsr.models.discriminators import NoiseAwareDiscriminator
-from onestepsr.models.tiny import TinyConfig, TinyUNet
+from onestepsr.models.tiny.networks import TinyConfig, TinyUNet
 
 SMALL = TinyConfig(widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_width=16, prompt_width=8)
 

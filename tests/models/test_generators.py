@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from onestepsr.models.architectures import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.generators import TrainableGenerator, pad_to
-from onestepsr.models.tiny import TinyConfig
+from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
+from onestepsr.models.tiny.networks import TinyConfig
 
 SMALL = TinyConfig(
     encoder_width=8, decoder_width=8, widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_width=16

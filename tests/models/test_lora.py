@@ -4,11 +4,11 @@ import pytest
 import torch
 from small_diffusion import UNET, XL
 
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
 from onestepsr.models.backbones import load_backbone
 from onestepsr.models.lora import LoraConfig, add_lora, lora_layers, merged_state_dict
-from onestepsr.models.stable_diffusion import StableDiffusionUNet, StableDiffusionUNetEncoder
-from onestepsr.models.tiny import TinyConfig, TinyUNet
+from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet, StableDiffusionUNetEncoder
+from onestepsr.models.tiny.networks import TinyConfig, TinyUNet
 
 OSEDIFF = r".*(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv\w*)"
 SMALL = TinyConfig(widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_width=16, prompt_width=16)

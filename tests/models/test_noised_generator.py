@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from onestepsr.models import registry
-from onestepsr.models.architectures import TinyGeneratorConfig, describe, tiny_generator
-from onestepsr.models.noised_generator import NoisedLatentGenerator
-from onestepsr.models.residual_generator import NoisePlane
-from onestepsr.models.tiny import TinyConfig
-from onestepsr.upscaler import Upscaler
+from onestepsr.diffusion.noise_field import NoisePlane
+from onestepsr.inference.upscaler import Upscaler
+from onestepsr.models import loading
+from onestepsr.models.architectures import describe
+from onestepsr.models.generators import NoisedLatentGenerator
+from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
+from onestepsr.models.tiny.networks import TinyConfig
+from onestepsr.weights import native
 
 SMALL = TinyConfig(
     encoder_width=8, decoder_width=8, widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_width=16
@@ -68,8 +70,8 @@ def test_weights_file_remembers_the_start(generator: NoisedLatentGenerator, tmp_
     architecture, config = describe(generator)
     assert config["noised"] is True
     path = tmp_path / "model.safetensors"
-    registry.save_model(path, architecture=architecture, config=config, state_dict=generator.state_dict())
-    loaded = registry.load_generator(path)
+    native.save_model(path, architecture=architecture, config=config, state_dict=generator.state_dict())
+    loaded = loading.load_generator(path)
     assert isinstance(loaded, NoisedLatentGenerator)
     assert loaded.timestep == 500
     torch.testing.assert_close(loaded(picture()), generator(picture()))

@@ -10,11 +10,12 @@ import torch
 from small_diffusion import write_folder
 from torch import Tensor
 
-from onestepsr.config import from_mapping
+from onestepsr.core.config import from_mapping
 from onestepsr.methods.base import Method, SampleRandom
 from onestepsr.methods.tadsr import TADSRConfig, build
-from onestepsr.models.noised_generator import NoisedLatentGenerator
-from onestepsr.models.registry import load_generator, save_model
+from onestepsr.models.generators import NoisedLatentGenerator
+from onestepsr.models.loading import load_generator
+from onestepsr.weights.native import save_model
 
 OWN: dict[str, Any] = {
     "family": "latent_diffusion",

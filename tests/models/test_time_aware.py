@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from onestepsr.models.time_aware import HeadConfig, TimeAwareDiscriminator
-from onestepsr.models.tiny_denoiser import TinyDenoiser, TinyDenoiserConfig
+from onestepsr.models.discriminators import HeadConfig, TimeAwareDiscriminator
+from onestepsr.models.tiny.denoiser import TinyDenoiser, TinyDenoiserConfig
 
 CHANNELS, TIME = (8, 16, 16), 12
 HEAD = HeadConfig(width=6, norm_groups=4)

@@ -3,13 +3,13 @@
 import pytest
 from small_text_model import write_text_encoder
 
-from onestepsr.models import sources
+from onestepsr.weights import download
 
 
 @pytest.fixture(autouse=True)
 def _no_network(tmp_path, monkeypatch):
-    monkeypatch.setenv(sources.CACHE, str(tmp_path / "cache"))
-    monkeypatch.setenv(sources.OFFLINE, "1")
+    monkeypatch.setenv(download.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(download.OFFLINE, "1")
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_text_model import WIDTH, write_text_encoder
 
-from onestepsr.errors import UserError
-from onestepsr.models.sources import OFFLINE
-from onestepsr.prompts.cache import EmbeddingCache
-from onestepsr.prompts.embedder import PromptEmbedder
+from onestepsr.core.errors import UserError
+from onestepsr.prompts.embedder import EmbeddingCache, PromptEmbedder
 from onestepsr.prompts.text_encoder import TextEncoder, TextEncoderFolder
+from onestepsr.weights.download import OFFLINE
 
 LONG = "cat " * 76
 

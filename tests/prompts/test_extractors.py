@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from small_text_model import WORDS, write_captioner, write_tagger
 
-from onestepsr.errors import MissingExtra, UserError
+from onestepsr.core.errors import MissingExtra, UserError
 from onestepsr.prompts import base
 from onestepsr.prompts.extractors import Captioner, ClassTagger, load_extractor
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
 from onestepsr.prompts.sources import ExtractedPrompts, FilePrompts, FixedPrompt
 
 PICTURE = Image.new("RGB", (8, 8))

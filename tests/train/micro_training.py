@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from toy_training import weights
 
-from onestepsr.config import from_mapping
-from onestepsr.data.sampling import generator
+from onestepsr.core.config import from_mapping
+from onestepsr.core.rng import generator
 from onestepsr.methods.base import Method, get_method
-from onestepsr.methods.catalog import load_methods
-from onestepsr.models.registry import save_model
 from onestepsr.train.config import OptimizerConfig, TrainConfig
+from onestepsr.train.recipes import load_methods
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
+from onestepsr.weights.native import save_model
 
 STEPS = 3
 KILLED_STEPS, CHECKPOINT_STEPS = 9, 3

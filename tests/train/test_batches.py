@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
 from onestepsr.train.batches import Share, micro_batches
 from onestepsr.train.config import TrainConfig
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy_training import ToyImages, toy_config, toy_method
 
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
 from onestepsr.train.checkpoint import Checkpoint, Checkpoints
 from onestepsr.train.trainer import Trainer
 

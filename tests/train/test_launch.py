@@ -71,7 +71,7 @@ def test_dry_run_at_the_size_of_stable_diffusion_needs_no_weights_and_little_mem
     }
     arguments = ["d3sr", *(f"{name}={value}" for name, value in settings.items()), "--recipe", "d3sr-sd21-24gb"]
     script = (
-        "import resource, sys; from onestepsr.apps.cli import app;"
+        "import resource, sys; from onestepsr.cli.main import app;"
         "app(args=sys.argv[1:], standalone_mode=False);"
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )

@@ -10,11 +10,11 @@ import pytest
 import torch
 from toy_training import ToyImages, toy_config, toy_method, weights
 
-from onestepsr.errors import MissingExtra
+from onestepsr.core.errors import MissingExtra
 from onestepsr.methods.base import Method
+from onestepsr.train.checkpoint import collect
 from onestepsr.train.config import OptimizerConfig
 from onestepsr.train.optimization import optimizer_bytes, require_optimizer
-from onestepsr.train.state import collect
 from onestepsr.train.trainer import Trainer
 
 EIGHT_BIT = OptimizerConfig(kind="adamw8bit", lr=3e-3)

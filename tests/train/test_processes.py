@@ -16,11 +16,11 @@ from micro_training import CHECKPOINT_STEPS, KILLED_STEPS, LOOPS, RUNS, build, t
 from safetensors.torch import load_file
 from toy_training import weights
 
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
 from onestepsr.methods.base import method_names
-from onestepsr.methods.catalog import load_methods
 from onestepsr.train.batches import Share
 from onestepsr.train.checkpoint import Checkpoints
+from onestepsr.train.recipes import load_methods
 
 SCRIPT = Path(__file__).parent / "micro_training.py"
 KILLED = "d3sr, adaptive noise"

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from small_text_model import write_text_encoder
 
-from onestepsr.config import from_mapping
+from onestepsr.core.config import from_mapping
+from onestepsr.core.errors import UserError
 from onestepsr.data.datasets import DataConfig, build_dataset
-from onestepsr.errors import UserError
 from onestepsr.methods.base import Method
-from onestepsr.prompts.cache import EmbeddingCache
+from onestepsr.prompts.embedder import EmbeddingCache
 from onestepsr.train.prompted import with_prompts
 from onestepsr.train.recipes import load_run
-from onestepsr.train.session import prepare
+from onestepsr.train.run import prepare
 
 TOKENS, WIDTH = 77, 2
 TEXTS = {"a": "cat", "b": "a dog", "c": "a blue tree"}

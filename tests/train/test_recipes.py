@@ -6,12 +6,12 @@ import pytest
 import torch
 import yaml
 
-from onestepsr.config import to_mapping
-from onestepsr.errors import UserError
+from onestepsr.core.config import to_mapping
+from onestepsr.core.errors import UserError
 from onestepsr.methods.base import get_method
-from onestepsr.train.estimate import estimate
+from onestepsr.train.memory_estimate import estimate
 from onestepsr.train.recipes import check_resumable, load_run, read_recipe, recipe_names
-from onestepsr.train.session import config_text
+from onestepsr.train.run import config_text
 
 RECIPE = {
     "method": "autoencoder",

@@ -12,11 +12,11 @@ from PIL import Image
 from rich.console import Console
 from toy_training import ToyImages, toy_config, toy_method
 
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
 from onestepsr.train.config import PreviewConfig
-from onestepsr.train.previews import PAPER, TITLE_HEIGHT, Validator, cut, draw_grid, is_better, perceptual_distance
 from onestepsr.train.report import JsonLines, Reporter
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
+from onestepsr.train.validation import PAPER, TITLE_HEIGHT, Validator, cut, draw_grid, is_better, perceptual_distance
 
 
 def record(step: int, loss: float) -> StepRecord:

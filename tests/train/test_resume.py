@@ -14,12 +14,12 @@ from micro_training import build, trainer_of, weights_of
 from safetensors.torch import load_file
 from toy_training import ToyImages, killable, toy_config, toy_method, weights
 
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
 from onestepsr.models.architectures import describe
-from onestepsr.models.registry import save_model
-from onestepsr.models.residual_backbones import load_residual_generator
+from onestepsr.models.loading import load_residual_generator
 from onestepsr.train.checkpoint import Checkpoints
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
+from onestepsr.weights.native import save_model
 
 TOY = Path(__file__).parent / "toy_training.py"
 

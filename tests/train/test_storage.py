@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from toy_training import ToyImages, toy_config, toy_method
 
 from onestepsr.methods.base import Batch, Exported, Method, Networks, Phase, SampleRandom
-from onestepsr.models.features import VGG16Features
 from onestepsr.models.lora import LoraConfig, add_lora, merged_state_dict
-from onestepsr.train.networks import NetworkSet
-from onestepsr.train.session import export
-from onestepsr.train.storage import keep_frozen_in
+from onestepsr.models.perceptual_features import VGG16Features
+from onestepsr.train.networks import NetworkSet, keep_frozen_in
+from onestepsr.train.run import export
 from onestepsr.train.trainer import Trainer
 
 TARGETS = LoraConfig(rank=2, alpha=2.0, targets=r"0|3")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from toy_training import ToyImages, generator_phase, toy_config, toy_method, weights
 
-from onestepsr.errors import OneStepSRError, UserError
+from onestepsr.core.errors import OneStepSRError, UserError
 from onestepsr.methods.base import Batch, Networks, Phase, SampleRandom
 from onestepsr.train.batches import MicroBatchNumbers, Share
 from onestepsr.train.config import OptimizerConfig, ScheduleConfig

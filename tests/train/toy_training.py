@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from onestepsr.data.sampling import generator
+from onestepsr.core.rng import generator
 from onestepsr.methods.base import Batch, Exported, Method, Networks, Phase, SampleRandom
 from onestepsr.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from onestepsr.benchmark.counting import Cost, count, number_of
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
 from onestepsr.models.discriminators import DiffusionEncoder, NoiseAwareDiscriminator
 from onestepsr.models.generators import OneStepLatentGenerator
-from onestepsr.models.residual_generator import ResidualShiftGenerator
-from onestepsr.models.stable_diffusion import StableDiffusionUNet
+from onestepsr.models.resshift.generator import ResidualShiftGenerator
+from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet
 
 Generator = OneStepLatentGenerator | ResidualShiftGenerator
 SD_FACTOR = 8

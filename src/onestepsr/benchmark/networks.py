@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,20 +17,20 @@ from onestepsr.benchmark.complexity import (
     measure_discriminator,
     measure_generator,
 )
-from onestepsr.errors import UnknownModel, UserError, did_you_mean
-from onestepsr.models import catalog
+from onestepsr.core.errors import UnknownModel, UserError, did_you_mean
 from onestepsr.models.architectures import ARCHITECTURES, RANDOM, is_random, random_backbone, random_generator
 from onestepsr.models.backbones import load_discriminator_backbone
 from onestepsr.models.discriminators import NoiseAwareDiscriminator
 from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.lora import LoraConfig, add_lora
-from onestepsr.models.osediff import ENCODER_LAYERS, FIRST_LAYER, UNET_LAYERS, OSEDiffGenerator
-from onestepsr.models.osediff_catalog import OSEDIFF_SCALES
-from onestepsr.models.registry import read_weights
-from onestepsr.models.residual_architectures import PUBLISHED, residual_shift_generator
-from onestepsr.models.residual_checkpoints import is_published
-from onestepsr.models.residual_generator import ResidualShiftGenerator
-from onestepsr.models.stable_diffusion import StableDiffusionUNet
+from onestepsr.models.osediff.generator import ENCODER_LAYERS, FIRST_LAYER, UNET_LAYERS, OSEDiffGenerator
+from onestepsr.models.resshift.checkpoints import is_published
+from onestepsr.models.resshift.config import PUBLISHED, residual_shift_generator
+from onestepsr.models.resshift.generator import ResidualShiftGenerator
+from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet
+from onestepsr.weights import catalog
+from onestepsr.weights.catalog import OSEDIFF_SCALES
+from onestepsr.weights.native import read_weights
 
 D3SR_SD21 = "d3sr-sd21"
 D3SR_SD21_MERGED = "d3sr-sd21-merged"
@@ -210,3 +210,56 @@ def _from_weights(name_or_path: str) -> nn.Module:
     if architecture not in ARCHITECTURES:
         raise UserError(f"{path}: unknown architecture '{architecture}': {did_you_mean(architecture, ARCHITECTURES)}")
     return ARCHITECTURES[architecture](config)
+
+
+# Which adapters reproduce the paper's figures for D3SR: sets of layers, each with its parameters ----------------------
+
+ATTENTION = r"to_q|to_k|to_v|to_out\.0"
+TRANSFORMER = rf"{ATTENTION}|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2"
+NAMED = {"none, or merged": D3SR_SD21_MERGED, "every layer inside the blocks (default)": D3SR_SD21}
+"""Sets of layers that are networks with a name."""
+SETS = (
+    ("none, or merged", ""),
+    ("attention", rf".*\.({ATTENTION})"),
+    ("attention, projections, feed-forward", rf".*\.({TRANSFORMER})"),
+    ("these and every convolution", rf".*({TRANSFORMER}|conv\w*)"),
+    ("every layer inside the blocks (default)", ""),
+    ("every layer", r".*"),
+)
+"""Sets of layers, each with the regular expression of their names where it has no name of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSet:
+    """D3SR on Stable Diffusion 2.1-base with adapters on one set of layers."""
+
+    layers: str
+    """Which layers have adapters."""
+    complexity: Complexity
+    """The whole generator."""
+
+    @property
+    def thop_macs(self) -> int:
+        """MACs of the whole generator as the profiler thop reports them."""
+        return sum(stage.cost.thop_macs for stage in self.complexity.stages)
+
+    @property
+    def thop_parameters(self) -> int:
+        """Parameters of the whole generator as the profiler thop reports them."""
+        return sum(stage.cost.thop_parameters for stage in self.complexity.stages)
+
+
+def compare_adapters(side: int, counted: Sequence[Complexity] = ()) -> list[AdapterSet]:
+    """D3SR with every set of adapters of :data:`SETS`, for one picture of ``side`` x ``side``; networks that have been
+    ``counted`` for that size already are not counted again."""
+    known = {network.name: network for network in counted}
+    return [AdapterSet(layers=layers, complexity=_measure(layers, targets, side, known)) for layers, targets in SETS]
+
+
+def _measure(layers: str, targets: str, side: int, known: dict[str, Complexity]) -> Complexity:
+    if layers in NAMED:
+        name = NAMED[layers]
+        return known[name] if name in known else measure(name, side)
+    with torch.device("meta"):
+        generator = sd21_generator(targets).eval()
+    return measure_generator(generator, side, name=layers, summary="")

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from onestepsr.errors import OneStepSRError
+from onestepsr.core.errors import OneStepSRError
 
 MODULE = "onestepsr.benchmark.peak_memory"
 
@@ -74,10 +74,10 @@ def enlarge_once(task: MemoryTask) -> MemoryUse:
     """Enlarge the picture in this process and report what that took."""
     import torch
 
-    from onestepsr.image import read_picture
-    from onestepsr.image_write import write_picture
-    from onestepsr.machine import resident_memory
-    from onestepsr.upscaler import UpscaleOptions, Upscaler
+    from onestepsr.core.machine import resident_memory
+    from onestepsr.imaging.read import read_picture
+    from onestepsr.imaging.write import write_picture
+    from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
 
     interpreter = resident_memory()["now"]
     upscaler = Upscaler.from_pretrained(task.model, task.device, task.dtype, steps=task.steps, compiled=task.compiled)

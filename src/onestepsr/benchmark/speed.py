@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from onestepsr.benchmark.ceiling import measure_ceiling
-from onestepsr.benchmark.loading import load_plain, steps_of
 from onestepsr.benchmark.peak_memory import MemoryTask, MemoryUse, measure_memory
 from onestepsr.benchmark.speed_paths import (
     WHOLE,
@@ -34,10 +34,27 @@ from onestepsr.benchmark.speed_paths import (
 )
 from onestepsr.benchmark.speed_result import ModelSpeed, PathSpeed, StageSpeed, spread
 from onestepsr.benchmark.stages import NETWORK, count_stages
-from onestepsr.compiling import compiler_errors_named
-from onestepsr.errors import UserError
-from onestepsr.machine import free_memory, resident_memory
-from onestepsr.upscaler import UpscaleOptions, Upscaler
+from onestepsr.core.errors import UserError
+from onestepsr.core.machine import free_memory, resident_memory
+from onestepsr.inference.compiling import compiler_errors_named
+from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
+from onestepsr.models.loading import load_generator
+from onestepsr.models.resshift.generator import ResidualShiftGenerator
+
+# The plain network that the product is measured beside ----------------------------------------------------------------
+
+
+def load_plain(model: str, device: torch.device, steps: int | None = None) -> nn.Module:
+    """The generator in float32 and PyTorch's usual memory format, with the layers that were trained. What depends on
+    the prompt alone is computed beforehand here too."""
+    generator = load_generator(model, device=device, dtype=torch.float32, steps=steps, faster=False)
+    return cast(nn.Module, generator.to(memory_format=torch.contiguous_format))  # type: ignore[call-overload]
+
+
+def steps_of(generator: nn.Module) -> int:
+    """Evaluations of the diffusion network for one picture."""
+    return generator.schedule.steps if isinstance(generator, ResidualShiftGenerator) else 1
+
 
 logger = logging.getLogger(__name__)
 

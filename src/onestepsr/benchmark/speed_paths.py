@@ -13,15 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from onestepsr.allocator import freed_memory_kept
 from onestepsr.benchmark.stages import NETWORK, Call, Stopwatch, stages_of
-from onestepsr.color import wavelet
-from onestepsr.image import Picture, read_picture, samples_to_tensor, tensor_to_samples
-from onestepsr.image_write import write_picture
+from onestepsr.imaging.color import wavelet
+from onestepsr.imaging.read import Picture, read_picture, samples_to_tensor, tensor_to_samples
+from onestepsr.imaging.write import write_picture
+from onestepsr.inference.allocator import freed_memory_kept
+from onestepsr.inference.tile_runner import input_dtype_of
+from onestepsr.inference.tiling import Sides
+from onestepsr.inference.upscaler import UpscaleOptions, Upscaler, enlarge
 from onestepsr.models.generators import pad_to
-from onestepsr.tile_step import input_dtype_of
-from onestepsr.tiling import Sides
-from onestepsr.upscaler import UpscaleOptions, Upscaler, enlarge
 
 WHOLE, READ, UPSCALE, WRITE = "whole", "read", "upscale", "write"
 Samples = NDArray[Any]
@@ -114,7 +114,7 @@ class WholePath:
         *,
         keep_memory: bool = False,
     ) -> None:
-        """``keep_memory``: treat freed memory as the upscaler does, see :mod:`onestepsr.allocator`."""
+        """``keep_memory``: treat freed memory as the upscaler does, see :mod:`onestepsr.inference.allocator`."""
         self._keep_memory = keep_memory
         self.generator, self.device, self.dtype, self.memory_format = generator, device, dtype, memory_format
         self._scale = int(cast(int, generator.scale))

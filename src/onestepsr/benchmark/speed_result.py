@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from onestepsr.benchmark.ceiling import Ceiling
 from onestepsr.benchmark.peak_memory import MemoryUse
-from onestepsr.tiling import Sides
+from onestepsr.inference.tiling import Sides
 
 
 @dataclass(frozen=True, kw_only=True)

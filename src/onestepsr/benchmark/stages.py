@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from onestepsr.benchmark.ceiling import wait
 from onestepsr.benchmark.counting import count
-from onestepsr.compiling import without_compiling
+from onestepsr.inference.compiling import without_compiling
 
 Method = Callable[..., Any]
 STAGES = {"encode": "encode", "step": "unet", "sample": "steps", "decode": "decode"}

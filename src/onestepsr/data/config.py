@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from onestepsr.data.degradation import DegradationConfig, FaceDegradationConfig, Recipe
-from onestepsr.data.presets import get_preset, mix
+from onestepsr.data.degradation.pipeline import DegradationConfig, FaceDegradationConfig, Recipe
+from onestepsr.data.degradation.presets import get_preset, mix
 
 MAX_CROP = 4096
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from onestepsr.data.config import DataConfig
-from onestepsr.data.hr_folder import HRFolder, HRStream, Sample, SampleStream
-from onestepsr.data.pairs import PairsFolder, PairStream
+from onestepsr.data.pair_dataset import PairsFolder, PairStream
+from onestepsr.data.photo_dataset import HRFolder, HRStream, Sample, SampleStream
 from onestepsr.data.pool import Pool
-from onestepsr.data.shards import HRShards, PairShards
+from onestepsr.data.shards.datasets import HRShards, PairShards
 
 __all__ = [
     "DataConfig",

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from onestepsr.data.sampling import derived_seed
+from onestepsr.core.rng import derived_seed
 
 BLOCKS_PER_WINDOW = 64
 """Blocks that are read side by side. As many tar files are open at most, and a few more."""

@@ -15,9 +15,9 @@ import numpy.typing as npt
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from onestepsr.data.progress import tracked
-from onestepsr.errors import UserError
-from onestepsr.image import DECODE_ERRORS, EXTENSIONS, read_picture, to_eight_bits
+from onestepsr.core.errors import UserError
+from onestepsr.core.progress import tracked
+from onestepsr.imaging.read import DECODE_ERRORS, EXTENSIONS, read_picture, to_eight_bits
 
 ORIENTATION_TAG = 0x0112
 logger = logging.getLogger(__name__)

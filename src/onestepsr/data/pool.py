@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from onestepsr.config import to_mapping
+from onestepsr.core.config import to_mapping
+from onestepsr.core.errors import UserError
+from onestepsr.core.rng import generator
 from onestepsr.data.config import DataConfig
-from onestepsr.data.hr_folder import Sample, SampleStream, augment
 from onestepsr.data.order import epoch_position
-from onestepsr.data.sampling import generator
-from onestepsr.errors import UserError
+from onestepsr.data.photo_dataset import Sample, SampleStream, augment
 
 FORMAT = 1
 """Part of the pool's name: raise it when the same configuration makes other pixels than before."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from onestepsr.errors import UserError, shortened
+from onestepsr.core.errors import UserError, shortened
 from onestepsr.evaluate.result import UNKNOWN_PROTOCOL, EvaluationResult, MetricRecord
 from onestepsr.evaluate.statistics import PairedComparison, Summary, compare_paired, holm, summarize
 

@@ -6,15 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from onestepsr.data.degradation import Recipe
-from onestepsr.data.photo_pairs import draw_for, make_pair
-from onestepsr.errors import UserError
-from onestepsr.evaluate.folder import Case
+from onestepsr.core.errors import UserError
+from onestepsr.core.files import remove_leftovers
+from onestepsr.data.degradation.photo_files import draw_for, make_pair
+from onestepsr.data.degradation.pipeline import Recipe
+from onestepsr.evaluate.pairing import Case
 from onestepsr.evaluate.result import Files
-from onestepsr.evaluate.running import Loaded
-from onestepsr.files import remove_leftovers
-from onestepsr.image import Picture, Samples, from_array, read_picture
-from onestepsr.image_write import write_picture
+from onestepsr.imaging.read import Picture, Samples, from_array, read_picture
+from onestepsr.imaging.write import write_picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,3 +128,13 @@ def relative(path: Path | None, folder: Path | None) -> str | None:
 
 def _window(samples: Samples, top: int, left: int, side: int) -> Samples:
     return samples[top : top + side, left : left + side].copy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """One case with its pictures read."""
+
+    lr: Picture
+    hr: Samples | None
+    label: str
+    """The files, for messages."""

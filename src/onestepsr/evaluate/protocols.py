@@ -9,8 +9,8 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from onestepsr.errors import UserError, did_you_mean
-from onestepsr.evaluate.catalog import METRICS, MetricSpec
+from onestepsr.core.errors import UserError, did_you_mean
+from onestepsr.evaluate.metrics.catalog import METRICS, MetricSpec
 from onestepsr.evaluate.result import ProtocolRecord, Setting
 
 Resize = Literal["never", "crop", "sr-to-hr", "hr-to-sr"]

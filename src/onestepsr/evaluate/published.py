@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from onestepsr.config import from_mapping, read_mapping
-from onestepsr.errors import UserError, did_you_mean
+from onestepsr.core.config import from_mapping, read_mapping
+from onestepsr.core.errors import UserError, did_you_mean
 from onestepsr.evaluate.result import UNKNOWN_PROTOCOL, EvaluationResult, MetricRecord, Setting
 from onestepsr.evaluate.tables import NOTHING, Grid, heading
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from onestepsr import __version__
-from onestepsr.config import from_mapping, to_mapping
-from onestepsr.errors import UserError, concerning
+from onestepsr.core.config import from_mapping, to_mapping
+from onestepsr.core.errors import UserError, concerning
+from onestepsr.core.files import read_limited, write_text
+from onestepsr.core.machine import processor_name
 from onestepsr.evaluate.statistics import Summary, summarize
-from onestepsr.files import read_limited, write_text
-from onestepsr.machine import processor_name
 
 SCHEMA = 2
 READABLE = (1, 2)

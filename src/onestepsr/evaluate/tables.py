@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onestepsr.core.files import write_text
 from onestepsr.evaluate.comparison import Comparison
 from onestepsr.evaluate.result import EvaluationResult, MetricRecord, safe_text
 from onestepsr.evaluate.statistics import Summary
-from onestepsr.files import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
 
 Features = Callable[[Tensor], list[Tensor]]
 """Image (N, 3, H, W) in [0, 1] to feature maps, the image itself first."""
@@ -176,3 +176,20 @@ def ea_dists(dists: DISTS, features: Features, x: Tensor, y: Tensor, *, per_chan
     """Edge-aware DISTS (N,): DISTS(x, y) + DISTS(S(x), S(y)) (D3SR, Eq. 5); images (N, 3, H, W) in [0, 1]."""
     edges_x, edges_y = (sobel_magnitude(image, per_channel=per_channel) for image in (x, y))
     return torch.as_tensor(dists(features, x, y) + dists(features, edges_x, edges_y))
+
+
+# A penalty on patterns locked to the latent grid, the typical artefact of decoders that enlarge  ----------------------
+
+
+def lattice_loss(sr: Tensor, hr: Tensor, *, factor: int = 4, window: int = 4) -> Tensor:
+    """Mean squared local error at each of the ``factor`` x ``factor`` positions, less the error that they share.
+
+    Real texture does not know where the latent cells begin, so its error averages out over ``window`` x ``window``
+    cells at every position alike; a grid does not. A loss of texture statistics is blind to that difference and may
+    even ask for a grid. Images are (N, 3, H, W) with sides multiples of ``factor``, at least ``factor * window``.
+    """
+    n, channels = sr.shape[:2]
+    error = F.pixel_unshuffle(sr - hr, factor)  # (N, 3 f^2, H/f, W/f)
+    pooled = F.avg_pool2d(error, window, stride=max(1, window // 2))
+    by_position = pooled.reshape(n, channels, factor**2, -1)
+    return (by_position - by_position.mean(dim=2, keepdim=True)).square().mean()

@@ -23,29 +23,32 @@ from onestepsr.methods.base import (
     MethodEntry,
     Networks,
     SampleRandom,
+    check_timestep,
+    checkpoint_gradients,
+    exported,
     preview_columns,
     register,
 )
-from onestepsr.methods.judges import (
+from onestepsr.methods.shared.adversarial import (
     CRITIC,
     DISCRIMINATOR,
+    DiscriminatorConfig,
     Judge,
     Made,
+    Tuning,
+    build_discriminator,
     condition_channels,
     judged_phases,
     latent_judge,
     picture_judge,
 )
-from onestepsr.methods.latent_discriminator import DiscriminatorConfig, Tuning, build_discriminator
-from onestepsr.methods.networks import check_timestep, checkpoint_gradients, exported
-from onestepsr.methods.spatial import PerceptualConfig, SpatialLoss, SpatialWeights
+from onestepsr.methods.shared.image_loss import PerceptualConfig, SpatialLoss, SpatialWeights
 from onestepsr.models.backbones import load_backbone
-from onestepsr.models.deepening import Depth, deepened
 from onestepsr.models.discriminators import PatchCritic
-from onestepsr.models.even_contrast import with_even_contrast
 from onestepsr.models.generators import OneStepLatentGenerator, TrainableGenerator
 from onestepsr.models.lora import LoraConfig, add_lora
-from onestepsr.models.stable_diffusion_config import PromptConfig
+from onestepsr.models.stable_diffusion.config import PromptConfig
+from onestepsr.models.tiny.edit import Depth, deepened, with_even_contrast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,7 @@ class D3SRConfig:
     even_contrast: bool = False
     """Make detail of a tiny backbone's pictures equally strong at all positions of its latent cells, while training
     already: critics see no lattice then, and the generator gains nothing by one. See
-    :class:`onestepsr.models.tiny_decoder.EvenContrast`."""
+    :class:`onestepsr.models.tiny.decoder.EvenContrast`."""
     timestep: int = 399
     """T_L, the fixed step of the UNet evaluation."""
     tuning: Tuning = "lora"

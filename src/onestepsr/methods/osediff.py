@@ -25,15 +25,24 @@ from onestepsr.methods.base import (
     MethodEntry,
     Networks,
     SampleRandom,
+    check_timestep,
+    checkpoint_gradients,
+    exported,
     preview_columns,
     register,
 )
-from onestepsr.methods.conditions import ConditionConfig
-from onestepsr.methods.judges import DISCRIMINATOR, Judge, Made, judged_phases, latent_judge
-from onestepsr.methods.latent_discriminator import DiscriminatorConfig, build_discriminator
-from onestepsr.methods.networks import check_timestep, checkpoint_gradients, exported
-from onestepsr.methods.spatial import PerceptualConfig, SpatialLoss, SpatialWeights
-from onestepsr.methods.variational import (
+from onestepsr.methods.shared.adversarial import (
+    DISCRIMINATOR,
+    DiscriminatorConfig,
+    Judge,
+    Made,
+    build_discriminator,
+    judged_phases,
+    latent_judge,
+)
+from onestepsr.methods.shared.image_loss import PerceptualConfig, SpatialLoss, SpatialWeights
+from onestepsr.methods.shared.prompt import ConditionConfig
+from onestepsr.methods.shared.vsd import (
     REGULARIZER,
     TEACHER,
     AdapterConfig,
@@ -43,8 +52,10 @@ from onestepsr.methods.variational import (
     variational_judge,
 )
 from onestepsr.models.backbones import load_backbone
-from onestepsr.models.lora import LoraConfig, add_lora
-from onestepsr.models.osediff import (
+from onestepsr.models.lora import LoraConfig, add_lora, sharing_copy
+from onestepsr.models.osediff.adapters import can_be_published, collect, copy_into_adapters
+from onestepsr.models.osediff.checkpoints import ARCHITECTURE, content_of, read_any
+from onestepsr.models.osediff.generator import (
     DECODER_LAYERS,
     ENCODER_LAYERS,
     FIRST_LAYER,
@@ -52,9 +63,6 @@ from onestepsr.models.osediff import (
     OSEDiffGenerator,
     Posterior,
 )
-from onestepsr.models.osediff_adapters import can_be_published, collect, copy_into_adapters
-from onestepsr.models.osediff_file import ARCHITECTURE, content_of, read_any
-from onestepsr.models.sharing import sharing_copy
 
 ENCODER = "encoder"
 """Name of the frozen encoder in :class:`onestepsr.methods.base.Method`, where one is needed."""

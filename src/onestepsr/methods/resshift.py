@@ -12,10 +12,21 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor
 
-from onestepsr.errors import concerning
-from onestepsr.methods.base import Batch, LossFn, Method, MethodEntry, Networks, Phase, SampleRandom, register
-from onestepsr.methods.networks import checkpoint_gradients
-from onestepsr.methods.residual_shift import (
+from onestepsr.core.errors import concerning
+from onestepsr.diffusion.residual_shift import ResidualShiftConfig, ResidualShiftSchedule, Respacing
+from onestepsr.methods.base import (
+    Batch,
+    LossFn,
+    Method,
+    MethodEntry,
+    Networks,
+    Phase,
+    SampleRandom,
+    checkpoint_gradients,
+    register,
+)
+from onestepsr.methods.shared.image_loss import PerceptualConfig, SpatialLoss, SpatialWeights
+from onestepsr.methods.shared.residual_shift import (
     AUTOENCODER,
     DENOISER,
     FrozenAutoencoder,
@@ -25,12 +36,10 @@ from onestepsr.methods.residual_shift import (
     whole_schedule,
     with_sampling,
 )
-from onestepsr.methods.spatial import PerceptualConfig, SpatialLoss, SpatialWeights
-from onestepsr.models.residual_backbones import load_residual_generator, residual_generator_on
-from onestepsr.models.residual_generator import ResidualShiftGenerator, Sampler, conditioned
-from onestepsr.models.swin_unet import SwinUNet, SwinUNetConfig
-from onestepsr.models.tiny_denoiser import TinyDenoiser, TinyDenoiserConfig
-from onestepsr.residual_schedule import ResidualShiftConfig, ResidualShiftSchedule, Respacing
+from onestepsr.models.loading import load_residual_generator, residual_generator_on
+from onestepsr.models.resshift.generator import ResidualShiftGenerator, Sampler, conditioned
+from onestepsr.models.resshift.unet import SwinUNet, SwinUNetConfig
+from onestepsr.models.tiny.denoiser import TinyDenoiser, TinyDenoiserConfig
 
 
 @dataclass(frozen=True, kw_only=True)

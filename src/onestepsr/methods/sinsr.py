@@ -1,6 +1,6 @@
 """SinSR: a one-step student of ResShift (Wang et al., CVPR 2024), distilled from its deterministic sampling.
 
-The student starts as a copy of the teacher. Three terms, in :mod:`onestepsr.losses.consistency`: it repeats what all
+The student starts as a copy of the teacher. Three terms, in :mod:`onestepsr.losses.distillation`: it repeats what all
 steps of the teacher give, finds the way back, and goes from there to the real picture.
 """
 
@@ -12,11 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onestepsr.errors import concerning
-from onestepsr.losses.consistency import Student, distillation_loss, ground_truth_loss, inverse_loss
-from onestepsr.methods.base import Batch, LossFn, Method, MethodEntry, Networks, Phase, SampleRandom, register
-from onestepsr.methods.networks import checkpoint_gradients
-from onestepsr.methods.residual_shift import (
+from onestepsr.core.errors import concerning
+from onestepsr.diffusion.residual_shift import ResidualShiftSchedule
+from onestepsr.losses.distillation import Student, distillation_loss, ground_truth_loss, inverse_loss
+from onestepsr.methods.base import (
+    Batch,
+    LossFn,
+    Method,
+    MethodEntry,
+    Networks,
+    Phase,
+    SampleRandom,
+    checkpoint_gradients,
+    register,
+)
+from onestepsr.methods.shared.residual_shift import (
     AUTOENCODER,
     DENOISER,
     FrozenAutoencoder,
@@ -27,9 +37,8 @@ from onestepsr.methods.residual_shift import (
     whole_schedule,
     with_sampling,
 )
-from onestepsr.models.residual_backbones import load_residual_generator
-from onestepsr.models.residual_generator import ResidualShiftGenerator, conditioned
-from onestepsr.residual_schedule import ResidualShiftSchedule
+from onestepsr.models.loading import load_residual_generator
+from onestepsr.models.resshift.generator import ResidualShiftGenerator, conditioned
 
 TEACHER = "teacher"
 

@@ -15,23 +15,33 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
+from onestepsr.diffusion.noise_field import NoisePlane
 from onestepsr.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
-from onestepsr.losses.consistency import distillation_loss
-from onestepsr.losses.score_distillation import gradient_loss, hsd_gradient, sds_gradient
-from onestepsr.methods.base import Batch, Exported, LossFn, Method, MethodEntry, Networks, Phase, SampleRandom, register
-from onestepsr.methods.networks import checkpoint_gradients, exported
-from onestepsr.methods.residual_shift import AUTOENCODER, FrozenAutoencoder, latents
-from onestepsr.methods.teachers import (
+from onestepsr.losses.distillation import distillation_loss, gradient_loss, hsd_gradient, sds_gradient
+from onestepsr.methods.base import (
+    Batch,
+    Exported,
+    LossFn,
+    Method,
+    MethodEntry,
+    Networks,
+    Phase,
+    SampleRandom,
+    checkpoint_gradients,
+    exported,
+    register,
+)
+from onestepsr.methods.shared.residual_shift import AUTOENCODER, FrozenAutoencoder, latents
+from onestepsr.methods.shared.teachers import (
     LatentDiffusionConfig,
     LatentDiffusionTeacher,
     ResidualShiftTeacher,
     Teacher,
     student_of,
 )
+from onestepsr.models.discriminators import HeadConfig, TimeAwareDiscriminator
 from onestepsr.models.lora import LoraConfig, add_lora
-from onestepsr.models.residual_generator import NoisePlane
-from onestepsr.models.time_aware import HeadConfig, TimeAwareDiscriminator
 
 STUDENT, TEACHER, FEATURES, DISCRIMINATOR = "student", "teacher", "features", "discriminator"
 Z_Y, Z_HR, Z_T, NOISE, STEP = "z_y", "z_hr", "z_T", "noise", "t"

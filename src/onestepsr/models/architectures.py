@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from onestepsr.config import from_mapping, to_mapping
-from onestepsr.errors import UnknownModel, UserError, did_you_mean
-from onestepsr.models.generators import OneStepLatentGenerator
-from onestepsr.models.noised_generator import NoisedLatentGenerator
-from onestepsr.models.osediff import OSEDiffGenerator, OSEDiffGeneratorConfig, osediff_generator
-from onestepsr.models.residual_architectures import (
+from onestepsr.core.config import from_mapping, to_mapping
+from onestepsr.core.errors import UnknownModel, UserError, did_you_mean
+from onestepsr.models.generators import NoisedLatentGenerator, OneStepLatentGenerator
+from onestepsr.models.osediff.generator import OSEDiffGenerator, OSEDiffGeneratorConfig, osediff_generator
+from onestepsr.models.resshift.config import (
     RANDOM_RESIDUAL,
     ResidualShiftGeneratorConfig,
     TinyResidualShiftGeneratorConfig,
@@ -24,15 +23,8 @@ from onestepsr.models.residual_architectures import (
     residual_shift_generator,
     tiny_residual_shift_generator,
 )
-from onestepsr.models.residual_generator import ResidualShiftGenerator
-from onestepsr.models.stable_diffusion import (
-    StableDiffusionAutoencoder,
-    StableDiffusionUNet,
-    StableDiffusionUNetEncoder,
-    stable_diffusion_encoder,
-    stable_diffusion_generator,
-)
-from onestepsr.models.stable_diffusion_config import (
+from onestepsr.models.resshift.generator import ResidualShiftGenerator
+from onestepsr.models.stable_diffusion.config import (
     SD21_BASE,
     SDXL_BASE,
     PromptConfig,
@@ -40,46 +32,21 @@ from onestepsr.models.stable_diffusion_config import (
     StableDiffusionEncoderConfig,
     StableDiffusionGeneratorConfig,
 )
-from onestepsr.models.tiny import BUNDLED, TinyAutoencoder, TinyConfig, TinyUNet
-from onestepsr.schedules import DiffusionSchedule, DiffusionScheduleConfig
+from onestepsr.models.stable_diffusion.networks import (
+    StableDiffusionAutoencoder,
+    StableDiffusionUNet,
+    StableDiffusionUNetEncoder,
+    stable_diffusion_encoder,
+    stable_diffusion_generator,
+)
+from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_config, tiny_generator
+from onestepsr.models.tiny.networks import BUNDLED, TinyAutoencoder, TinyConfig, TinyUNet
+from onestepsr.weights.native import read_weights
 
 RANDOM = "random:"
 """Prefix of names that mean an architecture with random weights: for tests, benchmarks and dry runs."""
 RESIDUAL, TINY_RESIDUAL = "residual-shift", "tiny-residual-shift"
 Generator = OneStepLatentGenerator | ResidualShiftGenerator
-
-
-@dataclass(frozen=True, kw_only=True)
-class TinyGeneratorConfig:
-    """Everything that fixes a generator on the tiny backbone."""
-
-    model: TinyConfig = field(default_factory=TinyConfig)
-    """Sizes of autoencoder and UNet."""
-    schedule: DiffusionScheduleConfig = field(default_factory=DiffusionScheduleConfig)
-    """Noise schedule the UNet was pretrained with."""
-    timestep: int = 399
-    """T_L, the step at which the UNet is evaluated. The paper says only that it lies between 0 and T; a related
-    release of the same group fixes 399."""
-    scale: int = 4
-    """Upscaling factor."""
-    noised: bool = False
-    """Start from the LR latent noised to ``timestep``, as a student of a multi-step teacher does, not from the LR
-    latent itself."""
-
-
-def tiny_generator(config: TinyGeneratorConfig) -> OneStepLatentGenerator:
-    """Autoencoder, UNet and prompt embedding, freshly initialised, as one generator."""
-    shape = (1, config.model.prompt_tokens, config.model.prompt_width)
-    prompt = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
-    kind = NoisedLatentGenerator if config.noised else OneStepLatentGenerator
-    return kind(
-        TinyAutoencoder(config.model),
-        TinyUNet(config.model),
-        prompt.to(torch.empty(0).device),  # the default device, which may be "meta"
-        timestep=config.timestep,
-        scale=config.scale,
-        schedule=DiffusionSchedule(config.schedule),
-    )
 
 
 def _builder(config: type[Any], build: Callable[[Any], nn.Module]) -> Callable[[Mapping[str, Any]], nn.Module]:
@@ -96,6 +63,32 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     TINY_RESIDUAL: _builder(TinyResidualShiftGeneratorConfig, tiny_residual_shift_generator),
 }
 """Builders of freshly initialised networks from their configuration; their weights are loaded right after."""
+
+
+def load_native(path: Path) -> nn.Module:
+    """The network that one of our own weight files describes, loaded strictly, in float32 on the CPU, in eval mode.
+
+    Raises :class:`UserError` in one line for a damaged file and for weights that do not fit their configuration.
+    """
+    architecture, config, tensors = read_weights(path)
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"{path}: unknown architecture '{architecture}': {did_you_mean(architecture, ARCHITECTURES)}")
+    try:
+        with torch.device("meta"):  # nothing is initialised only to be overwritten
+            network = ARCHITECTURES[architecture](config)
+        copies = {key: _in_float32(tensor) for key, tensor in tensors.items()}
+        network.load_state_dict(copies, assign=True)
+    except UserError as error:
+        raise UserError(f"{path}: configuration does not fit '{architecture}': {error}") from error
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"{path}: weights do not match their configuration: {reason}") from error
+    return network.eval()
+
+
+def _in_float32(tensor: Tensor) -> Tensor:
+    """A copy, because tensors of a file are windows on it, and the file may be replaced while the network lives."""
+    return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def describe(network: nn.Module) -> tuple[str, dict[str, Any]]:
@@ -122,7 +115,7 @@ def _describe_generator(generator: OneStepLatentGenerator) -> tuple[str, dict[st
         "noised": isinstance(generator, NoisedLatentGenerator),
     }
     if isinstance(generator.unet, TinyUNet):
-        return "tiny-latent-diffusion", to_mapping(TinyGeneratorConfig(model=generator.unet.config, **common))
+        return "tiny-latent-diffusion", to_mapping(tiny_config(generator))
     if isinstance(generator.unet, StableDiffusionUNet) and isinstance(
         generator.autoencoder, StableDiffusionAutoencoder
     ):

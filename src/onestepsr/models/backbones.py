@@ -16,29 +16,28 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from onestepsr.config import from_mapping
-from onestepsr.errors import UserError
-from onestepsr.models import diffusers_folder, single_file
-from onestepsr.models.architectures import is_random, random_backbone, random_encoder
-from onestepsr.models.catalog import resolve
+from onestepsr.core.config import from_mapping
+from onestepsr.core.errors import UserError
+from onestepsr.models.architectures import is_random, load_native, random_backbone, random_encoder
 from onestepsr.models.generators import NoisePredictor, OneStepLatentGenerator
-from onestepsr.models.registry import architecture_of, load_network, read_weights
-from onestepsr.models.stable_diffusion import (
+from onestepsr.models.stable_diffusion import diffusers_folder, ldm_checkpoint
+from onestepsr.models.stable_diffusion.config import (
+    PromptConfig,
+    SDXLConditioning,
+    StableDiffusionGeneratorConfig,
+    UNetConfig,
+)
+from onestepsr.models.stable_diffusion.networks import (
     StableDiffusionAutoencoder,
     StableDiffusionUNet,
     StableDiffusionUNetEncoder,
     initial_prompt,
     stable_diffusion_generator,
 )
-from onestepsr.models.stable_diffusion_config import (
-    PromptConfig,
-    SDXLConditioning,
-    StableDiffusionGeneratorConfig,
-    UNetConfig,
-)
-from onestepsr.models.tensors import LazyTensors, given, read_tensors
-from onestepsr.models.tiny import TinyUNet
-from onestepsr.models.weight_files import fill
+from onestepsr.models.tiny.networks import TinyUNet
+from onestepsr.weights.catalog import resolve
+from onestepsr.weights.foreign import LazyTensors, fill, given, read_tensors
+from onestepsr.weights.native import architecture_of, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +117,7 @@ def _load_generator(name_or_path: str | Path, prompt: PromptConfig) -> OneStepLa
     path = resolve(name_or_path)
     if not architecture_of(path):
         return _generator_from_file(path, prompt)
-    generator = load_network(path)
+    generator = load_native(path)
     if not isinstance(generator, OneStepLatentGenerator):
         raise UserError(f"{path}: holds a {type(generator).__name__}, expected a latent-diffusion backbone")
     return generator
@@ -131,14 +130,14 @@ def _generator_from_folder(folder: Path, prompt: PromptConfig) -> OneStepLatentG
 
 
 def _generator_from_file(path: Path, prompt: PromptConfig) -> OneStepLatentGenerator:
-    tensors = single_file.open_checkpoint(path)
-    unet_sizes, autoencoder_sizes = single_file.detect(path, tensors)
+    tensors = ldm_checkpoint.open_checkpoint(path)
+    unet_sizes, autoencoder_sizes = ldm_checkpoint.detect(path, tensors)
     try:
         config = StableDiffusionGeneratorConfig(unet=unet_sizes, autoencoder=autoencoder_sizes, prompt=prompt)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    unet = single_file.unet_weights(tensors, config.unet)
-    autoencoder = single_file.autoencoder_weights(path, tensors, config.autoencoder)
+    unet = ldm_checkpoint.unet_weights(tensors, config.unet)
+    autoencoder = ldm_checkpoint.autoencoder_weights(path, tensors, config.autoencoder)
     generator = _assemble(config, unet, autoencoder, str(path))
     if noise_correlation(generator) < LEAST_CORRELATION:
         logger.warning(
@@ -185,9 +184,9 @@ def _load_encoder(name_or_path: str | Path, sdxl: SDXLConditioning | None) -> tu
     path = resolve(name_or_path)
     if architecture_of(path):
         return _own_encoder(path, sdxl)
-    checkpoint = single_file.open_checkpoint(path)
-    config, _ = single_file.detect(path, checkpoint)
-    return _filled_encoder(config, sdxl, single_file.unet_weights(checkpoint, config), f"{path}: unet"), None
+    checkpoint = ldm_checkpoint.open_checkpoint(path)
+    config, _ = ldm_checkpoint.detect(path, checkpoint)
+    return _filled_encoder(config, sdxl, ldm_checkpoint.unet_weights(checkpoint, config), f"{path}: unet"), None
 
 
 def _random_encoder(name: str, sdxl: SDXLConditioning | None) -> tuple[nn.Module, Tensor | None]:
@@ -205,7 +204,7 @@ def _own_encoder(path: Path, sdxl: SDXLConditioning | None) -> tuple[nn.Module, 
         config = from_mapping(StableDiffusionGeneratorConfig, values, str(path))
         half = {key.removeprefix(WHOLE): partial(given, value) for key, value in tensors.items() if key != "prompt"}
         return _filled_encoder(config.unet, sdxl, half, f"{path}: unet"), tensors["prompt"].float()
-    network = load_network(path)
+    network = load_native(path)
     if isinstance(network, StableDiffusionUNetEncoder):
         network.sdxl = sdxl or network.sdxl
         return network, None

@@ -9,18 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
 from onestepsr.models.architectures import RESIDUAL, TINY_RESIDUAL, describe
 from onestepsr.models.backbones import load_backbone, load_discriminator_backbone
-from onestepsr.models.blend import blend
-from onestepsr.models.even_contrast import alike, with_even_contrast
-from onestepsr.models.osediff import Posterior
-from onestepsr.models.osediff_file import read_published, write_adapters, write_published
-from onestepsr.models.osediff_published import adapters_of, holds_adapters
-from onestepsr.models.osediff_published import load_published as load_osediff
-from onestepsr.models.registry import architecture_of, load_network, save_model
-from onestepsr.models.residual_architectures import PUBLISHED
-from onestepsr.models.residual_checkpoints import is_published, load_published, looks_published
+from onestepsr.models.loading import adapters_of, holds_adapters, load_network, load_osediff
+from onestepsr.models.osediff.checkpoints import read_published, write_adapters, write_published
+from onestepsr.models.osediff.generator import Posterior
+from onestepsr.models.resshift.checkpoints import is_published, load_published, looks_published
+from onestepsr.models.resshift.config import PUBLISHED
+from onestepsr.models.tiny.edit import alike, blend, with_even_contrast
+from onestepsr.weights.native import architecture_of, save_model
 
 ADAPTERS = ".adapters.safetensors"
 """How the file ends that keeps OSEDiff's adapters beside the model that they made."""
@@ -67,7 +65,7 @@ def convert(
     Adapters stay as they are in a second file, whose name ends in ``.adapters.safetensors``; the model's prompt for
     pictures that come without one is read from ``prompt_file``, and ``posterior`` says what its encoder gives, the mean
     by default. ``towards`` is a second backbone of the same shape: the weights written lie the part ``share`` of the
-    way to its own. ``even_contrast`` is :func:`onestepsr.models.even_contrast.with_even_contrast`.
+    way to its own. ``even_contrast`` is :func:`onestepsr.models.tiny.edit.with_even_contrast`.
     """
     _check_target(target, overwrite)
     adapters = _adapters_file(target, overwrite) if holds_adapters(source) else None

@@ -9,7 +9,7 @@ from typing import Protocol
 from PIL import Image
 from torch import Tensor
 
-from onestepsr.errors import MissingExtra
+from onestepsr.core.errors import MissingExtra
 
 TOKENS = 77
 """Length to which Stable Diffusion's text encoders pad every prompt, with its first and last token."""

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from onestepsr.config import read_mapping
-from onestepsr.errors import UserError
+from onestepsr.core.config import read_mapping
+from onestepsr.core.errors import UserError
 from onestepsr.prompts.base import PromptExtractor, require_transformers
-from onestepsr.prompts.hub import model_folder
-from onestepsr.prompts.loading import load_network, load_preprocessing
-from onestepsr.prompts.ram import RamTagger, is_tagger, usual_folder
-from onestepsr.prompts.tags import read_thresholds, select_tags
+from onestepsr.prompts.hub import load_network, load_preprocessing, model_folder
+from onestepsr.prompts.ram.tagger import RamTagger, is_tagger, usual_folder
+from onestepsr.prompts.ram.tags import read_thresholds, select_tags
 
 FILES = ("*.json", "*.txt", "*.safetensors")
 """What is fetched of a repository: configuration, vocabulary, weights."""

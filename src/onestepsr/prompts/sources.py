@@ -6,11 +6,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from onestepsr.config import read_mapping
-from onestepsr.errors import UserError
-from onestepsr.files import read_text
+from onestepsr.core.config import read_mapping
+from onestepsr.core.errors import UserError
+from onestepsr.core.files import read_text
 from onestepsr.prompts.base import PromptExtractor
-from onestepsr.prompts.tags import format_tags
+from onestepsr.prompts.ram.tags import format_tags
 
 MAX_PROMPT_BYTES = 16_384
 """Larger files are no prompts."""

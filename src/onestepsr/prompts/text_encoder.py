@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onestepsr.config import read_mapping
-from onestepsr.errors import UserError
-from onestepsr.files import file_sha256
+from onestepsr.core.config import read_mapping
+from onestepsr.core.errors import UserError
+from onestepsr.core.files import file_sha256
 from onestepsr.prompts.base import TOKENS, require_transformers
-from onestepsr.prompts.hub import model_folder
-from onestepsr.prompts.loading import load_network, load_preprocessing
+from onestepsr.prompts.hub import load_network, load_preprocessing, model_folder
 
 FILES = ("text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/*.json", "tokenizer/*.txt")
 """What is needed of a diffusers repository."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from onestepsr.data.sampling import generator
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
+from onestepsr.core.rng import generator
 from onestepsr.methods.base import Batch
 from onestepsr.train.config import TrainConfig
 

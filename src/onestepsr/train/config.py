@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from onestepsr.errors import UserError, did_you_mean
+from onestepsr.core.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onestepsr.errors import MissingExtra
+from onestepsr.core.errors import MissingExtra
 from onestepsr.train.config import OptimizerConfig, TrainConfig
 
 EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4096, 256

@@ -7,12 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onestepsr.config import apply_overrides, from_mapping, merged, read_mapping, to_mapping
+from onestepsr.core.config import apply_overrides, from_mapping, merged, read_mapping, to_mapping
+from onestepsr.core.errors import UserError, did_you_mean
 from onestepsr.data.datasets import DataConfig
-from onestepsr.errors import UserError, did_you_mean
 from onestepsr.methods.base import get_method
-from onestepsr.methods.catalog import load_methods
 from onestepsr.train.config import OptimizerConfig, PreviewConfig, TrainConfig
+
+# Every method of the package; importing a method's module registers it ------------------------------------------------
+
+
+def load_methods() -> None:
+    """Import the modules of all methods."""
+    from onestepsr.methods import tadsr  # noqa: F401
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from onestepsr.files import replacing
+from onestepsr.core.files import replacing
 from onestepsr.train.config import TrainConfig
 from onestepsr.train.trainer import StepRecord
 

@@ -23,17 +23,16 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
 
-from onestepsr.data.sampling import derived_seed
-from onestepsr.errors import OneStepSRError, UserError
+from onestepsr.core.errors import OneStepSRError, UserError
+from onestepsr.core.machine import largest_peak_memory
+from onestepsr.core.rng import derived_seed
+from onestepsr.core.signals import Interruption
 from onestepsr.methods.base import Batch, Method, Phase, SampleRandom
 from onestepsr.train.batches import SampleSource, Share, micro_batches, sample_numbers
-from onestepsr.train.checkpoint import Checkpoint, Checkpoints
+from onestepsr.train.checkpoint import Checkpoint, Checkpoints, check_fingerprints, collect, restore
 from onestepsr.train.config import TrainConfig
-from onestepsr.train.interruption import Interruption
-from onestepsr.train.memory import largest_peak_memory
 from onestepsr.train.networks import NetworkSet
 from onestepsr.train.optimization import learning_rate_factor
-from onestepsr.train.state import check_fingerprints, collect, restore
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from onestepsr import __version__
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
 from onestepsr.evaluate.comparison import Comparison
 from onestepsr.evaluate.report import sections
-from onestepsr.evaluate.report.markup import Markup, data_block, element, join
 from onestepsr.evaluate.report.pictures import View, choose, locate, roles, write_views
+from onestepsr.evaluate.report.plots import Markup, data_block, element, join
 from onestepsr.evaluate.result import now
 from onestepsr.evaluate.tables import Grid, decimals_of, difference_grid, heading, method_grid, write_texts
 

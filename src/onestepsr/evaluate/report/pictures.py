@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onestepsr.errors import UserError
+from onestepsr.core.errors import UserError
+from onestepsr.core.files import replacing
 from onestepsr.evaluate.comparison import Comparison
 from onestepsr.evaluate.result import EvaluationResult, Files
-from onestepsr.files import replacing
 
 if TYPE_CHECKING:
-    from onestepsr.image import Samples
+    from onestepsr.imaging.read import Samples
 
 FOLDER = "pictures"
 _OURS = re.compile(r"\d{5}-(lr|hr|sr\d+)\.png")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from onestepsr.evaluate.comparison import Comparison
-from onestepsr.evaluate.report.markup import Attribute, Markup, element, join
 from onestepsr.evaluate.report.pictures import View, ranking
-from onestepsr.evaluate.report.plots import histograms
+from onestepsr.evaluate.report.plots import Attribute, Markup, element, histograms, join
 from onestepsr.evaluate.result import EvaluationResult
 from onestepsr.evaluate.tables import NOTHING, Grid, decimals_of, heading
 

@@ -1,0 +1,159 @@
+"""How close tiles come to the whole picture when group norms see one tile each, or know the picture.
+
+    python scripts/tile_norms.py TRAIN_PHOTOS TEST_PHOTOS --minutes 10
+
+Random weights say little about norms, so this first trains a small autoencoder with Stable Diffusion's layers on crops
+of the first folder. Then pictures of the second, enlarged twofold so that they are large beside a tile, go through
+encoder and decoder by way of the upscaler: whole, and in tiles, with either of ``UpscaleOptions.tile_norms``, and with
+the latents of all tiles joined before the first is decoded. One line for each size of tile: PSNR between tiles and
+whole in dB, mean over the pictures, and seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onestepsr.data.photos import find_images
+from onestepsr.imaging.read import Picture, read_picture, samples_to_tensor
+from onestepsr.imaging.resize import resize
+from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
+from onestepsr.models.memory_cost import Stage, StageDemand
+from onestepsr.models.stable_diffusion.config import AutoencoderConfig
+from onestepsr.models.stable_diffusion.networks import StableDiffusionAutoencoder
+
+SMALL = AutoencoderConfig(
+    block_out_channels=(32, 64, 96, 96), layers_per_block=1, latent_channels=8, norm_num_groups=16, scaling_factor=1.0
+)
+CROP, BATCH = 128, 16
+
+
+class Reconstruction(nn.Module):
+    """Encoder and decoder as a generator that enlarges by one."""
+
+    scale = 1
+    lr_multiple = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.autoencoder = StableDiffusionAutoencoder(SMALL)
+        self.latent_channels = SMALL.latent_channels
+        self.joins_latents = False
+
+    def memory_per_pixel(self, dtype: torch.dtype) -> float:
+        """Peak bytes per pixel."""
+        return self.autoencoder.memory_per_pixel(dtype)
+
+    def stage_demands(self, dtype: torch.dtype) -> dict[Stage, StageDemand] | None:
+        """Whether latents are joined decides if there are stages; their UNet does nothing."""
+        factor = self.autoencoder.factor
+        demand = StageDemand(per_pixel=self.memory_per_pixel(dtype), multiple=factor)
+        return {"encode": demand, "unet": demand, "decode": demand} if self.joins_latents else None
+
+    def encode_lr(self, rgb: Tensor) -> Tensor:
+        """Latent (N, C, h / 8, w / 8) of ``rgb`` (N, 3, h, w) in [0, 1]."""
+        return self.autoencoder.encode(rgb * 2 - 1)
+
+    def restore_latent(self, z: Tensor, rgb: Tensor) -> Tensor:
+        """``z`` itself."""
+        return z
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Image in [0, 1] of a latent."""
+        return self.autoencoder.decode(z) * 0.5 + 0.5
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        """``rgb`` (N, 3, h, w) in [0, 1] again."""
+        return self.decode(self.encode_lr(rgb))
+
+
+def main() -> None:
+    """Train, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("train", type=Path)
+    parser.add_argument("test", type=Path)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--tiles", type=int, nargs="+", default=[256, 512])
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    network = cast(Any, Reconstruction()).to(memory_format=torch.channels_last)
+    steps, loss = train(network, find_images(arguments.train), 60 * arguments.minutes)
+    sys.stdout.write(f"{steps} steps of {BATCH} crops of {CROP} x {CROP}, mean absolute error {loss:.3f} of 2\n")
+    network.autoencoder.speed_up()
+    upscaler = Upscaler(network, "cpu", "float32", "reconstruction")
+    paths = find_images(arguments.test)
+    pictures = [doubled(path) for path in paths[:: max(1, len(paths) // arguments.pictures)][: arguments.pictures]]
+    for tile in arguments.tiles:
+        sys.stdout.write(f"tiles of {tile}: {compared(upscaler, pictures, tile)}\n")
+
+
+def train(network: Reconstruction, paths: list[Path], seconds: float) -> tuple[int, float]:
+    """Steps of Adam on the mean absolute error until the time is up; their number, and the last errors' mean."""
+    optimiser = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99))
+    rng, losses, begun = random.Random(0), list[float](), time.monotonic()
+    while (left := 1.0 - (time.monotonic() - begun) / seconds) > 0:
+        optimiser.param_groups[0]["lr"] = 1e-3 * min(1.0, (len(losses) + 1) / 100, 2 * left + 0.02)
+        photos = torch.cat([crop(paths, rng) for _ in range(BATCH)]).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = network(photos)
+        loss = 2 * F.l1_loss(found.float(), photos)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        losses.append(loss.item())
+    return len(losses), sum(losses[-20:]) / len(losses[-20:])
+
+
+def crop(paths: list[Path], rng: random.Random) -> Tensor:
+    """A random window (1, 3, CROP, CROP) of a random photo."""
+    while True:
+        pixels = read_picture(rng.choice(paths)).pixels
+        if min(pixels.shape[:2]) >= CROP and pixels.shape[2] == 3:
+            top, left = (rng.randrange(side - CROP + 1) for side in pixels.shape[:2])
+            return samples_to_tensor(np.ascontiguousarray(pixels[top : top + CROP, left : left + CROP]))
+
+
+def doubled(path: Path) -> Picture:
+    """The picture, twice as wide and high."""
+    picture = read_picture(path)
+    return replace(picture, pixels=resize(picture.pixels, 2 * picture.height, 2 * picture.width))
+
+
+def compared(upscaler: Upscaler, pictures: list[Picture], tile: int) -> str:
+    """What is said of one size of tile."""
+    ways = {"norms of the tile": (False, "tile"), "norms of the picture": (False, "picture")}
+    ways["and joined latents"] = (True, "picture")
+    levels: dict[str, list[float]] = {name: [] for name in ways}
+    seconds = dict.fromkeys(levels, 0.0)
+    for picture in pictures:
+        whole, _ = enlarged(upscaler, picture, tile="off")
+        for name, (joins_latents, norms) in ways.items():
+            cast(Any, upscaler.generator).joins_latents = joins_latents
+            pixels, taken = enlarged(upscaler, picture, tile=tile, tile_norms=norms)
+            levels[name].append(10 * math.log10(255**2 / np.square(pixels - whole).mean()))
+            seconds[name] += taken
+    return ", ".join(f"{name} {np.mean(levels[name]):.1f} dB in {seconds[name]:.1f} s" for name in ways)
+
+
+def enlarged(upscaler: Upscaler, picture: Picture, **options: Any) -> tuple[Any, float]:
+    """Samples as float64, and seconds."""
+    begun = time.monotonic()
+    result = upscaler.upscale_picture(picture, UpscaleOptions(scale=1.0, color_fix="none", **options))
+    return result.pixels.astype(np.float64), time.monotonic() - begun
+
+
+if __name__ == "__main__":
+    main()

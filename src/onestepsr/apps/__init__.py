@@ -1,1 +1,0 @@
-"""Applications: the command line."""

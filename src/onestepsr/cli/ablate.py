@@ -1,0 +1,184 @@
+"""``onestepsr ablate``: train every variant of a suite with every seed, compare them, write table and pictures."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from onestepsr.core.errors import UserError
+from onestepsr.core.machine import describe_machine
+from onestepsr.core.progress import progress
+
+if TYPE_CHECKING:
+    from onestepsr.train.ablation.report import Results
+    from onestepsr.train.ablation.runs import Ablation
+    from onestepsr.train.ablation.scoring import HeldOut
+
+DEFAULT_SEEDS = "0,1,2"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(name="ablate", no_args_is_help=True)(ablate)
+
+
+def ablate(
+    suite: Annotated[
+        str | None, typer.Argument(help="Name of a packaged suite, or a YAML file.", show_default=False)
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="validation=FOLDER names the held-out photos; evaluation.KEY=VALUE changes the comparison; "
+            "all others change every run, such as 'data.paths=[PHOTOS]' or train.steps=500.",
+        ),
+    ] = None,
+    *,
+    seeds: Annotated[str, typer.Option(help="Seeds of the runs, separated by commas.")] = DEFAULT_SEEDS,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs; runs/SUITE by default.")] = None,
+    only: Annotated[str, typer.Option(help="Train and compare these variants alone, separated by commas.")] = "",
+    report: Annotated[
+        Path | None, typer.Option(help="Folder of SUITE.md, .json and .png; the one of the runs.")
+    ] = None,
+    reuse: Annotated[
+        list[Path] | None, typer.Option(help="Take equal finished runs from this folder, such as another suite's.")
+    ] = None,
+    launcher: Annotated[
+        str, typer.Option(help="What starts a run instead of Python, such as 'accelerate launch --num_processes 4'.")
+    ] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, start nothing.")] = False,
+    list_suites: Annotated[bool, typer.Option("--list-suites", help="Name the packaged suites and exit.")] = False,
+) -> None:
+    """Train every variant of SUITE with every seed and compare them on the same held-out pairs.
+
+    The same command goes on after an interruption: finished runs are left alone, the one at work is resumed. Ends with
+    exit code 1 if a run failed; the others are trained and compared all the same.
+    """
+    from onestepsr.train.ablation.runs import plan_ablation, train_all
+    from onestepsr.train.ablation.scoring import HeldOut
+    from onestepsr.train.ablation.suite import load_suite, suite_names
+    from onestepsr.weights.download import without_downloads
+
+    if list_suites:
+        typer.echo("\n".join(suite_names()))
+        return
+    if suite is None:
+        raise UserError(f"which SUITE? Packaged ones: {', '.join(suite_names())}")
+    loaded = load_suite(suite, settings or [])
+    folder = out or Path("runs") / loaded.name
+    with without_downloads("a dry run fetches nothing") if dry_run else nullcontext():
+        ablation = plan_ablation(loaded, only=_names(only), seeds=_seeds(seeds), out=folder, reuse=reuse or [])
+        held_out = HeldOut(loaded.config.evaluation)
+    starting = _words(launcher)
+    if report is not None and report.exists() and not report.is_dir():
+        raise UserError(f"--report {report}: is a file, expected a folder")
+    if dry_run:
+        show(ablation, held_out)
+        return
+    failures = train_all(ablation, launcher=starting, announce=_say)
+    chosen = [("--seeds", seeds), ("--only", only), ("--out", out), ("--report", report)]
+    chosen += [*(("--reuse", path) for path in reuse or []), ("--launcher", launcher)]
+    results, paths = compare(ablation, held_out, failures, report or folder, _command(suite, settings or [], chosen))
+    show_results(results)
+    _say(f"report: {', '.join(map(str, paths))}")
+    if failures:
+        raise typer.Exit(1)
+
+
+def compare(
+    ablation: Ablation, held_out: HeldOut, failures: dict[str, str], folder: Path, command: str
+) -> tuple[Results, list[Path]]:
+    """Measure what was trained and write the report into ``folder``."""
+    from onestepsr.train.ablation.report import Circumstances, measure, write_report
+    from onestepsr.train.ablation.scoring import Candidate
+
+    today = datetime.date.today().isoformat()
+    results = measure(
+        ablation, held_out, Circumstances(command=command, machine=describe_machine(), date=today), failures, _track
+    )
+    first = (item for item in ablation.planned if item.run.seed == ablation.seeds[0] and item.run.name not in failures)
+    found = {item.run.variant: Candidate(item.model) for item in first} | ablation.models
+    titles = {name: ablation.suite.config.variants[name].title for name in ablation.variants}
+    shown = {titles[name]: found[name] for name in ablation.variants if name in found}
+    return results, write_report(results, held_out.pictures(shown), folder)
+
+
+def show(ablation: Ablation, held_out: HeldOut) -> None:
+    """Print what would be trained and compared."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from onestepsr.train.ablation.suite import override_lines
+
+    config = ablation.suite.config
+    console = Console()
+    table = Table("variant", "settings of its own", title=f"{config.title} ({config.source})")
+    for name in ablation.variants:
+        table.add_row(name, "\n".join(config.variants[name].differences) or "-")
+    console.print(table)
+    runs = Table("run", "state", "steps", "batch", "folder")
+    for item in ablation.planned:
+        train = item.run.config.train
+        state = f"{item.state} at {item.step}" if item.state == "interrupted" else item.state
+        runs.add_row(item.run.name, state, f"{train.steps:,}", str(train.batch_size), str(item.folder))
+    console.print(runs)
+    common = [*override_lines(config.overrides), *ablation.suite.changes]
+    typer.echo(f"recipe: {config.recipe} with {' '.join(common) or 'no changes'}")
+    typer.echo(f"held out: {len(held_out.indices)} pairs from {len(held_out.pairs)} photos, on {held_out.device}")
+    typer.echo(f"metrics: {', '.join(metric.title for metric in held_out.metrics)}")
+    for note in held_out.notes:
+        typer.echo(note)
+
+
+def show_results(results: Results) -> None:
+    """Print the means over seeds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("variant", *(metric["title"] for metric in results["metrics"]), "runs", title=results["title"])
+    for row in results["rows"]:
+        scores = [row["scores"].get(metric["name"], {}).get("mean") for metric in results["metrics"]]
+        cells = ["-" if score is None else f"{score:.4f}" for score in scores]
+        table.add_row(row["title"], *cells, str(len(row["runs"])) if "differences" in row else "-")
+    Console().print(table)
+
+
+def _command(suite: str, settings: Sequence[str], options: Sequence[tuple[str, str | Path | None]]) -> str:
+    """The line that does the same again: with what was given, and without the options that were not."""
+    given = [word for name, value in options if value for word in (name, str(value))]
+    return shlex.join(["onestepsr", "ablate", suite, *settings, *given])
+
+
+def _words(launcher: str) -> list[str]:
+    try:
+        return shlex.split(launcher)
+    except ValueError as error:
+        raise UserError(f"--launcher {launcher}: {error}") from error
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seeds(text: str) -> list[int]:
+    words = _names(text)
+    if not words or not all(word.isdecimal() for word in words) or len({int(word) for word in words}) != len(words):
+        raise UserError(
+            f"--seeds '{text}': expected different whole numbers separated by commas, such as {DEFAULT_SEEDS}"
+        )
+    return [int(word) for word in words]
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _track(items: Sequence[int], title: str) -> Iterable[int]:
+    return progress(items, f"Measuring {title}")

@@ -1,0 +1,104 @@
+"""The ``onestepsr`` command: one module per group of commands, one place where errors become lines and exit codes."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+from typing import Any, NoReturn
+
+import typer
+
+from onestepsr import __version__
+from onestepsr.core.errors import OneStepSRError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="onestepsr",
+    help="One-step diffusion super-resolution of real-world images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"onestepsr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+    ),
+    verbose: bool = typer.Option(False, "--verbose", help="Log what is decided and why."),
+    debug: bool = typer.Option(False, "--debug", help="Show a traceback when something fails."),
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+
+
+def _register_commands() -> None:
+    from onestepsr.cli import ablate, degrade, doctor, models, train
+    from onestepsr.cli.benchmark import command as benchmark
+    from onestepsr.cli.evaluate import command as evaluate
+    from onestepsr.cli.upscale import command as upscale
+
+    for module in (upscale, train, ablate, evaluate, benchmark, degrade, models, doctor):
+        module.register(app)
+
+
+_register_commands()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script; ``--debug`` is accepted anywhere on the line."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _print_all_characters()
+    debug = "--debug" in arguments or bool(os.environ.get("ONESTEPSR_DEBUG"))
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = app(args=arguments, prog_name="onestepsr", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except OneStepSRError as error:
+        _fail(error, str(error), USAGE_ERROR, debug)
+    except Exception as error:  # noqa: BLE001  (the last resort: whatever it is, it ends in one line)
+        if hasattr(error, "format_message"):  # wrong usage, in the words of the command-line library
+            _explain_usage(error)
+        _fail(error, f"{type(error).__name__}: {error} (add --debug for the traceback)", 1, debug)
+    if code == INTERRUPTED:  # into which the command-line library turns an interrupt of a command
+        typer.echo("interrupted", err=True)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_all_characters() -> None:
+    """File names may hold what the encoding of a pipe or terminal lacks: that is written as an escape, no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _fail(error: Exception, line: str, code: int, debug: bool) -> NoReturn:
+    if debug:
+        raise error
+    typer.echo(f"error: {line}", err=True)
+    sys.exit(code)
+
+
+def _explain_usage(error: Any) -> NoReturn:
+    """One line; the whole help where a command was called with nothing at all."""
+    message = error.format_message()
+    if "\n" in message.strip() or not message:
+        error.show()
+    else:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "onestepsr"
+        typer.echo(f"error: {message} (see {command} --help)", err=True)
+    sys.exit(USAGE_ERROR)

@@ -1,0 +1,199 @@
+"""Strict configuration: frozen dataclasses to and from plain mappings, YAML and JSON.
+
+A misspelt key is an error that suggests the near name, a value of the wrong type is an error that names the field;
+nothing is ignored and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from onestepsr.core.errors import UserError, did_you_mean
+from onestepsr.core.files import read_text
+
+T = TypeVar("T")
+MAX_CONFIG_BYTES = 1_000_000
+YAML_WORDS = {False: ("no", "off", "false"), True: ("yes", "on", "true")}
+"""What YAML 1.1 reads as a truth value when it stands without quotes: ``mixed_precision: no`` means the word."""
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build the dataclass ``cls`` from ``values``; ``where`` is the dotted path shown in errors.
+
+    What ``values`` leave out has its default, in groups too: a group of which they give a part is the default of its
+    field with that part changed.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where or cls.__name__}: expected a mapping, got {values!r}")
+    hints = get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise UserError(f"unknown setting '{_join(where, str(key))}': {did_you_mean(str(key), fields)}")
+    arguments = {
+        key: _convert(_completed(value, fields[key], hints[key]), hints[key], _join(where, key))
+        for key, value in values.items()
+    }
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise UserError(f"{where or cls.__name__}: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{where + ': ' if where else ''}{error}") from error
+
+
+def to_mapping(config: Any) -> Any:
+    """The inverse of :func:`from_mapping`: plain dicts, lists and scalars that JSON and YAML can hold."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: to_mapping(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): to_mapping(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_mapping(value) for value in config]
+    if isinstance(config, Path):
+        return str(config)
+    return config
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read one YAML or JSON file whose top level is a mapping."""
+    text = read_text(path, MAX_CONFIG_BYTES, "file of settings")
+    language = "JSON" if path.suffix == ".json" else "YAML"
+    try:
+        values = json.loads(text) if language == "JSON" else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not valid {language} ({_on_one_line(error)})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping at the top level")
+    return values
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` on top: mappings are merged key by key, everything else is replaced whole."""
+    result = dict(base)
+    for key, value in changes.items():
+        below = result.get(key)
+        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
+        result[key] = merged(below, value) if nested else value  # type: ignore[arg-type]
+    return result
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return ``values`` with ``key.path=value`` overrides applied; values are read as YAML scalars or lists."""
+    result: dict[str, Any] = to_mapping(values)  # a copy down to the last group
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"override '{override}': expected key=value, for example train.steps=1000")
+        *parents, leaf = key.split(".")
+        node = result
+        for parent in parents:
+            if node.get(parent) is None:  # absent, or a group that is null: its first setting makes it
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
+                raise UserError(f"override '{override}': '{parent}' is not a group of settings")
+        try:
+            node[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"override '{override}': not valid YAML; quote text that holds any of {{}}[]:,") from error
+    return result
+
+
+def _on_one_line(error: Exception) -> str:
+    """What is wrong and where; a YAML error would show the place in a drawing of several lines."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"{getattr(error, 'problem', error)}, line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _completed(value: Any, field: dataclasses.Field[Any], hint: Any) -> Any:
+    """A part of a group on top of the group that is the field's default, if it can be a part of no other."""
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    groups = {choice for choice in (hint, *get_args(hint)) if dataclasses.is_dataclass(choice)}
+    if isinstance(value, Mapping) and groups == {type(default)}:
+        return merged(to_mapping(default), value)
+    return value
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, arguments, where)
+    if origin is Literal:
+        return _convert_choice(value, arguments, where)
+    if origin in (tuple, list):
+        return _convert_sequence(value, origin, arguments, where)
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}: expected a mapping, got {value!r}")
+        return {str(key): _convert(item, arguments[1], _join(where, str(key))) for key, item in value.items()}
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_mapping(hint, value, where)
+    return _convert_scalar(value, hint, where)
+
+
+def _convert_choice(value: Any, choices: tuple[Any, ...], where: str) -> Any:
+    """One of ``choices``; the words that YAML takes for a truth value are still the words."""
+    words = YAML_WORDS.get(value, ()) if isinstance(value, bool) and value not in choices else (value,)
+    for word in words:
+        if word in choices:
+            return word
+    raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    remaining = [choice for choice in choices if choice is not type(None)]
+    for choice in remaining[:-1]:
+        try:
+            return _convert(value, choice, where)
+        except UserError:
+            continue
+    return _convert(value, remaining[-1], where)
+
+
+def _convert_sequence(value: Any, origin: type, arguments: tuple[Any, ...], where: str) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{where}: expected a list, got {value!r}")
+    if origin is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis):
+        if len(value) != len(arguments):
+            raise UserError(f"{where}: expected {len(arguments)} values, got {len(value)}")
+        return tuple(_convert(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, arguments, strict=True)))
+    return origin(_convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value))
+
+
+def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):  # a string, because YAML reads 5e-5 (no dot) as one
+            return _finite(float(value), where)
+    if hint is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def _finite(value: float, where: str) -> float:
+    """``value``, unless it is nan, which passes most checks of a range, or infinite."""
+    if not math.isfinite(value):
+        raise UserError(f"{where}: expected a finite number, got {value}")
+    return value

@@ -1,0 +1,82 @@
+"""First-order degradation of faces: one blur, strong shrinking, noise, JPEG, and back to the full size.
+
+With the kernel k, the factor r, noise n and JPEG quality q (Wang et al., GFPGAN, 2021, section 4.1):
+``x = ([(y * k) shrunk by r + n] after JPEG of quality q) enlarged by r``. LR and HR pictures have the same size, so the
+scale is 1. At a larger scale the shrinking is counted from the LR size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from onestepsr.core.rng import uniform
+from onestepsr.data.degradation.kernels import KernelConfig, draw_kernel
+from onestepsr.data.degradation.operators import ResizeMode
+from onestepsr.data.degradation.parameters import Degradation, Noise, Stage
+
+
+def _face_kernels() -> KernelConfig:
+    return KernelConfig(
+        sizes=(41,),
+        sinc_probability=0.0,
+        gaussian=(0.5, 0.5),
+        generalized=(0.0, 0.0),
+        plateau=(0.0, 0.0),
+        sigma=(0.1, 15.0),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaceDegradationConfig:
+    """Degradation of aligned faces; the defaults are those of ResShift's face restoration."""
+
+    kernels: KernelConfig = field(default_factory=_face_kernels)
+    """From what the blur kernel is drawn."""
+    shrink: tuple[float, float] = (0.8, 32.0)
+    """The LR size is divided by a number drawn evenly from this range (below 1 it grows) before noise and JPEG."""
+    resize_mode: ResizeMode = "bilinear"
+    """Interpolation on the way down and back up, sampled without widening the filter."""
+    noise_sigma: tuple[float, float] = (0.0, 20.0)
+    """Standard deviation of the coloured Gaussian noise in 8-bit levels."""
+    jpeg: tuple[float, float] = (30.0, 100.0)
+    """Quality of the JPEG compression of the small picture."""
+    grey_probability: float = 0.01
+    """Share of pictures that lose their colour."""
+    grey_target: bool = True
+    """Whether the target loses it too; otherwise the network is asked to guess colours."""
+
+    def __post_init__(self) -> None:
+        for name, lowest, highest in (("shrink", 0.1, 128), ("noise_sigma", 0, 255), ("jpeg", 1, 100)):
+            low, high = getattr(self, name)
+            if not lowest <= low <= high <= highest:
+                raise ValueError(f"{name} is ({low}, {high}): expected {lowest} <= low <= high <= {highest}")
+        if not 0 <= self.grey_probability <= 1:
+            raise ValueError(f"grey_probability is {self.grey_probability}: expected 0 to 1")
+
+
+def draw_face_degradation(config: FaceDegradationConfig, rng: torch.Generator) -> Degradation:
+    """Draw the parameters for one picture.
+
+    Told in the words of the second-order model: its second round, whose resize aims at the LR size, then JPEG, then the
+    LR size. Compression is an encoder's, as in the published code: the picture is small here, down to 16 pixels a side.
+    """
+    blur = draw_kernel(config.kernels, rng)
+    factor = 1 / uniform(*config.shrink, rng)
+    noise = Noise(kind="gaussian", level=uniform(*config.noise_sigma, rng), grey=False)
+    quality = uniform(*config.jpeg, rng)
+    is_grey = uniform(0, 1, rng) < config.grey_probability
+    return Degradation(
+        sharpen=False,
+        first=None,
+        first_jpeg=None,
+        second=Stage(blur=blur, scale=factor, mode=config.resize_mode, noise=noise),
+        final_mode=config.resize_mode,
+        final_resize_first=False,
+        final_sinc=None,
+        final_jpeg=quality,
+        antialias=False,
+        jpeg_variant="standard",
+        grey=("both" if config.grey_target else "lr") if is_grey else "none",
+    )

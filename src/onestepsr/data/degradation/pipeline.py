@@ -1,0 +1,293 @@
+"""Synthetic degradation of high-resolution photos: the second-order model of Real-ESRGAN and its relatives.
+
+Drawing and applying are separate. :func:`draw_degradation` turns a configuration and a generator into a
+:class:`Degradation`, which is plain numbers and can be written down; :func:`apply_degradation` makes the LR picture
+(its own randomness is the noise alone) and :func:`target_of` the HR picture that belongs to it. :func:`degrade` does
+the first two, :func:`degrade_pair` all three.
+
+Order (Wang et al., 2021, section 3 and Fig. 2): blur, resize, noise, JPEG; then blur, resize, noise; then either resize
+to the LR size, sinc filter, JPEG, or JPEG, resize, sinc filter; then rounding to 8 bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from onestepsr.core.rng import choose, uniform
+from onestepsr.data.degradation.face import FaceDegradationConfig, draw_face_degradation
+from onestepsr.data.degradation.jpeg import Variant, jpeg
+from onestepsr.data.degradation.kernels import Kernel, KernelConfig, check_sizes, draw_kernel, draw_sinc_kernel
+from onestepsr.data.degradation.operators import (
+    ResizeMode,
+    add_gaussian_noise,
+    add_poisson_noise,
+    filter2d,
+    rescale,
+    resize,
+    to_8bit,
+    unsharp_mask,
+)
+from onestepsr.data.degradation.parameters import Degradation, Noise, Stage
+from onestepsr.imaging.color import gray
+
+__all__ = [
+    "Degradation",
+    "DegradationConfig",
+    "DegradationMix",
+    "DegradationShare",
+    "FaceDegradationConfig",
+    "Recipe",
+    "StageConfig",
+    "apply_degradation",
+    "degrade",
+    "degrade_pair",
+    "draw_degradation",
+    "target_of",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One round of blur, resize and noise; the defaults are Real-ESRGAN's first."""
+
+    probability: float = 1.0
+    """Chance that the round takes place at all."""
+    blur_probability: float = 1.0
+    """Chance of the blur."""
+    kernels: KernelConfig = field(default_factory=KernelConfig)
+    """From what the blur kernel is drawn."""
+    resize_weights: tuple[float, float, float] = (0.2, 0.7, 0.1)
+    """Relative weights of enlarging, shrinking and keeping the size."""
+    resize_range: tuple[float, float] = (0.15, 1.5)
+    """Smallest and largest factor: of the picture in the first round, of the LR size in the second."""
+    gaussian_probability: float = 0.5
+    """Share of Gaussian noise; the rest is Poisson (shot) noise."""
+    gaussian_sigma: tuple[float, float] = (1.0, 30.0)
+    """Standard deviation of Gaussian noise in 8-bit levels."""
+    poisson_scale: tuple[float, float] = (0.05, 3.0)
+    """Factor on the shot noise."""
+    grey_probability: float = 0.4
+    """Share of noise that is equal in all three channels."""
+
+    def __post_init__(self) -> None:
+        for name in ("probability", "blur_probability", "gaussian_probability", "grey_probability"):
+            _check_probability(name, getattr(self, name))
+        _check_range("resize_range", self.resize_range, 1e-3)
+        if not self.resize_range[0] <= 1 <= self.resize_range[1]:
+            raise ValueError(f"resize_range is {self.resize_range}: expected low <= 1 <= high")
+        _check_range("gaussian_sigma", self.gaussian_sigma, 0)
+        _check_range("poisson_scale", self.poisson_scale, 0)
+        if min(self.resize_weights) < 0 or sum(self.resize_weights) <= 0:
+            raise ValueError(
+                f"resize_weights are {self.resize_weights}: expected three numbers >= 0 with a positive sum"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DegradationConfig:
+    """The whole second-order model; the defaults are those with which D3SR's and OSEDiff's data are made."""
+
+    first: StageConfig = field(default_factory=StageConfig)
+    """The first round."""
+    first_jpeg: tuple[float, float] | None = (30.0, 95.0)
+    """Quality of the JPEG compression that ends the first round; none = no compression."""
+    second: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            blur_probability=0.8,
+            kernels=KernelConfig(sigma=(0.2, 1.5)),
+            resize_weights=(0.3, 0.4, 0.3),
+            resize_range=(0.3, 1.2),
+            gaussian_sigma=(1.0, 25.0),
+            poisson_scale=(0.05, 2.5),
+        )
+    )
+    """The second round."""
+    final_jpeg: tuple[float, float] | None = (30.0, 95.0)
+    """Quality of the last JPEG compression; none = no compression."""
+    final_sinc_probability: float = 0.8
+    """Chance of the last sinc filter, which imitates ringing and overshoot."""
+    final_sinc_sizes: tuple[int, ...] = (7, 9, 11, 13, 15, 17, 19, 21)
+    """Odd side lengths of that filter."""
+    final_resize_first_probability: float = 0.5
+    """Chance of resize, sinc, JPEG; otherwise the order is JPEG, resize, sinc."""
+    resize_modes: tuple[ResizeMode, ...] = ("area", "bilinear", "bicubic")
+    """Interpolations, drawn anew for each resize."""
+    antialias: bool = False
+    """Widen bilinear and bicubic filters when shrinking. Real-ESRGAN does not, so its LR pictures alias."""
+    sharpen: bool = False
+    """Sharpen the photo before degrading it (USM), as Real-ESRGAN does. The target is left as it is."""
+
+    def __post_init__(self) -> None:
+        for name in ("first_jpeg", "final_jpeg"):
+            quality = getattr(self, name)
+            if quality is not None and not 1 <= quality[0] <= quality[1] <= 100:
+                raise ValueError(f"{name} is {quality}: expected 1 <= low <= high <= 100")
+        for name in ("final_sinc_probability", "final_resize_first_probability"):
+            _check_probability(name, getattr(self, name))
+        check_sizes("final_sinc_sizes", self.final_sinc_sizes)
+        if not self.resize_modes:
+            raise ValueError("resize_modes is empty: expected some of area, bilinear, bicubic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DegradationShare:
+    """One part of a mixture."""
+
+    weight: float
+    """Relative share of the pictures."""
+    degradation: DegradationConfig | FaceDegradationConfig
+    """What is done to them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DegradationMix:
+    """Several degradations, one of which is drawn for each picture."""
+
+    shares: tuple[DegradationShare, ...]
+    """The parts."""
+
+    def __post_init__(self) -> None:
+        weights = [share.weight for share in self.shares]
+        if not weights or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"weights of the degradation mix are {weights}: expected numbers >= 0 with a positive sum")
+
+
+Recipe = DegradationConfig | FaceDegradationConfig | DegradationMix
+
+
+def degrade(hr: Tensor, recipe: Recipe, rng: torch.Generator, scale: int = 4) -> Tensor:
+    """Make the LR picture of ``hr``, (3, H, W) or (N, 3, H, W), RGB in [0, 1], H and W multiples of ``scale``.
+
+    Returns (..., H / scale, W / scale) in [0, 1] on the 256 levels of 8 bit. Each picture of a batch gets its own draw.
+    Deterministic for a given generator state.
+    """
+    if hr.ndim == 4:
+        return torch.stack([degrade(picture, recipe, rng, scale) for picture in hr])
+    return degrade_pair(hr, recipe, rng, scale)[1]
+
+
+def degrade_pair(hr: Tensor, recipe: Recipe, rng: torch.Generator, scale: int = 4) -> tuple[Tensor, Tensor]:
+    """The HR picture as target, (3, H, W), and its LR picture; as :func:`degrade` for one picture ``hr`` (3, H, W)."""
+    drawn = draw_degradation(recipe, rng)
+    return target_of(hr, drawn), apply_degradation(hr, drawn, rng, scale)
+
+
+def target_of(hr: Tensor, drawn: Degradation) -> Tensor:
+    """What a network should make of the LR picture: ``hr`` (3, H, W) in [0, 1], in rare cases without its colour."""
+    return to_8bit(_without_colour(hr[None]))[0] if drawn.grey == "both" else hr
+
+
+def draw_degradation(recipe: Recipe, rng: torch.Generator) -> Degradation:
+    """Draw the parameters for one picture."""
+    if isinstance(recipe, DegradationMix):
+        index = choose([share.weight for share in recipe.shares], rng)
+        return draw_degradation(recipe.shares[index].degradation, rng)
+    if isinstance(recipe, FaceDegradationConfig):
+        return draw_face_degradation(recipe, rng)
+    has_sinc = uniform(0, 1, rng) < recipe.final_sinc_probability
+    return Degradation(
+        sharpen=recipe.sharpen,
+        first=_draw_stage(recipe.first, recipe.resize_modes, rng),
+        first_jpeg=None if recipe.first_jpeg is None else uniform(*recipe.first_jpeg, rng),
+        second=_draw_stage(recipe.second, recipe.resize_modes, rng),
+        final_mode=_draw_mode(recipe.resize_modes, rng),
+        final_resize_first=uniform(0, 1, rng) < recipe.final_resize_first_probability,
+        final_sinc=draw_sinc_kernel(recipe.final_sinc_sizes, rng) if has_sinc else None,
+        final_jpeg=None if recipe.final_jpeg is None else uniform(*recipe.final_jpeg, rng),
+        antialias=recipe.antialias,
+    )
+
+
+def apply_degradation(hr: Tensor, drawn: Degradation, rng: torch.Generator, scale: int = 4) -> Tensor:
+    """Make the LR picture of one ``hr`` (3, H, W) in [0, 1] with drawn parameters; ``rng`` makes the noise."""
+    height, width = hr.shape[-2:]
+    if height % scale or width % scale:
+        raise ValueError(f"picture of {width}x{height}: expected sides that are multiples of {scale}")
+    lr_size = (height // scale, width // scale)
+    picture = hr[None]
+    if drawn.sharpen:
+        picture = unsharp_mask(picture)
+    if drawn.first is not None:
+        picture = _blur(picture, drawn.first.blur)
+        picture = rescale(picture, drawn.first.scale, drawn.first.mode, antialias=drawn.antialias)
+        picture = _add_noise(picture, drawn.first.noise, rng)
+    picture = _compress(picture, drawn.first_jpeg, drawn.jpeg_variant)
+    if drawn.second is not None:
+        picture = _blur(picture, drawn.second.blur)
+        size = (_scaled(lr_size[0], drawn.second.scale), _scaled(lr_size[1], drawn.second.scale))
+        picture = resize(picture, size, drawn.second.mode, antialias=drawn.antialias)
+        picture = _add_noise(picture, drawn.second.noise, rng)
+    picture = _finish(picture, drawn, lr_size)
+    return to_8bit(picture if drawn.grey == "none" else _without_colour(picture))[0]
+
+
+def _finish(picture: Tensor, drawn: Degradation, lr_size: tuple[int, int]) -> Tensor:
+    """Bring the picture to its final size; JPEG comes last, or first so that its blocks are resized too."""
+    if not drawn.final_resize_first:
+        picture = _compress(picture, drawn.final_jpeg, drawn.jpeg_variant)
+    picture = resize(picture, lr_size, drawn.final_mode, antialias=drawn.antialias)
+    picture = _blur(picture, drawn.final_sinc)
+    return _compress(picture, drawn.final_jpeg, drawn.jpeg_variant) if drawn.final_resize_first else picture
+
+
+def _blur(picture: Tensor, kernel: Kernel | None) -> Tensor:
+    return picture if kernel is None else filter2d(picture, kernel.tensor())
+
+
+def _compress(picture: Tensor, quality: float | None, variant: Variant) -> Tensor:
+    return picture if quality is None else jpeg(picture.clamp(0, 1), quality, variant=variant)
+
+
+def _without_colour(picture: Tensor) -> Tensor:
+    return gray(picture.clamp(0, 1)).expand_as(picture)
+
+
+def _add_noise(picture: Tensor, noise: Noise, rng: torch.Generator) -> Tensor:
+    add = add_gaussian_noise if noise.kind == "gaussian" else add_poisson_noise
+    return add(picture, torch.tensor([noise.level]), torch.tensor([noise.grey]), rng)
+
+
+def _scaled(length: int, factor: float) -> int:
+    return max(1, int(length * factor))
+
+
+def _draw_stage(config: StageConfig, modes: tuple[ResizeMode, ...], rng: torch.Generator) -> Stage | None:
+    if uniform(0, 1, rng) >= config.probability:
+        return None
+    has_blur = uniform(0, 1, rng) < config.blur_probability
+    return Stage(
+        blur=draw_kernel(config.kernels, rng) if has_blur else None,
+        scale=_draw_scale(config, rng),
+        mode=_draw_mode(modes, rng),
+        noise=_draw_noise(config, rng),
+    )
+
+
+def _draw_scale(config: StageConfig, rng: torch.Generator) -> float:
+    low, high = config.resize_range
+    ranges = ((1.0, high), (low, 1.0), (1.0, 1.0))
+    return uniform(*ranges[choose(config.resize_weights, rng)], rng)
+
+
+def _draw_mode(modes: tuple[ResizeMode, ...], rng: torch.Generator) -> ResizeMode:
+    return modes[choose([1.0] * len(modes), rng)]
+
+
+def _draw_noise(config: StageConfig, rng: torch.Generator) -> Noise:
+    is_gaussian = uniform(0, 1, rng) < config.gaussian_probability
+    level = uniform(*(config.gaussian_sigma if is_gaussian else config.poisson_scale), rng)
+    grey = uniform(0, 1, rng) < config.grey_probability
+    return Noise(kind="gaussian" if is_gaussian else "poisson", level=level, grey=grey)
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}: expected 0 to 1")
+
+
+def _check_range(name: str, values: tuple[float, float], lowest: float) -> None:
+    if not lowest <= values[0] <= values[1]:
+        raise ValueError(f"{name} is {values}: expected {lowest} <= low <= high")

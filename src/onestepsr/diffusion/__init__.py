@@ -1,0 +1,1 @@
+"""Diffusion arithmetic: noise schedules and residual shifting."""

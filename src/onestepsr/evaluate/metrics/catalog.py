@@ -1,0 +1,158 @@
+"""The metrics that have a name, and what a table needs to know of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from onestepsr.core.errors import UserError, did_you_mean
+from onestepsr.evaluate.metrics import fid, fidelity, perceptual, pyiqa
+from onestepsr.evaluate.metrics.niqe import Luma, NiqeParameters, niqe
+from onestepsr.evaluate.result import MetricRecord
+
+Reference = Callable[[Tensor, Tensor], Tensor]
+NoReference = Callable[[Tensor], Tensor]
+STUDIO = "Y of BT.601 studio range"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricSpec:
+    """One named metric; exactly one of ``against``, ``alone`` and ``of_sets`` is given."""
+
+    name: str
+    """Name given to ``--metrics`` and key in JSON files."""
+    title: str
+    """Column title."""
+    higher_is_better: bool
+    variant: str = ""
+    """What makes its numbers this one's and not its namesake's."""
+    unit: str = ""
+    """Unit of the values; empty for none."""
+    network: bool = False
+    """Whether a network measures, which a GPU makes faster."""
+    against: Callable[[], Reference] | None = None
+    """Returns the function (SR, HR) -> (N,); whatever has to be loaded is loaded here, once."""
+    alone: Callable[[], NoReference] | None = None
+    """Returns the function SR -> (N,)."""
+    of_sets: Callable[[], fid.SetDistance] | None = None
+    """Returns a metric that has one value for all pictures together."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether HR images are needed."""
+        return self.alone is None
+
+    @property
+    def record(self) -> MetricRecord:
+        """What is saved with its values."""
+        return MetricRecord(
+            title=self.title, higher_is_better=self.higher_is_better, variant=self.variant, unit=self.unit
+        )
+
+    def load(self) -> Reference:
+        """The function (SR, HR) -> (N,); without need of a reference, HR is ignored. Not for metrics of sets."""
+        if self.against is not None:
+            return self.against()
+        assert self.alone is not None
+        measure = self.alone()
+        return lambda sr, _hr: measure(sr)
+
+
+def _load_niqe(luma: Luma) -> NoReference:
+    parameters = NiqeParameters.find()
+    return lambda sr: niqe(sr, parameters, luma)
+
+
+def _plain(name: str, title: str, measure: fidelity.Metric, *, variant: str, unit: str = "") -> MetricSpec:
+    return MetricSpec(
+        name=name, title=title, higher_is_better=True, variant=variant, unit=unit, against=lambda: measure
+    )
+
+
+def _distance(name: str, title: str, variant: str, load: Callable[[], Reference]) -> MetricSpec:
+    return MetricSpec(
+        name=name,
+        title=title,
+        variant=variant,
+        higher_is_better=False,
+        network=True,
+        against=lambda: perceptual.without_gradients(load()),
+    )
+
+
+def _from_iqa(metric: pyiqa.IqaMetric) -> MetricSpec:
+    return MetricSpec(
+        name=metric.name,
+        title=metric.title,
+        variant=metric.variant,
+        higher_is_better=metric.higher_is_better,
+        network=True,
+        alone=partial(pyiqa.load_iqa, metric.name),
+    )
+
+
+METRICS = {
+    spec.name: spec
+    for spec in (
+        _plain("psnr", "PSNR-Y", fidelity.psnr_y, variant=f"{STUDIO}, not rounded", unit="dB"),
+        _plain("psnr_rgb", "PSNR-RGB", fidelity.psnr_rgb, variant="RGB", unit="dB"),
+        _plain("ssim", "SSIM-Y", fidelity.ssim_y, variant=f"{STUDIO}, rounded"),
+        _plain("ssim_rgb", "SSIM-RGB", fidelity.ssim_rgb, variant="mean of the channels"),
+        _plain("ssim_basicsr", "SSIM-Y (BasicSR)", fidelity.ssim_basicsr, variant=f"{STUDIO}, not rounded or clamped"),
+        _plain("ms_ssim", "MS-SSIM-Y", fidelity.ms_ssim, variant=f"{STUDIO}, rounded, five scales"),
+        _distance("lpips", "LPIPS", "AlexNet, v0.1", partial(perceptual.load_lpips, "alexnet")),
+        _distance("lpips_vgg", "LPIPS (VGG)", "VGG-16, v0.1", partial(perceptual.load_lpips, "vgg16")),
+        _distance("dists", "DISTS", "VGG-16, no resize", perceptual.load_dists),
+        _distance("ea_dists", "EA-DISTS", "VGG-16, no resize, edges of the channel mean", perceptual.load_ea_dists),
+        MetricSpec(
+            name="fid", title="FID", variant="clean-fid", higher_is_better=False, network=True, of_sets=fid.load_fid
+        ),
+        MetricSpec(
+            name="niqe",
+            title="NIQE",
+            variant="Y of YIQ, rounded",
+            higher_is_better=False,
+            alone=partial(_load_niqe, "yiq"),
+        ),
+        MetricSpec(
+            name="niqe_studio",
+            title="NIQE (BasicSR)",
+            variant=f"{STUDIO}, rounded",
+            higher_is_better=False,
+            alone=partial(_load_niqe, "studio"),
+        ),
+        *map(_from_iqa, pyiqa.IQA_METRICS),
+        MetricSpec(
+            name="overshoot",
+            title="overshoot",
+            variant="grey levels beyond the range of 7 x 7 pixels, beside edges",
+            higher_is_better=False,
+            against=lambda: fidelity.overshoot,
+        ),
+        MetricSpec(
+            name="grid",
+            title="grid",
+            variant="4 x 4 cells",
+            higher_is_better=False,
+            alone=lambda: fidelity.grid_artifact,
+        ),
+    )
+}
+
+
+def select_metrics(names: Sequence[str], *, with_reference: bool) -> list[MetricSpec]:
+    """The metrics called ``names``, each once and in that order; UserError for unknown ones and for a missing HR."""
+    chosen: dict[str, MetricSpec] = {}
+    for name in names:
+        if name not in METRICS:
+            raise UserError(f"unknown metric '{name}': {did_you_mean(name, METRICS)}")
+        if METRICS[name].needs_reference and not with_reference:
+            free = ", ".join(spec.name for spec in METRICS.values() if not spec.needs_reference)
+            raise UserError(f"metric '{name}' compares with HR images: give --hr, or choose from {free}")
+        chosen[name] = METRICS[name]
+    if not chosen:
+        raise UserError(f"no metric chosen; known: {', '.join(METRICS)}")
+    return list(chosen.values())

@@ -1,0 +1,108 @@
+"""LPIPS, DISTS and EA-DISTS as metrics: the code of the losses with the published weights.
+
+Weights are taken where they are on this machine; nothing is downloaded in the middle of a measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from onestepsr.core.errors import UserError
+from onestepsr.evaluate.metrics.fidelity import Metric, check_image
+from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists, read_dists_weights, read_lpips_weights
+from onestepsr.models.perceptual_features import AlexNetFeatures, VGG16Features
+from onestepsr.weights.catalog import get_model, resolve
+from onestepsr.weights.download import without_downloads
+from onestepsr.weights.foreign import SMALL_WEIGHTS, read_tensors
+
+SMALLEST_SIDE = 32
+"""Smaller pictures leave nothing, or nothing but border, of the deepest maps."""
+
+
+class LearnedDistance(nn.Module):
+    """(SR, HR) -> (N,) by a feature network and a distance of its maps, for RGB (N, 3, H, W) in [0, 1].
+
+    Both move to the device of the pictures. Pictures of less than 32 x 32 pixels raise UserError.
+    """
+
+    def __init__(
+        self, features: nn.Module, distance: nn.Module, measure: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> None:
+        """``measure`` is (SR, HR) -> (N,) where it is not ``distance(features, SR, HR)``."""
+        super().__init__()
+        self.features, self.distance = features, distance
+        self._measure = measure or (lambda sr, hr: distance(features, sr, hr))
+        self.eval().requires_grad_(False)
+
+    def forward(self, sr: Tensor, hr: Tensor) -> Tensor:
+        """One distance per image; differentiable in ``sr``."""
+        for image in (sr, hr):
+            check_image(image)
+        if sr.shape != hr.shape or min(sr.shape[-2:]) < SMALLEST_SIDE:
+            sizes = " and ".join(f"{image.shape[-1]} x {image.shape[-2]}" for image in (sr, hr))
+            raise UserError(f"{sizes} pixels: expected equal sizes of at least {SMALLEST_SIDE} x {SMALLEST_SIDE}")
+        self.to(sr.device)
+        return self._measure(sr, hr)
+
+
+def load_lpips(network: Literal["alexnet", "vgg16"]) -> Metric:
+    """LPIPS 0.1 on AlexNet, as tables print it, or on VGG-16, as trainings use it."""
+    features: AlexNetFeatures | VGG16Features
+    if network == "alexnet":
+        backbone, linear = weights("alexnet", "lpips-alex")
+        features = AlexNetFeatures.from_file(backbone)
+    else:
+        backbone, linear = weights("vgg16", "lpips-vgg")
+        features = VGG16Features.from_file(backbone, pooling="max")
+    layers = read_lpips_weights(read_tensors(linear, limit=SMALL_WEIGHTS))
+    return LearnedDistance(features, LPIPS(features.channels[1:], layers))
+
+
+def load_dists() -> Metric:
+    """DISTS of whole pictures, without the resize to 256 pixels of its authors' demo."""
+    return LearnedDistance(*_dists())
+
+
+def load_ea_dists() -> Metric:
+    """DISTS of the pictures plus DISTS of their Sobel edges (D3SR, Eq. 5), edges of the channel mean."""
+    features, distance = _dists()
+    return LearnedDistance(features, distance, lambda sr, hr: ea_dists(distance, features, sr, hr))
+
+
+def weights(*aliases: str) -> list[Path]:
+    """Files of models' weights on this machine; UserError with the command that fetches the missing ones."""
+    found, missing = [], []
+    with without_downloads("measuring downloads nothing"):
+        for alias in aliases:
+            try:
+                found.append(resolve(alias))
+            except UserError:
+                if get_model(alias).path.is_file():  # there, and damaged
+                    raise
+                missing.append(alias)
+    if missing:
+        raise UserError(
+            f"needs weights that are not here: 'onestepsr models download {' '.join(missing)}' fetches them"
+        )
+    return found
+
+
+def _dists() -> tuple[VGG16Features, DISTS]:
+    backbone, channels = weights("vgg16", "dists")
+    features = VGG16Features.from_file(backbone)
+    return features, DISTS(features.channels, *read_dists_weights(read_tensors(channels, limit=SMALL_WEIGHTS)))
+
+
+def without_gradients(measure: Metric) -> Metric:
+    """``measure`` for numbers alone: float64 values on the CPU, and no graph kept."""
+
+    def measured(sr: Tensor, hr: Tensor) -> Tensor:
+        with torch.no_grad():
+            return measure(sr, hr).to("cpu", torch.float64)
+
+    return measured

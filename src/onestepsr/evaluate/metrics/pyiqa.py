@@ -1,0 +1,130 @@
+"""Metrics of IQA-PyTorch (pyiqa): learned quality without references, from an optional package.
+
+pyiqa is under the PolyForm Noncommercial licence, hence an extra that nobody has to install and a notice when it is
+used. Some of its metrics draw random crops from global generators, and creating one sets their seeds: here every
+picture starts from the same seed, so that a value does not depend on the pictures before it, and the generators are put
+back afterwards.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onestepsr.core.errors import MissingExtra, UserError, first_line
+from onestepsr.evaluate.metrics.fidelity import check_image
+
+logger = logging.getLogger(__name__)
+
+SEED = 123
+"""What pyiqa sets when it creates a metric."""
+NOTICE = (
+    "pyiqa is under the PolyForm Noncommercial License 1.0.0 (https://polyformproject.org/licenses/noncommercial/1.0.0):"
+    " commercial use needs its author's permission; its metrics bring weights under licences of their own"
+)
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class IqaMetric:
+    """A metric of pyiqa without references, under the name that pyiqa gives it."""
+
+    name: str
+    title: str
+    variant: str
+    higher_is_better: bool = True
+
+
+IQA_METRICS = (
+    IqaMetric(name="musiq", title="MUSIQ", variant="koniq10k"),
+    IqaMetric(name="maniqa-pipal", title="MANIQA", variant="maniqa-pipal"),
+    IqaMetric(name="maniqa", title="MANIQA (KonIQ)", variant="koniq"),
+    IqaMetric(name="clipiqa", title="CLIPIQA", variant="RN50"),
+    IqaMetric(name="clipiqa+", title="CLIPIQA+", variant="RN50, learned prompts"),
+    IqaMetric(name="topiq_nr", title="TOPIQ", variant="koniq10k, without reference"),
+    IqaMetric(name="liqe", title="LIQE", variant="koniq10k"),
+    IqaMetric(name="ilniqe", title="IL-NIQE", variant="pyiqa", higher_is_better=False),
+    IqaMetric(name="pi", title="PI", variant="pyiqa", higher_is_better=False),
+)
+
+
+def load_iqa(name: str) -> Callable[[Tensor], Tensor]:
+    """The function RGB (N, 3, H, W) in [0, 1] -> (N,) float64 of pyiqa's metric ``name``.
+
+    Raises MissingExtra without pyiqa, and UserError in one line when it cannot be imported or fetch its weights.
+    """
+    package = _package()
+    made: dict[torch.device, Any] = {}
+
+    def on(device: torch.device) -> Any:
+        if device not in made:
+            with _lock, _seeded():
+                made[device] = package.create_metric(name, device=device)
+        return made[device]
+
+    try:
+        on(torch.device("cpu"))
+    except Exception as error:  # whatever stops one metric of another package must not stop the others
+        raise UserError(f"pyiqa {_version(package)} cannot create '{name}': {first_line(error)}") from error
+
+    def measure(image: Tensor) -> Tensor:
+        check_image(image)
+        try:
+            metric = on(image.device)
+            with _lock, torch.no_grad():
+                values = [_one(metric, picture[None].float()) for picture in image]
+        except Exception as error:
+            raise UserError(f"pyiqa's {name}: {first_line(error)}") from error
+        return torch.tensor(values, dtype=torch.float64)
+
+    return measure
+
+
+def _one(metric: Any, picture: Tensor) -> float:
+    with _seeded():
+        return float(metric(picture))
+
+
+@cache
+def _package() -> Any:
+    """pyiqa; its licence is shown the first time."""
+    try:
+        package = importlib.import_module("pyiqa")
+    except ModuleNotFoundError as error:
+        if error.name == "pyiqa":
+            raise MissingExtra("this metric of pyiqa", "iqa") from error
+        raise UserError(f"pyiqa is installed but cannot be imported: {first_line(error)}") from error
+    except Exception as error:  # torchvision beside another build of PyTorch raises RuntimeError
+        raise UserError(f"pyiqa is installed but cannot be imported: {first_line(error)}") from error
+    logger.warning("%s", NOTICE)
+    return package
+
+
+def _version(package: Any) -> str:
+    return str(getattr(package, "__version__", "of unknown version"))
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Seed the global generators that pyiqa draws from, and put them back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.default_generator.manual_seed(SEED)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])

@@ -1,0 +1,132 @@
+"""Measuring pictures with many metrics, some of which may fail on some pictures or on this machine."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onestepsr.core.errors import UserError
+from onestepsr.evaluate.metrics.catalog import MetricSpec, Reference
+from onestepsr.evaluate.metrics.fid import SetDistance
+from onestepsr.evaluate.protocols import Protocol
+from onestepsr.evaluate.result import WholeValue
+from onestepsr.imaging.read import Samples, samples_to_tensor
+from onestepsr.inference.devices import lack_of_memory_named
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The values of one picture, and one line for each thing that could not be measured."""
+
+    name: str
+    values: dict[str, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+class Measurer:
+    """Metrics, loaded once, under a protocol; :meth:`score` may be called by several threads.
+
+    What cannot be loaded is in ``unavailable`` with the reason; UserError if that is everything.
+    """
+
+    def __init__(self, metrics: Sequence[MetricSpec], protocol: Protocol, device: str | torch.device = "cpu") -> None:
+        """``device`` is where metrics that are networks measure."""
+        self.metrics, self.protocol, self.device = list(metrics), protocol, torch.device(device)
+        self.unavailable: dict[str, str] = {}
+        self._measures: dict[str, Reference] = {}
+        self._sets: dict[str, SetDistance] = {}
+        self._features: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        self._device_lock = threading.Lock()
+        for metric in self.metrics:
+            self._load(metric)
+        if not self._measures and not self._sets:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.unavailable.items())
+            raise UserError(f"nothing can be measured here ({reasons})")
+
+    def score(self, name: str, sr: Samples, hr: Samples | None = None, label: str | None = None) -> Score:
+        """Measure samples (H, W, 1 or 3) of one picture; ``label`` names its files in messages.
+
+        A metric that fails leaves a line in the score's problems; nothing is raised for what pictures can cause.
+        """
+        where = name if label is None else label
+        try:
+            _check_kinds(sr, hr)
+            pictures = self.protocol.fitted(_as_rgb(sr), None if hr is None else _as_rgb(hr))
+        except UserError as error:
+            return Score(name=name, problems=[f"{where}: {error}"])
+        score = Score(name=name)
+        for metric in self.metrics:
+            if metric.name in self.unavailable:
+                continue
+            try:
+                with lack_of_memory_named("not enough memory for a picture of this size"):
+                    self._measure(metric, pictures, score)
+            except UserError as error:
+                score.problems.append(f"{where}: {metric.name}: {error}")
+        return score
+
+    def whole(self) -> tuple[dict[str, WholeValue], list[str]]:
+        """Metrics of all pictures scored so far together, and a line for each that cannot be had."""
+        values: dict[str, WholeValue] = {}
+        problems: list[str] = []
+        for metric, measure in self._sets.items():
+            known = [features for _, features in sorted(self._features[metric].items())]
+            try:
+                if not known:
+                    raise UserError("no picture could be measured")
+                sr, hr = (torch.cat(side) for side in zip(*known, strict=True))
+                values[metric] = WholeValue(value=measure.distance(sr, hr), count=len(known))
+            except UserError as error:
+                problems.append(f"{metric}: {error}")
+        return values, problems
+
+    def _load(self, metric: MetricSpec) -> None:
+        try:
+            if metric.of_sets is not None:
+                self._sets[metric.name], self._features[metric.name] = metric.of_sets(), {}
+            else:
+                self._measures[metric.name] = metric.load()
+        except UserError as error:
+            self.unavailable[metric.name] = str(error)
+
+    def _measure(self, metric: MetricSpec, pictures: tuple[Tensor, Tensor | None], score: Score) -> None:
+        sr, hr = pictures[0], pictures[0] if pictures[1] is None else pictures[1]
+        if metric.name in self._sets:
+            features = self._sets[metric.name].features
+            self._features[metric.name][score.name] = (
+                self._on_device(metric, features, sr),
+                self._on_device(metric, features, hr),
+            )
+            return
+        value = float(self._on_device(metric, self._measures[metric.name], sr, hr))
+        if not math.isfinite(value):
+            raise UserError(f"gives {value}, which is no number to average")
+        score.values[metric.name] = value
+
+    def _on_device(self, metric: MetricSpec, measure: Callable[..., Tensor], *images: Tensor) -> Tensor:
+        """On a GPU one metric at a time, so that its memory is that of one."""
+        if not metric.network or self.device.type == "cpu":
+            return measure(*images)
+        with self._device_lock:
+            return measure(*(image.to(self.device) for image in images))
+
+
+def _check_kinds(sr: Samples, hr: Samples | None) -> None:
+    """Refuse grey against colour; a file with three equal channels is grey."""
+    if hr is None or sr.shape[2] == hr.shape[2]:
+        return
+    colour = sr if sr.shape[2] == 3 else hr
+    if not (np.array_equal(colour[..., 0], colour[..., 1]) and np.array_equal(colour[..., 0], colour[..., 2])):
+        kinds = "SR is grey but HR has colour" if hr.shape[2] == 3 else "SR has colour but HR is grey"
+        raise UserError(f"{kinds}: convert one of them, so that both are of one kind")
+
+
+def _as_rgb(samples: Samples) -> Tensor:
+    """(H, W, 1 or 3) samples as (1, 3, H, W) in [0, 1]."""
+    return samples_to_tensor(samples).expand(-1, 3, -1, -1)

@@ -1,0 +1,376 @@
+"""The public upscaler: any picture in, an enlarged picture of exactly the wanted size out.
+
+The network enlarges by a fixed factor (4). Other factors are reached from its output: shrunk with an antialiased
+Lanczos filter below 4, enlarged bicubically above, so the network always works at the scale it was trained for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from onestepsr.core.errors import UserError
+from onestepsr.imaging.color import Statistics, match_statistics, statistics
+from onestepsr.imaging.icc import matrix_profile
+from onestepsr.imaging.read import (
+    Picture,
+    from_array,
+    from_pil,
+    read_picture,
+    samples_to_tensor,
+    tensor_to_samples,
+    to_pil,
+)
+from onestepsr.imaging.resize import fill_transparent, resize
+from onestepsr.inference.allocator import blocks_apart
+from onestepsr.inference.compiling import compile_networks, compiler_errors_named, require_compiler
+from onestepsr.inference.devices import DTYPES, is_out_of_memory, resolve_device, resolve_dtype
+from onestepsr.inference.generator_cost import Demand, Extent
+from onestepsr.inference.memory_plan import Plan, Planner, smaller
+from onestepsr.inference.options import ColorFix, UpscaleOptions, target_size
+from onestepsr.inference.shared_norms import PictureNorms
+from onestepsr.inference.tile_runner import Network, NonFiniteError, enlarge, input_dtype_of
+from onestepsr.inference.tiled import Route
+from onestepsr.inference.tiling import Sides, TileBlend
+
+__all__ = [
+    "ColorFix",
+    "Plan",
+    "UpscaleOptions",
+    "Upscaler",
+    "enlarge",
+    "resolve_device",
+    "resolve_dtype",
+    "target_size",
+]
+
+logger = logging.getLogger(__name__)
+
+LARGE_WORK = 100_000_000
+"""Peak bytes of a tile on a CPU from which on freed memory is kept while the picture is enlarged; smaller work lives on
+what the C library keeps by itself, and would only pay for handing it back."""
+BAND_ROWS = 256
+"""Output rows that are rounded at once."""
+
+
+class Upscaler:
+    """A generator ready to enlarge pictures. It is moved to the device and number format, not copied.
+
+    The generator is a module in eval mode with an int attribute ``scale`` that maps float RGB (N, 3, h, w) in [0, 1] of
+    any size to (N, 3, h * scale, w * scale) in about [0, 1]. It may have ``memory_per_pixel(dtype)``, peak bytes per
+    input pixel, ``lr_multiple``, at multiples of which tiles start, and ``largest_tile``, the side that "auto" stays
+    below; with ``takes_float32`` it is given float32 whatever the format of its weights, else its own format. It may
+    take a keyword ``rng``, a ``torch.Generator`` for the noise it draws, and ``origin``, the row and
+    column of a tile in the picture, by which the noise of a place is the same in every tile; one that reads text takes
+    ``prompt_embedding`` (1, L, C) and has C as ``prompt_width``. One whose encoder, UNet and decoder can have tiles of
+    their own has ``stage_demands(dtype)`` and what :mod:`onestepsr.models.memory_cost` asks for.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        device: str = "auto",
+        dtype: str = "auto",
+        name: str = "generator",
+        *,
+        compiled: bool = False,
+    ) -> None:
+        """``compiled``: through ``torch.compile``, for large pictures or many of one size."""
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.name = name
+        self.scale = int(cast(int, generator.scale))
+        self._chooses_dtype = dtype == "auto"
+        self._most_pixels: int | None = None  # at once, since memory ran out with more
+        self.last_plan: Plan | None = None
+        """How the last picture went through the network: the plan with which it succeeded."""
+        reads_text = "prompt_embedding" in inspect.signature(generator.forward).parameters
+        self.prompt_width = int(cast(int, generator.prompt_width)) if reads_text else None
+        """Channels of the prompt embeddings that the generator reads; None if it reads no text."""
+        self.generator = generator.eval().requires_grad_(False)
+        self._convert(self.dtype)
+        autoencoder = getattr(self.generator, "autoencoder", None)
+        self._norms = PictureNorms(autoencoder) if isinstance(autoencoder, nn.Module) else None
+        self.compiled = compiled
+        if compiled:
+            require_compiler(self.device)
+            compile_networks(self.generator)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path = "d3sr-tiny",
+        device: str = "auto",
+        dtype: str = "auto",
+        *,
+        steps: int | None = None,
+        sampler: str | None = None,
+        fidelity: float | None = None,
+        compiled: bool = False,
+    ) -> Upscaler:
+        """Load a model by alias or from a file; raises UnknownModel or UserError in one line.
+
+        A model of the ResShift family can run another number of ``steps`` than it was made for, or another ``sampler``
+        ("ancestral" or "deterministic"). ``fidelity`` moves ``d3sr-tiny`` from crisp (0, as it is) towards faithful
+        (1), along the line between the weights of the two. ``compiled``: through ``torch.compile``.
+        """
+        from onestepsr.models.loading import load_generator
+
+        target = resolve_device(device)
+        number_format = resolve_dtype(dtype, target)
+        try:
+            with blocks_apart():
+                generator = load_generator(
+                    name_or_path, device=target, dtype=number_format, steps=steps, sampler=sampler, fidelity=fidelity
+                )
+                return cls(generator, str(target), dtype, str(name_or_path), compiled=compiled)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"{name_or_path}: not enough memory on {target} for its weights in "
+                f"{str(number_format).removeprefix('torch.')}; free some, or choose another --device or --dtype"
+            ) from error
+
+    def __call__(
+        self,
+        source: str | Path | Image.Image | NDArray[Any],
+        scale: float = 4.0,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        tile: int | Literal["auto", "off"] = "auto",
+        tile_blend: TileBlend = "smooth",
+        memory: float | None = None,
+        color_fix: ColorFix = "wavelet",
+        seed: int | None = None,
+        prompt_embedding: Tensor | None = None,
+    ) -> Image.Image:
+        """Enlarge a file, a Pillow image or (H, W[, C]) uint8/uint16 samples; see :class:`UpscaleOptions`.
+
+        The result is a Pillow image with the input's profile and EXIF in ``info``. Pillow has no 16-bit colour, so that
+        such input comes back with 8 bits: :meth:`upscale_picture` keeps it.
+        """
+        options = UpscaleOptions(
+            scale=scale,
+            width=width,
+            height=height,
+            tile=tile,
+            tile_blend=tile_blend,
+            memory=memory,
+            color_fix=color_fix,
+            seed=seed,
+            prompt_embedding=prompt_embedding,
+        )
+        if isinstance(source, np.ndarray):
+            picture = from_array(source)
+        elif isinstance(source, Image.Image):
+            picture = from_pil(source)
+        else:
+            picture = read_picture(Path(source))
+        return to_pil(self.upscale_picture(picture, options))
+
+    def upscale_picture(
+        self,
+        picture: Picture,
+        options: UpscaleOptions | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Picture:
+        """Enlarge ``picture``, all its metadata kept; ``progress(done, total)`` is called after every tile.
+
+        When memory runs out the picture is begun again with half the tile side, and later ones start with that;
+        :class:`UserError` when not even the smallest tiles fit. :attr:`last_plan` tells what was used.
+
+        Grey stays grey and bit depth stays. Alpha is resampled on its own: a network trained on photographs would draw
+        texture into it. Wide-gamut RGB goes through the network as sRGB and returns to its own space before the colour
+        fix, which takes low frequencies from the unclipped input.
+        """
+        options = options or UpscaleOptions()
+        width, height = target_size(picture.width, picture.height, options)
+        if options.prompt_embedding is not None:
+            self.require_prompt_width(options.prompt_embedding.shape[-1])
+        try:
+            samples = self._enlarge_within_memory(picture, options, progress)
+        except NonFiniteError:
+            if not self._chooses_dtype or self.dtype == torch.float32:
+                raise
+            logger.warning("%s overflows in %s: repeating in float32", self.name, self.dtype)
+            self._chooses_dtype = False
+            self._convert(torch.float32)
+            samples = self._enlarge_within_memory(picture, options, progress)
+        alpha = picture.alpha
+        if alpha is not None:
+            alpha = resize(alpha[..., None], height, width)[..., 0]
+        return replace(picture, pixels=resize(samples, height, width), alpha=alpha)
+
+    def require_prompt_width(self, width: int) -> None:
+        """Raise :class:`UserError` unless the generator reads prompt embeddings of ``width`` channels."""
+        if self.prompt_width is None:
+            raise UserError(f"{self.name}: reads no text, so it takes no prompt; models of the OSEDiff kind do")
+        if self.prompt_width != width:
+            raise UserError(
+                f"{self.name}: reads prompts of {self.prompt_width} channels, the text encoder gives {width}"
+            )
+
+    def plan(
+        self, height: int, width: int, options: UpscaleOptions, *, pixel_bytes: int = 3, alpha_bytes: int = 0
+    ) -> Plan:
+        """How a picture of this size goes through the network, by the memory that is free now.
+
+        Where the number format was left to choose, and float32 does not fit on a CPU, the plan is one for bfloat16.
+        """
+        return self._plan(Extent(height=height, width=width, pixel_bytes=pixel_bytes, alpha_bytes=alpha_bytes), options)
+
+    def _plan(self, extent: Extent, options: UpscaleOptions) -> Plan:
+        try:
+            return Planner(extent, self._demand(self.dtype), options, self.device).plan(self._most_pixels)
+        except UserError:
+            if not self._chooses_dtype or self.device.type != "cpu" or self.dtype != torch.float32:
+                raise
+            return Planner(extent, self._demand(torch.bfloat16), options, self.device).plan(self._most_pixels)
+
+    def plan_tile(self, height: int, width: int, options: UpscaleOptions) -> Sides:
+        """Height and width of the tiles in input pixels for a picture of this size; the decoder's, where encoder, UNet
+        and decoder have their own."""
+        return self.plan(height, width, options).tile
+
+    def memory_per_pixel(self) -> float:
+        """Peak bytes that the generator needs per input pixel, and the colour fix with it."""
+        return self._demand(self.dtype).per_pixel
+
+    def keeps_freed_memory(self, area: int) -> bool:
+        """Whether ``area`` input pixels at once are worth :func:`onestepsr.inference.allocator.freed_memory_kept`."""
+        return self.device.type == "cpu" and area * self.memory_per_pixel() > LARGE_WORK
+
+    def _demand(self, dtype: torch.dtype) -> Demand:
+        return Demand.of(self.generator, dtype, self.name)
+
+    def _convert(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.generator = cast(Any, self.generator).to(
+            device=self.device, dtype=dtype, memory_format=torch.channels_last
+        )
+
+    def _enlarge_within_memory(
+        self, picture: Picture, options: UpscaleOptions, progress: Callable[[int, int], None] | None
+    ) -> NDArray[Any]:
+        """:meth:`_enlarge` with the first plan, of smaller and smaller ones, for which the memory suffices."""
+        extent = _extent(picture)
+        plan = self._plan(extent, options)
+        while True:
+            logger.info("%s: %s", self.name, plan)
+            if DTYPES[plan.dtype] != self.dtype:
+                logger.warning("%s in %s does not fit: %s from here on", self.name, self.dtype, plan.dtype)
+                self._convert(DTYPES[plan.dtype])
+            try:
+                samples = self._enlarge(picture, options, plan, progress)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            else:
+                self.last_plan = plan
+                return samples
+            plan = self._after_failure(plan, options, extent)  # here, where the error holds no tensors
+
+    def _after_failure(self, failed: Plan, options: UpscaleOptions, extent: Extent) -> Plan:
+        """A plan with fewer pixels at once than ``failed``; :class:`UserError` if there is none."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        first, most = self._most_pixels is None, smaller(failed, options)
+        if most is not None:
+            self._most_pixels = most
+            plan = self._plan(extent, options)
+            if plan.pixels < failed.pixels:
+                if first:
+                    logger.warning("%s: memory ran out with %s; using less at once from here on", self.name, failed)
+                return replace(plan, retries=failed.retries + 1)
+        raise UserError(
+            f"{self.name}: memory ran out on {self.device} even in tiles of {failed.tile_name} pixels in "
+            f"{failed.dtype}; free some, or try --dtype bfloat16 or --tile 64"
+        )
+
+    def _enlarge(
+        self, picture: Picture, options: UpscaleOptions, plan: Plan, progress: Callable[[int, int], None] | None
+    ) -> NDArray[Any]:
+        """The network's output at its own scale, colour-fixed, as samples of the picture's kind."""
+        pixels = picture.pixels if picture.alpha is None else fill_transparent(picture.pixels, picture.alpha)
+        shape = (picture.height * self.scale, picture.width * self.scale, pixels.shape[2])
+        alike = options.tile_norms == "picture" and options.tile_blend == "smooth" and not self.compiled
+        route = Route(
+            self._network(),
+            pixels,
+            plan,
+            options,
+            profile=None if picture.gray else matrix_profile(picture.icc),
+            norms=self._norms if alike else None,
+            progress=progress,
+            fill=self.compiled,
+            keep_memory=self.keeps_freed_memory(plan.pixels),
+        )
+        errors = compiler_errors_named(self.name) if self.compiled else nullcontext()
+        with errors, torch.inference_mode():
+            if options.color_fix != "adain":
+                return _stored(_cropped(route.rows(), *shape[:2]), shape, pixels.dtype.type)
+            # AdaIN needs statistics of the whole output: it is kept with 16 bits until they are known.
+            fine = _stored(_cropped(route.rows(), *shape[:2]), shape, np.uint16)
+            wanted = statistics(_cropped(route.enlarged_rows(), *shape[:2]))
+            return _stored(_matched(fine, statistics(_bands(fine)), wanted), shape, pixels.dtype.type)
+
+    def _network(self) -> Network:
+        return Network(
+            generator=self.generator,
+            device=self.device,
+            dtype=self.dtype,
+            input_dtype=input_dtype_of(self.generator, self.dtype),
+            scale=self.scale,
+            name=self.name,
+        )
+
+
+def _extent(picture: Picture) -> Extent:
+    item = picture.pixels.itemsize
+    return Extent(
+        height=picture.height,
+        width=picture.width,
+        pixel_bytes=picture.pixels.shape[2] * item,
+        alpha_bytes=0 if picture.alpha is None else item,
+    )
+
+
+def _cropped(bands: Iterator[Tensor], height: int, width: int) -> Iterator[Tensor]:
+    """The first ``height`` rows and ``width`` columns of consecutive bands (1, C, rows, columns)."""
+    left = height
+    for band in bands:
+        yield band[:, :, :left, :width]
+        left -= band.shape[2]
+        del band  # before the next one is made
+
+
+def _stored(bands: Iterable[Tensor], shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Round bands of rows (1, C, h, W) one after the other into one array (H, W, C)."""
+    result, top = np.empty(shape, dtype), 0
+    for band in bands:
+        for rows in torch.split(band, BAND_ROWS, dim=2):
+            result[top : top + rows.shape[2]] = tensor_to_samples(rows, dtype)
+            top += rows.shape[2]
+        del band, rows  # before the next one is made
+    return result
+
+
+def _bands(samples: NDArray[Any], rows: int = BAND_ROWS) -> Iterator[Tensor]:
+    return (samples_to_tensor(samples[top : top + rows]) for top in range(0, samples.shape[0], rows))
+
+
+def _matched(samples: NDArray[Any], own: Statistics, wanted: Statistics) -> Iterator[Tensor]:
+    return (match_statistics(band, own, wanted) for band in _bands(samples))

@@ -1,0 +1,103 @@
+"""What training has in common for ResShift and the students distilled from it: latents, previews, export.
+
+A generator of this family is a frozen autoencoder around a denoising network; only the network is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from onestepsr.core.errors import UserError
+from onestepsr.diffusion.noise_field import NoisePlane
+from onestepsr.diffusion.residual_shift import ResidualShiftSchedule
+from onestepsr.methods.base import Batch, Exported, Networks, exported
+from onestepsr.models.generators import LatentAutoencoder, OneStepLatentGenerator
+from onestepsr.models.resshift.generator import ResidualShiftGenerator, Sampler, conditioned
+
+DENOISER, AUTOENCODER = "denoiser", "autoencoder"
+"""Names of the trained network and of the frozen one in :class:`onestepsr.methods.base.Method`."""
+
+
+class FrozenAutoencoder(nn.Module):
+    """A generator's autoencoder as one callable, so that the loop's precision applies to it."""
+
+    def __init__(self, generator: ResidualShiftGenerator | OneStepLatentGenerator) -> None:
+        super().__init__()
+        self.autoencoder = generator.autoencoder
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor, *, decode: bool = False) -> Tensor:
+        """Latent (N, C, H/f, W/f) of an image (N, 3, H, W) in [0, 1]; with ``decode`` the image, not clamped, of a
+        latent."""
+        autoencoder = cast(LatentAutoencoder, self.autoencoder)
+        return autoencoder.decode(x).float() * 0.5 + 0.5 if decode else autoencoder.encode(x * 2 - 1).float()
+
+
+@torch.no_grad()
+def latents(
+    networks: Networks, generator: ResidualShiftGenerator | OneStepLatentGenerator, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """z_0 of the HR picture and z_y of the enlarged LR picture, (N, C, h, w) each; one evaluation for both."""
+    pictures = torch.cat([batch["hr"], generator.enlarge(batch["lr"])])
+    z_0, z_y = networks[AUTOENCODER](pictures).chunk(2)
+    return z_0, z_y
+
+
+def whole_schedule(generator: ResidualShiftGenerator) -> ResidualShiftSchedule:
+    """All steps that the generator's process has, however many of them it runs."""
+    return ResidualShiftSchedule(generator.schedule.config)
+
+
+def with_sampling(
+    generator: ResidualShiftGenerator, schedule: ResidualShiftSchedule, sampler: Sampler
+) -> ResidualShiftGenerator:
+    """The same networks, run by another schedule and sampler."""
+    return ResidualShiftGenerator(
+        generator.autoencoder, generator.unet, schedule, sampler=sampler, scale=generator.scale
+    )
+
+
+def check_same_latents(
+    teacher: ResidualShiftGenerator, student: ResidualShiftGenerator, names: tuple[str, str]
+) -> None:
+    """Refuse a student whose latents or LR pictures have another shape than its teacher's; ``names`` are what the user
+    called the two."""
+
+    def shape(generator: ResidualShiftGenerator) -> tuple[int, int, int]:
+        factor = cast(LatentAutoencoder, generator.autoencoder).factor
+        return generator.latent_channels, factor, generator.scale
+
+    if shape(teacher) != shape(student):
+        said = [
+            f"{name} has {channels} channels, 1/{factor} of the picture's side, for x{scale}"
+            for name, (channels, factor, scale) in zip(names, (shape(teacher), shape(student)), strict=True)
+        ]
+        raise UserError(f"teacher and student need latents of one shape, but {said[0]}; {said[1]}")
+
+
+def preview_of(generator: ResidualShiftGenerator) -> Callable[[Networks, Batch], dict[str, Tensor]]:
+    """LR | SR | HR, by the generator's own steps and always the same noise."""
+
+    def preview(networks: Networks, batch: Batch) -> dict[str, Tensor]:
+        lr = batch["lr"]
+        enlarged = generator.enlarge(lr)
+        z_0 = generator.sample(conditioned(networks[DENOISER], lr), networks[AUTOENCODER](enlarged), NoisePlane(0))
+        sr = networks[AUTOENCODER](z_0, decode=True)
+        return {"LR (bicubic)": enlarged.clamp(0, 1), "SR": sr.clamp(0, 1), "HR": batch["hr"]}
+
+    return preview
+
+
+def export_of(generator: ResidualShiftGenerator) -> Callable[[Mapping[str, nn.Module]], Exported]:
+    """The whole generator, with the trained network in it and its own steps."""
+
+    def export(networks: Mapping[str, nn.Module]) -> Exported:
+        autoencoder, schedule, scale = generator.autoencoder, generator.schedule, generator.scale
+        trained = networks[DENOISER]
+        return exported(ResidualShiftGenerator(autoencoder, trained, schedule, sampler=generator.sampler, scale=scale))
+
+    return export

@@ -1,0 +1,217 @@
+"""What a one-step student is distilled from: a multi-step latent generator, its diffusion and its sampler.
+
+Two families fit the same protocol: residual shifting, which TAD-SR is written for, and latent diffusion, to which its
+appendix carries it over. Networks reach every function as arguments, because the loop may have wrapped them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from onestepsr.core.errors import UserError, concerning
+from onestepsr.diffusion.residual_shift import kept_steps
+from onestepsr.losses.distillation import diffusion_weight, residual_shift_weight
+from onestepsr.methods.shared.residual_shift import whole_schedule
+from onestepsr.models.backbones import load_backbone
+from onestepsr.models.encoder_features import LatentDiffusionFeatures, PromptedUNet, ResidualShiftFeatures
+from onestepsr.models.generators import NoisedLatentGenerator, OneStepLatentGenerator
+from onestepsr.models.loading import load_residual_generator
+from onestepsr.models.resshift.generator import ResidualShiftGenerator, conditioned
+from onestepsr.models.stable_diffusion.config import PromptConfig
+
+Network = Callable[..., Any]
+Backbone = ResidualShiftGenerator | OneStepLatentGenerator
+DDIM_STEPS = 50
+"""Evaluations of a latent-diffusion teacher where none are asked for: as many as SeeSR's in the paper's appendix."""
+
+
+class Teacher(Protocol):
+    """A generator F from which one step is distilled.
+
+    Latents are (N, C, h, w), ``lr`` is (N, 3, H, W) in [0, 1], steps ``t`` are integers (N,) from 0 to :attr:`steps` -
+    1, which is where sampling starts. ``network`` is the teacher's network, a student of the same shape, or, for
+    :meth:`evaluate`, :attr:`features`.
+    """
+
+    generator: Backbone
+    """The loaded generator: autoencoder, enlargement and sizes."""
+    network: nn.Module
+    """Its network, called with the arguments that :meth:`evaluate` gives it. A copy of it is the student."""
+    features: nn.Module
+    """Encoder half on the same weights: called alike, gives the time embedding and the features of every level."""
+    feature_channels: tuple[int, ...]
+    """Channels of these features, the finest first."""
+    time_channels: int
+    """Width of the time embedding."""
+    steps: int
+    """T: the diffusion's steps, up to the one at which sampling starts."""
+
+    def start(self, z_y: Tensor, noise: Tensor) -> Tensor:
+        """z_T, where teacher and student start, from the latent ``z_y`` of the enlarged LR image."""
+        ...
+
+    def noised(self, z_0: Tensor, z_y: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """z_t of ``z_0``: the forward process."""
+        ...
+
+    def score_weight(self, t: Tensor) -> Tensor:
+        """Factor (N,) between a difference of estimates of z_0 and the difference of the noises they stand for."""
+        ...
+
+    def evaluate(self, network: Network, z_t: Tensor, t: Tensor, lr: Tensor) -> Any:
+        """What ``network`` gives at (z_t, t, y)."""
+        ...
+
+    def estimate(self, network: Network, z_t: Tensor, t: Tensor, lr: Tensor) -> Tensor:
+        """F(z_t, t, y), the estimate of z_0 by one evaluation."""
+        ...
+
+    def sample(self, network: Network, z_T: Tensor, z_y: Tensor, lr: Tensor) -> Tensor:
+        """F(z_T, T, y), the estimate of z_0 by all deterministic steps."""
+        ...
+
+    def student_generator(self, student: nn.Module) -> nn.Module:
+        """The one-step generator around a student, as it is exported."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentDiffusionConfig:
+    """How a plain latent-diffusion backbone becomes a teacher; without effect on residual shifting."""
+
+    start: int | None = None
+    """Step T to which the LR latent is noised and at which sampling starts; null is the last of the schedule, as in the
+    paper's appendix. There a ControlNet shows the LR image to the teacher. A backbone without one knows of it only what
+    the noise has left, so that a lower step keeps more of the picture and improves less of it."""
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    """How the prompt embedding starts on a backbone that brings none."""
+    prompt_file: Path | None = None
+    """Safetensors file with a prompt embedding (L, C) to use instead."""
+
+
+class ResidualShiftTeacher:
+    """A ResShift model and its deterministic sampler (TAD-SR, Eq. 1-3)."""
+
+    def __init__(self, name: str, steps: int | None) -> None:
+        """``name`` is that of a model or file; ``steps`` are the evaluations of one sampling, None takes all."""
+        generator = load_residual_generator(name)
+        features = ResidualShiftFeatures(generator.unet)
+        self.generator: Backbone = generator
+        self.network: nn.Module = generator.unet
+        self.features: nn.Module = features
+        self.feature_channels, self.time_channels = features.feature_channels, features.time_channels
+        self.schedule = whole_schedule(generator)
+        self.steps = self.schedule.steps
+        with concerning("config.teacher_steps"):
+            self._sampling = self.schedule if steps is None else self.schedule.respaced(steps)
+
+    def start(self, z_y: Tensor, noise: Tensor) -> Tensor:
+        """N(z_y, kappa^2 eta_T): without the share 1 - eta_T of z_0, which inference does not know (Eq. 6)."""
+        return self.schedule.prior(z_y, noise)
+
+    def noised(self, z_0: Tensor, z_y: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Eq. 1."""
+        return self.schedule.q_sample(z_0, z_y, noise, t)
+
+    def score_weight(self, t: Tensor) -> Tensor:
+        """omega_2 / omega of Eq. 8."""
+        return residual_shift_weight(self.schedule, t)
+
+    def evaluate(self, network: Network, z_t: Tensor, t: Tensor, lr: Tensor) -> Any:
+        """The network under the LR image, its input scaled."""
+        return conditioned(network, lr)(self.schedule.scale_input(z_t, t), t)
+
+    def estimate(self, network: Network, z_t: Tensor, t: Tensor, lr: Tensor) -> Tensor:
+        """What the network predicts."""
+        return cast(Tensor, self.evaluate(network, z_t, t, lr))
+
+    def sample(self, network: Network, z_T: Tensor, z_y: Tensor, lr: Tensor) -> Tensor:
+        """Eq. 3 from T on."""
+        return self._sampling.sample_deterministic(conditioned(network, lr), z_y, z_T)
+
+    def student_generator(self, student: nn.Module) -> ResidualShiftGenerator:
+        """The teacher's autoencoder and schedule, of which the last step alone is run."""
+        return ResidualShiftGenerator(
+            self.generator.autoencoder,
+            student,
+            self.schedule.respaced(1),
+            sampler="deterministic",
+            scale=self.generator.scale,
+        )
+
+
+class LatentDiffusionTeacher:
+    """A latent-diffusion backbone that starts from the noised LR latent, and DDIM (Song et al., ICLR 2021)."""
+
+    def __init__(self, name: str, steps: int | None, config: LatentDiffusionConfig) -> None:
+        """``name`` is anything that a backbone loads from; ``steps`` are the evaluations of one sampling."""
+        generator = load_backbone(name, prompt=config.prompt, prompt_file=config.prompt_file)
+        network = PromptedUNet(generator.unet, generator.prompt)
+        features = LatentDiffusionFeatures(network)
+        self.generator: Backbone = generator
+        self.network: nn.Module = network
+        self.features: nn.Module = features
+        self.feature_channels, self.time_channels = features.feature_channels, features.time_channels
+        self.schedule = generator.schedule
+        last = self.schedule.steps - 1
+        start = last if config.start is None else config.start
+        if not 0 < start <= last:
+            raise UserError(f"config.latent_diffusion.start: {start}, but {name} knows steps from 1 to {last}")
+        self.steps = start + 1
+        with concerning("config.teacher_steps"):
+            self._sampling: Sequence[int] = kept_steps(self.steps, DDIM_STEPS if steps is None else steps)
+
+    def start(self, z_y: Tensor, noise: Tensor) -> Tensor:
+        """The LR latent, noised to T."""
+        return self.schedule.add_noise(z_y, noise, self.steps - 1)
+
+    def noised(self, z_0: Tensor, z_y: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Eq. 4 of D3SR; the LR latent has no part in it."""
+        return self.schedule.add_noise(z_0, noise, t)
+
+    def score_weight(self, t: Tensor) -> Tensor:
+        """sqrt(alpha_bar) / sqrt(1 - alpha_bar)."""
+        return diffusion_weight(self.schedule, t)
+
+    def evaluate(self, network: Network, z_t: Tensor, t: Tensor, lr: Tensor) -> Any:
+        """The network under its prompt; it does not see the LR image."""
+        return network(z_t, t)
+
+    def estimate(self, network: Network, z_t: Tensor, t: Tensor, lr: Tensor) -> Tensor:
+        """z_0 by the predicted noise."""
+        return self.schedule.x0_from_eps(z_t, cast(Tensor, network(z_t, t)), t)
+
+    def sample(self, network: Network, z_T: Tensor, z_y: Tensor, lr: Tensor) -> Tensor:
+        """From T down: z_s = sqrt(alpha_bar_s) z_0 + sqrt(1 - alpha_bar_s) eps for each next step s."""
+        z = z_T
+        for step, following in pairwise([*reversed(self._sampling), None]):
+            t = torch.full((len(z),), cast(int, step), device=z.device)
+            eps = cast(Tensor, network(z, t))
+            z_0 = self.schedule.x0_from_eps(z, eps, t)
+            z = z_0 if following is None else self.schedule.add_noise(z_0, eps, following)
+        return z
+
+    def student_generator(self, student: nn.Module) -> NoisedLatentGenerator:
+        """The teacher's autoencoder around the student's UNet and prompt, evaluated at T on the noised LR latent."""
+        trained = cast(PromptedUNet, student)
+        return NoisedLatentGenerator(
+            self.generator.autoencoder,
+            trained.unet,
+            trained.prompt,
+            timestep=self.steps - 1,
+            scale=self.generator.scale,
+            schedule=self.schedule,
+        )
+
+
+def student_of(teacher: Teacher) -> nn.Module:
+    """A trainable copy of the teacher's network; to be made before the teacher is frozen or converted."""
+    return copy.deepcopy(teacher.network).requires_grad_(True)

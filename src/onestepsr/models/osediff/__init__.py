@@ -1,0 +1,1 @@
+"""OSEDiff: generator, adapters, checkpoints."""

@@ -1,0 +1,217 @@
+"""What OSEDiff trains, apart from the backbone: adapters of UNet and encoder, and the UNet's whole first convolution.
+
+Names are those of its published weights: layers as diffusers names them, and an adapter per place, such as
+``mid_block.resnets.0.conv1.lora_A.default_others.weight``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from onestepsr.core.errors import UserError
+from onestepsr.models.osediff.generator import DECODER_LAYERS, OSEDiffGenerator
+from onestepsr.models.stable_diffusion.networks import StableDiffusionAutoencoder, StableDiffusionUNet
+
+Part = Literal["unet", "vae"]
+PARTS: tuple[Part, ...] = ("unet", "vae")
+ALPHA = 8.0
+"""Scaling numerator of every adapter: the published code leaves it at peft's default and stores it nowhere."""
+LISTS = {
+    "vae_lora_encoder_modules": ("vae", "default_encoder"),
+    "unet_lora_encoder_modules": ("unet", "default_encoder"),
+    "unet_lora_decoder_modules": ("unet", "default_decoder"),
+    "unet_lora_others_modules": ("unet", "default_others"),
+}
+"""The published lists of adapted layers: whose they are, and the name of their adapter."""
+_PLACES = {"mid_block": "default_others", "up_blocks": "default_decoder", "conv_out": "default_decoder"}
+_ADAPTER = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.(?P<place>\w+)\.weight")
+_WHOLE = re.compile(r"(?P<layer>.+)\.base_layer\.(?P<kind>weight|bias)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """The trained weights of one OSEDiff model."""
+
+    rank_unet: int
+    """Rank of the UNet's adapters, 4 in the published models."""
+    rank_vae: int
+    """Rank of the autoencoder's adapters."""
+    unet: dict[str, Tensor]
+    """Tensors of the UNet in their order."""
+    vae: dict[str, Tensor]
+    """Tensors of the autoencoder in their order."""
+    modules: dict[str, list[str]]
+    """The published lists of adapted layers (:data:`LISTS`), kept so that the file can be written again."""
+
+    def tensors(self, part: Part) -> dict[str, Tensor]:
+        """Tensors of one network."""
+        return self.unet if part == "unet" else self.vae
+
+    def rank(self, part: Part) -> int:
+        """Rank of one network's adapters."""
+        return self.rank_unet if part == "unet" else self.rank_vae
+
+    def scaling(self, part: Part) -> float:
+        """Factor of an update in W + scaling B A: 8 / rank, 2 in the published models."""
+        return ALPHA / self.rank(part)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of the backbone, and what the adapters do to it."""
+
+    module: nn.Module
+    whole: Mapping[str, Tensor]
+    a: Tensor | None
+    b: Tensor | None
+
+
+@torch.no_grad()
+def merge(generator: OSEDiffGenerator, adapters: Adapters, where: str) -> None:
+    """Add the adapters to the weights of ``generator``, in place; raises :class:`UserError` if they are another's.
+
+    Everything is checked before the first weight changes.
+    """
+    layers = [(adapters.scaling(part), layer) for part in PARTS for layer in _layers(generator, adapters, part, where)]
+    for scaling, layer in layers:
+        for kind, value in layer.whole.items():
+            cast(nn.Parameter, getattr(layer.module, kind)).copy_(value)
+        if layer.a is not None and layer.b is not None:
+            weight = cast(nn.Parameter, layer.module.weight)
+            weight.add_(scaling * product(layer.b, layer.a).reshape(weight.shape).to(weight))
+
+
+def product(b: Tensor, a: Tensor) -> Tensor:
+    """B A of a linear layer (out, r) and (r, in), or of a convolution (out, r, 1, 1) and (r, in, kh, kw), as a matrix
+    in float32."""
+    return b.float().flatten(1) @ a.float().flatten(1)
+
+
+@torch.no_grad()
+def copy_into_adapters(generator: OSEDiffGenerator, adapters: Adapters, where: str) -> None:
+    """Start the peft adapters of ``generator``, and its first convolution, from published ones, unmerged.
+
+    Both must have the same rank and scaling; layers that only one of them adapts are refused in one line.
+    """
+    for part in PARTS:
+        own = {key: p for key, p in network_of(generator, part).named_parameters() if _is_trained_name(key)}
+        given = {re.sub(r"(\.lora_[AB])\.\w+\.", r"\1.default.", key): t for key, t in adapters.tensors(part).items()}
+        for key in sorted(own.keys() ^ given.keys()):
+            side = "lacks" if key in own else "adapts another layer:"
+            raise UserError(f"{where}: {side} '{key}'; the layers of this run and of that file must be the same")
+        for key, parameter in own.items():
+            _check_shape(given[key], parameter.shape, key, where)
+            parameter.copy_(given[key])
+
+
+def can_be_published(generator: OSEDiffGenerator) -> bool:
+    """Whether the published layout has a place for the adapters of ``generator``: it has some, on a Stable Diffusion,
+    and none in the decoder."""
+    adapted = {name.partition(".lora_")[0] for name, _ in generator.named_parameters() if ".lora_" in name}
+    in_decoder = any(re.fullmatch(rf"autoencoder\.({DECODER_LAYERS})", layer) for layer in adapted)
+    return bool(adapted) and not in_decoder and isinstance(generator.unet, StableDiffusionUNet)
+
+
+@torch.no_grad()
+def collect(generator: OSEDiffGenerator) -> Adapters:
+    """The adapters of a generator that has them (through peft), under the published names.
+
+    Another alpha than :data:`ALPHA` goes into B, because the published layout has no place for it.
+    """
+    found: dict[Part, dict[str, Tensor]] = {part: {} for part in PARTS}
+    modules: dict[str, list[str]] = {name: [] for name in LISTS}
+    for part in PARTS:
+        network = network_of(generator, part)
+        for key, value in network.state_dict().items():
+            if not _is_trained_name(key):
+                continue
+            layer, place = key.partition(".lora_")[0], _place(key, part)
+            ratio = _scaling(network, layer) * _rank(network, layer) / ALPHA if ".lora_B." in key else 1.0
+            found[part][key.replace(".default.", f".{place}.")] = (value * ratio).cpu().contiguous()
+            if ".lora_A." in key:
+                modules[next(name for name, whose in LISTS.items() if whose == (part, place))].append(layer)
+    ranks = {part: next((t.shape[0] for key, t in found[part].items() if ".lora_A." in key), 1) for part in PARTS}
+    return Adapters(
+        rank_unet=ranks["unet"], rank_vae=ranks["vae"], unet=found["unet"], vae=found["vae"], modules=modules
+    )
+
+
+def network_of(generator: OSEDiffGenerator, part: Part) -> nn.Module:
+    """diffusers' own network of one part; :class:`UserError` on a backbone that is no Stable Diffusion."""
+    if part == "unet" and isinstance(generator.unet, StableDiffusionUNet):
+        return cast(nn.Module, generator.unet.unet)
+    if part == "vae" and isinstance(generator.autoencoder, StableDiffusionAutoencoder):
+        return cast(nn.Module, generator.autoencoder.vae)
+    raise UserError(f"OSEDiff's weights belong to Stable Diffusion, not to a {type(generator.unet).__name__}")
+
+
+def _layers(generator: OSEDiffGenerator, adapters: Adapters, part: Part, where: str) -> list[_Layer]:
+    """Every layer that has tensors, all of them checked against the backbone."""
+    network, grouped = network_of(generator, part), _grouped(adapters.tensors(part), where)
+    modules = dict(network.named_modules())
+    layers = []
+    for name, tensors in grouped.items():
+        if name not in modules or not isinstance(modules[name], (nn.Linear, nn.Conv2d)):
+            raise UserError(f"{where}: weights for another backbone: '{name}' is no layer of this one's {part}")
+        layer = _Layer(
+            modules[name],
+            {kind: tensors[kind] for kind in ("weight", "bias") if kind in tensors},
+            tensors.get("A"),
+            tensors.get("B"),
+        )
+        _check(layer, adapters.rank(part), name, where)
+        layers.append(layer)
+    return layers
+
+
+def _grouped(tensors: Mapping[str, Tensor], where: str) -> dict[str, dict[str, Tensor]]:
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        found = _ADAPTER.fullmatch(key) or _WHOLE.fullmatch(key)
+        if found is None:
+            raise UserError(f"{where}: unknown weight '{key}'")
+        kind = found.groupdict().get("side") or found["kind"]
+        if kind in grouped.setdefault(found["layer"], {}):
+            raise UserError(f"{where}: two adapters on layer '{found['layer']}'")
+        grouped[found["layer"]][kind] = value
+    return grouped
+
+
+def _check(layer: _Layer, rank: int, name: str, where: str) -> None:
+    if (layer.a is None) != (layer.b is None):
+        raise UserError(f"{where}: layer '{name}' has only one half of an adapter")
+    weight = cast(Tensor, layer.module.weight)
+    if layer.a is not None and layer.b is not None:
+        _check_shape(layer.a, (rank, *weight.shape[1:]), f"{name}.lora_A", where)
+        _check_shape(layer.b, (weight.shape[0], rank, *(1 for _ in weight.shape[2:])), f"{name}.lora_B", where)
+    for kind, value in layer.whole.items():
+        _check_shape(value, cast(Tensor, getattr(layer.module, kind)).shape, f"{name}.{kind}", where)
+
+
+def _check_shape(value: Tensor, wanted: tuple[int, ...], name: str, where: str) -> None:
+    if tuple(value.shape) != tuple(wanted):
+        raise UserError(
+            f"{where}: weights for another backbone: '{name}' is {tuple(value.shape)}, expected {tuple(wanted)}"
+        )
+
+
+def _is_trained_name(key: str) -> bool:
+    return ".lora_" in key or key.startswith("conv_in.base_layer.")
+
+
+def _place(key: str, part: Part) -> str:
+    return _PLACES.get(key.partition(".")[0], "default_encoder") if part == "unet" else "default_encoder"
+
+
+def _scaling(network: nn.Module, layer: str) -> float:
+    return float(cast(dict[str, float], network.get_submodule(layer).scaling)["default"])
+
+
+def _rank(network: nn.Module, layer: str) -> int:
+    return int(cast(dict[str, int], network.get_submodule(layer).r)["default"])

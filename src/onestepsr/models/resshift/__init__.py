@@ -1,0 +1,1 @@
+"""The ResShift family: Swin UNet, VQGAN autoencoder, generator, checkpoints."""

@@ -1,0 +1,188 @@
+"""Generators of the residual-shifting family as configurations: on ResShift's networks, on the tiny ones, and with the
+published settings by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from torch import nn
+
+from onestepsr.core.errors import UserError
+from onestepsr.diffusion.residual_shift import ResidualShiftConfig, ResidualShiftSchedule, Respacing, kept_steps
+from onestepsr.models.resshift.generator import ResidualShiftGenerator, Sampler
+from onestepsr.models.resshift.swin import SwinConfig
+from onestepsr.models.resshift.unet import SwinUNet, SwinUNetConfig
+from onestepsr.models.resshift.vqgan import VQ_F8_FACE, VQAutoencoder, VQConfig
+from onestepsr.models.tiny.decoder import FACTOR
+from onestepsr.models.tiny.denoiser import TinyDenoiser, TinyDenoiserConfig
+from onestepsr.models.tiny.networks import TinyAutoencoder, TinyConfig
+
+REALSR, FACE, SINSR, TINY, MICRO = "resshift-realsr", "resshift-face", "sinsr", "resshift-tiny", "resshift-micro"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualSamplingConfig:
+    """The diffusion of a generator and how it is run; the defaults are ResShift v1 and v2 for photographs, x4."""
+
+    schedule: ResidualShiftConfig = field(default_factory=ResidualShiftConfig)
+    """The diffusion that the network was trained with."""
+    steps: int | None = None
+    """Network evaluations; null is one per step of the schedule. 1 is the inference of SinSR and TAD-SR: only the last
+    step."""
+    sampler: Sampler = "ancestral"
+    """New noise in every step, as ResShift does, or only at the start, as its students learn it. One step is both."""
+    respacing: Respacing = "spread"
+    """Which steps are kept where ``steps`` is smaller than the schedule's number; "published" leaves out the last and
+    is there for comparison only."""
+    scale: int = 4
+    """Upscaling factor; 1 restores without enlarging."""
+
+    def __post_init__(self) -> None:
+        if self.sampler not in get_args(Sampler):
+            raise ValueError(f"sampler must be one of {get_args(Sampler)}, got '{self.sampler}'")
+        self.sampling_schedule()
+
+    def sampling_schedule(self) -> ResidualShiftSchedule:
+        """The steps that are run. Raises UserError for a number that the schedule cannot give."""
+        whole = ResidualShiftSchedule(self.schedule)
+        return whole if self.steps is None else whole.respaced(self.steps, self.respacing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualShiftGeneratorConfig(ResidualSamplingConfig):
+    """Everything that fixes a generator on ResShift's networks; the defaults are the published ones for photographs."""
+
+    unet: SwinUNetConfig = field(default_factory=SwinUNetConfig)
+    """Sizes of the denoising network."""
+    autoencoder: VQConfig = field(default_factory=VQConfig)
+    """Sizes of the autoencoder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_channels(self.unet.latent_channels, self.autoencoder.latent_channels)
+        factor = 2 ** (len(self.autoencoder.multipliers) - 1)
+        if self.scale << self.unet.lq_halvings != factor:
+            raise ValueError(
+                f"at scale {self.scale}, with latents {factor} times smaller than pictures, the LR image is "
+                f"{factor / self.scale:g} times as large as the latent, but the UNet takes one that is "
+                f"{1 << self.unet.lq_halvings} times as large"
+            )
+        if self.unet.lq_channels != 3:
+            raise ValueError(f"the LR image has 3 channels, the UNet takes {self.unet.lq_channels}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyResidualShiftGeneratorConfig(ResidualSamplingConfig):
+    """Everything that fixes a generator of this family on the tiny networks."""
+
+    denoiser: TinyDenoiserConfig = field(default_factory=TinyDenoiserConfig)
+    """Sizes of the denoising network."""
+    autoencoder: TinyConfig = field(default_factory=TinyConfig)
+    """Sizes of the autoencoder; those of a UNet in there have no part in this."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_channels(self.denoiser.latent_channels, self.autoencoder.latent_channels)
+        if self.scale != FACTOR:
+            raise ValueError(f"scale must be {FACTOR}: the network takes an LR image as large as the latent")
+
+
+def _check_channels(unet: int, autoencoder: int) -> None:
+    if unet != autoencoder:
+        raise ValueError(f"latents of the UNet have {unet} channels, those of the autoencoder {autoencoder}")
+
+
+def residual_shift_generator(config: ResidualShiftGeneratorConfig) -> ResidualShiftGenerator:
+    """ResShift's autoencoder and denoising network, freshly initialised, as one generator."""
+    return _joined(VQAutoencoder(config.autoencoder), SwinUNet(config.unet), config)
+
+
+def tiny_residual_shift_generator(config: TinyResidualShiftGeneratorConfig) -> ResidualShiftGenerator:
+    """The tiny autoencoder and denoising network, freshly initialised, as one generator."""
+    return _joined(TinyAutoencoder(config.autoencoder), TinyDenoiser(config.denoiser), config)
+
+
+def _joined(autoencoder: nn.Module, unet: nn.Module, config: ResidualSamplingConfig) -> ResidualShiftGenerator:
+    schedule = config.sampling_schedule()
+    return ResidualShiftGenerator(autoencoder, unet, schedule, sampler=config.sampler, scale=config.scale)
+
+
+def residual_config(generator: ResidualShiftGenerator) -> ResidualSamplingConfig:
+    """The configuration that :func:`residual_shift_generator` or its tiny counterpart builds ``generator`` from.
+
+    Raises TypeError for networks, or a choice of steps, that no configuration gives.
+    """
+    sampling = _sampling(generator)
+    networks = (generator.unet, generator.autoencoder)
+    match networks:
+        case (SwinUNet() as unet, VQAutoencoder() as autoencoder):
+            return ResidualShiftGeneratorConfig(unet=unet.config, autoencoder=autoencoder.config, **sampling)
+        case (TinyDenoiser() as unet, TinyAutoencoder() as autoencoder):
+            return TinyResidualShiftGeneratorConfig(denoiser=unet.config, autoencoder=autoencoder.config, **sampling)
+    kinds = " and a ".join(type(network).__name__ for network in networks)
+    raise TypeError(f"a generator of a {kinds} has no weights file")
+
+
+def _sampling(generator: ResidualShiftGenerator) -> dict[str, Any]:
+    schedule = generator.schedule
+    every, count = schedule.config.steps, schedule.steps
+    respacing = next((rule for rule in get_args(Respacing) if _kept(every, count, rule) == schedule.kept), None)
+    if respacing is None:
+        raise TypeError(f"steps {schedule.kept} of {every} follow none of the rules {get_args(Respacing)}")
+    steps = None if count == every else count
+    common = {"sampler": generator.sampler, "scale": generator.scale}
+    return common | {"schedule": schedule.config, "steps": steps, "respacing": respacing}
+
+
+def _kept(every: int, count: int, rule: Respacing) -> list[int] | None:
+    try:
+        return kept_steps(every, count, rule)
+    except UserError:
+        return None
+
+
+_FOUR_STEPS = ResidualShiftConfig(steps=4, min_noise=0.2)
+_FACE = ResidualShiftGeneratorConfig(
+    unet=SwinUNetConfig(latent_channels=8, lq_size=512), autoencoder=VQ_F8_FACE, schedule=_FOUR_STEPS, scale=1
+)
+_SINSR = ResidualShiftGeneratorConfig(steps=1, sampler="deterministic")
+
+PUBLISHED: dict[str, ResidualShiftGeneratorConfig] = {
+    f"{REALSR}-v1": ResidualShiftGeneratorConfig(),
+    f"{REALSR}-v2": ResidualShiftGeneratorConfig(),
+    f"{REALSR}-v3": ResidualShiftGeneratorConfig(schedule=_FOUR_STEPS),
+    "resshift-bicubic": ResidualShiftGeneratorConfig(schedule=_FOUR_STEPS),
+    FACE: _FACE,
+    SINSR: _SINSR,
+}
+"""Settings of the published checkpoints by alias; v1 and v2 differ in the length of their training only."""
+
+RANDOM_RESIDUAL: dict[str, ResidualShiftGeneratorConfig | TinyResidualShiftGeneratorConfig] = {
+    REALSR: ResidualShiftGeneratorConfig(),
+    FACE: _FACE,
+    SINSR: _SINSR,
+    TINY: TinyResidualShiftGeneratorConfig(),
+    MICRO: ResidualShiftGeneratorConfig(
+        unet=SwinUNetConfig(
+            image_size=16,
+            lq_size=16,
+            model_channels=16,
+            channel_mult=(1, 2),
+            res_blocks=1,
+            norm_groups=4,
+            swin=SwinConfig(width=16, head_width=8, mlp_ratio=1),
+        ),
+        autoencoder=VQConfig(width=8, blocks=(1, 1, 1), codes=64, norm_groups=4),
+        schedule=_FOUR_STEPS,
+    ),
+}
+"""Settings behind ``random:NAME``; the last is the smallest network with every part of the published ones."""
+
+
+def random_residual_generator(name: str) -> ResidualShiftGenerator:
+    """The generator of :data:`RANDOM_RESIDUAL` called ``name``, freshly initialised."""
+    config = RANDOM_RESIDUAL[name]
+    if isinstance(config, TinyResidualShiftGeneratorConfig):
+        return tiny_residual_shift_generator(config)
+    return residual_shift_generator(config)

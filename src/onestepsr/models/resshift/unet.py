@@ -1,0 +1,307 @@
+"""The UNet of ResShift (Yue et al., NeurIPS 2023), which SinSR and TAD-SR share: residual blocks, conditioned on the
+step, with windowed attention once per level.
+
+It predicts the clean latent z_0 from a noisy one and the LR image. Parameter names and shapes are those of the
+published checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from onestepsr.models.cpu_kernels import pack_weights
+from onestepsr.models.memory_cost import NetworkDemand
+from onestepsr.models.resshift.swin import GroupNorm, SwinConfig, SwinLayer
+from onestepsr.models.tiny.networks import timestep_embedding
+
+EXTRACTOR_WIDTH = 16
+"""Channels of the first convolution on an LR image that is larger than the latent."""
+TIME_RATIO = 4
+"""Channels of the time embedding, in multiples of ``model_channels``."""
+
+FLOAT32_BYTES_PER_CELL = 4000.0
+"""Peak bytes per latent position in maps that are float32 whatever the type: the insides of norms."""
+VALUES_PER_CELL = 4250.0
+"""Peak values per latent position in other maps. Measured with the line above as growth of the resident size at the
+published sizes, 192x192 latents on a CPU: 21 kB in float32, 12.5 kB in bfloat16."""
+PUBLISHED_WIDTHS = 160 + 192
+"""Channels of the finest level and of its attention, to which these numbers belong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwinUNetConfig:
+    """Sizes of the UNet; the defaults are those published for real-world x4."""
+
+    image_size: int = 64
+    """Side of the latents that the network is made for: it decides on which levels windows shift. Any multiple of
+    ``window * 2^(levels - 1)`` can be run."""
+    latent_channels: int = 3
+    """Channels of the latents, in and out."""
+    lq_channels: int = 3
+    """Channels of the condition: 3 for an RGB image, 4 for an image and a mask."""
+    lq_size: int = 64
+    """Side of the condition that belongs to latents of ``image_size``: as large, or larger by a power of two."""
+    model_channels: int = 160
+    """Channels on the finest level."""
+    channel_mult: tuple[int, ...] = (1, 2, 2, 4)
+    """Channels by level, in multiples of ``model_channels``; each level has half the side of the one before."""
+    res_blocks: int = 2
+    """Residual blocks per level on the way down; on the way up there is one more."""
+    norm_groups: int = 32
+    """Groups of all norms; every width must be a multiple."""
+    swin: SwinConfig = field(default_factory=SwinConfig)
+    """Sizes of the attention layers."""
+
+    def __post_init__(self) -> None:
+        if min(self.latent_channels, self.lq_channels, self.res_blocks, self.norm_groups, *self.channel_mult, 1) < 1:
+            raise ValueError("channels, channel_mult, res_blocks and norm_groups must be at least 1")
+        if not self.channel_mult:
+            raise ValueError("channel_mult must have one entry per level")
+        if self.model_channels < 2 or self.model_channels % 2:
+            raise ValueError(f"model_channels must be even, got {self.model_channels}")
+        for name, width in (("model_channels", self.model_channels), ("swin.width", self.swin.width)):
+            if width % self.norm_groups:
+                raise ValueError(f"{name} must be a multiple of norm_groups {self.norm_groups}, got {width}")
+        if self.image_size < 1 or self.image_size % self.size_multiple:
+            raise ValueError(f"image_size must be a multiple of {self.size_multiple}, got {self.image_size}")
+        if self.lq_size != self.image_size << self.lq_halvings:
+            raise ValueError(f"lq_size must be image_size {self.image_size} times 1, 2, 4..., got {self.lq_size}")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels by level, the finest first."""
+        return tuple(self.model_channels * multiple for multiple in self.channel_mult)
+
+    @property
+    def size_multiple(self) -> int:
+        """Latent sides must be multiples of this: whole windows on the coarsest level."""
+        return int(self.swin.window * 2 ** (len(self.channel_mult) - 1))
+
+    @property
+    def lq_halvings(self) -> int:
+        """How often the condition is halved to the latent's size."""
+        return max(0, (self.lq_size // self.image_size).bit_length() - 1)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions behind norms, the second norm scaled and shifted by the time embedding, and a path around
+    them."""
+
+    def __init__(self, channels: int, out_channels: int, time_width: int, norm_groups: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            GroupNorm(norm_groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_width, 2 * out_channels))
+        last = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        for parameter in last.parameters():  # the block starts as its path around
+            nn.init.zeros_(parameter)
+        # the published name of the last convolution counts a dropout, whose rate is zero
+        self.out_layers = nn.Sequential(GroupNorm(norm_groups, out_channels), nn.SiLU(), nn.Identity(), last)
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C_out, H, W); ``emb`` is the time embedding (N, time_width)."""
+        h = self.in_layers(x)
+        scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
+        h = self.out_layers[0](h) * (1 + scale) + shift
+        return torch.as_tensor(self.skip_connection(x)) + torch.as_tensor(self.out_layers[1:](h))
+
+
+class Stage(nn.ModuleList):
+    """Modules in a row, of which the residual blocks get the time embedding too."""
+
+    checkpointed = False
+    """Whether activations are computed again in the backward pass instead of kept."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__(modules)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map a feature map (N, C, H, W) through all of them."""
+        if self.checkpointed and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(self._run, x, emb, use_reentrant=False))
+        return self._run(x, emb)
+
+    def _run(self, x: Tensor, emb: Tensor) -> Tensor:
+        for module in self:
+            x = module(x, emb) if isinstance(module, ResidualBlock) else module(x)
+        return x
+
+
+class SwinUNet(nn.Module):
+    """Predicts the clean latent from a noisy one, the step and the LR image.
+
+    Latents are (N, C, h, w) with sides multiples of :attr:`size_multiple`. The noisy latent comes scaled to about unit
+    variance; steps are integers from 0 on.
+    """
+
+    def __init__(self, config: SwinUNetConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or SwinUNetConfig()
+        self.latent_channels = config.latent_channels
+        self.size_multiple = config.size_multiple
+        self.feature_channels = config.widths
+        self.time_channels = time_width = TIME_RATIO * config.model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(config.model_channels, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
+        )
+        self.feature_extractor, condition_channels = _feature_extractor(config)
+        first = nn.Conv2d(config.latent_channels + condition_channels, config.widths[0], 3, padding=1)
+        self.input_blocks = nn.ModuleList([Stage(first), *_down_stages(config)])
+        deepest, side = config.widths[-1], config.image_size >> (len(config.widths) - 1)
+        self.middle_block = Stage(
+            _residual(config, deepest, deepest), _attention(config, deepest, side), _residual(config, deepest, deepest)
+        )
+        self.output_blocks = nn.ModuleList(_up_stages(config))
+        self.out = nn.Sequential(
+            GroupNorm(config.norm_groups, config.widths[0]),
+            nn.SiLU(),
+            nn.Conv2d(config.widths[0], config.latent_channels, 3, padding=1),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(self.parameters()).dtype
+
+    def memory_per_cell(self, dtype: torch.dtype) -> float:
+        """Peak bytes per latent position of one evaluation without gradients, next to the weights."""
+        share = (self.config.model_channels + self.config.swin.width) / PUBLISHED_WIDTHS
+        return share * (FLOAT32_BYTES_PER_CELL + VALUES_PER_CELL * dtype.itemsize)
+
+    def network_demand(self, dtype: torch.dtype) -> NetworkDemand:
+        """What it takes of a tile: its attention never leaves a window."""
+        return NetworkDemand(per_cell=self.memory_per_cell(dtype))
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them."""
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.checkpointed = True
+
+    def speed_up(self) -> None:
+        """Compute faster on a CPU in bfloat16, for inference; parameters and their names stay."""
+        pack_weights(self)
+
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """Time embedding (N, :attr:`time_channels`), not activated, of integer steps (N,)."""
+        sinusoid = timestep_embedding(timesteps, self.config.model_channels)
+        return cast(Tensor, self.time_embed(sinusoid.to(self.dtype)))
+
+    def encode(self, x: Tensor, timesteps: Tensor, lq: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The half of the network before it goes up again, for the arguments of :meth:`forward`.
+
+        Returns the middle features (N, C_mid, h / 2^(levels - 1), ...), the output of every stage on the way down
+        (first the input convolution, then by level ``res_blocks`` residual blocks and, but for the last level, one
+        halving) and the time embedding.
+        """
+        self._check_sizes(x, lq)
+        emb = self.embed_time(timesteps)
+        h = torch.cat([x.to(self.dtype), self.feature_extractor(lq.to(self.dtype))], dim=1)
+        skips: list[Tensor] = []
+        for stage in self.input_blocks:
+            h = stage(h, emb)
+            skips.append(h)
+        return self.middle_block(h, emb), skips, emb
+
+    def features(self, x: Tensor, timesteps: Tensor, lq: Tensor) -> tuple[Tensor, ...]:
+        """Features (N, C_k, h / 2^k, w / 2^k) by level k for the arguments of :meth:`forward`: the end of each level on
+        the way down, on the last one the middle features. Their channels are :attr:`feature_channels`."""
+        middle, skips, _ = self.encode(x, timesteps, lq)
+        per_level = self.config.res_blocks + 1  # stages of a level: the input convolution or a halving, then blocks
+        return (*skips[per_level - 1 : -1 : per_level], middle)
+
+    def forward(self, x: Tensor, timesteps: Tensor, lq: Tensor) -> Tensor:
+        """Predicted z_0, of the shape and type of ``x``.
+
+        ``x`` (N, C, h, w) is the scaled noisy latent, ``timesteps`` (N,) integers, ``lq`` (N, lq_channels, H, W) the
+        LR image in [-1, 1] with sides lq_size / image_size times those of ``x``. Raises ValueError for other sides.
+        """
+        h, skips, emb = self.encode(x, timesteps, lq)
+        for stage in self.output_blocks:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+        return torch.as_tensor(self.out(h)).to(x.dtype)
+
+    def _check_sizes(self, x: Tensor, lq: Tensor) -> None:
+        height, width = x.shape[-2:]
+        if height % self.size_multiple or width % self.size_multiple:
+            raise ValueError(f"latent sides must be multiples of {self.size_multiple}, got {height}x{width}")
+        expected = (height << self.config.lq_halvings, width << self.config.lq_halvings)
+        if tuple(lq.shape[-2:]) != expected:
+            given = "x".join(map(str, lq.shape[-2:]))
+            raise ValueError(
+                f"the condition of a {height}x{width} latent must be {expected[0]}x{expected[1]}, got {given}"
+            )
+
+
+def _feature_extractor(config: SwinUNetConfig) -> tuple[nn.Sequential, int]:
+    """Convolutions that halve the condition to the latent's size, and the channels they give."""
+    layers: list[nn.Module] = []
+    channels = config.lq_channels
+    for stage in range(config.lq_halvings):
+        width = EXTRACTOR_WIDTH << stage
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.SiLU(), _halving(width, 2 * width)]
+        channels = 2 * width
+    return nn.Sequential(*layers), channels
+
+
+def _down_stages(config: SwinUNetConfig) -> Iterator[Stage]:
+    channels, side = config.widths[0], config.image_size
+    for level, width in enumerate(config.widths):
+        for block in range(config.res_blocks):
+            attention = [_attention(config, width, side)] if block == 0 else []
+            yield Stage(_residual(config, channels, width), *attention)
+            channels = width
+        if level < len(config.widths) - 1:
+            yield Stage(_halving(width, width))
+            side //= 2
+
+
+def _up_stages(config: SwinUNetConfig) -> Iterator[Stage]:
+    skips = _skip_channels(config)
+    channels, side = config.widths[-1], config.image_size >> (len(config.widths) - 1)
+    for level, width in reversed(list(enumerate(config.widths))):
+        for block in range(config.res_blocks + 1):
+            modules: list[nn.Module] = [_residual(config, channels + skips.pop(), width)]
+            if block == 0:
+                modules.append(_attention(config, width, side))
+            if level and block == config.res_blocks:
+                modules.append(_doubling(width))
+                side *= 2
+            yield Stage(*modules)
+            channels = width
+
+
+def _skip_channels(config: SwinUNetConfig) -> list[int]:
+    """Channels of what each stage on the way down leaves for the way up, in the order of its making."""
+    channels = [config.widths[0]]
+    for level, width in enumerate(config.widths):
+        channels += [width] * (config.res_blocks + (level < len(config.widths) - 1))
+    return channels
+
+
+def _residual(config: SwinUNetConfig, channels: int, out_channels: int) -> ResidualBlock:
+    return ResidualBlock(channels, out_channels, TIME_RATIO * config.model_channels, config.norm_groups)
+
+
+def _attention(config: SwinUNetConfig, channels: int, side: int) -> SwinLayer:
+    return SwinLayer(channels, config.swin, config.norm_groups, side)
+
+
+def _halving(channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(op=nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)))
+
+
+def _doubling(channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        OrderedDict(enlarge=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(channels, channels, 3, padding=1))
+    )

@@ -1,0 +1,1 @@
+"""The tiny latent-diffusion backbone, small enough for a CPU."""

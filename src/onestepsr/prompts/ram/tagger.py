@@ -1,0 +1,147 @@
+"""RAM and DAPE as an extractor: the tags that OSEDiff's published results were made with.
+
+The files are the published ones, in one folder: ``ram_swin_large_14m.pth``, ``DAPE.pth`` (adapters that OSEDiff and
+SeeSR trained for degraded pictures; without it, plain RAM), ``ram_tag_list.txt`` and ``ram_tag_list_threshold.txt``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from onestepsr.core.errors import UserError
+from onestepsr.prompts.ram.network import RamConfig, RamNetwork
+from onestepsr.prompts.ram.tags import published_input, read_tag_names, read_thresholds, select_tags, tagger_input
+from onestepsr.weights.download import cache_folder
+from onestepsr.weights.foreign import LazyTensors, fill, open_weights, read_tensors
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("ram_swin_large_14m.safetensors", "ram_swin_large_14m.pth")
+ADAPTERS = ("DAPE.safetensors", "DAPE.pth")
+TAGS, THRESHOLDS = "ram_tag_list.txt", "ram_tag_list_threshold.txt"
+_OLD_NAME, _NAME = "vision_multi.", "tagging_head."
+
+
+class RamTagger:
+    """The tags of a picture, by RAM with DAPE's adapters where they are there."""
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        *,
+        scale: int = 4,
+        antialias: bool = False,
+        config: RamConfig | None = None,
+    ) -> None:
+        """The lists are read, the weights not yet; :class:`UserError` if a file is missing.
+
+        The network sees the picture as OSEDiff's script prepares it, enlarged by ``scale`` first. ``antialias`` belongs
+        to newer versions of torchvision than the published code asks for (:func:`tagger_input`).
+        """
+        self.folder, self.device, self.scale, self.antialias = folder, device, scale, antialias
+        self.config = config or RamConfig()
+        self.weights = _first_of(folder, WEIGHTS)
+        if self.weights is None or not (folder / TAGS).is_file() or not (folder / THRESHOLDS).is_file():
+            raise missing_files(folder)
+        self.adapters = _first_of(folder, ADAPTERS)
+        self.names = read_tag_names(folder / TAGS)
+        self.thresholds = read_thresholds(folder / THRESHOLDS, len(self.names))
+        if len(self.names) != self.config.tags:
+            raise UserError(f"{folder / TAGS}: {len(self.names)} tags, the network has {self.config.tags}")
+        self._network: RamNetwork | None = None
+
+    def describe(self, picture: Image.Image) -> str:
+        """Tags joined with ", " in the order of the list; nothing if none is above its threshold."""
+        if self._network is None:
+            self._network = self._load()
+        image = tagger_input(published_input(picture, self.scale), antialias=self.antialias, side=self.config.side)
+        with torch.no_grad():
+            probabilities = self._network(image.to(self.device))[0].sigmoid().cpu()
+        return ", ".join(select_tags(probabilities, self.thresholds, self.names))
+
+    def release(self) -> None:
+        """Drop the network until the next picture."""
+        self._network = None
+
+    def _load(self) -> RamNetwork:
+        assert self.weights is not None
+        with torch.device("meta"):
+            network = RamNetwork(self.config)
+        present = {key.replace(_OLD_NAME, _NAME): read for key, read in open_weights(self.weights).items()}
+        # The file holds a captioning network too, and tables that follow from the sizes.
+        tensors: LazyTensors = {key: present[key] for key in network.state_dict() if key in present}
+        if self.adapters is None:
+            logger.warning("%s: no DAPE.pth, so the tags are those of plain RAM", self.folder)
+        else:
+            tensors = with_adapters(tensors, read_tensors(self.adapters), str(self.adapters))
+        fill(network, tensors, str(self.weights))
+        return network.eval().requires_grad_(False).to(self.device)
+
+
+def with_adapters(tensors: LazyTensors, adapters: Mapping[str, Tensor], where: str) -> LazyTensors:
+    """``tensors`` with ``NAME.lora_A`` and ``NAME.lora_B`` of ``adapters`` added to ``NAME.weight``.
+
+    What belongs to other networks is passed over. :class:`UserError` if nothing fits, or half an adapter is missing.
+    """
+    layers = [key.removesuffix(".lora_A") for key in adapters if key.endswith(".lora_A")]
+    known = [layer for layer in layers if f"{layer}.weight" in tensors]
+    if not known:
+        raise UserError(f"{where}: no adapter of RAM's network in it (expected names like attn.qkv.lora_A)")
+    merged = dict(tensors)
+    for layer in known:
+        if f"{layer}.lora_B" not in adapters:
+            raise UserError(f"{where}: '{layer}.lora_A' has no lora_B")
+        halves = (adapters[f"{layer}.lora_A"].float(), adapters[f"{layer}.lora_B"].float())
+        merged[f"{layer}.weight"] = partial(_adapted, tensors[f"{layer}.weight"], *halves, f"{where}: '{layer}'")
+    return merged
+
+
+def _adapted(read: Callable[[], Tensor], down: Tensor, up: Tensor, label: str) -> Tensor:
+    weight = read().float()
+    return weight + adapter_delta(down, up, weight.shape, label)
+
+
+def adapter_delta(down: Tensor, up: Tensor, shape: torch.Size, label: str = "adapter") -> Tensor:
+    """What an adapter adds to a weight of ``shape`` (out, in): ``up @ down / rank``, as loralib scales it unasked.
+
+    ``down`` is (rank, in) and ``up`` (out, rank). On a layer that makes query, key and value at once, with twice the
+    rank in ``down`` (one half each) and ``up`` (2/3 out, rank), query and value are adapted.
+    """
+    rank = up.shape[1]
+    if down.shape == (rank, shape[1]) and up.shape == (shape[0], rank):
+        return up @ down / rank
+    third = shape[0] // 3
+    if down.shape != (2 * rank, shape[1]) or up.shape != (2 * third, rank) or shape[0] != 3 * third:
+        raise UserError(f"{label}: {tuple(down.shape)} and {tuple(up.shape)} do not fit a weight of {tuple(shape)}")
+    query, value = (up[part * third :][:third] @ down[part * rank :][:rank] / rank for part in (0, 1))
+    return torch.cat([query, torch.zeros_like(query), value])
+
+
+def usual_folder() -> Path:
+    """Where the extractor called ``dape`` looks for its files: beside the downloaded weights."""
+    return cache_folder() / "dape"
+
+
+def missing_files(folder: Path) -> UserError:
+    """What to say when the tagger's files are not there."""
+    return UserError(
+        f"DAPE: {folder} must hold {WEIGHTS[1]}, {ADAPTERS[1]}, {TAGS} and {THRESHOLDS} (from the repositories "
+        "recognize-anything and OSEDiff or SeeSR); or write the tags to NAME.txt and give --prompt-file"
+    )
+
+
+def is_tagger(folder: Path) -> bool:
+    """Whether ``folder`` holds RAM's files rather than those of transformers."""
+    return (folder / TAGS).is_file() or _first_of(folder, WEIGHTS) is not None
+
+
+def _first_of(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)

@@ -1,0 +1,1 @@
+"""Names, checksums, licences, downloads and file formats of weights."""

@@ -1,0 +1,113 @@
+"""The doctor command tells what is there, and never fails because something is not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from onestepsr import __version__
+from onestepsr.benchmark import ceiling
+from onestepsr.cli import doctor
+from onestepsr.core import machine
+from onestepsr.inference.upscaler import resolve_dtype
+from onestepsr.models.loading import list_models
+
+app = typer.Typer()
+app.callback()(lambda: None)
+doctor.register(app)
+
+
+@pytest.fixture(autouse=True)
+def short_probe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.001)
+    monkeypatch.setenv("ONESTEPSR_CACHE", str(tmp_path))
+
+
+def test_json_holds_everything() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0
+    findings = json.loads(result.stdout)
+    assert findings["schema"] == 1
+    assert findings["versions"]["onestepsr"] == __version__
+    assert findings["versions"]["torch"] == torch.__version__
+    assert findings["cpu"]["cores"] >= 1
+    assert findings["cpu"]["free_memory_gb"] > 0
+    assert set(findings["tflops"]) >= {"float32", "bfloat16"}
+    assert all(speed > 0 for speed in findings["tflops"].values())
+    assert [model["id"] for model in findings["models"]] == [spec.id for spec in list_models()]
+
+
+def test_text_has_one_line_for_each_finding() -> None:
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    for title in ("python", "torch", "cpu", "free memory", "speed", "default", "extra metrics"):
+        assert sum(line.startswith(f"{title} ") for line in lines) == 1
+
+
+def test_missing_parts_are_named_with_their_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = [
+        "torch>=2",
+        "no-such-distribution>=1; extra == 'iqa'",
+        "numpy; extra == 'metrics'",
+        "x; extra == 'test'",
+    ]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _name: requirements)
+    extras = doctor.examine_extras()
+    assert extras["iqa"] == {"missing": ["no-such-distribution"], "install": "pip install 'onestepsr[iqa]'"}
+    assert extras["metrics"]["missing"] == []
+    assert "test" not in extras
+
+
+def test_unknown_processor_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "processor", dict)
+    cpu = doctor.examine_cpu()
+    assert cpu["features"] == []
+    assert cpu["model"]
+
+
+def test_instructions_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = {"model name": "Some CPU", "flags": "fpu avx2 amx_bf16"}
+    monkeypatch.setattr(machine, "processor", lambda: described)
+    assert doctor.examine_cpu()["features"] == ["avx2", "amx_bf16"]
+    assert doctor.examine_cpu()["model"] == "Some CPU"
+
+
+def test_the_measured_speeds_decide_the_number_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for bfloat16, chosen in ((2.0, "bfloat16"), (1.1, "float32")):
+        speeds = {torch.float32: 1.0, torch.bfloat16: bfloat16}
+        monkeypatch.setattr(ceiling, "convolution_speed", lambda device, dtype, *_, speeds=speeds, **__: speeds[dtype])
+        findings = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
+        assert findings["tflops"] == {"float32": 1.0, "bfloat16": bfloat16}
+        assert findings["chosen"]["dtype"] == chosen
+        assert resolve_dtype("auto", cpu) == getattr(torch, chosen)
+
+
+def test_without_a_measurement_the_instructions_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, chosen in (("avx2 avx512_bf16", torch.bfloat16), ("avx2", torch.float32)):
+        described = {"model name": "Some CPU", "flags": flags}
+        monkeypatch.setattr(machine, "processor", lambda described=described: described)
+        assert resolve_dtype("auto", torch.device("cpu")) == chosen
+
+
+def test_a_folder_that_cannot_be_written_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("ONESTEPSR_CACHE", str(tmp_path / "file" / "cache"))
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
+
+
+def test_a_number_format_that_the_device_lacks_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def speed(device: torch.device, dtype: torch.dtype, *_: object, **__: object) -> float:
+        if dtype == torch.bfloat16:
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+        return 1.0
+
+    monkeypatch.setattr(ceiling, "convolution_speed", speed)
+    assert doctor.measure_speeds(torch.device("cpu")) == {"float32": 1.0}
+    monkeypatch.setattr(ceiling, "convolution_speed", lambda *_, **__: speed(torch.device("cpu"), torch.bfloat16))
+    assert doctor.measure_speeds(torch.device("cpu")) == {}
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 0

@@ -1,0 +1,71 @@
+"""The command line as a whole: one line and exit code 2 for a mistake, a traceback only on request."""
+
+import io
+import sys
+
+import pytest
+import typer
+
+from onestepsr import __version__
+from onestepsr.cli.main import main
+from onestepsr.core.errors import UserError
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    captured = capsys.readouterr()
+    return stopped.value.code, captured.out, captured.err
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"onestepsr {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("upscale", "a.jpg", "--colour"), "No such option: --colour"),
+        (("upscale", "a.jpg", "--scale", "big"), "--scale"),
+        (("upscale", "missing.jpg"), "missing.jpg: no such file"),
+        (("enlarge",), "No such command 'enlarge'"),
+        (("models", "info", "d3sr-tny"), "did you mean 'd3sr-tiny'"),
+        (("train", "d3sr", "--recipe", "d3sr-tny"), "did you mean 'd3sr-tiny'"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_two(capsys, arguments, said):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("error: ")
+
+
+def test_nothing_at_all_shows_the_help(capsys):
+    code, out, err = run(capsys)
+    assert code == 2
+    assert "upscale" in out + err
+
+
+def test_debug_raises_anywhere_on_the_line():
+    with pytest.raises(UserError, match=r"missing\.jpg"):
+        main(["upscale", "missing.jpg", "--debug"])
+
+
+def test_an_interrupt_is_one_word_and_its_own_exit_code(capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("onestepsr.cli.upscale.command.plan_jobs", interrupt)
+    assert run(capsys, "upscale", "a.jpg") == (130, "", "interrupted\n")
+
+
+def test_a_name_that_the_encoding_lacks_is_printed_all_the_same(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr("onestepsr.cli.main.app", lambda **_: typer.echo("\u7167 \udcff \xe9"))
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    stream.flush()
+    assert stopped.value.code == 0
+    assert stream.buffer.getvalue().split() == [b"\\u7167", b"\\udcff", b"\xe9"]

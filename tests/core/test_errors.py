@@ -1,0 +1,26 @@
+"""What messages are put together from."""
+
+import pytest
+
+from onestepsr.core.errors import MissingExtra, UserError, concerning, first_line, shortened
+
+
+def test_names_are_shortened_beyond_a_limit() -> None:
+    assert shortened(["a", "b"], 2) == "a, b"
+    assert shortened(["a", "b", "c", "d"], 2) == "a, b and 2 more"
+
+
+def test_an_error_of_another_library_gives_one_line() -> None:
+    assert first_line(ValueError("\nbroken\nat byte 3"), 4) == "brok"
+    assert first_line(KeyError()) == "KeyError"
+
+
+def test_a_line_says_what_it_is_about() -> None:
+    def fails() -> None:
+        with concerning("config.steps"):
+            raise MissingExtra("this", "extra")
+
+    with pytest.raises(UserError, match=r"^config\.steps: this needs"):
+        fails()
+    with pytest.raises(ValueError, match=r"^defect$"), concerning("config.steps"):
+        raise ValueError("defect")

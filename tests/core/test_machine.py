@@ -1,0 +1,103 @@
+"""What the machine is, and speeds that are kept for this processor and PyTorch only."""
+
+import ctypes
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from onestepsr.core import machine
+
+SPEEDS = {"float32": 0.5, "bfloat16": 1.5}
+
+
+def test_speeds_come_back(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there"
+    assert machine.recall_speeds(folder) == {}
+    assert machine.remember_speeds(folder, SPEEDS)
+    assert machine.recall_speeds(folder) == SPEEDS
+    assert [path.name for path in folder.iterdir()] == [machine.SPEEDS_FILE]
+
+
+@pytest.mark.parametrize("change", [{"processor": "Another"}, {"torch": "0.1"}, {"schema": 0}, {"tflops": "fast"}])
+def test_speeds_of_something_else_are_forgotten(tmp_path: Path, change: dict[str, object]) -> None:
+    machine.remember_speeds(tmp_path, SPEEDS)
+    path = tmp_path / machine.SPEEDS_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert machine.recall_speeds(tmp_path) == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b" " * 2**17])
+def test_a_damaged_file_is_as_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / machine.SPEEDS_FILE).write_bytes(content)
+    assert machine.recall_speeds(tmp_path) == {}
+
+
+def test_the_description_names_processor_cores_accelerators_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "processor", lambda: {"model name": "Some CPU"})
+    monkeypatch.setattr(machine, "cores", lambda: 3)
+    monkeypatch.setattr(machine, "accelerators", lambda: [{"device": "cuda:0", "model": "Some GPU", "memory_gb": 1.0}])
+    assert machine.describe_machine() == "Some CPU (3 cores), Some GPU"
+    assert machine.describe_machine(["torch"]).startswith("Some CPU (3 cores), Some GPU with Python 3.")
+    assert ", torch 2." in machine.describe_machine(["torch"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
+def test_resident_memory_sees_what_is_written_to() -> None:
+    script = (  # in a process of its own: in this one, memory that earlier tests have freed may serve again
+        "from onestepsr import machine\n"
+        "before = machine.resident_memory()['now']\n"
+        "block = bytearray(b'x') * 50_000_000\n"
+        "after = machine.resident_memory()\n"
+        "print(after['now'] - before, after['peak'] - after['now'])"
+    )
+    grown, above = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert int(grown) > 30_000_000
+    assert int(above) >= -5_000_000
+
+
+def test_container_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.free_memory(torch.device("cpu")) > 1e7
+    files = {
+        "/proc/meminfo": "MemTotal: 99 kB\nMemAvailable: 8000000 kB\n",
+        "/proc/self/cgroup": "0::/box\n",
+        "/sys/fs/cgroup/memory.max": "1500000000\n",
+        "/sys/fs/cgroup/memory.current": "500000000\n",
+    }
+    monkeypatch.setattr(machine, "_read", lambda path: files.get(str(path)))
+    assert machine.free_memory(torch.device("cpu")) == 1e9
+    files["/sys/fs/cgroup/memory.stat"] = "anon 100\ninactive_file 200000000\nactive_file 7\n"
+    assert machine.free_memory(torch.device("cpu")) == 1.2e9, "files that were read can be dropped"
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert machine.free_memory(torch.device("cpu")) == 8_192_000_000
+    files.clear()
+    assert machine.free_memory(torch.device("cpu")) > 1e7
+
+
+def test_what_pytorch_keeps_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise every picture would be planned with what the one before it has left in the driver's eyes."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000, 24_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5_000)
+    assert machine.free_memory(torch.device("cuda")) == 16_000
+
+
+def test_windows_tells_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kernel:
+        def GlobalMemoryStatusEx(self, status: Any) -> int:  # noqa: N802  (the name of the system's function)
+            found = status._obj
+            assert found.length == ctypes.sizeof(found) == 64
+            found.physical, found.available = 32_000_000_000, 20_000_000_000
+            return 1
+
+    monkeypatch.setattr(machine, "_read", lambda path: None)
+    monkeypatch.setattr(machine.sys, "platform", "win32")
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=Kernel()), raising=False)
+    assert machine.free_memory(torch.device("cpu")) == 20_000_000_000

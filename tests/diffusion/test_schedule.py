@@ -1,0 +1,54 @@
+"""Stable Diffusion's schedule: published values, and conversions that undo each other."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from onestepsr.diffusion.schedule import DiffusionSchedule, DiffusionScheduleConfig
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "osediff_x0.npz"
+
+
+@pytest.fixture
+def schedule() -> DiffusionSchedule:
+    return DiffusionSchedule()
+
+
+def test_alpha_bar_is_stable_diffusions(schedule):
+    golden = np.load(GOLDEN)
+    assert np.array_equal(schedule.alpha_bar.numpy()[golden["steps"]], golden["alphas_cumprod"])
+    assert schedule.alpha_bar[999].item() == pytest.approx(0.00466009508818388, rel=1e-6)
+
+
+def test_x0_equals_published_code(schedule):
+    golden = np.load(GOLDEN)
+    x0 = schedule.x0_from_eps(torch.tensor(golden["latent"]), torch.tensor(golden["model_pred"]), 999)
+    assert np.abs(x0.numpy() - golden["x0_formula"]).max() < 1e-5
+
+
+@pytest.mark.parametrize("t", [0, 1, 399, 999])
+def test_conversions_undo_each_other(schedule, t):
+    rng = torch.Generator().manual_seed(t)
+    z, noise = (torch.randn(2, 4, 8, 8, generator=rng, dtype=torch.float64) for _ in range(2))
+    z_t = schedule.add_noise(z, noise, t)
+    assert torch.allclose(schedule.x0_from_eps(z_t, noise, t), z, atol=1e-5)
+    assert torch.allclose(schedule.eps_from_x0(z_t, z, t), noise, atol=1e-4)
+
+
+def test_steps_per_sample_equal_single_steps(schedule):
+    z, noise = torch.ones(3, 2, 4, 4), torch.full((3, 2, 4, 4), 2.0)
+    together = schedule.add_noise(z, noise, torch.tensor([5, 500, 999]))
+    for row, t in zip(together, (5, 500, 999), strict=True):
+        assert torch.equal(row, schedule.add_noise(z[:1], noise[:1], t)[0])
+
+
+def test_variance_is_preserved(schedule):
+    signal, sigma = schedule.coefficients(torch.arange(1000), torch.zeros(1000, 1))
+    assert torch.allclose(signal**2 + sigma**2, torch.ones(1000, 1), atol=1e-6)
+
+
+def test_bad_betas_are_refused():
+    with pytest.raises(ValueError, match="beta_start"):
+        DiffusionScheduleConfig(beta_start=0.1, beta_end=0.01)

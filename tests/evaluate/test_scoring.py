@@ -1,0 +1,186 @@
+"""Protocols, and measuring pictures of which some cannot be measured."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from pictures import noisy, samples, scene
+from torch import Tensor
+
+from onestepsr.core.errors import UserError
+from onestepsr.evaluate.metrics.catalog import METRICS, MetricSpec, select_metrics
+from onestepsr.evaluate.metrics.fidelity import psnr_y, ssim_y
+from onestepsr.evaluate.protocols import PROTOCOLS, Protocol, applicable, get_protocol
+from onestepsr.evaluate.scoring import Measurer
+
+BASIC = PROTOCOLS["basic"]
+ALL = Protocol(name="test", summary="", metrics=("psnr", "ssim", "grid"))
+
+
+def measurer(protocol: Protocol = ALL, *extra: MetricSpec) -> Measurer:
+    return Measurer([*(METRICS[name] for name in protocol.metrics), *extra], protocol)
+
+
+def failing(error: Exception, *, when: str) -> MetricSpec:
+    """A metric that fails when loaded or when used."""
+
+    def use(sr: Tensor) -> Tensor:
+        raise error
+
+    def load() -> object:
+        if when == "loading":
+            raise error
+        return use
+
+    return MetricSpec(name="broken", title="broken", higher_is_better=True, alone=load)  # type: ignore[arg-type]
+
+
+def test_values_are_those_of_the_functions() -> None:
+    hr = scene(40, 44)
+    sr = (noisy(hr, 0.05) * 255).round() / 255
+    score = measurer().score("a", samples(sr), samples(hr))
+    assert score.values["psnr"] == pytest.approx(psnr_y(sr, hr).item(), abs=1e-9)
+    assert score.values["ssim"] == pytest.approx(ssim_y(sr, hr).item(), abs=1e-9)
+    assert (list(score.values), score.problems) == (["psnr", "ssim", "grid"], [])
+
+
+def test_a_border_and_a_crop_are_cut_from_both() -> None:
+    hr = scene(48, 60)
+    sr = torch.zeros_like(hr)
+    sr[..., 3:-3, 3:-3] = hr[..., 3:-3, 3:-3]
+    border = measurer(replace(ALL, crop_border=3)).score("a", samples(sr), samples(hr))
+    assert border.values["psnr"] == pytest.approx(80.0)
+    centre = measurer(replace(ALL, crop=40)).score("a", samples(sr), samples(hr))
+    assert centre.values["psnr"] == pytest.approx(80.0)
+    whole = measurer().score("a", samples(sr), samples(hr))
+    assert whole.values["psnr"] < 40
+
+
+def test_what_is_too_small_for_a_crop_or_border_is_told() -> None:
+    small = samples(scene(20, 30))
+    crop = measurer(replace(ALL, crop=24)).score("a", small, small, "a.png")
+    assert crop.problems == ["a.png: 30 x 20: protocol test measures 24 x 24 pixels"]
+    border = measurer(replace(ALL, crop_border=10)).score("a", small, small, "a.png")
+    assert "border of 10" in border.problems[0]
+
+
+def test_different_sizes_are_told_or_made_equal_as_asked() -> None:
+    hr = scene(40, 44)
+    shorter = samples(hr[..., :38, :])
+    refused = measurer().score("a", shorter, samples(hr), "sr/a.png against hr/a.png")
+    assert refused.values == {}
+    assert refused.problems[0].startswith("sr/a.png against hr/a.png: SR is 44 x 38 but HR is 44 x 40")
+    cut = measurer(replace(ALL, resize="crop")).score("a", shorter, samples(hr))
+    assert cut.values["psnr"] == pytest.approx(80.0)
+    for resize in ("sr-to-hr", "hr-to-sr"):
+        resized = measurer(replace(ALL, resize=resize)).score("a", shorter, samples(hr))
+        assert 10 < resized.values["psnr"] < 60
+
+
+def test_grey_is_not_compared_with_colour() -> None:
+    hr = samples(scene(24, 24))
+    grey = hr[..., :1]
+    one, other = measurer().score("a", grey, hr), measurer().score("a", hr, grey)
+    assert "SR is grey but HR has colour" in one.problems[0]
+    assert "SR has colour but HR is grey" in other.problems[0]
+    in_three = np.repeat(grey, 3, axis=2)
+    assert measurer().score("a", grey, in_three).values["psnr"] == pytest.approx(80.0)
+
+
+def test_one_metric_that_fails_leaves_the_others() -> None:
+    small = samples(scene(9, 9))
+    score = measurer().score("a", small, small, "a.png")
+    assert list(score.values) == ["psnr", "grid"]
+    assert score.problems == ["a.png: ssim: SSIM needs at least 11 x 11 pixels, got 9 x 9"]
+    lack = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
+    for error, message in (
+        (UserError("no good"), "no good"),
+        *((e, "not enough memory") for e in (MemoryError(), lack)),
+    ):
+        score = measurer(ALL, failing(error, when="using")).score("a", small, small)
+        assert message in score.problems[-1]
+        assert "psnr" in score.values
+    defect = measurer(ALL, failing(RuntimeError("a defect"), when="using"))
+    with pytest.raises(RuntimeError, match="a defect"):
+        defect.score("a", small, small)
+
+
+def test_values_that_are_no_numbers_are_problems() -> None:
+    nan = MetricSpec(
+        name="broken", title="", higher_is_better=True, alone=lambda: lambda sr: torch.tensor([float("nan")])
+    )
+    score = measurer(ALL, nan).score("a", *[samples(scene(20, 20))] * 2)
+    assert "gives nan" in score.problems[0]
+    assert "broken" not in score.values
+
+
+def test_what_cannot_be_loaded_is_kept_with_the_reason() -> None:
+    broken = failing(UserError("install it"), when="loading")
+    several = measurer(ALL, broken)
+    assert several.unavailable == {"broken": "install it"}
+    assert list(several.score("a", *[samples(scene(20, 20))] * 2).values) == ["psnr", "ssim", "grid"]
+    with pytest.raises(UserError, match=r"nothing can be measured here \(broken: install it"):
+        Measurer([broken], BASIC)
+
+
+class MeanDifference:
+    """A metric of sets: by how much the mean levels differ."""
+
+    def features(self, image: Tensor) -> Tensor:
+        return image.mean(dim=(2, 3)).double()
+
+    def distance(self, sr: Tensor, hr: Tensor) -> float:
+        if len(sr) < 2:
+            raise UserError("needs two")
+        return float((sr.mean(0) - hr.mean(0)).abs().sum())
+
+
+def test_metrics_of_sets_have_one_value_for_all_pictures() -> None:
+    spec = MetricSpec(name="sets", title="sets", higher_is_better=False, of_sets=MeanDifference)
+    several = measurer(ALL, spec)
+    first = several.score("a", *[samples(torch.full((1, 3, 16, 16), level)) for level in (0.2, 0.4)])
+    assert "sets" not in first.values
+    assert several.whole() == ({}, ["sets: needs two"])
+    several.score("b", *[samples(torch.full((1, 3, 16, 16), level)) for level in (0.6, 1.0)])
+    values, problems = several.whole()
+    assert (values["sets"].count, problems) == (2, [])
+    assert values["sets"].value == pytest.approx(0.9, abs=1e-6)
+
+
+def test_protocols_say_what_they_are() -> None:
+    for name, protocol in PROTOCOLS.items():
+        assert (protocol.name, get_protocol(name)) == (name, protocol)
+        assert set(protocol.metrics) <= METRICS.keys()
+        alone = [metric.name for metric in applicable(protocol, with_reference=False)]
+        assert alone == [name for name in protocol.metrics if not METRICS[name].needs_reference]
+    osediff = PROTOCOLS["osediff"].record(applicable(PROTOCOLS["osediff"], with_reference=True), scale=4)
+    assert osediff.settings["pictures"] == "crops"
+    assert (osediff.settings["crop"], osediff.settings["scale"]) == (512, 4)
+    assert osediff.metrics["psnr"].variant == "Y of BT.601 studio range, not rounded"
+    assert PROTOCOLS["d3sr"].record([]).settings["pictures"] == "whole"
+    with pytest.raises(UserError, match="did you mean 'osediff'"):
+        get_protocol("osedif")
+    with pytest.raises(UserError, match="accepted: never, crop"):
+        replace(BASIC, resize="always")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="0 pixels and more"):
+        replace(BASIC, crop_border=-1)
+
+
+def test_metrics_are_chosen_by_name() -> None:
+    assert [spec.name for spec in select_metrics(["grid", "psnr", "grid"], with_reference=True)] == ["grid", "psnr"]
+    with pytest.raises(UserError, match="did you mean 'psnr'"):
+        select_metrics(["pnsr"], with_reference=True)
+    with pytest.raises(UserError, match="give --hr, or choose from niqe"):
+        select_metrics(["psnr"], with_reference=False)
+    with pytest.raises(UserError, match="no metric chosen"):
+        select_metrics([], with_reference=True)
+
+
+def test_every_metric_is_keyed_by_its_own_name_and_has_one_function() -> None:
+    for name, spec in METRICS.items():
+        assert spec.name == name
+        assert [spec.against, spec.alone, spec.of_sets].count(None) == 2
+        assert spec.record.variant
+    variants = [(spec.title, spec.variant) for spec in METRICS.values()]
+    assert len(set(variants)) == len(variants)

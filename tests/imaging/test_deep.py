@@ -1,0 +1,189 @@
+"""Sixteen bits per channel: exact reading and writing."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, TiffImagePlugin
+
+from onestepsr.core.errors import UserError
+from onestepsr.imaging.read import Picture, read_picture
+from onestepsr.imaging.write import write_picture
+
+RNG = np.random.default_rng(3)
+
+
+def deep(channels: int, height: int = 70, width: int = 33) -> np.ndarray:
+    smooth = np.linspace(0, 60_000, height * width * channels).reshape(height, width, channels)
+    return (smooth + RNG.integers(0, 5_000, smooth.shape)).astype(np.uint16)
+
+
+def deep_picture(channels: int) -> Picture:
+    samples = deep(channels)
+    if channels in (2, 4):
+        return Picture(pixels=samples[..., :-1].copy(), alpha=samples[..., -1].copy())
+    return Picture(pixels=samples)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+def test_written_samples_are_read_back_exactly(tmp_path: Path, channels: int, ending: str) -> None:
+    picture = deep_picture(channels)
+    write_picture(picture, tmp_path / f"deep{ending}")
+    again = read_picture(tmp_path / f"deep{ending}")
+    assert again.pixels.dtype == np.uint16
+    expected = picture.pixels if again.gray or not picture.gray else picture.pixels.repeat(3, axis=2)
+    assert np.array_equal(again.pixels, expected)
+    assert (again.alpha is None) == (picture.alpha is None)
+    if picture.alpha is not None:
+        assert np.array_equal(again.alpha, picture.alpha)
+
+
+def test_written_png_is_what_pillow_sees_in_eight_bits_and_compresses(tmp_path: Path) -> None:
+    path = tmp_path / "deep.png"
+    picture = Picture(pixels=np.linspace(0, 65535, 100 * 90 * 3).astype(np.uint16).reshape(100, 90, 3))
+    write_picture(picture, path)
+    with Image.open(path) as image:
+        image.verify()
+    assert np.array_equal(np.asarray(Image.open(path)), picture.pixels >> 8)
+    assert path.stat().st_size < picture.pixels.nbytes / 4
+
+
+def tiff_bytes(samples: np.ndarray, order: str, photometric: int, compression: int = 1) -> bytes:
+    """A minimal one-strip TIFF in either byte order."""
+    height, width, channels = samples.shape
+    data = samples.astype(order + "u2").tobytes()
+    data = zlib.compress(data) if compression == 8 else data
+    entries = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, channels, None), (259, 3, 1, compression)]
+    entries += [(262, 3, 1, photometric), (273, 4, 1, 0), (277, 3, 1, channels), (278, 3, 1, height)]
+    entries += [(279, 4, 1, len(data)), (284, 3, 1, 1)] + ([(338, 3, 1, 2)] if channels == 4 else [])
+    bits_at = 8 + 2 + 12 * len(entries) + 4
+    out = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IH", 8, len(entries))
+    for tag, kind, count, value in entries:
+        if tag == 258:
+            out += struct.pack(order + "HHI", tag, kind, count) + (
+                struct.pack(order + "HH", 16, 0) if channels == 1 else struct.pack(order + "I", bits_at)
+            )
+            continue
+        number = bits_at + 2 * channels if tag == 273 else value
+        packed = struct.pack(order + "HH", number, 0) if kind == 3 else struct.pack(order + "I", number)
+        out += struct.pack(order + "HHI", tag, kind, count) + packed
+    return out + b"\0\0\0\0" + struct.pack(f"{order}{channels}H", *[16] * channels) + data
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compression", [1, 8])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_foreign_tiffs_of_both_byte_orders(order: str, compression: int, channels: int) -> None:
+    samples = deep(channels, 9, 7)
+    picture = read_picture(tiff_bytes(samples, order, 1 if channels == 1 else 2, compression))
+    assert np.array_equal(picture.pixels, samples[..., :3])
+    if channels == 4:
+        assert np.array_equal(picture.alpha, samples[..., 3])
+
+
+def test_white_is_zero_is_turned_around() -> None:
+    samples = deep(1, 5, 4)
+    assert np.array_equal(read_picture(tiff_bytes(samples, "<", 0)).pixels, 65535 - samples)
+
+
+def test_colour_key_of_a_deep_png() -> None:
+    samples = deep(3, 1, 6)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 6, 1, 16, 2, 0, 0, 0))
+    key = chunk(b"tRNS", samples[0, 2].astype(">u2").tobytes())
+    body = chunk(b"IDAT", zlib.compress(b"\0" + samples.astype(">u2").tobytes()))
+    picture = read_picture(b"\x89PNG\r\n\x1a\n" + header + key + body + chunk(b"IEND", b""))
+    assert np.array_equal(picture.pixels, samples)
+    assert picture.alpha is not None
+    assert picture.alpha.tolist() == [[65535, 65535, 0, 65535, 65535, 65535]]
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_metadata_of_deep_files(tmp_path: Path, ending: str, channels: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "Maker"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExifImageWidth] = 1
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[1] = "N"
+    picture = Picture(
+        pixels=deep(channels), icc=b"profile!", exif=exif.tobytes(), xmp=b"<x:xmpmeta/>", dpi=(300.0, 300.0)
+    )
+    write_picture(picture, tmp_path / f"a{ending}")
+    again = read_picture(tmp_path / f"a{ending}")
+    assert np.array_equal(again.pixels, picture.pixels)
+    assert (again.icc, again.xmp) == (picture.icc, picture.xmp)
+    assert again.dpi == pytest.approx((300, 300), abs=0.1)
+    kept = Image.open(io.BytesIO((tmp_path / f"a{ending}").read_bytes())).getexif()
+    assert kept[ExifTags.Base.Make] == "Maker"
+    assert kept.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExifImageWidth] == picture.width
+    assert kept.get_ifd(ExifTags.IFD.GPSInfo)[1] == "N"
+
+
+def test_sixteen_bits_in_separate_planes_are_refused_not_misread(tmp_path: Path) -> None:
+    path = tmp_path / "planes.tif"
+    plane = deep(1, 20, 30)
+    directory = TiffImagePlugin.ImageFileDirectory_v2(b"II*\0\0\0\0\0")
+    size = plane.nbytes
+    entries = {256: 30, 257: 20, 258: (16, 16, 16), 259: 1, 262: 2, 277: 3, 278: 20, 279: (size,) * 3, 284: 2}
+    for tag, value in {**entries, 273: (0, size, 2 * size)}.items():
+        directory[tag] = value
+    for tag in (273, 279):
+        directory.tagtype[tag] = 4
+    path.write_bytes(struct.pack("<2sHI", b"II", 42, 8) + directory.tobytes(8) + 3 * plane.astype("<u2").tobytes())
+    with pytest.raises(UserError, match=r"planes\.tif: 16-bit colours in separate planes are not supported"):
+        read_picture(path)
+
+
+def test_deep_pictures_are_as_large_as_the_limit_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_picture(deep_picture(3), tmp_path / "deep.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    assert read_picture(tmp_path / "deep.png").pixels.dtype == np.uint16
+
+
+def twelve_bit_tiff(samples: np.ndarray, *, bits: int = 12, kind: int = 1, compression: int = 1) -> bytes:
+    """A TIFF of (H, W, C) samples packed without gaps, each row in whole bytes."""
+    height, width, channels = samples.shape
+    rows = ["".join(f"{int(value) & (1 << bits) - 1:0{bits}b}" for value in row.ravel()) for row in samples]
+    data = b"".join(int(row.ljust(-(-len(row) // 8) * 8, "0"), 2).to_bytes(-(-len(row) // 8), "big") for row in rows)
+    data = zlib.compress(data) if compression == 8 else data
+    directory = TiffImagePlugin.ImageFileDirectory_v2(b"II*\0\0\0\0\0")
+    entries = {256: width, 257: height, 258: (bits,) * channels, 259: compression, 262: 1 if channels == 1 else 2}
+    for tag, value in {**entries, 273: 0, 277: channels, 278: height, 279: len(data), 339: (kind,) * channels}.items():
+        directory[tag] = value
+    directory.tagtype[273] = 4
+    return struct.pack("<2sHI", b"II", 42, 8) + directory.tobytes(8) + data
+
+
+@pytest.mark.parametrize("compression", [1, 8])
+def test_twelve_bits_of_grey_fill_the_range(compression: int) -> None:
+    samples = np.arange(4096)[RNG.permutation(4096)][:4095].reshape(45, 91, 1)  # an odd width: half a byte is left
+    picture = read_picture(twelve_bit_tiff(samples, compression=compression))
+    assert picture.pixels.dtype == np.uint16
+    assert np.array_equal(picture.pixels, np.floor(samples * (65535 / 4095) + 0.5))
+
+
+@pytest.mark.parametrize(
+    ("channels", "bits", "kind", "message"),
+    [
+        (3, 12, 1, r"TIFF samples of 12/12/12 bits are not supported"),
+        (1, 24, 1, r"TIFF samples of 24 bits are not supported"),
+        (1, 64, 3, r"TIFF samples of 64 bits in floating point are not supported"),
+        (3, 32, 3, r"TIFF samples of 32/32/32 bits in floating point are not supported"),
+        (1, 16, 2, r"samples of 16 bits with a sign are not supported"),
+    ],
+)
+def test_other_depths_are_refused_not_misread(channels: int, bits: int, kind: int, message: str) -> None:
+    data = twelve_bit_tiff(np.zeros((2, 3, channels)), bits=bits, kind=kind)
+    with pytest.raises(UserError, match=rf"odd\.tif: {message}; accepted: whole numbers of 8 or 16 bits per channel"):
+        read_picture(data, "odd.tif")

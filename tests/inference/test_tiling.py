@@ -1,0 +1,155 @@
+"""Tiles cover, join without a trace and fit the memory."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from onestepsr.imaging import color
+from onestepsr.inference import tiling
+
+
+def enlarge(x: Tensor, scale: int = 4) -> Tensor:
+    return functional.interpolate(x, scale_factor=scale, mode="nearest")
+
+
+@settings(deadline=None)
+@given(st.integers(1, 500), st.integers(1, 80), st.data())
+def test_plan_covers_without_leaving_the_picture(length: int, tile: int, data: st.DataObject) -> None:
+    overlap = data.draw(st.integers(0, tile - 1))
+    starts = tiling.starts_along(length, tile, overlap)
+    side = min(tile, length)
+    assert starts[0] == 0
+    assert starts[-1] + side == length
+    for before, after in pairwise(starts):
+        assert 0 < after - before <= tile - overlap
+
+
+def test_plan_of_known_sizes() -> None:
+    assert tiling.starts_along(40, 16, 4) == [0, 12, 24]
+    assert tiling.starts_along(41, 16, 4) == [0, 12, 24, 25]
+    assert tiling.starts_along(16, 16, 4) == [0]
+    with pytest.raises(ValueError, match="overlap < tile"):
+        tiling.starts_along(10, 4, 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 60),
+    st.integers(1, 60),
+    st.tuples(st.integers(4, 30), st.integers(4, 30)),
+    st.sampled_from([1, 2, 4]),
+    st.data(),
+)
+def test_tiling_of_the_identity_is_exact(
+    height: int, width: int, tile: tiling.Sides, scale: int, data: st.DataObject
+) -> None:
+    overlap = data.draw(st.integers(0, min(tile) - 1))
+    margin = data.draw(st.integers(0, 10))
+    x = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(sum(tile)))
+    assert torch.equal(
+        tiling.tiled(lambda t: enlarge(t, scale), x, scale, tile, overlap, margin=margin), enlarge(x, scale)
+    )
+
+
+def test_equals_the_whole_when_the_function_looks_no_further_than_the_margin() -> None:
+    x = torch.rand(1, 3, 83, 61, generator=torch.Generator().manual_seed(0))
+
+    def blurred(t: Tensor) -> Tensor:
+        big = functional.interpolate(t, scale_factor=4, mode="bilinear")
+        return color.wavelet(big.flip(1), big)
+
+    whole, parts = blurred(x), tiling.tiled(blurred, x, 4, (40, 30), 18, margin=9)
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
+    assert (
+        tiling.tiled(blurred, x, 4, (40, 30), 18, margin=2) - whole
+    ).abs().max() > 1e-4  # a margin too small is visible
+
+
+def test_bands_are_complete_rows_of_bounded_height() -> None:
+    x = torch.rand(1, 1, 100, 70)
+    bands = list(tiling.tiled_rows(map(enlarge, tiling.cut(x, (32, 48), 8)), (100, 70), 4, (32, 48), 8, margin=2))
+    assert sum(band.shape[2] for band in bands) == 400
+    assert all(band.shape[3] == 280 and band.shape[2] <= 128 for band in bands)
+
+
+def test_joins_are_smooth() -> None:
+    calls = iter(range(100))
+    steps = tiling.tiled(
+        lambda t: torch.full_like(enlarge(t), float(next(calls))), torch.zeros(1, 1, 8, 60), 4, (24, 24), 12, margin=2
+    )
+    assert steps[0, 0, 0].diff().abs().max() < 0.06
+    assert len(tiling.places(8, 60, (24, 24), 12)) == next(calls)
+
+
+@pytest.mark.parametrize("name", ["a", "c"])
+def test_averaged_tiles_equal_published_code(name: str) -> None:
+    golden = np.load(Path(__file__).parents[1] / "golden" / "published_tiling.npz")
+    tile, stride, scale = golden[f"{name}.cfg"].tolist()
+    x = torch.from_numpy(golden[f"{name}.in"])
+    starts = tiling.places(*x.shape[2:], (tile, tile), tile - stride)
+    assert starts == [tuple(place) for place in golden[f"{name}.starts_yx"]]
+    count = iter(range(100))
+    joined = tiling.averaged(lambda t: enlarge(t, scale) + 0.1 * next(count), x, scale, (tile, tile), tile - stride)
+    assert (joined - torch.from_numpy(golden[f"{name}.out"])).abs().max() < 1e-6
+
+
+def test_published_tiles_need_one_row_of_tiles_at_a_time() -> None:
+    x = torch.rand(1, 2, 70, 40)
+    bands = list(tiling.averaged_rows(map(enlarge, tiling.cut(x, (32, 32), 10)), (70, 40), 4, (32, 32), 10))
+    assert [band.shape[2] for band in bands] == [88, 64, 128]  # tiles start in rows 0, 22 and 38
+    torch.testing.assert_close(torch.cat(bands, 2), enlarge(x), atol=1e-6, rtol=0)
+    assert {side: side - tiling.published_overlap(side) for side in (512, 256, 64)} == {512: 448, 256: 224, 64: 48}
+    assert (tiling.published_overlap(128, 40), tiling.published_overlap(30, 40)) == (40, 10)
+
+
+def test_tiles_keep_to_the_cells_of_a_network_except_in_the_published_way() -> None:
+    ours = tiling.join_of((100, 160), 32, 16, "smooth")
+    assert (ours.tile, ours.overlap, ours.multiple) == ((112, 160), 32, 16)
+    assert tiling.join_of((16, 200), 32, 16, "smooth").overlap == 0
+    assert tiling.join_of((32, 32), 1, 16, "smooth").overlap == 16
+    theirs = tiling.join_of((256, 256), 12, 64, "average")
+    assert (theirs.tile, theirs.overlap, theirs.multiple) == ((256, 256), 32, 1)
+
+
+def stand_in_for_a_unet(x: torch.Tensor) -> torch.Tensor:
+    """What took the UNet's place when the published tiles were made; it knows where in a tile it is."""
+    rows, columns = (torch.arange(side, dtype=torch.float32) for side in x.shape[-2:])
+    return 0.5 * torch.tanh(x) + 0.3 * x.mean() + 0.01 * columns + 0.02 * rows[:, None]
+
+
+@pytest.mark.parametrize("name", ["a", "c"])
+def test_gaussian_tiles_equal_published_code(name: str) -> None:
+    golden = np.load(Path(__file__).parents[1] / "golden" / "osediff_tiles.npz")
+    tile, overlap = golden[f"{name}_cfg"].tolist()
+    z = torch.from_numpy(golden[f"{name}_latent"])
+    side = min(tile, *z.shape[2:])
+    assert len(tiling.places(*z.shape[2:], (side, side), overlap)) == golden[f"{name}_n_tiles"]
+    joined = tiling.gaussian_blended(stand_in_for_a_unet, z, tile, overlap)
+    assert (joined - torch.from_numpy(golden[f"{name}_pred"])).abs().max() < 1e-5
+
+
+def test_gaussian_weights_equal_published_code() -> None:
+    golden = np.load(Path(__file__).parents[1] / "golden" / "osediff_tiles.npz")
+    assert np.allclose(tiling.gaussian_weights(64, 64), golden["weights_64"], rtol=1e-12)
+    assert np.allclose(tiling.gaussian_weights(96, 96)[::5, ::7], golden["weights_96"], rtol=1e-12)
+
+
+def test_our_tiles_give_the_whole_where_gaussian_tiles_only_come_near() -> None:
+    z = torch.randn(1, 2, 40, 50, generator=torch.Generator().manual_seed(0))
+
+    def local(x: torch.Tensor) -> torch.Tensor:
+        return functional.avg_pool2d(x, 3, stride=1, padding=1)
+
+    whole = local(z)
+    assert torch.allclose(tiling.gaussian_blended(torch.sin, z, 16, 6), torch.sin(z), atol=1e-6)
+    assert torch.allclose(tiling.tiled(local, z, 1, (16, 20), 6, margin=1), whole, atol=1e-6)
+    assert not torch.allclose(tiling.gaussian_blended(local, z, 16, 6), whole, atol=1e-6)

@@ -1,0 +1,356 @@
+"""Exact geometry, tiles against the whole, colours, alpha, grey, depth, number formats, memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
+from test_icc import DISPLAY_P3, SRGB_CURVE, matrix_icc
+from torch import Tensor, nn
+from torch.nn import functional
+
+from onestepsr.core.errors import OneStepSRError, UserError
+from onestepsr.imaging.read import Picture
+from onestepsr.inference import devices, memory_plan
+from onestepsr.inference import upscaler as module
+from onestepsr.inference.upscaler import UpscaleOptions, Upscaler, resolve_device, resolve_dtype, target_size
+from onestepsr.models import loading
+from onestepsr.weights import download
+
+
+class Bicubic(nn.Module):
+    """Enlarges; optionally shifts the colours, as a network may."""
+
+    scale = 4
+
+    def __init__(self, tint: float = 0.0) -> None:
+        super().__init__()
+        self.tint = nn.Parameter(torch.tensor([tint, 0.0, -tint]).reshape(1, 3, 1, 1))
+
+    def forward(self, lr: Tensor) -> Tensor:
+        height, width = (4 * side for side in lr.shape[-2:])
+        return (
+            functional.interpolate(lr.float(), (height, width), mode="bicubic", antialias=True).to(lr.dtype) + self.tint
+        )
+
+
+class SmallConvolution(nn.Module):
+    """Two random convolutions that reach four input pixels."""
+
+    scale = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.SiLU(), nn.Conv2d(8, 48, 5, padding=2))
+
+    def forward(self, lr: Tensor) -> Tensor:
+        return functional.pixel_shuffle(self.body(lr), 4) + functional.interpolate(lr, scale_factor=4)
+
+
+class Noisy(Bicubic):
+    def forward(self, lr: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        big = super().forward(lr)
+        return big + 0.1 * torch.randn(big.shape, generator=rng)
+
+
+class Broken(Bicubic):
+    def forward(self, lr: Tensor) -> Tensor:
+        return super().forward(lr) / (0.0 if lr.dtype != torch.float32 else 1.0)
+
+
+def photo(height: int, width: int, seed: int = 0, dtype: type = np.uint8) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(70, 185, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    return smooth if dtype == np.uint8 else smooth.astype(np.uint16) * 257
+
+
+@pytest.fixture(scope="module")
+def upscaler() -> Upscaler:
+    return Upscaler(SmallConvolution(), "cpu", "float32")
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5), (5, 1), (37, 211)])
+def test_exactly_four_times(upscaler: Upscaler, height: int, width: int) -> None:
+    for color_fix in ("wavelet", "adain", "none"):
+        assert upscaler(photo(height, width), color_fix=color_fix).size == (4 * width, 4 * height)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 30), st.decimals(1, 8, places=3))
+def test_any_scale_is_exact(upscaler: Upscaler, height: int, width: int, scale: object) -> None:
+    size = upscaler(photo(height, width), scale=float(scale)).size
+    assert size == tuple(int(side * scale + type(scale)("0.5")) for side in (width, height))
+
+
+def test_target_sizes() -> None:
+    assert target_size(100, 50, UpscaleOptions(scale=1.005)) == (101, 50)
+    assert target_size(100, 50, UpscaleOptions(width=250)) == (250, 125)
+    assert target_size(3, 100, UpscaleOptions(height=150)) == (5, 150)
+    assert target_size(100, 50, UpscaleOptions(width=300, height=100)) == (300, 100)
+    for wrong in ({"scale": 9.0}, {"scale": 0.5}, {"scale": float("nan")}, {"width": 99}, {"height": 401}):
+        with pytest.raises(UserError, match="accepted"):
+            target_size(100, 50, UpscaleOptions(**wrong))
+    others = ({"tile": "big"}, {"color_fix": "x"}, {"overlap": -1}, {"tile_blend": "mean"}, {"tile_norms": "whole"})
+    for wrong in ({"tile": 8}, *others):
+        with pytest.raises(UserError, match="accepted"):
+            UpscaleOptions(**wrong)
+
+
+@pytest.mark.parametrize("color_fix", ["wavelet", "adain", "none"])
+@pytest.mark.parametrize("tile", [40, 64, 97])
+def test_tiles_equal_the_whole(upscaler: Upscaler, color_fix: str, tile: int) -> None:
+    picture = Picture(pixels=photo(110, 150))
+    whole = upscaler.upscale_picture(picture, UpscaleOptions(color_fix=color_fix, tile="off"))
+    seen: list[tuple[int, int]] = []
+    options = UpscaleOptions(color_fix=color_fix, tile=tile)
+    parts = upscaler.upscale_picture(picture, options, lambda done, total: seen.append((done, total)))
+    assert np.abs(parts.pixels.astype(int) - whole.pixels).max() <= 1
+    assert seen[-1][0] == seen[-1][1] == len(seen) > 1
+
+
+class Bordered(Bicubic):
+    """Darkens the outermost pixel of what it is given, as zero padding may."""
+
+    lr_multiple = 16
+
+    def forward(self, lr: Tensor) -> Tensor:
+        big = super().forward(lr)
+        big[..., :4, :] = big[..., -4:, :] = big[..., :4] = big[..., -4:] = 0
+        return big
+
+
+def test_published_tiles_leave_seams_and_ours_do_not() -> None:
+    picture = Picture(pixels=np.full((100, 70, 3), 128, np.uint8))
+    upscaler = Upscaler(Bordered(), "cpu", "float32")
+    smooth, average = (
+        upscaler.upscale_picture(picture, UpscaleOptions(tile=64, tile_blend=blend, color_fix="none")).pixels
+        for blend in ("smooth", "average")
+    )
+    assert (smooth[8:-8, 8:-8] == 128).all()
+    # Tiles of 64 start in row 0 and in row 36: a stride of 48, the last one moved inward. One of two is dark there.
+    column = average[:, 12, 0]
+    assert sorted(set(np.flatnonzero(column != 128) // 4)) == [0, 36, 63, 99]
+    assert column[4 * 36] == column[4 * 63] == 64
+
+
+def test_published_tiles_have_a_published_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    upscaler = Upscaler(Bicubic(), "cpu", "float32")
+    monkeypatch.setattr(memory_plan, "largest_side", lambda *values: 300)
+    assert upscaler.plan_tile(900, 900, UpscaleOptions(tile_blend="average")) == (256, 256)
+    assert upscaler.plan_tile(900, 900, UpscaleOptions()) == (249, 322), "four rows as 300 would need, three columns"
+    assert upscaler.plan_tile(200, 400, UpscaleOptions(tile_blend="average")) == (200, 400)
+
+
+class Normed(SmallConvolution):
+    """A convolution, a group norm, a convolution, in an autoencoder's place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.autoencoder = nn.Sequential(self.body[0], nn.GroupNorm(2, 8), *self.body[1:])
+        for layer in (self.autoencoder[0], self.autoencoder[3]):  # zeros around would matter more to a small copy
+            layer.padding_mode, layer._reversed_padding_repeated_twice = "reflect", [2, 2, 2, 2]
+        self.body = nn.Identity()
+
+    def forward(self, lr: Tensor) -> Tensor:
+        return functional.pixel_shuffle(self.autoencoder(lr), 4) + 0.5
+
+
+def test_norms_treat_all_tiles_of_a_picture_alike() -> None:
+    rng = np.random.default_rng(0)
+    contrast = np.linspace(0, 127, 160)[:, None, None]  # from flat grey to noise
+    picture = Picture(pixels=(128 + contrast * rng.uniform(-1, 1, (160, 120, 3))).astype(np.uint8))
+    upscaler = Upscaler(Normed(), "cpu", "float32")
+
+    def enlarged(**options: Any) -> NDArray[Any]:
+        return upscaler.upscale_picture(picture, UpscaleOptions(color_fix="none", **options)).pixels.astype(float)
+
+    whole = enlarged(tile="off")
+    errors = [
+        np.abs(enlarged(tile=48, **options) - whole).mean()
+        for options in ({}, {"tile_norms": "tile"}, {"tile_blend": "average"})
+    ]
+    assert errors[0] < 1.0 < 5 * errors[0] < min(errors[1:])
+    assert np.array_equal(enlarged(tile="off"), whole)
+
+
+@pytest.mark.parametrize("color_fix", ["wavelet", "adain"])
+def test_colour_fix_removes_a_tint(color_fix: str) -> None:
+    samples = photo(40, 56)
+    tinted = Upscaler(Bicubic(0.04), "cpu", "float32")
+    plain = np.asarray(Upscaler(Bicubic(), "cpu", "float32")(samples, color_fix="none")).astype(int)
+    assert np.abs(np.asarray(tinted(samples, color_fix="none")).astype(int) - plain).max() >= 9
+    assert np.abs(np.asarray(tinted(samples, color_fix=color_fix)).astype(int) - plain).max() <= 3
+
+
+def test_scale_one_gives_the_picture_back() -> None:
+    samples = photo(40, 56)
+    back = np.asarray(Upscaler(Bicubic(), "cpu", "float32")(samples, scale=1))
+    assert np.abs(back.astype(int) - samples).mean() < 1
+
+
+def test_wide_gamut_keeps_its_space_and_colours(upscaler: Upscaler) -> None:
+    saturated = np.empty((24, 24, 3), np.uint8)
+    saturated[:] = (10, 250, 20)  # outside sRGB
+    for dtype, step in ((np.uint8, 1), (np.uint16, 257)):
+        picture = Picture(pixels=saturated.astype(dtype) * dtype(step), icc=matrix_icc(DISPLAY_P3, SRGB_CURVE))
+        result = Upscaler(Bicubic(), "cpu", "float32").upscale_picture(picture)
+        assert result.icc == picture.icc
+        assert np.abs(result.pixels.astype(int) - picture.pixels[0, 0].astype(int)).max() <= step
+
+
+def test_srgb_profile_changes_nothing(upscaler: Upscaler) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    samples = photo(20, 20)
+    with_profile = upscaler.upscale_picture(Picture(pixels=samples, icc=srgb))
+    assert np.array_equal(with_profile.pixels, upscaler.upscale_picture(Picture(pixels=samples)).pixels)
+
+
+def test_grey_stays_grey_and_sixteen_bits_stay(upscaler: Upscaler) -> None:
+    assert upscaler(photo(9, 12)[..., 0]).mode == "L"
+    deep = photo(16, 16, dtype=np.uint16)
+    fine = upscaler.upscale_picture(Picture(pixels=deep)).pixels
+    assert fine.dtype == np.uint16
+    coarse = upscaler.upscale_picture(Picture(pixels=(deep // 257).astype(np.uint8))).pixels
+    assert np.abs(fine / 257 - coarse).max() <= 0.51
+    assert len(np.unique(fine)) > 256
+
+
+def test_transparency_leaves_no_fringe() -> None:
+    pixels = np.zeros((32, 32, 3), np.uint8)  # black is stored where nothing is visible
+    alpha = np.zeros((32, 32), np.uint8)
+    pixels[8:24, 8:24], alpha[8:24, 8:24] = (250, 200, 60), 255
+    result = Upscaler(Bicubic(), "cpu", "float32").upscale_picture(Picture(pixels=pixels, alpha=alpha))
+    assert result.alpha is not None
+    visible = result.pixels[result.alpha > 0].astype(int)
+    assert np.abs(visible - (250, 200, 60)).max() <= 1
+    assert result.alpha[64, 64] == 255
+    assert result.alpha[0, 0] == 0
+
+
+def test_path_pil_and_array_agree_and_metadata_stays(upscaler: Upscaler, tmp_path: Path) -> None:
+    samples = photo(10, 14)
+    Image.fromarray(samples).save(tmp_path / "a.png", icc_profile=b"kept")
+    from_path = upscaler(tmp_path / "a.png")
+    assert from_path.info["icc_profile"] == b"kept"
+    for other in (samples, Image.fromarray(samples), str(tmp_path / "a.png")):
+        assert np.array_equal(np.asarray(upscaler(other)), np.asarray(from_path))
+
+
+def test_seed_decides_the_noise() -> None:
+    noisy = Upscaler(Noisy(), "cpu", "float32")
+    samples = photo(40, 40)
+    first, again, other = (np.asarray(noisy(samples, seed=seed, tile=32)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert noisy(samples, seed=10**18).size == noisy(samples, seed=-1).size  # beyond what PyTorch takes as they are
+
+
+def test_weights_that_do_not_fit_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr(loading, "load_generator", full)
+    with pytest.raises(UserError, match="d3sr-tiny: not enough memory on cpu for its weights in float32"):
+        Upscaler.from_pretrained("d3sr-tiny", "cpu", "float32")
+
+
+def test_values_that_are_not_finite(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OneStepSRError, match=r"broken: values that are not finite in torch\.bfloat16; try --dtype"):
+        Upscaler(Broken(), "cpu", "bfloat16", "broken")(photo(8, 8))
+    monkeypatch.setattr(devices, "_bfloat16_pays", lambda: True)
+    automatic = Upscaler(Broken(), "cpu", "auto", "broken")
+    assert automatic.dtype == torch.bfloat16
+    assert automatic(photo(8, 8)).size == (32, 32)
+    assert automatic.dtype == torch.float32
+    assert "repeating in float32" in caplog.text
+
+
+def test_bfloat16_is_near_float32(upscaler: Upscaler) -> None:
+    half = Upscaler(SmallConvolution(), "cpu", "bfloat16")
+    difference = np.asarray(half(photo(20, 20))).astype(int) - np.asarray(upscaler(photo(20, 20)))
+    assert np.abs(difference).max() <= 6
+
+
+def test_devices_and_number_formats() -> None:
+    with pytest.raises(UserError, match="device 'gpu': not available"):
+        resolve_device("gpu")
+    with pytest.raises(UserError, match="device 'meta': not available here"):
+        resolve_device("meta")
+    with pytest.raises(UserError, match="dtype 'int8': accepted: auto, float32"):
+        resolve_dtype("int8", torch.device("cpu"))
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.float16
+
+
+def test_a_gpu_that_does_not_work_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ones(*_: object, device: str) -> None:
+        if broken:
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel ...")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", ones)
+    broken = False
+    assert resolve_device("auto") == torch.device("cuda")
+    broken = True
+    assert resolve_device("auto") == torch.device("cpu")
+    assert "cuda cannot be used, so the CPU computes (CUDA error: no kernel image" in caplog.text
+
+
+def test_without_a_home_nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(download.CACHE, raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert resolve_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
+    with pytest.raises(UserError, match="no home folder for the cache of weights; set ONESTEPSR_CACHE"):
+        download.cache_folder()
+
+
+def test_wrong_output_size_is_named() -> None:
+    class Wrong(Bicubic):
+        def forward(self, lr: Tensor) -> Tensor:
+            return lr
+
+    with pytest.raises(OneStepSRError, match=r"wrong: gave \(1, 3, 6, 6\)"):
+        Upscaler(Wrong(), "cpu", "float32", "wrong")(photo(6, 6))
+
+
+class Cells(nn.Module):
+    """Gives every cell of 4x4 input pixels its mean: what it says depends on where the cells lie."""
+
+    scale = 4
+    lr_multiple = 4
+
+    def forward(self, lr: Tensor) -> Tensor:
+        means = functional.avg_pool2d(lr, 4)
+        return functional.interpolate(means, scale_factor=16.0, mode="nearest")
+
+
+@pytest.mark.parametrize("tile", [16, 18, 21])
+def test_tiles_start_where_the_networks_cells_do(tile: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (45, 37, 3), dtype=np.uint8)
+    upscaler = Upscaler(Cells().eval(), device="cpu", dtype="float32")
+    whole = np.asarray(upscaler(pixels, tile="off", color_fix="none"))
+    assert whole.shape == (180, 148, 3)
+    assert np.array_equal(np.asarray(upscaler(pixels, tile=tile, color_fix="none")), whole)
+
+
+def test_freed_memory_is_kept_for_large_work_only() -> None:
+    generator = SmallConvolution()
+    upscaler = Upscaler(generator, "cpu", "float32")
+    area = int(module.LARGE_WORK / upscaler.memory_per_pixel())
+    assert not upscaler.keeps_freed_memory(area - 1)
+    assert upscaler.keeps_freed_memory(area + 1)
+    upscaler.device = torch.device("cuda")
+    assert not upscaler.keeps_freed_memory(area + 1)

@@ -1,0 +1,74 @@
+"""The spatial loss: its rows of Table 5, and where its weights come from."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from onestepsr.core.errors import UserError
+from onestepsr.losses.perceptual import DISTS, LPIPS
+from onestepsr.methods.shared.image_loss import PerceptualConfig, SpatialLoss, SpatialWeights, build_perceptual
+from onestepsr.models.perceptual_features import VGG16Features
+
+
+def pictures() -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return torch.rand(2, 3, 32, 32, generator=rng).requires_grad_(), torch.rand(2, 3, 32, 32, generator=rng)
+
+
+@pytest.mark.parametrize("distance", ["ea_dists", "dists", "lpips"])
+def test_terms_are_named_weighted_and_differentiable(distance):
+    sr, hr = pictures()
+    config = PerceptualConfig(distance=distance)
+    terms = SpatialLoss(SpatialWeights(mse=1.0, perceptual=1.0, lattice=1.0), config)(sr, hr)
+    assert set(terms) == {"mse", distance, "lattice"}
+    assert terms["mse"].item() == pytest.approx(((2 * sr - 2 * hr) ** 2).mean().item(), rel=1e-6)
+    doubled = SpatialLoss(SpatialWeights(mse=0.0, perceptual=2.0), config)(sr, hr)
+    assert set(doubled) == {distance}
+    assert doubled[distance].item() == pytest.approx(2 * terms[distance].item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(doubled[distance], sr)
+    assert gradient.isfinite().all()
+    assert gradient.abs().sum() > 0
+
+
+def test_without_a_perceptual_term_no_network_is_built():
+    loss = SpatialLoss(SpatialWeights(mse=1.0, perceptual=0.0), PerceptualConfig(features="vgg16", vgg16_weights="?"))
+    assert not loss.frozen
+
+
+def test_published_weights_are_read_from_files(tmp_path):
+    torch.manual_seed(0)
+    vgg = VGG16Features()
+    save_file(vgg.state_dict() | {"classifier.0.weight": torch.zeros(2, 2)}, tmp_path / "vgg.safetensors")
+    torch.save({"alpha": torch.rand(1, 1475, 1, 1), "beta": torch.rand(1, 1475, 1, 1)}, tmp_path / "dists.pt")
+    lins = {f"lin{k}.model.1.weight": torch.rand(1, c, 1, 1) for k, c in enumerate(vgg.channels[1:])}
+    torch.save(lins, tmp_path / "lpips.pth")
+    files = {
+        "features": "vgg16",
+        "vgg16_weights": str(tmp_path / "vgg.safetensors"),
+        "dists_weights": str(tmp_path / "dists.pt"),
+        "lpips_weights": str(tmp_path / "lpips.pth"),
+    }
+    hann, dists = build_perceptual(PerceptualConfig(**files))
+    assert isinstance(dists, DISTS)
+    assert float(dists.alpha.sum() + dists.beta.sum()) == pytest.approx(1, abs=1e-4)
+    assert not torch.allclose(dists.alpha, dists.alpha[0].expand_as(dists.alpha))
+    pooled, lpips = build_perceptual(PerceptualConfig(distance="lpips", **files))
+    assert isinstance(lpips, LPIPS)
+    assert torch.equal(lpips.weights[:64], lins["lin0.model.1.weight"].flatten())
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(hann(x)[1], pooled(x)[1])  # the same weights ...
+    assert not torch.equal(hann(x)[2], pooled(x)[2])  # ... under another pooling
+    assert not any(p.requires_grad for p in hann.parameters())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [({"gamma": torch.rand(3)}, "expected tensors 'alpha' and 'beta'"), ("no tensors", "no weights that can be read")],
+)
+def test_wrong_weight_files_are_one_line(tmp_path, content, message):
+    save_file(VGG16Features().state_dict(), tmp_path / "vgg.safetensors")
+    torch.save(content, tmp_path / "dists.pt")
+    settings = {"vgg16_weights": str(tmp_path / "vgg.safetensors"), "dists_weights": str(tmp_path / "dists.pt")}
+    with pytest.raises(UserError, match=message) as caught:
+        build_perceptual(PerceptualConfig(features="vgg16", **settings))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,188 @@
+import re
+from functools import reduce
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from onestepsr.core.errors import UserError
+from onestepsr.prompts.extractors import load_extractor
+from onestepsr.prompts.ram.network import RamConfig, RamNetwork
+from onestepsr.prompts.ram.tagger import RamTagger, adapter_delta, usual_folder
+from onestepsr.prompts.ram.tags import published_input, tagger_input
+
+MICRO = RamConfig(
+    tags=5, side=32, width=8, depths=(2, 2), heads=(2, 4), window=4, text_width=12, head_width=16, head_heads=2
+)
+NAMES = ["cat", "dog", "sea lion", "tree", "sky"]
+SWIN_NAMES = (
+    (r"patch_embed\.proj", "embeddings.patch_embeddings.projection"),
+    (r"patch_embed\.norm", "embeddings.norm"),
+    (r"^layers", "encoder.layers"),
+    (r"attn\.relative_position_bias_table", "attention.relative_position_bias.relative_position_bias_table"),
+    (r"attn\.proj", "attention.o_proj"),
+    (r"attn\.qkv", "attention.qkv"),
+    (r"norm1", "layernorm_before"),
+    (r"norm2", "layernorm_after"),
+    (r"^norm", "layernorm"),
+)
+"""Names of the published Swin transformer as regular expressions, and those that transformers gives them."""
+
+
+def random_network(seed=0):
+    torch.manual_seed(seed)
+    network = RamNetwork(MICRO).eval()
+    for parameter in network.parameters():
+        parameter.data.normal_(0, 0.3)
+    return network
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The published files, in small and without adapters."""
+    path = tmp_path / "ram"
+    path.mkdir()
+    weights = {**random_network().state_dict(), "text_decoder.bias": torch.zeros(3)}
+    weights["visual_encoder.layers.0.blocks.1.attn_mask"] = torch.zeros(4, 16, 16)
+    torch.save({"model": weights, "epoch": 3}, path / "ram_swin_large_14m.pth")
+    (path / "ram_tag_list.txt").write_text("\n".join(NAMES) + "\n")
+    (path / "ram_tag_list_threshold.txt").write_text("0.5\n" * 5)
+    return path
+
+
+def picture(seed=1):
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((90, 60))
+
+
+def test_the_encoder_is_a_swin_transformer():
+    from transformers import SwinConfig, SwinModel
+
+    network = random_network()
+    state = {}
+    for published_name, value in network.visual_encoder.state_dict().items():
+        name = reduce(lambda text, pair: re.sub(*pair, text), SWIN_NAMES, published_name)
+        parts = zip("qkv", value.chunk(3), strict=True) if ".qkv." in name else [("", value)]
+        state |= {name.replace(".qkv.", f".{part}_proj."): tensor for part, tensor in parts}
+    config = SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4)
+    reference = SwinModel(config).eval()
+    reference.load_state_dict(state)
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found, expected = network.visual_encoder(image), reference(image)
+    torch.testing.assert_close(found[:, 1:], expected.last_hidden_state, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found[:, 0], expected.pooler_output, rtol=0, atol=2e-5)
+
+
+def test_tags_ask_the_picture_in_layers_of_cross_attention():
+    network = random_network()
+    seen, queries = torch.randn(2, 7, 12), torch.randn(2, 5, 16)
+    layer = network.tagging_head["encoder"]["layer"][0]
+    attention = layer.crossattention["self"]
+    reference = nn.MultiheadAttention(16, 2, kdim=12, vdim=12, batch_first=True)
+    reference.q_proj_weight, reference.k_proj_weight, reference.v_proj_weight = (
+        attention[name].weight for name in ("query", "key", "value")
+    )
+    biases = [attention[name].bias.data for name in ("query", "key", "value")]
+    reference.in_proj_bias.data.copy_(torch.cat(biases))
+    joined = layer.crossattention["output"]
+    reference.out_proj.weight, reference.out_proj.bias = joined["dense"].weight, joined["dense"].bias
+    with torch.no_grad():
+        middle = joined["LayerNorm"](queries + reference(queries, seen, seen)[0])
+        hidden = nn.functional.gelu(layer.intermediate["dense"](middle))
+        expected = layer.output["LayerNorm"](middle + layer.output["dense"](hidden))
+        torch.testing.assert_close(layer(queries, seen), expected, rtol=0, atol=1e-5)
+
+
+def test_the_published_sizes():
+    with torch.device("meta"):
+        network = RamNetwork(RamConfig())
+        logits = network(torch.empty(1, 3, 384, 384))
+    assert logits.shape == (1, 4585)
+    swin_large = sum(parameter.numel() for parameter in network.visual_encoder.parameters())
+    assert swin_large == 195_198_516  # with its thousand classes, 196.7 M
+    names = network.state_dict().keys()
+    assert "visual_encoder.layers.2.blocks.17.attn.relative_position_bias_table" in names
+    assert "visual_encoder.layers.2.downsample.reduction.weight" in names
+    assert "visual_encoder.layers.3.downsample.reduction.weight" not in names
+    assert "tagging_head.encoder.layer.1.crossattention.self.query.weight" in names
+    assert "tagging_head.encoder.layer.1.crossattention.output.LayerNorm.bias" in names
+    assert "tagging_head.encoder.layer.0.intermediate.dense.weight" in names
+
+
+def test_a_picture_becomes_the_tags_above_their_thresholds(folder):
+    with torch.no_grad():
+        probabilities = random_network()(tagger_input(published_input(picture()), side=32))[0].sigmoid()
+    middle = float(probabilities.median())
+    (folder / "ram_tag_list_threshold.txt").write_text(f"{middle}\n" * 5)
+    expected = [name for name, probability in zip(NAMES, probabilities, strict=True) if probability > middle]
+    assert RamTagger(folder, config=MICRO).describe(picture()) == ", ".join(expected)
+    assert len(expected) == 2
+    (folder / "ram_tag_list_threshold.txt").write_text("".join(f"{float(p) - 1e-3}\n" for p in probabilities))
+    tagger = RamTagger(folder, config=MICRO)
+    assert tagger.describe(picture()) == ", ".join(NAMES)
+    tagger.release()
+    assert tagger._network is None
+    assert tagger.describe(picture()) == ", ".join(NAMES)
+
+
+def test_adapters_are_merged_with_the_scale_of_loralib(folder):
+    plain = RamTagger(folder, config=MICRO)._load()
+    rank, layer, dense = 2, "visual_encoder.layers.0.blocks.0.attn.qkv", "tagging_head.encoder.layer.0.crossattention"
+    down, up = torch.randn(2 * rank, 8), torch.randn(16, rank)
+    key_down, key_up = torch.randn(rank, 12), torch.randn(16, rank)
+    adapters = {
+        f"{layer}.lora_A": down,
+        f"{layer}.lora_B": up,
+        f"{dense}.self.key.lora_A": key_down,
+        f"{dense}.self.key.lora_B": key_up,
+        "text_decoder.query.lora_A": torch.zeros(1, 1),
+    }
+    save_file(adapters, folder / "DAPE.safetensors")
+    adapted = RamTagger(folder, config=MICRO)._load()
+    change = adapted.state_dict()[f"{layer}.weight"] - plain.state_dict()[f"{layer}.weight"]
+    torch.testing.assert_close(change[:8], up[:8] @ down[:2] / 2, rtol=0, atol=1e-5)
+    assert not change[8:16].any()  # the key is as it was
+    torch.testing.assert_close(change[16:], up[8:] @ down[2:] / 2, rtol=0, atol=1e-5)
+    change = adapted.state_dict()[f"{dense}.self.key.weight"] - plain.state_dict()[f"{dense}.self.key.weight"]
+    torch.testing.assert_close(change, key_up @ key_down / 2, rtol=0, atol=1e-5)
+
+
+def test_adapters_that_do_not_fit_are_named(folder):
+    layer = "visual_encoder.layers.0.blocks.0.attn.qkv"
+    for adapters, message in (
+        ({"other.lora_A": torch.zeros(1)}, "no adapter of RAM's network"),
+        ({f"{layer}.lora_A": torch.zeros(2, 8)}, "has no lora_B"),
+        ({f"{layer}.lora_A": torch.zeros(2, 9), f"{layer}.lora_B": torch.zeros(24, 2)}, "do not fit a weight of"),
+    ):
+        save_file(adapters, folder / "DAPE.safetensors")
+        with pytest.raises(UserError, match=message):
+            RamTagger(folder, config=MICRO).describe(picture())
+    with pytest.raises(UserError, match=r"adapter: \(3, 4\) and \(5, 3\) do not fit a weight of \(6, 4\)"):
+        adapter_delta(torch.zeros(3, 4), torch.zeros(5, 3), torch.Size((6, 4)))
+
+
+def test_missing_files_and_how_to_do_without(folder, tmp_path):
+    with pytest.raises(UserError, match=r"DAPE: .*dape must hold ram_swin.*, DAPE.pth, .*give --prompt-file") as caught:
+        load_extractor("dape")
+    assert "\n" not in str(caught.value)
+    (folder / "ram_tag_list_threshold.txt").unlink()
+    with pytest.raises(UserError, match="must hold"):
+        load_extractor(folder)
+    (folder / "ram_tag_list_threshold.txt").write_text("0.5\n" * 5)
+    with pytest.raises(UserError, match="5 tags, the network has 4585"):
+        load_extractor(folder)
+    folder.rename(tmp_path / "moved")
+    usual_folder().parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "moved").rename(usual_folder())
+    with pytest.raises(UserError, match="5 tags, the network has 4585"):
+        load_extractor("dape")
+
+
+def test_a_file_of_another_network_is_named(folder):
+    torch.save({"model": {"label_embed": torch.zeros(5, 12)}}, folder / "ram_swin_large_14m.pth")
+    with pytest.raises(UserError, match=r"ram_swin_large_14m.pth: no weight 'fc.bias'"):
+        RamTagger(folder, config=MICRO).describe(picture())

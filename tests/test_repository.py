@@ -1,0 +1,102 @@
+"""Guards of the house: cheap import, one version, recipes that parse, commands that exist, files that stay small."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import onestepsr
+from onestepsr.imaging import read, write
+from onestepsr.train.recipes import load_run, recipe_names
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "src" / "onestepsr"
+COMMANDS = ("upscale", "train", "ablate", "evaluate", "benchmark", "degrade", "models", "doctor")
+HEAVY = ("torch", "diffusers", "peft", "accelerate", "transformers", "PIL", "numpy")
+MAX_LINES = 420
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Heavy packages that a fresh interpreter holds after ``statement``."""
+    code = f"{statement}\nimport sys\nprint(' '.join(name for name in {HEAVY!r} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert loaded_by("import onestepsr") == set()
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    assert loaded_by("import onestepsr.cli.main") == set()
+
+
+def test_help_lists_the_commands() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from onestepsr.cli.main import main; main(['--help'])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for command in COMMANDS:
+        assert f" {command} " in done.stdout
+
+
+def test_version_is_the_projects() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert onestepsr.__version__ == project["version"]
+
+
+def test_every_pin_belongs_to_an_accepted_version() -> None:
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.lower().replace("_", "-").split("==") for line in lines if line and not line.startswith("#"))
+    wanted = [Requirement(text) for text in [*project["dependencies"], *project["optional-dependencies"]["test"]]]
+    for requirement in wanted:
+        if requirement.name != project["name"]:
+            assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipes_parse(name: str) -> None:
+    method = name.partition("-")[0]
+    assert load_run(method, name, []).method == method
+
+
+def test_source_files_stay_readable_in_one_sitting() -> None:
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES.rglob("*.py")}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_every_module_is_on_the_map() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    modules = [path.stem for path in SOURCES.rglob("*.py") if not path.stem.startswith("__")]
+    assert sorted(name for name in modules if not re.search(rf"\b{name}\b", page)) == []
+
+
+def test_every_environment_variable_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    sources = "".join(path.read_text(encoding="utf-8") for path in SOURCES.rglob("*.py"))
+    names = set(re.findall(r"ONESTEPSR_[A-Z_]+", sources)) | set(re.findall(r'environ\.get\("(\w+)"', sources))
+    assert len(names) >= 8
+    assert sorted(name for name in names if f"`{name}`" not in page) == []
+
+
+def test_limits_of_pictures_are_on_their_page() -> None:
+    page = (ROOT / "docs" / "pictures.md").read_text(encoding="utf-8")
+    for limit in (read.MAX_PIXELS, read.MAX_BYTES, *(n for n in write._SIDE_LIMITS.values() if n < 2**31 - 1)):
+        assert f"{limit:,}" in page
+    for ending in read.EXTENSIONS:
+        assert re.search(rf"\{ending}\b", page)
+
+
+def test_examples_are_attributed() -> None:
+    notes = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    pictures = [path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".jpg", ".png")]
+    assert len(pictures) >= 6
+    assert [name for name in pictures if f"`{name}`" not in notes] == []

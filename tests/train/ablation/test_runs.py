@@ -1,0 +1,279 @@
+"""A suite from its runs to its report: resuming, reusing, refusing, measuring. Runs are trained in this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from onestepsr.core.errors import UserError
+from onestepsr.data.datasets import build_dataset
+from onestepsr.evaluate.metrics.fidelity import as_eight_bit, psnr_y
+from onestepsr.models.loading import BICUBIC
+from onestepsr.train.ablation import runs
+from onestepsr.train.ablation.runs import Ablation, claimed, plan_ablation, run_process, train_all, training_seconds
+from onestepsr.train.ablation.scoring import Candidate, HeldOut, find_metric, over_seeds, refuse_training_photos
+from onestepsr.train.ablation.suite import EvaluationConfig, Suite, load_suite
+from onestepsr.train.recipes import load_run
+from onestepsr.train.run import execute, prepare
+
+
+def train_here(command: Sequence[str], handles: Sequence[int]) -> int:
+    method, recipe = command[4], command[6]
+    execute(prepare(load_run(method, recipe), resume="--resume" in command))
+    return 0
+
+
+@pytest.fixture
+def suite(micro_suite: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
+    monkeypatch.setattr(runs, "run_process", train_here)
+    return load_suite(str(micro_suite), [f"validation={micro_suite.parent / 'held-out'}"])
+
+
+def plan(suite: Suite, out: Path, only: Sequence[str] = (), reuse: Sequence[Path] = (), seeds: int = 1) -> Ablation:
+    return plan_ablation(suite, only=only, seeds=range(seeds), out=out, reuse=reuse)
+
+
+def states(ablation: Ablation) -> dict[str, str]:
+    return {item.run.name: item.state for item in runs.planned}
+
+
+def test_finished_runs_are_left_alone_and_interrupted_ones_resumed(suite: Suite, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert states(plan(suite, out)) == {"mse/seed-0": "new", "dists/seed-0": "new"}
+    assert not out.exists(), "planning writes nothing"
+    assert train_all(plan(suite, out, only=["dists"])) == {}
+    model = out / "dists" / "seed-0" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+
+    interrupt_after_one_step(plan(suite, out, only=["mse"]))
+    planned = plan(suite, out)
+    assert states(planned) == {"mse/seed-0": "interrupted", "dists/seed-0": "finished"}
+    assert planned.planned[0].step == 1
+    said: list[str] = []
+    assert train_all(planned, announce=said.append) == {}
+    assert said == ["[1/2] mse/seed-0, resumed at step 1"]
+    assert states(plan(suite, out)) == {"mse/seed-0": "finished", "dists/seed-0": "finished"}
+    assert model.stat().st_mtime_ns == before
+    assert training_seconds(model.parent) is not None
+
+
+def interrupt_after_one_step(planned: Ablation) -> None:
+    """Leave a run as a killed process would: the checkpoint of step 1 and no model of the last step."""
+    item = planned.planned[0]
+    config = item.run.config
+    train_all(planned)
+    (item.folder / "model.safetensors").unlink()
+    short = load_run(config.method, str(item.folder / "config.yaml"), ["train.steps=1", f"out={item.folder}-short"])
+    execute(prepare(short, resume=False))
+    checkpoints = item.folder / "checkpoints"
+    for path in checkpoints.iterdir():
+        path.rename(path.with_name(".writing_old"))
+    (Path(f"{item.folder}-short") / "checkpoints" / "step_000000001").rename(checkpoints / "step_000000001")
+
+
+def test_a_run_in_the_suite_is_the_ordinary_run(suite: Suite, tmp_path: Path) -> None:
+    planned = plan(suite, tmp_path / "out", only=["mse"])
+    train_all(planned)
+    alone = load_run("d3sr", str(tmp_path / "out" / "mse" / "seed-0.yaml"), [f"out={tmp_path / 'alone'}"])
+    execute(prepare(alone, resume=False))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (planned.planned[0].folder, alone.out))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_equal_runs_of_another_folder_are_reused(suite: Suite, tmp_path: Path) -> None:
+    train_all(plan(suite, tmp_path / "first", only=["dists"]))
+    second = plan(suite, tmp_path / "second", reuse=[tmp_path / "first"])
+    assert states(second) == {"mse/seed-0": "new", "dists/seed-0": "finished"}
+    assert second.planned[1].folder == tmp_path / "first" / "dists" / "seed-0"
+    other_seed = plan_ablation(suite, only=["dists"], seeds=[1], out=tmp_path / "second", reuse=[tmp_path / "first"])
+    assert states(other_seed) == {"dists/seed-1": "new"}
+    with pytest.raises(UserError, match="no such folder"):
+        plan(suite, tmp_path / "second", reuse=[tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.steps=3", r"mse.seed-0 holds a run with other settings \(train\.steps is 2 there and 3 now\)"),
+        ("config.mse_weight=7", r"other settings \(config\.mse_weight: .* started with 1\.0, now it is 7\.0\)"),
+    ],
+)
+def test_other_settings_are_refused(suite: Suite, tmp_path: Path, setting: str, message: str) -> None:
+    train_all(plan(suite, tmp_path / "out", only=["mse"]))
+    changed = load_suite(str(tmp_path / "micro-suite.yaml"), [f"validation={tmp_path / 'held-out'}", setting])
+    with pytest.raises(UserError, match=message):
+        plan(changed, tmp_path / "out")
+
+
+def test_folders_of_others_are_refused(suite: Suite, tmp_path: Path) -> None:
+    train_all(plan(suite, tmp_path / "out", only=["mse"]))
+    other = Suite(name="other", config=suite.config)
+    with pytest.raises(UserError, match="holds runs of suite 'micro-suite', not of 'other'"):
+        plan(other, tmp_path / "out")
+    with pytest.raises(UserError, match="not empty and holds no runs of a suite"):
+        plan(suite, tmp_path / "photos")
+    with pytest.raises(UserError, match="is a file"):
+        plan(suite, tmp_path / "micro.yaml")
+
+
+def test_what_a_run_would_refuse_is_found_first(suite: Suite, tmp_path: Path) -> None:
+    (tmp_path / "backbone.safetensors").unlink()
+    with pytest.raises(UserError, match=r"variant 'mse': .*backbone\.safetensors"):
+        plan(suite, tmp_path / "out")
+
+
+def test_held_out_photos_must_not_be_training_photos(suite: Suite, tmp_path: Path) -> None:
+    leaking = load_suite(str(tmp_path / "micro-suite.yaml"), [f"validation={tmp_path / 'photos'}"])
+    with pytest.raises(UserError, match="are among the training photos"):
+        plan(leaking, tmp_path / "out")
+    held_out = suite.config.evaluation.data
+    training = plan(suite, tmp_path / "out").planned[0].run.config.data
+    refuse_training_photos(held_out, training)
+
+
+def test_a_failed_run_does_not_stop_the_others(suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_first(command: Sequence[str], handles: Sequence[int]) -> int:
+        return 2 if "mse" in command[6] else train_here(command, handles)
+
+    monkeypatch.setattr(runs, "run_process", fail_first)
+    failures = train_all(plan(suite, tmp_path / "out"))
+    assert failures == {"mse/seed-0": "training ended with exit code 2"}
+    assert states(plan(suite, tmp_path / "out"))["dists/seed-0"] == "finished"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file locks of Unix")
+def test_two_at_work_in_one_folder_are_refused_even_after_a_kill(tmp_path: Path) -> None:
+    with claimed(tmp_path / "out") as handles:
+        with pytest.raises(UserError, match="another ablation is at work there"), claimed(tmp_path / "out"):
+            pass
+        left = os.dup(handles[0])  # what a run that outlives its parent holds
+    with pytest.raises(UserError, match="or a run that a killed one left"), claimed(tmp_path / "out"):
+        pass
+    os.close(left)
+    with claimed(tmp_path / "out"):
+        pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
+def test_a_request_to_leave_reaches_the_run_and_is_waited_for(tmp_path: Path) -> None:
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+    code = f"""
+import pathlib, signal, sys, time
+def leave(number, frame):
+    time.sleep(0.3)
+    pathlib.Path({str(saved)!r}).write_text("checkpoint")
+    sys.exit(130)
+signal.signal(signal.SIGTERM, leave)
+pathlib.Path({str(ready)!r}).touch()
+time.sleep(60)
+"""
+
+    def ask() -> None:
+        while not ready.exists():
+            threading.Event().wait(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=ask).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_process([sys.executable, "-c", code])
+    assert saved.read_text() == "checkpoint"
+    assert run_process([sys.executable, "-c", "raise SystemExit(3)"]) == 3
+    with pytest.raises(UserError, match="cannot be started"):
+        run_process([str(tmp_path / "no-such-program")])
+
+
+def evaluation(suite: Suite, **changes: object) -> EvaluationConfig:
+    return EvaluationConfig(**{**vars(suite.config.evaluation), **changes})  # type: ignore[arg-type]
+
+
+def test_values_are_those_of_the_metrics_on_fixed_pairs(suite: Suite) -> None:
+    held_out, again = HeldOut(suite.config.evaluation), HeldOut(suite.config.evaluation)
+    assert [metric.name for metric in held_out.metrics] == ["psnr", "ssim", "dists_oriented", "lpips_oriented", "grid"]
+    assert "NIQE was not measured" in held_out.notes[0]
+    values = held_out.measure(Candidate(BICUBIC))
+    for index in range(3):
+        pair = again.pairs[index]
+        enlarged = functional.interpolate(pair["lr"][None], scale_factor=4, mode="bicubic")
+        assert values["psnr"][index] == pytest.approx(psnr_y(as_eight_bit(enlarged), pair["hr"][None]).item(), abs=1e-4)
+    assert all(len(column) == 3 for column in values.values())
+    assert set(held_out.measure_references()) == {"grid"}, "an HR picture is not compared with itself"
+    other = HeldOut(evaluation(suite, seed=1))
+    assert not torch.equal(other.pairs[0]["lr"], held_out.pairs[0]["lr"])
+
+
+def test_whole_pairs_of_any_size_are_each_used_once(suite: Suite, tmp_path: Path) -> None:
+    for folder, scale in (("HR", 4), ("LR", 1)):
+        (tmp_path / folder).mkdir()
+        for number in range(2):
+            Image.new("RGB", (10 * scale, (9 + number) * scale), (90, 50, 20)).save(tmp_path / folder / f"{number}.png")
+    places = [f"validation={tmp_path / 'HR'}", f"evaluation.data.lr_paths=[{tmp_path / 'LR'}]"]
+    pairs = load_suite(
+        str(tmp_path / "micro-suite.yaml"), [*places, "evaluation.data.kind=pairs", "evaluation.data.crop=0"]
+    )
+    assert plan(pairs, tmp_path / "out").planned[0].run.config.validation.data is None
+    held_out = HeldOut(pairs.config.evaluation)
+    assert [len(column) for column in held_out.measure(Candidate(BICUBIC)).values()] == [2, 2, 2, 2, 2]
+    assert [row["HR"].shape for row in held_out.pictures({})] == [(3, 24, 24), (3, 24, 24)]
+
+
+def test_held_out_pairs_are_no_samples_of_a_training_stream(suite: Suite) -> None:
+    data = suite.config.evaluation.data
+    pairs, stream = HeldOut(suite.config.evaluation).pairs, build_dataset(data, 0)
+    assert not any(torch.equal(pairs[i]["lr"], stream[j]["lr"]) for i in range(3) for j in range(9))
+
+
+def test_perceptual_metrics_tell_their_features_and_order_blur(suite: Suite) -> None:
+    perceptual = suite.config.evaluation.perceptual
+    hr = HeldOut(suite.config.evaluation).pairs[0]["hr"][None]
+    blurred = [functional.avg_pool2d(functional.pad(hr, [k // 2] * 4, mode="reflect"), k, 1) for k in (1, 3, 7)]
+    for name, title in (("dists", "DISTS (oriented)"), ("lpips", "LPIPS (oriented)")):
+        metric = find_metric(name, perceptual)
+        distances = [float(metric.load()(image, hr)) for image in blurred]
+        assert metric.title == title
+        assert distances[0] == pytest.approx(0, abs=1e-5)
+        assert distances[0] < distances[1] < distances[2]
+    with pytest.raises(UserError, match="unknown metric 'lpisp': did you mean 'lpips'"):
+        find_metric("lpisp", perceptual)
+
+
+def test_means_and_deviations_are_over_seeds() -> None:
+    runs = [{"psnr": [20.0, 22.0], "niqe": [4.0, None]}, {"psnr": [23.0, 25.0], "niqe": [None, None]}]
+    scores = over_seeds(runs)
+    assert scores["psnr"] == {"mean": 22.5, "std": pytest.approx(statistics.stdev([21, 24]))}
+    assert scores["niqe"] == {"mean": 4.0, "std": None}
+    assert over_seeds([]) == {}
+
+
+def test_a_model_that_is_there_is_measured_and_not_trained(micro_suite: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(micro_suite.read_text())
+    shifting = {"title": "many steps", "model": "random:resshift-micro", "steps": 3, "sampler": "deterministic"}
+    values["variants"] = {"before": {"title": "before", "model": "bicubic"}, **values["variants"], "shifting": shifting}
+    micro_suite.write_text(yaml.safe_dump(values, sort_keys=False))
+    suite = load_suite(str(micro_suite), [f"validation={tmp_path / 'held-out'}"])
+    planned = plan(suite, tmp_path / "out")
+    assert list(states(planned)) == ["mse/seed-0", "dists/seed-0"]
+    assert planned.variants == ["before", "mse", "dists", "shifting"]
+    assert planned.models["before"] == Candidate("bicubic")
+    generator = planned.models["shifting"].load()
+    assert (generator.schedule.steps, generator.sampler) == (3, "deterministic")
+    held_out = HeldOut(suite.config.evaluation)
+    assert held_out.measure(planned.models["before"]) == held_out.measure(Candidate(BICUBIC))
+    rows = held_out.pictures(planned.models)
+    assert list(rows[0]) == ["bicubic", "before", "shifting", "HR"]
+    with pytest.raises(UserError, match="nothing to train: of before there are models already"):
+        plan(suite, tmp_path / "out", only=["before"])
+    settings = [f"validation={tmp_path / 'held-out'}", "variants.shifting.steps=9"]
+    with pytest.raises(UserError, match="variant 'shifting': 9 steps: this schedule has 4"):
+        plan(load_suite(str(micro_suite), settings), tmp_path / "out")
