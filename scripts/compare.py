@@ -1,8 +1,8 @@
-"""Side-by-side picture of several models on the same inputs: one row per picture, one column per model.
+"""Side-by-side image of several models on the same inputs: one row per image, one column per model.
 
     python scripts/compare.py FOLDER OUT.png --models bicubic d3sr-tiny --count 6 --seed 0
 
-Pictures are drawn by the seed, not by hand; each is cropped at its centre to the same size.
+Images are drawn by the seed, not by hand; each is cropped at its centre to the same size.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", nargs="+", default=["bicubic", "d3sr-tiny"])
-    parser.add_argument("--references", type=Path, help="folder of HR pictures with the same names: a last column")
-    parser.add_argument("--names", nargs="+", help="these pictures instead of drawn ones")
+    parser.add_argument("--references", type=Path, help="folder of HR images with the same names: a last column")
+    parser.add_argument("--names", nargs="+", help="these images instead of drawn ones")
     parser.add_argument("--count", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--crop", type=int, default=280, help="side of the shown part, in output pixels")
@@ -52,10 +52,10 @@ def draw(columns: dict[str, list[Image.Image]], side: int) -> Image.Image:
     rows = len(next(iter(columns.values())))
     sheet = Image.new("RGB", (len(columns) * (side + GAP) - GAP, rows * (side + GAP) - GAP + TITLE), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, (title, pictures) in enumerate(columns.items()):
+    for column, (title, images) in enumerate(columns.items()):
         pen.text((column * (side + GAP) + 2, 1), Path(title).stem, fill="black")
-        for row, picture in enumerate(pictures):
-            shown = picture.convert("RGBA")
+        for row, image in enumerate(images):
+            shown = image.convert("RGBA")
             left, top = (shown.width - side) // 2, (shown.height - side) // 2
             backed = Image.new("RGBA", (side, side), "white")
             backed.alpha_composite(shown.crop((left, top, left + side, top + side)))

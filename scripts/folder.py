@@ -3,7 +3,7 @@
     python scripts/folder.py [PHOTO_DIR] [--photos 200] [--size 128] [--counts 10,100,1000] [--workers 2] [--json F]
 
 The photos are crops of those in PHOTO_DIR, or made up, and are written as JPEG into a temporary folder. In one process:
-`upscale_picture` of pictures in memory, warm (median); the whole folder from listing it to the last file written; the
+`upscale_picture` of images in memory, warm (median); the whole folder from listing it to the last file written; the
 same one after the other; and folders of several sizes. `--workers` adds the folder through several processes, the time
 they take to start included. Rounds of all of them take turns, so that other work on the machine hits each alike.
 """
@@ -35,8 +35,8 @@ from onestepsr.cli.upscale.prompts import Setup
 from onestepsr.cli.upscale.workers import enlarge_in_processes
 from onestepsr.core.files import remove_leftovers
 from onestepsr.core.machine import cores, describe_machine
-from onestepsr.imaging.read import read_picture
-from onestepsr.imaging.write import check_writable, write_picture
+from onestepsr.imaging.read import read_image
+from onestepsr.imaging.write import check_writable, write_image
 from onestepsr.inference.options import UpscaleOptions
 from onestepsr.inference.upscaler import Upscaler
 
@@ -102,8 +102,8 @@ class Bench:
     def one_after_the_other(self, folder: Path) -> None:
         """The folder without any overlap."""
         for job in self.plan(folder):
-            enlarged = self.upscaler.upscale_picture(read_picture(job.source), self.setup.options)
-            write_picture(enlarged, job.target, sweep=False)
+            enlarged = self.upscaler.upscale_image(read_image(job.source), self.setup.options)
+            write_image(enlarged, job.target, sweep=False)
 
     def in_processes(self, folder: Path, processes: int) -> None:
         """The folder as ``upscale --workers`` does it."""
@@ -111,15 +111,15 @@ class Bench:
             require({result.status for _, result in results} == {"written"})
 
     def singles(self, photos: list[Path]) -> list[Spent]:
-        """Time of ``upscale_picture`` for pictures in memory, each by itself."""
-        pictures = [read_picture(path) for path in photos[: WARM_UP + SINGLES]]
-        return [spent(partial(self.upscaler.upscale_picture, each, self.setup.options)) for each in pictures][WARM_UP:]
+        """Time of ``upscale_picture`` for images in memory, each by itself."""
+        images = [read_image(path) for path in photos[: WARM_UP + SINGLES]]
+        return [spent(partial(self.upscaler.upscale_image, each, self.setup.options)) for each in images][WARM_UP:]
 
 
 def require(condition: bool) -> None:
-    """Stop unless all pictures were written."""
+    """Stop unless all images were written."""
     if not condition:
-        raise SystemExit("some pictures were not written")
+        raise SystemExit("some images were not written")
 
 
 class Spent(NamedTuple):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from onestepsr.core.machine import describe_machine
-from onestepsr.inference.allocator import freed_memory_kept
+from onestepsr.inference.allocator import no_malloc_trim
 
 
 def processor_milliseconds(run: Callable[[], Tensor], runs: int) -> float:
@@ -56,7 +56,7 @@ def main() -> None:
     with torch.inference_mode():
         for name, run in operations.items():
             usual = processor_milliseconds(run, options.runs)
-            with freed_memory_kept():
+            with no_malloc_trim():
                 rows[name] = {"usual_ms": usual, "kept_ms": processor_milliseconds(run, options.runs)}
             print(f"{name:15s} usual {usual:7.1f} ms   kept {rows[name]['kept_ms']:7.1f} ms")
     result = {"schema": 1, "machine": describe_machine(["torch", "diffusers"]), "shape": list(x.shape), "times": rows}

@@ -2,9 +2,9 @@
 
     python scripts/lattice.py PHOTOS sr/ other_sr/ --count 40
 
-The measure *grid* looks at pictures through one filter, the difference from a 5x5 mean. A model could please that one
+The measure *grid* looks at images through one filter, the difference from a 5x5 mean. A model could please that one
 alone, so this shows the same number for others: finer and coarser means, differences of neighbours across and down,
-and the Laplacian. One line per folder, means over its first pictures by name.
+and the Laplacian. One line per folder, means over its first images by name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from onestepsr.data.photos import find_images
 from onestepsr.evaluate.metrics.fidelity import lattice_variation
 from onestepsr.imaging.color import luma
-from onestepsr.imaging.read import read_picture, samples_to_tensor
+from onestepsr.imaging.read import read_image, samples_to_tensor
 
 BORDER = 8
 """Pixels left out on every side: more than any filter reaches over the edge."""
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _unevenness(path: Path) -> dict[str, float]:
-    rgb = samples_to_tensor(read_picture(path).pixels).expand(1, 3, -1, -1).double()
+    rgb = samples_to_tensor(read_image(path).pixels).expand(1, 3, -1, -1).double()
     y = luma(rgb)
     responses = {f"{side}x{side} mean": y - _mean(y, side) for side in (3, 5, 9)}
     responses["across"] = F.pad(y[..., 1:] - y[..., :-1], (0, 1))

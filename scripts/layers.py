@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestepsr.inference.allocator import freed_memory_kept
-from onestepsr.inference.shared_norms import PictureNorms
+from onestepsr.inference.allocator import no_malloc_trim
+from onestepsr.inference.shared_norms import SharedNorms
 from onestepsr.models.cpu_kernels import attention_by_blocks, pack_weights
 
 ATTENTION = ((5, 4096, 64, 1.0), (2, 1024, 64, 2.0), (1, 4096, 512, 1.0))
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
     torch.manual_seed(0)
-    with torch.inference_mode(), freed_memory_kept(), ExitStack() as stack:
+    with torch.inference_mode(), no_malloc_trim(), ExitStack() as stack:
         for shape in ATTENTION:
             report("attention {} x {} x {}".format(*shape), options.runs, *attentions(*shape))
         coarse = torch.randn(1, 1280, 8, 8).contiguous(memory_format=torch.channels_last)
@@ -79,8 +79,8 @@ def attentions(heads: int, positions: int, channels: int, spread: float) -> tupl
     query, key, value = (spread * torch.randn(1, positions, heads, channels).transpose(1, 2) for _ in range(3))
     value = value / spread
     exact = F.scaled_dot_product_attention(*(x.bfloat16().float() for x in (query, key, value)))
-    given = [x.bfloat16() for x in (query, key, value)]
-    ways = (lambda: F.scaled_dot_product_attention(*given), lambda: attention_by_blocks(*given))
+    materialize = [x.bfloat16() for x in (query, key, value)]
+    ways = (lambda: F.scaled_dot_product_attention(*materialize), lambda: attention_by_blocks(*materialize))
     found = [10 * math.log10(exact.square().mean() / (way().float() - exact).square().mean()) for way in ways]
     return *ways, f"; against float32 {found[0]:.1f} dB, ours {found[1]:.1f} dB"
 
@@ -90,8 +90,8 @@ def packed(layer: nn.Module, x: Tensor) -> tuple[Callable[[], Any], Callable[[],
     plain = layer.bfloat16().to(memory_format=torch.channels_last).requires_grad_(False)
     ours = nn.Sequential(plain)
     pack_weights(ours)
-    given = x.bfloat16()
-    return (lambda: plain(given)), (lambda: ours(given))
+    materialize = x.bfloat16()
+    return (lambda: plain(materialize)), (lambda: ours(materialize))
 
 
 def linears() -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -109,7 +109,7 @@ def norms(stack: ExitStack) -> tuple[Callable[[], Any], Callable[[], Any]]:
     x = torch.randn(1, 256, 512, 512).bfloat16().contiguous(memory_format=torch.channels_last)
     plain = nn.GroupNorm(32, 256, eps=1e-6).bfloat16().requires_grad_(False)
     ours = nn.Sequential(copy.deepcopy(plain))
-    stack.enter_context(PictureNorms(ours).measured_by(lambda: ours(x)))
+    stack.enter_context(SharedNorms(ours).calibrated_by(lambda: ours(x)))
     return (lambda: plain(x)), (lambda: ours(x))
 
 

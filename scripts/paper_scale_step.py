@@ -37,7 +37,7 @@ PROMPT_SHAPE = (77, 1024)
 
 
 class Noise:
-    """Pictures of noise in place of photos: gradients and memory do not care."""
+    """Images of noise in place of photos: gradients and memory do not care."""
 
     def __init__(self, crop: int, scale: int) -> None:
         self.crop, self.scale = crop, scale

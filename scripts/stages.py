@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onestepsr.inference.allocator import freed_memory_kept
+from onestepsr.inference.allocator import no_malloc_trim
 from onestepsr.inference.devices import DTYPES
 from onestepsr.models.loading import load_generator
 
@@ -62,7 +62,7 @@ def measure_times(options: argparse.Namespace) -> None:
     for side in options.sides:
         for stage in STAGES:
             run = stage_of(generator, stage, side)
-            with freed_memory_kept(), torch.inference_mode():
+            with no_malloc_trim(), torch.inference_mode():
                 run()
                 seconds[stage].append(statistics.median(timed(run) for _ in range(options.runs)))
         found = {stage: times[-1] for stage, times in seconds.items()}

@@ -1,12 +1,12 @@
-"""How close tiles come to the whole picture when group norms see one tile each, or know the picture.
+"""How close tiles come to the whole image when group norms see one tile each, or know the image.
 
     python scripts/tile_norms.py TRAIN_PHOTOS TEST_PHOTOS --minutes 10
 
 Random weights say little about norms, so this first trains a small autoencoder with Stable Diffusion's layers on crops
-of the first folder. Then pictures of the second, enlarged twofold so that they are large beside a tile, go through
+of the first folder. Then images of the second, enlarged twofold so that they are large beside a tile, go through
 encoder and decoder by way of the upscaler: whole, and in tiles, with either of ``UpscaleOptions.tile_norms``, and with
 the latents of all tiles joined before the first is decoded. One line for each size of tile: PSNR between tiles and
-whole in dB, mean over the pictures, and seconds.
+whole in dB, mean over the images, and seconds.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.data.photos import find_images
-from onestepsr.imaging.read import Picture, read_picture, samples_to_tensor
+from onestepsr.imaging.read import LoadedImage, read_image, samples_to_tensor
 from onestepsr.imaging.resize import resize
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
-from onestepsr.models.memory_cost import Stage, StageDemand
+from onestepsr.models.memory_cost import Stage, StageCost
 from onestepsr.models.stable_diffusion.config import AutoencoderConfig
 from onestepsr.models.stable_diffusion.networks import StableDiffusionAutoencoder
 
@@ -55,10 +55,10 @@ class Reconstruction(nn.Module):
         """Peak bytes per pixel."""
         return self.autoencoder.memory_per_pixel(dtype)
 
-    def stage_demands(self, dtype: torch.dtype) -> dict[Stage, StageDemand] | None:
+    def stage_costs(self, dtype: torch.dtype) -> dict[Stage, StageCost] | None:
         """Whether latents are joined decides if there are stages; their UNet does nothing."""
         factor = self.autoencoder.factor
-        demand = StageDemand(per_pixel=self.memory_per_pixel(dtype), multiple=factor)
+        demand = StageCost(per_pixel=self.memory_per_pixel(dtype), multiple=factor)
         return {"encode": demand, "unet": demand, "decode": demand} if self.joins_latents else None
 
     def encode_lr(self, rgb: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("train", type=Path)
     parser.add_argument("test", type=Path)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--tiles", type=int, nargs="+", default=[256, 512])
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -94,9 +94,9 @@ def main() -> None:
     network.autoencoder.speed_up()
     upscaler = Upscaler(network, "cpu", "float32", "reconstruction")
     paths = find_images(arguments.test)
-    pictures = [doubled(path) for path in paths[:: max(1, len(paths) // arguments.pictures)][: arguments.pictures]]
+    images = [doubled(path) for path in paths[:: max(1, len(paths) // arguments.images)][: arguments.images]]
     for tile in arguments.tiles:
-        sys.stdout.write(f"tiles of {tile}: {compared(upscaler, pictures, tile)}\n")
+        sys.stdout.write(f"tiles of {tile}: {compared(upscaler, images, tile)}\n")
 
 
 def train(network: Reconstruction, paths: list[Path], seconds: float) -> tuple[int, float]:
@@ -120,38 +120,38 @@ def train(network: Reconstruction, paths: list[Path], seconds: float) -> tuple[i
 def crop(paths: list[Path], rng: random.Random) -> Tensor:
     """A random window (1, 3, CROP, CROP) of a random photo."""
     while True:
-        pixels = read_picture(rng.choice(paths)).pixels
+        pixels = read_image(rng.choice(paths)).pixels
         if min(pixels.shape[:2]) >= CROP and pixels.shape[2] == 3:
             top, left = (rng.randrange(side - CROP + 1) for side in pixels.shape[:2])
             return samples_to_tensor(np.ascontiguousarray(pixels[top : top + CROP, left : left + CROP]))
 
 
-def doubled(path: Path) -> Picture:
-    """The picture, twice as wide and high."""
-    picture = read_picture(path)
-    return replace(picture, pixels=resize(picture.pixels, 2 * picture.height, 2 * picture.width))
+def doubled(path: Path) -> LoadedImage:
+    """The image, twice as wide and high."""
+    image = read_image(path)
+    return replace(image, pixels=resize(image.pixels, 2 * image.height, 2 * image.width))
 
 
-def compared(upscaler: Upscaler, pictures: list[Picture], tile: int) -> str:
+def compared(upscaler: Upscaler, images: list[LoadedImage], tile: int) -> str:
     """What is said of one size of tile."""
-    ways = {"norms of the tile": (False, "tile"), "norms of the picture": (False, "picture")}
-    ways["and joined latents"] = (True, "picture")
+    ways = {"norms of the tile": (False, "tile"), "norms of the image": (False, "image")}
+    ways["and joined latents"] = (True, "image")
     levels: dict[str, list[float]] = {name: [] for name in ways}
     seconds = dict.fromkeys(levels, 0.0)
-    for picture in pictures:
-        whole, _ = enlarged(upscaler, picture, tile="off")
+    for image in images:
+        whole, _ = enlarged(upscaler, image, tile="off")
         for name, (joins_latents, norms) in ways.items():
             cast(Any, upscaler.generator).joins_latents = joins_latents
-            pixels, taken = enlarged(upscaler, picture, tile=tile, tile_norms=norms)
+            pixels, taken = enlarged(upscaler, image, tile=tile, tile_norms=norms)
             levels[name].append(10 * math.log10(255**2 / np.square(pixels - whole).mean()))
             seconds[name] += taken
     return ", ".join(f"{name} {np.mean(levels[name]):.1f} dB in {seconds[name]:.1f} s" for name in ways)
 
 
-def enlarged(upscaler: Upscaler, picture: Picture, **options: Any) -> tuple[Any, float]:
+def enlarged(upscaler: Upscaler, image: LoadedImage, **options: Any) -> tuple[Any, float]:
     """Samples as float64, and seconds."""
     begun = time.monotonic()
-    result = upscaler.upscale_picture(picture, UpscaleOptions(scale=1.0, color_fix="none", **options))
+    result = upscaler.upscale_image(image, UpscaleOptions(scale=1.0, color_fix="none", **options))
     return result.pixels.astype(np.float64), time.monotonic() - begun
 
 

@@ -23,7 +23,7 @@ def make_result(
     psnr_record: MetricRecord = PSNR,
     folders: Files | None = None,
 ) -> EvaluationResult:
-    """A result with the given values by picture."""
+    """A result with the given values by image."""
     images = {name: {"psnr": value} for name, value in psnr.items()}
     for name, value in (niqe or {}).items():
         images.setdefault(name, {})["niqe"] = value
@@ -32,7 +32,7 @@ def make_result(
     return EvaluationResult(label=label, protocol=record, images=images, folders=folders or Files())
 
 
-def write_pictures(root: Path, names: list[str], *, methods: int = 2, side: int = 32) -> None:
+def write_images(root: Path, names: list[str], *, methods: int = 2, side: int = 32) -> None:
     """Folders ``lr``, ``hr`` and ``sr0``, ``sr1``, ... of noise; LR is four times smaller."""
     rng = np.random.default_rng(0)
     for folder in ("lr", "hr", *(f"sr{number}" for number in range(methods))):

@@ -87,8 +87,8 @@ def test_every_environment_variable_is_on_its_page() -> None:
     assert sorted(name for name in names if f"`{name}`" not in page) == []
 
 
-def test_limits_of_pictures_are_on_their_page() -> None:
-    page = (ROOT / "docs" / "pictures.md").read_text(encoding="utf-8")
+def test_limits_of_images_are_on_their_page() -> None:
+    page = (ROOT / "docs" / "images.md").read_text(encoding="utf-8")
     for limit in (read.MAX_PIXELS, read.MAX_BYTES, *(n for n in write._SIDE_LIMITS.values() if n < 2**31 - 1)):
         assert f"{limit:,}" in page
     for ending in read.EXTENSIONS:
@@ -97,6 +97,6 @@ def test_limits_of_pictures_are_on_their_page() -> None:
 
 def test_examples_are_attributed() -> None:
     notes = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
-    pictures = [path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".jpg", ".png")]
-    assert len(pictures) >= 6
-    assert [name for name in pictures if f"`{name}`" not in notes] == []
+    images = [path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".jpg", ".png")]
+    assert len(images) >= 6
+    assert [name for name in images if f"`{name}`" not in notes] == []

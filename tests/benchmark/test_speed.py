@@ -1,4 +1,4 @@
-"""Speed from file to file: what is derived from the times, that both paths give the same picture, what is refused."""
+"""Speed from file to file: what is derived from the times, that both paths give the same image, what is refused."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def test_the_spread_is_of_quartiles() -> None:
     assert spread([2.5]) == Spread(median=2.5, lower=2.5, upper=2.5, best=2.5, runs=1)
 
 
-def test_agreement_is_the_psnr_of_all_pictures_together() -> None:
+def test_agreement_is_the_psnr_of_all_images_together() -> None:
     zeros = np.zeros((4, 4, 3), np.uint8)
     assert agreement([zeros, zeros], [zeros, zeros + 2]) == pytest.approx(10 * math.log10(255**2 / 2))
     assert agreement([zeros], [zeros]) == speed.MOST_DECIBELS
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_product_and_baseline_give_the_same_picture(batch: int) -> None:
+def test_product_and_baseline_give_the_same_image(batch: int) -> None:
     found = measure_speed("d3sr-tiny", SpeedConfig(batch=batch, dtype="bfloat16", **QUICK))
     assert (found.output, found.steps, found.batch) == ((80, 48), 1, batch)
     assert (found.product.dtype, found.product.memory_format) == ("bfloat16", "channels_last")
@@ -149,7 +149,7 @@ def test_a_network_without_operations_has_no_throughput() -> None:
     [{"width": 0}, {"batch": 0}, {"repeats": 0}, {"warmup": -1}, {"file_format": "gif"}, {"batch": 2, "tile": 64}],
 )
 def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=r"accepted|single pictures"):
+    with pytest.raises(UserError, match=r"accepted|single images"):
         SpeedConfig(**wrong)
 
 
@@ -193,7 +193,7 @@ def test_memory_is_measured_in_an_interpreter_of_its_own(tmp_path: Path) -> None
     )
     use = measure_memory(task)
     assert Image.open(task.target).size == (1200, 800)
-    assert use.own > 1200 * 800 * 3 * 4  # at least the picture as floats
+    assert use.own > 1200 * 800 * 3 * 4  # at least the image as floats
     assert use.interpreter <= use.loaded <= use.peak
     assert use.device_peak is None
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from onestepsr.benchmark import stages as module
 from onestepsr.benchmark.networks import measure
 from onestepsr.benchmark.stages import Call, Stopwatch, count_stages, stages_of, without_contents, wrapped
-from onestepsr.imaging.read import Picture
+from onestepsr.imaging.read import LoadedImage
 from onestepsr.inference.compiling import compile_networks
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
 from onestepsr.models.loading import load_generator
@@ -78,9 +78,9 @@ def test_every_second_lands_in_its_stage(clock: Clock) -> None:
 def test_stages_with_tiles_of_their_own_are_the_network_together() -> None:
     generator = load_generator("random:resshift-micro")
     upscaler, watch = Upscaler(generator, "cpu", "float32"), Stopwatch(CPU)
-    picture = Picture(pixels=np.zeros((40, 64, 3), np.uint8))
+    image = LoadedImage(pixels=np.zeros((40, 64, 3), np.uint8))
     with watch.section("upscale"), watch.watching(generator):
-        upscaler.upscale_picture(picture, UpscaleOptions(tile=48, tile_norms="tile"))
+        upscaler.upscale_image(image, UpscaleOptions(tile=48, tile_norms="tile"))
     assert [name for name, _ in watch.calls] == [*["encode_lr"] * 2, *["restore_latent"] * 2, *["decode"] * 2]
     seconds = watch.read()
     assert sum(seconds[stage] for stage in ("encode", "steps", "decode")) <= seconds["network"] <= seconds["upscale"]

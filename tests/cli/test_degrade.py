@@ -55,7 +55,7 @@ def test_pairs_and_record(photos, tmp_path):
 
 
 def test_leftovers_are_looked_for_once_in_each_folder(photos, tmp_path, monkeypatch):
-    """And not for each picture: a large folder would take its square in time."""
+    """And not for each image: a large folder would take its square in time."""
     out, looked = tmp_path / "out", []
     leftovers = [partial_path(out / side / "a.png") for side in ("LR", "HR")]
     for path in leftovers:
@@ -115,7 +115,7 @@ def test_pairs_of_other_photos_stay_in_the_record(photos, tmp_path):
 
 def test_failures_are_reported_after_the_others_are_done(photos, tmp_path):
     out = tmp_path / "out"
-    (photos / "broken.png").write_bytes(b"no picture")
+    (photos / "broken.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"1 of 3 photos failed.*broken.png"):
         degrade(photos, out)
     assert (out / "LR" / "b.png").exists()

@@ -48,7 +48,7 @@ def folders(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Three LR pictures with references: colour, grey, and of 16 bits."""
+    """Three LR images with references: colour, gray, and of 16 bits."""
     for seed, mode in enumerate(("RGB", "L", "RGB")):
         write(tmp_path / "set" / f"p{seed}_HR.png", seed, (48, 56), mode=mode)
         write(tmp_path / "set" / f"p{seed}_LR.png", seed, (12, 14), mode=mode)
@@ -84,12 +84,12 @@ def test_table_and_json(folders: Path) -> None:
 
 def test_failures_are_named_and_end_in_exit_code_one(folders: Path) -> None:
     write(folders / "sr" / "b_x4.png", 0, (16, 16))
-    write(folders / "sr" / "lonely.png", 0)
+    write(folders / "sr" / "unmatched.png", 0)
     write(folders / "hr" / "waiting.png", 0)
     target = folders / "scores.json"
     code, out, err = run(folders / "sr", "--hr", folders / "hr", "--metrics", "psnr", "--json", target)
     assert code == 1
-    assert "SR without HR (1): lonely.png" in err
+    assert "SR without HR (1): unmatched.png" in err
     assert "HR without SR (1): waiting.png" in err
     assert re.search(r"failed: .*b_x4.png against .*b.png: SR is 16 x 16 but HR is 18 x 16", err)
     assert "PSNR" in out
@@ -133,7 +133,7 @@ def test_what_was_asked_for_by_name_and_cannot_be_had_is_a_failure(folders: Path
 def test_the_same_numbers_as_upscaling_first(data: Path, tmp_path: Path) -> None:
     both = tmp_path / "both.json", tmp_path / "apart.json"
     code, _, err = run("--model", "d3sr-tiny", "--data", data, "--metrics", "psnr,ssim,grid", "--json", both[0])
-    assert (code, err) == (0, "3 pictures (pictures ending in _LR and _HR)\n")
+    assert (code, err) == (0, "3 images (images ending in _LR and _HR)\n")
     code, _, err = run(str(data / "*_LR.png"), "-o", tmp_path / "sr", "--model", "d3sr-tiny", command="upscale")
     assert code == 0, err
     code, _, err = run(tmp_path / "sr", "--hr", data, "--metrics", "psnr,ssim,grid", "--json", both[1])
@@ -146,7 +146,7 @@ def test_the_same_numbers_as_upscaling_first(data: Path, tmp_path: Path) -> None
     assert len(together.model.sha256 or "") == 64
 
 
-def test_made_inputs_kept_pictures_and_report(data: Path, tmp_path: Path) -> None:
+def test_made_inputs_kept_images_and_report(data: Path, tmp_path: Path) -> None:
     target = tmp_path / "made.json"
     code, _, err = run(
         *("--model", "bicubic", "--data", data, "--degradation", "bicubic", "--seed", "3", "--out", tmp_path / "out"),
@@ -162,7 +162,7 @@ def test_made_inputs_kept_pictures_and_report(data: Path, tmp_path: Path) -> Non
         run("--model", "bicubic", "--data", data, "--out", tmp_path / "out")
 
 
-def test_a_report_has_pictures_that_are_not_kept(data: Path, tmp_path: Path) -> None:
+def test_a_report_has_images_that_are_not_kept(data: Path, tmp_path: Path) -> None:
     target = tmp_path / "scores.json"
     code, _, err = run(
         *("--model", "bicubic", "--lr", data, "--report", tmp_path / "report", "--json", target, "--metrics", "grid")
@@ -196,7 +196,7 @@ def test_mistakes_of_usage(folders: Path, data: Path) -> None:
             run(*arguments)
     assert run(folders / "sr", "--unknown")[0] == 2
     (folders / "empty").mkdir()
-    with pytest.raises(UserError, match="no pictures in it"):
+    with pytest.raises(UserError, match="no images in it"):
         run(folders / "empty")
 
 

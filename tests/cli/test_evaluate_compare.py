@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation_results import make_result, write_pictures
+from evaluation_results import make_result, write_images
 from onestepsr.cli.main import main
 from onestepsr.evaluate.result import Files, write_result
 
@@ -57,13 +57,13 @@ def test_files(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(results.glob(".*")) == []
 
 
-def test_other_protocols_and_pictures_are_warned_of(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_protocols_and_images_are_warned_of(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     part = {name: SECOND[name] for name in NAMES[1:]}
     write_result(Path("other.json"), make_result("other", part, protocol="d3sr"))
     run("first.json", "other.json")
     out, err = capsys.readouterr()
     assert "warning: bicubic and other: protocol 'osediff' against 'd3sr'\n" in err
-    assert "only bicubic has the pictures p0; they are left out" in err
+    assert "only bicubic has the images p0; they are left out" in err
     assert "24.00 ± " in out
 
 
@@ -71,18 +71,18 @@ def test_published_numbers_stand_beside(results: Path, capsys: pytest.CaptureFix
     run("first.json", "--beside", "osediff/realsr", "--markdown", "c.md")
     out, _ = capsys.readouterr()
     assert "OSEDiff-1" in out
-    assert "† bicubic: 8 pictures; RealSR has 100" in out
+    assert "† bicubic: 8 images; RealSR has 100" in out
     assert "| OSEDiff-1 | 25.15 | 0.7341 |" in Path("c.md").read_text()
 
 
 def test_report(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_pictures(results, NAMES)
+    write_images(results, NAMES)
     for number, (name, values) in enumerate({"first": FIRST, "second": SECOND}.items()):
         folders = Files(lr=str(results / "lr"), sr=str(results / f"sr{number}"), hr=str(results / "hr"))
         write_result(Path(f"{name}.json"), make_result(name, values, folders=folders))
     run("first.json", "second.json", "--report", "made/report")
     assert "report: made/report/index.html" in capsys.readouterr().err
-    assert len(list(Path("made/report/pictures").iterdir())) == 4 * len(NAMES)
+    assert len(list(Path("made/report/images").iterdir())) == 4 * len(NAMES)
     page = Path("made/report/index.html").read_text(encoding="utf-8")
     assert "Evaluation of first and second" in page
 
@@ -142,7 +142,7 @@ def test_help_is_that_of_the_right_command(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_folder_called_compare_can_still_be_measured(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_pictures(results, ["a"], methods=1)
+    write_images(results, ["a"], methods=1)
     Path("sr0").rename("compare")
     with pytest.raises(SystemExit):
         main(["evaluate", "./compare", "--metrics", "grid"])

@@ -1,4 +1,4 @@
-"""Prompts for ``onestepsr evaluate --model``: each picture gets the one that ``onestepsr upscale`` gives it."""
+"""Prompts for ``onestepsr evaluate --model``: each image gets the one that ``onestepsr upscale`` gives it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from onestepsr.weights import download
 
 
 class Reader(nn.Module):
-    """Enlarges, and makes the picture as bright as its prompt says."""
+    """Enlarges, and makes the image as bright as its prompt says."""
 
     scale = 4
     prompt_width = WIDTH
@@ -85,7 +85,7 @@ def expected(text_folder: Path, text: str) -> int:
     return int(np.asarray(upscaled)[0, 0, 0])
 
 
-def test_every_picture_has_its_own_text_and_one_without_fails_alone(run, tmp_path: Path, text_folder: Path) -> None:
+def test_every_image_has_its_own_text_and_one_without_fails_alone(run, tmp_path: Path, text_folder: Path) -> None:
     (tmp_path / "texts.json").write_text(json.dumps({"a": "a cat", "c": "a blue tree"}))
     code, said = run("--lr", "lr", "--prompt-file", "texts.json", "--out", "kept", "--json", "scores.json")
     assert code == 1
@@ -110,7 +110,7 @@ def test_one_text_for_all_and_none(run, tmp_path: Path, text_folder: Path) -> No
 
 
 def test_an_extractor_sees_what_the_model_gets(run, tmp_path: Path, text_folder: Path, monkeypatch) -> None:
-    """Pictures in files in groups; those that are made from photos one by one."""
+    """Images in files in groups; those that are made from photos one by one."""
     from onestepsr.prompts.extractors import load_extractor
 
     sizes: list[tuple[int, int]] = []

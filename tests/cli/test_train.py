@@ -118,7 +118,7 @@ def test_resuming_with_other_photos_is_said(recipe: str, tmp_path: Path, caplog:
     assert caplog.text.count("training photos were added, removed or changed since ") == 1
 
 
-def test_whole_pictures_of_any_size_are_shown(recipe: str, tmp_path: Path) -> None:
+def test_whole_images_of_any_size_are_shown(recipe: str, tmp_path: Path) -> None:
     # 90 is no multiple of the autoencoder's factor.
     for name, side in (("hr", 90), ("lr", 45)):
         (tmp_path / name).mkdir()

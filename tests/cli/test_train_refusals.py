@@ -109,9 +109,9 @@ CASES = {
     "noise beyond the schedule": (["config.discriminator.t_max=5000"], "discriminator.t_max: 5000, but the diffusion"),
     "a discriminator of negative width": (["config.discriminator.hidden=[-1]"], "hidden widths of at least 1"),
     "a date as folder of photos": (["data.paths=[2026-01-02]"], "data.paths[0]: expected Path, got datetime.date"),
-    "whole pictures in batches": (
+    "whole images in batches": (
         ["data.kind=pairs", "data.lr_paths=[{folder}/quarters]", "data.crop=0"],
-        "data.crop: 0 keeps whole pictures",
+        "data.crop: 0 keeps whole images",
     ),
 }
 
@@ -120,8 +120,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_one_line(folder: Path, capsys: pytest.CaptureFixture[str], case: str, dry: bool) -> None:
     changes, message = CASES[case]
-    given = [change.format(folder=folder) for change in changes]
-    assert message.format(folder=folder) in refusal(folder, capsys, *given, *(["--dry-run"] if dry else []))
+    materialize = [change.format(folder=folder) for change in changes]
+    assert message.format(folder=folder) in refusal(folder, capsys, *materialize, *(["--dry-run"] if dry else []))
 
 
 def test_a_batch_for_other_processes(

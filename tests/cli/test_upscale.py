@@ -116,7 +116,7 @@ def test_folder_keeps_its_tree_and_ignores_what_is_no_input(run, tmp_path: Path)
     put(tmp_path / "in/b.jpg")
     put(tmp_path / "in/deep/c.png", 1)
     put(tmp_path / "in" / f"{PARTIAL_PREFIX}1", format="PNG")
-    (tmp_path / "in/notes.txt").write_text("no picture")
+    (tmp_path / "in/notes.txt").write_text("no image")
     assert run("in").code == 0
     assert list(tree(tmp_path / "in_x4")) == ["b.jpg"]
     assert run("in", "--recursive", "-o", "in/out").code == 0
@@ -165,8 +165,8 @@ def test_one_bad_file_does_not_stop_the_others(run, tmp_path: Path) -> None:
     good, bad, _ = document["results"]
     assert (good["input_size"], good["output_size"], good["status"]) == ([9, 6], [36, 24], "written")
     assert bad["status"] == "failed"
-    assert "in/b.png: not a picture" in bad["error"]
-    assert outcome.err.splitlines() == [f"failed: {bad['error']}", "1 of 3 pictures failed"]
+    assert "in/b.png: not an image" in bad["error"]
+    assert outcome.err.splitlines() == [f"failed: {bad['error']}", "1 of 3 images failed"]
     assert list(tree(tmp_path / "in_x4")) == ["a.png", "c.png"]
 
 
@@ -177,16 +177,16 @@ def test_one_bad_file_does_not_stop_the_others(run, tmp_path: Path) -> None:
         ([""], "an empty name; expected a file, a folder or a pattern"),
         (["/"], "give -o FOLDER"),
         (["a.png", "-o", 300 * "n" + ".png"], "too long"),
-        (["*.webp"], "*.webp: no picture matches"),
-        (["empty"], "empty: the folder holds no pictures"),
+        (["*.webp"], "*.webp: no image matches"),
+        (["empty"], "empty: the folder holds no images"),
         (["zero.png"], "zero.png: the file is empty (0 bytes)"),
         (["cut.png"], "cut.png: truncated or damaged PNG"),
-        (["text.png"], "text.png: not a picture"),
+        (["text.png"], "text.png: not an image"),
         (["a.png", "-o", "a.png"], "a.png: this output is also an input"),
         (["a.png", "-o", "text.png/x.png"], "text.png/x.png: cannot be written"),
         (["a.png", "sub/a.png", "-o", "out"], "out/a.png: both a.png and sub/a.png"),
-        (["a.png", "sub/a.png", "-o", "out.png"], "out.png: several pictures need a folder"),
-        (["a.png", "-o", "a.xyz"], "the ending '.xyz' is no picture format"),
+        (["a.png", "sub/a.png", "-o", "out.png"], "out.png: several images need a folder"),
+        (["a.png", "-o", "a.xyz"], "the ending '.xyz' is no image format"),
         (["a.png", "-o", "b.png", "--format", "jpg"], "b.png: the ending does not agree"),
         (["a.png", "--format", "gif"], "format 'gif': accepted"),
         (["a.png", "--scale", "20"], "scale 20: accepted: 1 to 8"),

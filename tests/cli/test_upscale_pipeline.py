@@ -15,29 +15,29 @@ from PIL import Image
 
 from onestepsr.cli.upscale import pipeline
 from onestepsr.cli.upscale.jobs import Job, Naming, plan_jobs
-from onestepsr.cli.upscale.pipeline import AHEAD, Pipeline, Result, Room
+from onestepsr.cli.upscale.pipeline import AHEAD, MemoryBudget, Pipeline, Result
 from onestepsr.core.errors import OneStepSRError
 from onestepsr.core.files import remove_leftovers
 from onestepsr.imaging import read, write
-from onestepsr.imaging.read import Picture
+from onestepsr.imaging.read import LoadedImage
 from onestepsr.inference.options import UpscaleOptions
 
 SIZE = UpscaleOptions(scale=2)
-TINY = Picture(pixels=np.zeros((1, 2, 3), np.uint8))
+TINY = LoadedImage(pixels=np.zeros((1, 2, 3), np.uint8))
 
 
 class Enlarger:
-    """Repeats pixels; ``before`` is called with the number of every picture."""
+    """Repeats pixels; ``before`` is called with the number of every image."""
 
     last_plan = None
 
     def __init__(self, before: Callable[[int], None] = lambda number: None) -> None:
         self.before, self.done = before, 0
 
-    def upscale_picture(self, picture: Picture, options: UpscaleOptions, tell: object = None) -> Picture:
+    def upscale_image(self, image: LoadedImage, options: UpscaleOptions, tell: object = None) -> LoadedImage:
         self.done += 1
         self.before(self.done - 1)
-        return Picture(pixels=picture.pixels.repeat(2, axis=0).repeat(2, axis=1))
+        return LoadedImage(pixels=image.pixels.repeat(2, axis=0).repeat(2, axis=1))
 
 
 def results_of(upscaler: object, jobs: list[Job], group: int = 32) -> list[Result]:
@@ -55,13 +55,13 @@ def put(folder: Path, number: int, size: tuple[int, int] = (3, 2)) -> list[Job]:
 
 @pytest.fixture
 def no_files(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Pictures from nowhere to nowhere; how many were read and written."""
+    """Images from nowhere to nowhere; how many were read and written."""
     count = {"read": 0, "written": 0}
 
     def write(*_: object, **__: object) -> None:
         count["written"] += 1
 
-    def read(_: Path) -> Picture:
+    def read(_: Path) -> LoadedImage:
         count["read"] += 1
         return TINY
 
@@ -78,11 +78,11 @@ def test_results_come_in_order_and_files_are_right(tmp_path: Path, monkeypatch: 
     jobs = put(tmp_path / "in", 20)
     jobs[3].source.write_bytes(b"nonsense")
     jobs[7].target.mkdir(parents=True)  # cannot be written
-    real = write.write_picture
+    real = write.write_image
 
-    def sometimes_slow(picture: Picture, path: Path, **options: bool) -> None:
+    def sometimes_slow(image: LoadedImage, path: Path, **options: bool) -> None:
         time.sleep(0.02 if path in (jobs[0].target, jobs[10].target) else 0.0)
-        real(picture, path, **options)
+        real(image, path, **options)
 
     monkeypatch.setattr(write, "write_picture", sometimes_slow)
 
@@ -94,7 +94,7 @@ def test_results_come_in_order_and_files_are_right(tmp_path: Path, monkeypatch: 
     assert [result.input for result in results] == [str(job.source) for job in jobs]
     failed = {place: result.error for place, result in enumerate(results) if result.status == "failed"}
     assert list(failed) == [3, 5, 7]
-    assert "not a picture" in str(failed[3])
+    assert "not an image" in str(failed[3])
     assert failed[5] == "no"
     assert "cannot be written" in str(failed[7])
     for place in set(range(20)) - set(failed):
@@ -105,7 +105,7 @@ def test_results_come_in_order_and_files_are_right(tmp_path: Path, monkeypatch: 
 
 
 def test_reading_and_writing_overlap_the_network(no_files: dict[str, int]) -> None:
-    """While the first picture is enlarged, others are read; while the last is enlarged, all others are written."""
+    """While the first image is enlarged, others are read; while the last is enlarged, all others are written."""
 
     def wait_for(number: int) -> None:
         if number == 0:
@@ -123,7 +123,7 @@ def reach(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def test_ten_thousand_pictures_keep_to_the_limits(no_files: dict[str, int]) -> None:
+def test_ten_thousand_images_keep_to_the_limits(no_files: dict[str, int]) -> None:
     most, upscaler = 0, Enlarger()
 
     def look(number: int) -> None:
@@ -137,8 +137,8 @@ def test_ten_thousand_pictures_keep_to_the_limits(no_files: dict[str, int]) -> N
     assert most <= AHEAD
 
 
-def test_large_pictures_follow_each_other(no_files: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "Room", lambda: Room(size=TINY.pixels.nbytes))
+def test_large_images_follow_each_other(no_files: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "MemoryBudget", lambda: MemoryBudget(size=TINY.pixels.nbytes))
     seen: list[int] = []
     results_of(Enlarger(lambda number: seen.append(no_files["read"] - no_files["written"])), made_up(9))
     assert seen == [1] * 9
@@ -173,7 +173,7 @@ def test_a_defect_ends_the_run_wherever_it_happens(
     assert set(threading.enumerate()) <= before
 
 
-def test_lack_of_memory_costs_one_picture(no_files: dict[str, int]) -> None:
+def test_lack_of_memory_costs_one_image(no_files: dict[str, int]) -> None:
     def much(number: int) -> None:
         if number == 1:
             raise MemoryError
@@ -183,13 +183,13 @@ def test_lack_of_memory_costs_one_picture(no_files: dict[str, int]) -> None:
     assert results[1].error == "in/1.png: not enough memory; try --tile 64"
 
 
-def test_folders_are_listed_a_few_times_however_many_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done for each picture must not look through a folder, or a large folder takes its square in time."""
+def test_folders_are_listed_a_few_times_however_many_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done for each image must not look through a folder, or a large folder takes its square in time."""
     jobs = put(tmp_path / "in", 60)
     listed: list[object] = []
     for name in ("scandir", "listdir"):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *given, real=real: listed.append(given) or real(*given))
+        monkeypatch.setattr(os, name, lambda *materialize, real=real: listed.append(materialize) or real(*materialize))
     assert len(plan_jobs([str(tmp_path / "in")], Naming(out=None, file_format="keep", suffix="_x2"), False)) == 60
     results_of(Enlarger(), jobs)
     remove_leftovers(*(job.target for job in jobs))

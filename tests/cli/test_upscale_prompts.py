@@ -25,7 +25,7 @@ from onestepsr.weights import download, native
 
 
 class Reader(nn.Module):
-    """Enlarges, and makes the picture as bright as its prompt says."""
+    """Enlarges, and makes the image as bright as its prompt says."""
 
     scale = 4
 
@@ -81,7 +81,7 @@ def level(path: str) -> int:
         return int(np.asarray(image)[0, 0, 0])
 
 
-def test_a_prompt_changes_the_picture_and_the_empty_one_is_a_prompt_too(run) -> None:
+def test_a_prompt_changes_the_image_and_the_empty_one_is_a_prompt_too(run) -> None:
     run("a.png")
     none = level("a_x4.png")
     run("a.png", "--prompt", "")
@@ -94,7 +94,7 @@ def test_a_prompt_changes_the_picture_and_the_empty_one_is_a_prompt_too(run) -> 
     assert level("a_x4.png") == words  # upper case and spaces mean nothing to the text encoder
 
 
-def test_every_picture_gets_its_own_text(run, tmp_path: Path) -> None:
+def test_every_image_gets_its_own_text(run, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for name, text in (("a", "a cat"), ("b", "a blue tree")):
         (tmp_path / "texts" / f"{name}.txt").write_text(text)
@@ -105,7 +105,7 @@ def test_every_picture_gets_its_own_text(run, tmp_path: Path) -> None:
         assert level(f"{name}_x4.png") == level(f"out/{name}.png")
 
 
-def test_one_picture_without_a_text_does_not_stop_the_others(run, tmp_path: Path) -> None:
+def test_one_image_without_a_text_does_not_stop_the_others(run, tmp_path: Path) -> None:
     (tmp_path / "table.json").write_text(json.dumps({"a": "cat " * 90, "b": "a cat"}))
     Image.new("RGB", (4, 4)).save(tmp_path / "c.png")
     words = ["a.png", "b.png", "c.png", "--prompt-file", "table.json", "-o", "out", "--json"]
@@ -117,7 +117,7 @@ def test_one_picture_without_a_text_does_not_stop_the_others(run, tmp_path: Path
     assert [entry["status"] for entry in results] == ["written", "written", "failed"]
 
 
-def test_a_tagger_looks_at_the_picture(run, tmp_path: Path) -> None:
+def test_a_tagger_looks_at_the_image(run, tmp_path: Path) -> None:
     tagger = write_tagger(tmp_path / "tagger")
     document = json.loads(run("a.png", "--prompt-from", tagger, "--json"))
     assert document["results"][0]["prompt"] == "cat, tree, blue, ,"
@@ -165,11 +165,11 @@ def test_a_generator_of_osediff_follows_the_prompt_in_every_tile(
     assert upscaler.prompt_width == WIDTH
     samples = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
     cat, none = PromptEmbedder(text_folder).embed(["a cat", ""])[:, None]
-    pictures = [
+    images = [
         np.asarray(upscaler(samples, tile=24, prompt_embedding=embedding)).astype(int) for embedding in (cat, none, cat)
     ]
-    assert (pictures[0] == pictures[2]).all()
-    changed = (pictures[0] != pictures[1]).any(2)
+    assert (images[0] == images[2]).all()
+    changed = (images[0] != images[1]).any(2)
     assert changed[:, :60].any()
     assert changed[:, 100:].any()
 
@@ -192,7 +192,7 @@ def test_nothing_of_prompts_is_imported_without_one() -> None:
 def test_a_published_model_without_its_prompts_is_reported(
     caplog: pytest.LogCaptureFixture, model: str, choice: dict[str, str], said: bool
 ) -> None:
-    PromptChoice(**choice).miss(model)
+    PromptChoice(**choice).warn_if_unused(model)
     assert ("--prompt-from dape" in caplog.text) is said
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from onestepsr.core.errors import MissingExtra, UserError, concerning, first_line, shortened
+from onestepsr.core.errors import MissingExtra, UserError, error_context, first_line, join_names
 
 
 def test_names_are_shortened_beyond_a_limit() -> None:
-    assert shortened(["a", "b"], 2) == "a, b"
-    assert shortened(["a", "b", "c", "d"], 2) == "a, b and 2 more"
+    assert join_names(["a", "b"], 2) == "a, b"
+    assert join_names(["a", "b", "c", "d"], 2) == "a, b and 2 more"
 
 
 def test_an_error_of_another_library_gives_one_line() -> None:
@@ -17,10 +17,10 @@ def test_an_error_of_another_library_gives_one_line() -> None:
 
 def test_a_line_says_what_it_is_about() -> None:
     def fails() -> None:
-        with concerning("config.steps"):
+        with error_context("config.steps"):
             raise MissingExtra("this", "extra")
 
     with pytest.raises(UserError, match=r"^config\.steps: this needs"):
         fails()
-    with pytest.raises(ValueError, match=r"^defect$"), concerning("config.steps"):
+    with pytest.raises(ValueError, match=r"^defect$"), error_context("config.steps"):
         raise ValueError("defect")

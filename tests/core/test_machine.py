@@ -82,7 +82,7 @@ def test_container_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_pytorch_keeps_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise every picture would be planned with what the one before it has left in the driver's eyes."""
+    """Otherwise every image would be planned with what the one before it has left in the driver's eyes."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000, 24_000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20_000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5_000)

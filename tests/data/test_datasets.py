@@ -37,12 +37,12 @@ def same(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_samples_are_8bit_pictures_of_the_promised_shapes(photos):
+def test_samples_are_8bit_images_of_the_promised_shapes(photos):
     sample = build_dataset(config(photos), seed=0)[3]
     assert (sample["hr"].shape, sample["lr"].shape) == ((3, 32, 32), (3, 8, 8))
-    for picture in sample.values():
-        assert picture.dtype == torch.float32
-        levels = picture * 255
+    for image in sample.values():
+        assert image.dtype == torch.float32
+        levels = image * 255
         torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
     assert build_dataset(config(photos), seed=0, with_lr=False)[3].keys() == {"hr"}
 
@@ -113,10 +113,10 @@ def test_folders_without_usable_photos_are_refused(tmp_path, photos):
     with pytest.raises(UserError, match="no such folder"):
         build_dataset(config(tmp_path / "nowhere"), seed=0)
     (tmp_path / "bare").mkdir()
-    with pytest.raises(UserError, match="no pictures in it"):
+    with pytest.raises(UserError, match="no images in it"):
         build_dataset(config(tmp_path / "bare"), seed=0)
-    (tmp_path / "bare" / "a.jpg").write_text("no picture")
-    with pytest.raises(UserError, match="none of the 1 pictures"):
+    (tmp_path / "bare" / "a.jpg").write_text("no image")
+    with pytest.raises(UserError, match="none of the 1 images"):
         build_dataset(config(tmp_path / "bare"), seed=0)
     with pytest.raises(UserError, match="crop = 512"):
         build_dataset(DataConfig(paths=(photos,), crop=512), seed=0)
@@ -126,7 +126,7 @@ def test_folders_without_usable_photos_are_refused(tmp_path, photos):
         build_dataset(config(tmp_path / "bare"), seed=0)[0]
 
 
-def test_orientation_and_grey_photos(tmp_path):
+def test_orientation_and_gray_photos(tmp_path):
     pixels = np.zeros((40, 64), np.uint8)
     pixels[:20] = 255
     exif = Image.Exif()
@@ -135,11 +135,11 @@ def test_orientation_and_grey_photos(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "photos" / "a.png", exif=exif)
     dataset = build_dataset(config(tmp_path / "photos", flips=False), seed=0, with_lr=False)
     assert (dataset.photos[0].width, dataset.photos[0].height) == (40, 64)
-    picture = dataset[0]["hr"]
-    assert picture.shape == (3, 32, 32)
-    assert torch.equal(picture[:, 0], picture[:, 31])  # bright half now at the right
-    assert picture[0, 0, 0] == 0
-    assert picture[0, 0, 31] == 1
+    image = dataset[0]["hr"]
+    assert image.shape == (3, 32, 32)
+    assert torch.equal(image[:, 0], image[:, 31])  # bright half now at the right
+    assert image[0, 0, 0] == 0
+    assert image[0, 0, 31] == 1
 
 
 def test_degradation_by_name_by_weights_and_in_full(photos):

@@ -31,8 +31,8 @@ def same(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def orientations(picture):
-    mirrored = [picture, picture.flip(-1)]
+def orientations(image):
+    mirrored = [image, image.flip(-1)]
     return {torch.rot90(each, turns, (-2, -1)).numpy().tobytes() for each in mirrored for turns in range(4)}
 
 
@@ -48,7 +48,7 @@ def test_entries_equal_the_direct_samples_before_and_after_storage(photos):
     assert all(same(pooled(photos).entry(number), direct[number]) for number in range(6))
 
 
-def test_later_epochs_reuse_the_same_pictures_in_new_orientations(photos):
+def test_later_epochs_reuse_the_same_images_in_new_orientations(photos):
     pool = pooled(photos, rotations=True, degradation="bicubic")
     known = set().union(*(orientations(pool.entry(number)["hr"]) for number in range(6)))
     epochs = [[pool[epoch * 6 + place] for place in range(6)] for epoch in range(4)]

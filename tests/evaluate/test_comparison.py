@@ -1,4 +1,4 @@
-"""Results side by side: common pictures, verdicts, and everything that keeps numbers from being comparable."""
+"""Results side by side: common images, verdicts, and everything that keeps numbers from being comparable."""
 
 from dataclasses import replace
 
@@ -18,13 +18,13 @@ def shifted(change: float, names: list[str] = NAMES) -> dict[str, float]:
     return {name: BASE[name] + change + JITTER[name] for name in names}
 
 
-def test_means_are_over_the_common_pictures() -> None:
+def test_means_are_over_the_common_images() -> None:
     found = compare([make_result("a", BASE), make_result("b", shifted(1, NAMES[2:]))])
     assert found.common("psnr") == NAMES[2:]
     first, second = (row["psnr"] for row in found.summaries)
     assert (first.count, second.count) == (10, 10)
     assert first.mean == pytest.approx(26.5)
-    assert found.warnings == ["a and b: only a has the pictures p0, p1; they are left out"]
+    assert found.warnings == ["a and b: only a has the images p0, p1; they are left out"]
 
 
 def test_verdicts_know_what_is_better() -> None:
@@ -48,7 +48,7 @@ def test_p_values_are_adjusted_for_their_number() -> None:
     assert [item.adjusted for item in found.differences] == pytest.approx([2 * smallest, 2 * smallest])
 
 
-def test_few_pictures_decide_nothing() -> None:
+def test_few_images_decide_nothing() -> None:
     few = NAMES[:4]
     found = compare([make_result("a", {n: BASE[n] for n in few}), make_result("b", shifted(5, few))])
     assert found.differences[0].verdict == "undecided"
@@ -83,10 +83,10 @@ def test_metrics_of_whole_sets_stand_without_a_test() -> None:
     found = compare([of("a", 100.0, NAMES), of("b", 90.0, NAMES[1:])])
     assert [row["fid"].mean for row in found.summaries] == [100.0, 90.0]
     assert {item.metric for item in found.differences} == {"psnr"}
-    assert any("FID is of different sets (12 and 11 pictures)" in line for line in found.warnings)
+    assert any("FID is of different sets (12 and 11 images)" in line for line in found.warnings)
 
 
-def test_a_metric_of_one_result_only_keeps_its_own_pictures() -> None:
+def test_a_metric_of_one_result_only_keeps_its_own_images() -> None:
     found = compare([make_result("a", BASE), make_result("b", BASE, {"p3": 4.0})])
     assert "niqe" not in found.summaries[0]
     assert found.summaries[1]["niqe"].mean == 4.0
@@ -99,7 +99,7 @@ def test_equal_labels_are_numbered() -> None:
 
 
 def test_nothing_in_common_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"no picture is in all results .*'p0' and 'p5'"):
+    with pytest.raises(UserError, match=r"no image is in all results .*'p0' and 'p5'"):
         compare([make_result("a", {"p0": 1.0}), make_result("b", {"p5": 1.0})])
     with pytest.raises(UserError, match="has no values"):
         compare([make_result("a", {})])

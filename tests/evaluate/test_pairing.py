@@ -1,4 +1,4 @@
-"""Which pictures belong together, and how data sets are understood."""
+"""Which images belong together, and how datasets are understood."""
 
 from pathlib import Path
 
@@ -24,8 +24,8 @@ def test_pairs_follow_names_and_not_order(tmp_path: Path) -> None:
         ("b", "b_mine.bmp", "b.png"),
         ("sub/c", "c_mine.png", "c.png"),
     ]
-    assert [path.name for path in pairing.lonely_sr] == ["z_mine.png"]
-    assert [path.name for path in pairing.lonely_hr] == ["a.png"]
+    assert [path.name for path in pairing.unmatched_sr] == ["z_mine.png"]
+    assert [path.name for path in pairing.unmatched_hr] == ["a.png"]
 
 
 MADE = ("a_x4.png", "a_LR_x4.png", "a_LR4.png", "a_SR.png", "a-LR_x2.5.png", "a.png", "a_HR.png", "a_HR_x4.png")
@@ -36,7 +36,7 @@ def test_usual_endings_need_no_suffix(tmp_path: Path, made: str) -> None:
     hr = touch(tmp_path / "hr", "a_HR.png", "a_LR4.png", "b_HR.png")
     pairing = pair_by_name(touch(tmp_path / "sr", made), hr)
     assert [(pair.name, pair.hr and pair.hr.name) for pair in pairing.pairs] == [("a", "a_HR.png")]
-    assert [path.name for path in pairing.lonely_hr] == ["b_HR.png"]
+    assert [path.name for path in pairing.unmatched_hr] == ["b_HR.png"]
 
 
 def test_an_equal_name_wins_over_a_similar_one(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_two_files_are_a_pair_whatever_their_names(tmp_path: Path) -> None:
 def test_a_file_finds_its_reference_in_a_folder(tmp_path: Path) -> None:
     pairing = pair_by_name(touch(tmp_path, "b.jpg") / "b.jpg", touch(tmp_path / "hr", "a.png", "b.png"))
     assert [pair.name for pair in pairing.pairs] == ["b"]
-    assert pairing.lonely_hr == []
+    assert pairing.unmatched_hr == []
 
 
 def test_impossible_pairings_end_in_one_line(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_impossible_pairings_end_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         pair_by_name(tmp_path / "absent", hr)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no pictures in it"):
+    with pytest.raises(UserError, match="no images in it"):
         pair_by_name(sr, tmp_path / "empty")
     touch(sr, "a_mine.bmp")
     with pytest.raises(UserError, match="share the name 'a'"):
@@ -86,7 +86,7 @@ def test_a_data_set_of_two_folders(tmp_path: Path) -> None:
         ("a", "a.png", "a.jpg"),
         ("b", "b_LR4.png", "b.png"),
     ]
-    assert [path.name for path in (*data.lonely_lr, *data.lonely_hr)] == ["c.png", "d.png"]
+    assert [path.name for path in (*data.unmatched_lr, *data.unmatched_hr)] == ["c.png", "d.png"]
     assert find_cases(tmp_path / "lr", tmp_path / "HR").cases == data.cases
 
 
@@ -97,11 +97,11 @@ def test_a_data_set_in_one_folder(tmp_path: Path) -> None:
         Case(name="x", lr=tmp_path / "x_LR.png", hr=tmp_path / "x_HR.png"),
         Case(name="y", lr=tmp_path / "y_LR4.png", hr=tmp_path / "y_HR.png"),
     ]
-    assert data.lonely_lr == [tmp_path / "other.png"]
-    assert data.lonely_hr == [tmp_path / "z_HR.png"]
+    assert data.unmatched_lr == [tmp_path / "other.png"]
+    assert data.unmatched_hr == [tmp_path / "z_HR.png"]
 
 
-def test_lr_pictures_alone(tmp_path: Path) -> None:
+def test_lr_images_alone(tmp_path: Path) -> None:
     data = find_cases(touch(tmp_path, "b_LR4.png", "sub/a.jpg"))
     assert [(case.name, case.hr) for case in data.cases] == [("b_LR4", None), ("sub/a", None)]
     assert data.hr is None
@@ -117,7 +117,7 @@ def test_photos_to_degrade(tmp_path: Path) -> None:
 
 def test_data_sets_without_a_pair_end_in_one_line(tmp_path: Path) -> None:
     touch(tmp_path, "LR/a.png", "HR/b.png")
-    with pytest.raises(UserError, match=r"no LR picture in .*'a' and 'b'"):
+    with pytest.raises(UserError, match=r"no LR image in .*'a' and 'b'"):
         find_cases(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         find_cases(tmp_path / "absent")

@@ -88,9 +88,9 @@ def test_what_differs_is_flagged(other: dict[str, Any], message: str) -> None:
     assert MARK in grid.columns[1]
 
 
-def test_another_number_of_pictures_is_flagged() -> None:
+def test_another_number_of_images_is_flagged() -> None:
     grid = grid_of(make_result("x", {"a": 25.0, "b": 26.0}), "osediff/realsr")
-    assert grid.notes == ("† x: 2 pictures; RealSR has 100",)
+    assert grid.notes == ("† x: 2 images; RealSR has 100",)
 
 
 def test_the_basicsr_niqe_is_not_taken_for_pyiqas() -> None:

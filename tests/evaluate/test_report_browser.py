@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from browser import Browser, find_browser
 
-from evaluation_results import make_result, write_pictures
+from evaluation_results import make_result, write_images
 from onestepsr.evaluate.comparison import compare
 from onestepsr.evaluate.published import beside
 from onestepsr.evaluate.report.page import write_report
@@ -21,7 +21,7 @@ VALUES = {"b": 21.0, "p10": 30.0, "p2": 9.5, "<i>x": 25.0}
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
-    write_pictures(root, list(VALUES), side=64)
+    write_images(root, list(VALUES), side=64)
     results = []
     for number in range(2):
         folders = Files(lr=str(root / "lr"), sr=str(root / f"sr{number}"), hr=str(root / "hr"))
@@ -56,7 +56,7 @@ def column(browser: Browser, number: int) -> Any:
 def test_no_request_leaves_the_page(browser: Browser, report: Path) -> None:
     browser.run("document.querySelectorAll('details').forEach(item => { item.open = true; item.scrollIntoView(); })")
     browser.run("document.getElementById('next').click()")
-    # Pictures that come into view are fetched late.
+    # Images that come into view are fetched late.
     browser.run("Promise.all([...document.images].map(i => i.complete || new Promise(done => i.onload = done)))")
     assert len(browser.requests) > 5
     home = report.as_uri() + "/"
@@ -89,7 +89,7 @@ def test_the_table_sorts_numbers_and_names(browser: Browser) -> None:
 def test_the_filter_keeps_matching_names(browser: Browser) -> None:
     browser.run("const f = document.getElementById('filter'); f.value = 'P'; f.dispatchEvent(new Event('input'))")
     assert browser.run("[...document.querySelectorAll('#all tbody tr')].filter(row => !row.hidden).length") == 2
-    assert browser.run("document.getElementById('shown').textContent") == "2 of 4 pictures"
+    assert browser.run("document.getElementById('shown').textContent") == "2 of 4 images"
 
 
 def test_the_slider_moves_by_keyboard_and_by_mouse(browser: Browser) -> None:
@@ -109,7 +109,7 @@ def test_the_slider_moves_by_keyboard_and_by_mouse(browser: Browser) -> None:
     assert float(browser.run("document.getElementById('split').value")) == pytest.approx(20, abs=1)
 
 
-def test_zoom_and_pan_move_every_picture_alike(browser: Browser) -> None:
+def test_zoom_and_pan_move_every_image_alike(browser: Browser) -> None:
     browser.run("document.getElementById('stage').focus()")
     for key in ("+", "+", "ArrowRight"):
         browser.press(key)
@@ -125,9 +125,9 @@ def test_zoom_and_pan_move_every_picture_alike(browser: Browser) -> None:
     assert browser.run("getComputedStyle(document.querySelector('.stage img')).transform") == "matrix(1, 0, 0, 1, 0, 0)"
 
 
-def test_a_picture_of_the_table_opens_in_the_viewer(browser: Browser) -> None:
+def test_a_image_of_the_table_opens_in_the_viewer(browser: Browser) -> None:
     browser.run("[...document.querySelectorAll('#all button.link')].find(b => b.textContent === 'p2').click()")
-    assert browser.run("document.getElementById('picture-name').textContent") == "p2"
+    assert browser.run("document.getElementById('image-name').textContent") == "p2"
     assert browser.run("document.activeElement.id") == "stage"
     captions = browser.run("[...document.querySelectorAll('#panes figcaption')].map(c => c.textContent)")
     assert captions[0] == "LR"

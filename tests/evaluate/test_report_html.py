@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation_results import make_result, write_pictures
+from evaluation_results import make_result, write_images
 from onestepsr.core.errors import UserError
 from onestepsr.evaluate.comparison import Comparison, compare
 from onestepsr.evaluate.published import beside
+from onestepsr.evaluate.report.images import centre, choose, locate
 from onestepsr.evaluate.report.page import PAGE, ReportConfig, write_report
-from onestepsr.evaluate.report.pictures import centre, choose, locate
 from onestepsr.evaluate.report.plots import VOID, data_block, element, escape, histograms
 from onestepsr.evaluate.result import Files
 from onestepsr.evaluate.statistics import summarize
@@ -60,7 +60,7 @@ class Page(html.parser.HTMLParser):
 
 
 def comparison_of(root: Path, names: list[str] = NAMES, methods: int = 2, side: int = 32) -> Comparison:
-    write_pictures(root, names, methods=methods, side=side)
+    write_images(root, names, methods=methods, side=side)
     results = []
     for number in range(methods):
         psnr = {name: 20.0 + index + 0.25 * number for index, name in enumerate(names)}
@@ -108,10 +108,10 @@ def test_nothing_is_asked_for_outside_the_folder(page: Page, report: Path) -> No
     assert "url(" not in text
     assert "@import" not in text
     sources = [attributes.get("src") for _, attributes in page.tags if attributes.get("src")]
-    files = [path for picture in page.data()["pictures"] for path in picture["files"].values()]
+    files = [path for image in page.data()["pictures"] for path in image["files"].values()]
     for path in [*sources, *files]:
         assert (report / path).is_file()
-        assert re.fullmatch(r"pictures/\d{5}-(lr|hr|sr\d)\.png", path)
+        assert re.fullmatch(r"images/\d{5}-(lr|hr|sr\d)\.png", path)
 
 
 def test_the_policy_allows_this_script_and_style_only(page: Page) -> None:
@@ -123,13 +123,13 @@ def test_the_policy_allows_this_script_and_style_only(page: Page) -> None:
     assert not any(name.startswith("on") or name == "style" for _, attributes in page.tags for name in attributes)
 
 
-def test_pictures_are_the_measured_pixels(page: Page, report: Path, tmp_path: Path) -> None:
-    write_pictures(tmp_path, NAMES)
-    picture = page.data()["pictures"][2]
-    assert picture["name"] == "p2"
-    assert (picture["width"], picture["height"]) == (32, 32)
+def test_images_are_the_measured_pixels(page: Page, report: Path, tmp_path: Path) -> None:
+    write_images(tmp_path, NAMES)
+    image = page.data()["pictures"][2]
+    assert image["name"] == "p2"
+    assert (image["width"], image["height"]) == (32, 32)
     for role, folder in (("lr", "lr"), ("sr0", "sr0"), ("sr1", "sr1"), ("hr", "hr")):
-        shown = np.asarray(Image.open(report / picture["files"][role]))
+        shown = np.asarray(Image.open(report / image["files"][role]))
         assert np.array_equal(shown, np.asarray(Image.open(tmp_path / folder / "p2.png")))
 
 
@@ -141,7 +141,7 @@ def test_every_value_is_in_the_table(page: Page) -> None:
 
 
 def test_extremes_begin_with_the_worst(page: Page) -> None:
-    order = [button["data-picture"] for button in page.of("button") if button.get("class") == "thumb"]
+    order = [button["data-image"] for button in page.of("button") if button.get("class") == "thumb"]
     assert order[:12] == ["0", "1", "2", "3", "4", "5", "5", "4", "3", "2", "1", "0"]
     niqe = order[24:30]
     assert niqe == ["5", "4", "3", "2", "1", "0"]
@@ -162,21 +162,21 @@ def test_names_cannot_become_markup(tmp_path: Path) -> None:
     assert name in evil.texts["button"]
 
 
-def test_a_report_without_pictures_has_its_values(tmp_path: Path) -> None:
+def test_a_report_without_images_has_its_values(tmp_path: Path) -> None:
     write_report(tmp_path / "out", compare([make_result("x", {"a": 1.0, "b": 2.0}, folders=Files(sr="/nowhere"))]))
     empty = Page((tmp_path / "out" / PAGE).read_text(encoding="utf-8"))
     assert "viewer" not in [attributes["id"] for attributes in empty.of("section")]
-    assert any("2 of 2 pictures cannot be looked at" in text for text in empty.texts["li"])
+    assert any("2 of 2 images cannot be looked at" in text for text in empty.texts["li"])
     assert empty.data()["pictures"] == []
 
 
-def test_large_pictures_show_their_centre_on_the_lr_grid(tmp_path: Path) -> None:
+def test_large_images_show_their_centre_on_the_lr_grid(tmp_path: Path) -> None:
     comparison = comparison_of(tmp_path, ["a"], side=52)
     write_report(tmp_path / "out", comparison, config=ReportConfig(side=16))
-    picture = Page((tmp_path / "out" / PAGE).read_text(encoding="utf-8")).data()["pictures"][0]
-    assert (picture["width"], picture["height"]) == (16, 16)
-    assert picture["part"] == "The centre, 16 x 16 of 52 x 52 pixels."
-    shown = np.asarray(Image.open(tmp_path / "out" / picture["files"]["lr"]))
+    image = Page((tmp_path / "out" / PAGE).read_text(encoding="utf-8")).data()["pictures"][0]
+    assert (image["width"], image["height"]) == (16, 16)
+    assert image["part"] == "The centre, 16 x 16 of 52 x 52 pixels."
+    shown = np.asarray(Image.open(tmp_path / "out" / image["files"]["lr"]))
     assert np.array_equal(shown, np.asarray(Image.open(tmp_path / "lr" / "a.png"))[4:8, 4:8])
 
 
@@ -187,7 +187,7 @@ def test_the_part_shown_begins_on_the_grid() -> None:
 
 def test_extremes_come_first_when_there_is_a_limit(tmp_path: Path) -> None:
     comparison = comparison_of(tmp_path, [f"p{number:02d}" for number in range(30)], methods=1)
-    kept = choose(comparison, comparison.pictures, extremes=2, limit=5)
+    kept = choose(comparison, comparison.images, extremes=2, limit=5)
     assert kept == ["p00", "p01", "p02", "p28", "p29"]
 
 
@@ -203,18 +203,18 @@ def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path: Path) -> None:
         write_report(out, comparison_of(tmp_path))
 
 
-def test_a_damaged_picture_is_told_and_the_others_shown(tmp_path: Path) -> None:
+def test_a_damaged_image_is_told_and_the_others_shown(tmp_path: Path) -> None:
     comparison = comparison_of(tmp_path)
-    (tmp_path / "sr1" / "p3.png").write_bytes(b"no picture")
+    (tmp_path / "sr1" / "p3.png").write_bytes(b"no image")
     problems = write_report(tmp_path / "out", comparison)
     assert len(problems) == 1
     assert "p3.png" in problems[0]
     found = Page((tmp_path / "out" / PAGE).read_text(encoding="utf-8"))
-    assert [picture["name"] for picture in found.data()["pictures"]] == ["p0", "p1", "p2", "p4", "p5"]
+    assert [image["name"] for image in found.data()["pictures"]] == ["p0", "p1", "p2", "p4", "p5"]
 
 
 def test_recorded_files_cannot_lead_out_of_their_folder(tmp_path: Path) -> None:
-    write_pictures(tmp_path, ["a", "b"], methods=1)
+    write_images(tmp_path, ["a", "b"], methods=1)
     result = make_result("x", {"a": 1.0, "b": 2.0}, folders=Files(sr=str(tmp_path / "sr0")))
     recorded = {"a": Files(sr="../hr/a.png"), "b": Files(sr="b.png")}
     object.__setattr__(result, "files", recorded)
@@ -223,7 +223,7 @@ def test_recorded_files_cannot_lead_out_of_their_folder(tmp_path: Path) -> None:
     assert locate(compare([result])) == {}
 
 
-def test_histograms_hold_every_picture() -> None:
+def test_histograms_hold_every_image() -> None:
     values = {"x": [1.0, 2.0, 3.0], "y": [2.5]}
     summaries = {label: summarize(column) for label, column in values.items()}
     svg = Page(histograms("t", values, summaries, bins=4, places=2))

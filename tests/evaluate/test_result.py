@@ -119,7 +119,7 @@ def test_a_bad_file_is_one_line(text: str, message: str, tmp_path: Path) -> None
         ({"images": {"a": {"psnr": 1e308}, "b": {"psnr": 1e308}}}, r"bad\.json: .* the psnr 1e\+308, expected"),
         ({"images": {"a": {"psnr": 10**400}}}, r"bad\.json: images\.a\.psnr: expected float"),
         ({"mean": {"psnr": 99.0}}, "changed by hand"),
-        ({"mean": {"psnr": 10**400}}, r"bad\.json: mean\.psnr is 10{39}… but the pictures give 1\.5: the file was"),
+        ({"mean": {"psnr": 10**400}}, r"bad\.json: mean\.psnr is 10{39}… but the images give 1\.5: the file was"),
         ({"mean": {}}, "changed by hand"),
         ({"mean": None}, "mean: expected a mapping"),
         ({"protocol": {"name": "p", "metrics": {}, "list": [1]}}, "protocol.settings.list"),

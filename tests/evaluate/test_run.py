@@ -1,4 +1,4 @@
-"""Folders and models: order, overlap, failures that stay with their picture, LR pictures that are made."""
+"""Folders and models: order, overlap, failures that stay with their image, LR images that are made."""
 
 import threading
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import samples, save, scene
+from sample_images import samples, save, scene
 
 from onestepsr.cli import degrade
 from onestepsr.core.errors import OneStepSRError, UserError
@@ -24,26 +24,26 @@ from onestepsr.evaluate.run import (
     Degradation,
     EvaluatedModel,
     ModelRun,
+    evaluate_images,
     evaluate_model,
-    evaluate_pictures,
     in_order,
     score_pairs,
-    without_pictures,
+    without_images,
     worker_count,
 )
-from onestepsr.evaluate.scoring import Measurer
-from onestepsr.imaging.read import Picture, from_array, read_picture
+from onestepsr.evaluate.scoring import Scorer
+from onestepsr.imaging.read import LoadedImage, from_array, read_image
 
 PLAIN = Protocol(name="test", summary="", metrics=("psnr",))
 
 
-def measurer(**changes: int) -> Measurer:
-    return Measurer([METRICS["psnr"]], replace(PLAIN, **changes))
+def measurer(**changes: int) -> Scorer:
+    return Scorer([METRICS["psnr"]], replace(PLAIN, **changes))
 
 
-def repeated(picture: Picture, path: Path) -> Picture:
+def repeated(image: LoadedImage, path: Path) -> LoadedImage:
     """A model: every pixel four by four times."""
-    return replace(picture, pixels=picture.pixels.repeat(4, axis=0).repeat(4, axis=1), alpha=None)
+    return replace(image, pixels=image.pixels.repeat(4, axis=0).repeat(4, axis=1), alpha=None)
 
 
 MODEL = EvaluatedModel(enlarge=repeated, scale=4, record=ModelRecord(name="repeated"))
@@ -76,13 +76,13 @@ def test_results_keep_their_order_and_few_are_begun() -> None:
         assert list(results) == list(range(1, 20))
 
 
-def test_one_bad_picture_leaves_the_others(data: Path) -> None:
-    (data / "LR" / "b.png").write_bytes(b"no picture")
+def test_one_bad_image_leaves_the_others(data: Path) -> None:
+    (data / "LR" / "b.png").write_bytes(b"no image")
     save(data / "LR" / "d.png", scene(5, 10))
     pairs = [Pair(name=p.stem, sr=p, hr=data / "HR" / p.name) for p in sorted((data / "LR").iterdir())]
     scores = list(score_pairs([*pairs, Pair(name="gone", sr=data / "gone.png")], measurer(), workers=3))
     assert [score.name for score in scores] == ["a", "b", "c", "d", "e", "gone"]
-    assert "b.png: not a picture" in scores[1].problems[0]
+    assert "b.png: not an image" in scores[1].problems[0]
     assert "d.png: SR is 10 x 5 but HR is 40 x 32" in scores[3].problems[0]
     assert "No such file" in scores[5].problems[0]
     assert torch.get_num_threads() >= 1
@@ -103,9 +103,9 @@ def model_run(data: Path, enlarge: object = repeated) -> tuple[ModelRun, list[Ca
 def test_the_network_stays_in_its_thread_while_others_read_and_measure(data: Path) -> None:
     threads: set[int] = set()
 
-    def enlarge(picture: Picture, path: Path) -> Picture:
+    def enlarge(image: LoadedImage, path: Path) -> LoadedImage:
         threads.add(threading.get_ident())
-        return repeated(picture, path)
+        return repeated(image, path)
 
     run, cases = model_run(data, enlarge)
     scores = list(run.scores(cases, workers=2))
@@ -115,24 +115,24 @@ def test_the_network_stays_in_its_thread_while_others_read_and_measure(data: Pat
 
 
 @pytest.mark.parametrize(("error", "message"), [(OneStepSRError("overflows"), "overflows"), (MemoryError(), "--tile")])
-def test_a_model_that_fails_on_one_picture_goes_on(data: Path, error: Exception, message: str) -> None:
+def test_a_model_that_fails_on_one_image_goes_on(data: Path, error: Exception, message: str) -> None:
     calls: Iterator[int] = iter(range(5))
 
-    def enlarge(picture: Picture, path: Path) -> Picture:
+    def enlarge(image: LoadedImage, path: Path) -> LoadedImage:
         if next(calls) == 1:
             raise error
-        return repeated(picture, path)
+        return repeated(image, path)
 
     run, cases = model_run(data, enlarge)
-    (data / "LR" / "d.png").write_bytes(b"no picture")
+    (data / "LR" / "d.png").write_bytes(b"no image")
     scores = list(run.scores(cases, workers=2))
     assert [bool(score.problems) for score in scores] == [False, True, False, True, False]
     assert message in scores[1].problems[0]
     assert "b.png" in scores[1].problems[0]
 
 
-def test_a_defect_is_no_problem_of_a_picture(data: Path) -> None:
-    def enlarge(picture: Picture, path: Path) -> Picture:
+def test_a_defect_is_no_problem_of_a_image(data: Path) -> None:
+    def enlarge(image: LoadedImage, path: Path) -> LoadedImage:
         raise RuntimeError("a defect")
 
     run, cases = model_run(data, enlarge)
@@ -144,16 +144,16 @@ def evaluate_saved(data: Path, **changes: int) -> EvaluationResult:
     return evaluate_model(MODEL, find_cases(data), measurer(**changes), label="m", keep=data / "kept")
 
 
-def test_numbers_are_those_of_the_saved_pictures(data: Path) -> None:
+def test_numbers_are_those_of_the_saved_images(data: Path) -> None:
     result = evaluate_saved(data)
-    again = evaluate_pictures(pair_by_name(data / "kept" / "SR", data / "HR"), Files(), measurer(), label="again")
+    again = evaluate_images(pair_by_name(data / "kept" / "SR", data / "HR"), Files(), measurer(), label="again")
     assert result.images == again.images
     assert result.folders == Files(lr=str(data / "LR"), sr=str(data / "kept" / "SR"), hr=str(data / "HR"))
     assert result.files["b"] == Files(lr="b.png", sr="b.png", hr="b.png")
     assert (result.protocol.settings["scale"], result.model) == (4, MODEL.record)
     assert {"reading", "model", "metrics", "total"} == set(result.seconds)
-    assert without_pictures(result).folders.sr is None
-    assert without_pictures(result).files["b"] == Files(lr="b.png", hr="b.png")
+    assert without_images(result).folders.sr is None
+    assert without_images(result).files["b"] == Files(lr="b.png", hr="b.png")
 
 
 @pytest.mark.parametrize(("crop", "folders"), [(0, ["SR"]), (16, ["HR", "LR", "SR"])])
@@ -172,22 +172,22 @@ def test_leftovers_are_looked_for_once_in_each_folder(
 
 def test_crops_are_cut_before_the_model_runs(data: Path) -> None:
     result = evaluate_saved(data, crop=16)
-    lr = read_picture(data / "kept" / "LR" / "c.png").pixels
-    np.testing.assert_array_equal(lr, read_picture(data / "LR" / "c.png").pixels[2:6, 3:7])
-    hr = read_picture(data / "kept" / "HR" / "c.png").pixels
-    np.testing.assert_array_equal(hr, read_picture(data / "HR" / "c.png").pixels[8:24, 12:28])
-    saved = evaluate_pictures(
+    lr = read_image(data / "kept" / "LR" / "c.png").pixels
+    np.testing.assert_array_equal(lr, read_image(data / "LR" / "c.png").pixels[2:6, 3:7])
+    hr = read_image(data / "kept" / "HR" / "c.png").pixels
+    np.testing.assert_array_equal(hr, read_image(data / "HR" / "c.png").pixels[8:24, 12:28])
+    saved = evaluate_images(
         pair_by_name(data / "kept" / "SR", data / "kept" / "HR"), Files(), measurer(crop=16), label="saved"
     )
     assert result.images == saved.images
-    with pytest.raises(UserError, match="the LR picture is 10 x 8, the protocol needs 9 x 9"):
+    with pytest.raises(UserError, match="the LR image is 10 x 8, the protocol needs 9 x 9"):
         Loader(scale=4, crop=36)(find_cases(data).cases[0])
     with pytest.raises(UserError, match="multiple of the model's factor"):
         Loader(scale=4, crop=18)
 
 
 @pytest.mark.parametrize("recipe", ["real_esrgan", "bicubic"])
-def test_made_lr_pictures_are_those_of_degrade(tmp_path: Path, recipe: str) -> None:
+def test_made_lr_images_are_those_of_degrade(tmp_path: Path, recipe: str) -> None:
     for seed, name in enumerate(("a.png", "sub/b.png")):
         save(tmp_path / "photos" / name, scene(70, 85, seed))
     jobs = degrade.plan(tmp_path / "photos", tmp_path / "out", recursive=True)
@@ -206,7 +206,7 @@ def test_made_lr_pictures_are_those_of_degrade(tmp_path: Path, recipe: str) -> N
     )
     for name in ("a", "sub/b"):
         for side in ("LR", "HR"):
-            kept, made = (read_picture(tmp_path / place / side / f"{name}.png").pixels for place in ("kept", "out"))
+            kept, made = (read_image(tmp_path / place / side / f"{name}.png").pixels for place in ("kept", "out"))
             np.testing.assert_array_equal(kept, made)
     assert result.protocol.settings["degradation"] == recipe
     assert result.protocol.settings["degradation_seed"] == 7
@@ -219,7 +219,7 @@ def test_photos_below_the_scale_are_told(tmp_path: Path) -> None:
         make(save(tmp_path / "thin.png", scene(9, 3)))
 
 
-def test_a_picture_that_cannot_be_kept_is_a_problem(data: Path) -> None:
+def test_a_image_that_cannot_be_kept_is_a_problem(data: Path) -> None:
     (data / "kept").write_text("a file where a folder should be")
     result = evaluate_saved(data)
     assert "cannot be made" in result.failed["a"]
@@ -228,12 +228,12 @@ def test_a_picture_that_cannot_be_kept_is_a_problem(data: Path) -> None:
 
 def test_without_references_only_the_rest_is_measured(data: Path) -> None:
     alone = find_cases(data / "LR")
-    result = evaluate_model(MODEL, alone, Measurer([METRICS["grid"]], PLAIN), label="m")
+    result = evaluate_model(MODEL, alone, Scorer([METRICS["grid"]], PLAIN), label="m")
     assert set(result.images["a"]) == {"grid"}
     assert result.folders == Files(lr=str(data / "LR"))
 
 
-def test_labels_of_loaded_pictures_name_both_files(data: Path) -> None:
+def test_labels_of_loaded_images_name_both_files(data: Path) -> None:
     loaded: Loaded = Loader(scale=4)(find_cases(data).cases[0])
     assert loaded.label.endswith(f"against {data / 'HR' / 'a.png'}")
     assert loaded.lr.pixels.shape == (8, 10, 3)

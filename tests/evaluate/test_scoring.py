@@ -1,25 +1,25 @@
-"""Protocols, and measuring pictures of which some cannot be measured."""
+"""Protocols, and measuring images of which some cannot be measured."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from pictures import noisy, samples, scene
+from sample_images import noisy, samples, scene
 from torch import Tensor
 
 from onestepsr.core.errors import UserError
 from onestepsr.evaluate.metrics.catalog import METRICS, MetricSpec, select_metrics
 from onestepsr.evaluate.metrics.fidelity import psnr_y, ssim_y
 from onestepsr.evaluate.protocols import PROTOCOLS, Protocol, applicable, get_protocol
-from onestepsr.evaluate.scoring import Measurer
+from onestepsr.evaluate.scoring import Scorer
 
 BASIC = PROTOCOLS["basic"]
 ALL = Protocol(name="test", summary="", metrics=("psnr", "ssim", "grid"))
 
 
-def measurer(protocol: Protocol = ALL, *extra: MetricSpec) -> Measurer:
-    return Measurer([*(METRICS[name] for name in protocol.metrics), *extra], protocol)
+def measurer(protocol: Protocol = ALL, *extra: MetricSpec) -> Scorer:
+    return Scorer([*(METRICS[name] for name in protocol.metrics), *extra], protocol)
 
 
 def failing(error: Exception, *, when: str) -> MetricSpec:
@@ -78,14 +78,14 @@ def test_different_sizes_are_told_or_made_equal_as_asked() -> None:
         assert 10 < resized.values["psnr"] < 60
 
 
-def test_grey_is_not_compared_with_colour() -> None:
+def test_gray_is_not_compared_with_colour() -> None:
     hr = samples(scene(24, 24))
-    grey = hr[..., :1]
-    one, other = measurer().score("a", grey, hr), measurer().score("a", hr, grey)
-    assert "SR is grey but HR has colour" in one.problems[0]
-    assert "SR has colour but HR is grey" in other.problems[0]
-    in_three = np.repeat(grey, 3, axis=2)
-    assert measurer().score("a", grey, in_three).values["psnr"] == pytest.approx(80.0)
+    gray = hr[..., :1]
+    one, other = measurer().score("a", gray, hr), measurer().score("a", hr, gray)
+    assert "SR is gray but HR has colour" in one.problems[0]
+    assert "SR has colour but HR is gray" in other.problems[0]
+    in_three = np.repeat(gray, 3, axis=2)
+    assert measurer().score("a", gray, in_three).values["psnr"] == pytest.approx(80.0)
 
 
 def test_one_metric_that_fails_leaves_the_others() -> None:
@@ -121,7 +121,7 @@ def test_what_cannot_be_loaded_is_kept_with_the_reason() -> None:
     assert several.unavailable == {"broken": "install it"}
     assert list(several.score("a", *[samples(scene(20, 20))] * 2).values) == ["psnr", "ssim", "grid"]
     with pytest.raises(UserError, match=r"nothing can be measured here \(broken: install it"):
-        Measurer([broken], BASIC)
+        Scorer([broken], BASIC)
 
 
 class MeanDifference:
@@ -136,7 +136,7 @@ class MeanDifference:
         return float((sr.mean(0) - hr.mean(0)).abs().sum())
 
 
-def test_metrics_of_sets_have_one_value_for_all_pictures() -> None:
+def test_metrics_of_sets_have_one_value_for_all_images() -> None:
     spec = MetricSpec(name="sets", title="sets", higher_is_better=False, of_sets=MeanDifference)
     several = measurer(ALL, spec)
     first = several.score("a", *[samples(torch.full((1, 3, 16, 16), level)) for level in (0.2, 0.4)])

@@ -46,12 +46,12 @@ def test_nothing_changes_when_the_colours_agree() -> None:
 
 def test_statistics_of_bands_equal_those_of_the_whole() -> None:
     generator = torch.Generator().manual_seed(0)
-    picture = torch.rand(1, 3, 60, 50, generator=generator) * 0.01 + 0.7
-    whole = color.statistics([picture])
-    bands = color.statistics(picture.split([7, 1, 30, 22], dim=2))
+    image = torch.rand(1, 3, 60, 50, generator=generator) * 0.01 + 0.7
+    whole = color.statistics([image])
+    bands = color.statistics(image.split([7, 1, 30, 22], dim=2))
     torch.testing.assert_close(bands.mean, whole.mean, atol=1e-12, rtol=0)
     torch.testing.assert_close(bands.deviation, whole.deviation, atol=1e-12, rtol=0)
-    expected = (picture.double().var(dim=(2, 3), keepdim=True) + 1e-5).sqrt()
+    expected = (image.double().var(dim=(2, 3), keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(whole.deviation, expected, atol=1e-12, rtol=0)
 
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import ExifTags, Image, TiffImagePlugin
 
 from onestepsr.core.errors import UserError
-from onestepsr.imaging.read import Picture, read_picture
-from onestepsr.imaging.write import write_picture
+from onestepsr.imaging.read import LoadedImage, read_image
+from onestepsr.imaging.write import write_image
 
 RNG = np.random.default_rng(3)
 
@@ -23,19 +23,19 @@ def deep(channels: int, height: int = 70, width: int = 33) -> np.ndarray:
     return (smooth + RNG.integers(0, 5_000, smooth.shape)).astype(np.uint16)
 
 
-def deep_picture(channels: int) -> Picture:
+def deep_image(channels: int) -> LoadedImage:
     samples = deep(channels)
     if channels in (2, 4):
-        return Picture(pixels=samples[..., :-1].copy(), alpha=samples[..., -1].copy())
-    return Picture(pixels=samples)
+        return LoadedImage(pixels=samples[..., :-1].copy(), alpha=samples[..., -1].copy())
+    return LoadedImage(pixels=samples)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize("ending", [".png", ".tif"])
 def test_written_samples_are_read_back_exactly(tmp_path: Path, channels: int, ending: str) -> None:
-    picture = deep_picture(channels)
-    write_picture(picture, tmp_path / f"deep{ending}")
-    again = read_picture(tmp_path / f"deep{ending}")
+    picture = deep_image(channels)
+    write_image(picture, tmp_path / f"deep{ending}")
+    again = read_image(tmp_path / f"deep{ending}")
     assert again.pixels.dtype == np.uint16
     expected = picture.pixels if again.gray or not picture.gray else picture.pixels.repeat(3, axis=2)
     assert np.array_equal(again.pixels, expected)
@@ -46,8 +46,8 @@ def test_written_samples_are_read_back_exactly(tmp_path: Path, channels: int, en
 
 def test_written_png_is_what_pillow_sees_in_eight_bits_and_compresses(tmp_path: Path) -> None:
     path = tmp_path / "deep.png"
-    picture = Picture(pixels=np.linspace(0, 65535, 100 * 90 * 3).astype(np.uint16).reshape(100, 90, 3))
-    write_picture(picture, path)
+    picture = LoadedImage(pixels=np.linspace(0, 65535, 100 * 90 * 3).astype(np.uint16).reshape(100, 90, 3))
+    write_image(picture, path)
     with Image.open(path) as image:
         image.verify()
     assert np.array_equal(np.asarray(Image.open(path)), picture.pixels >> 8)
@@ -81,7 +81,7 @@ def tiff_bytes(samples: np.ndarray, order: str, photometric: int, compression: i
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_foreign_tiffs_of_both_byte_orders(order: str, compression: int, channels: int) -> None:
     samples = deep(channels, 9, 7)
-    picture = read_picture(tiff_bytes(samples, order, 1 if channels == 1 else 2, compression))
+    picture = read_image(tiff_bytes(samples, order, 1 if channels == 1 else 2, compression))
     assert np.array_equal(picture.pixels, samples[..., :3])
     if channels == 4:
         assert np.array_equal(picture.alpha, samples[..., 3])
@@ -89,7 +89,7 @@ def test_foreign_tiffs_of_both_byte_orders(order: str, compression: int, channel
 
 def test_white_is_zero_is_turned_around() -> None:
     samples = deep(1, 5, 4)
-    assert np.array_equal(read_picture(tiff_bytes(samples, "<", 0)).pixels, 65535 - samples)
+    assert np.array_equal(read_image(tiff_bytes(samples, "<", 0)).pixels, 65535 - samples)
 
 
 def test_colour_key_of_a_deep_png() -> None:
@@ -101,7 +101,7 @@ def test_colour_key_of_a_deep_png() -> None:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 6, 1, 16, 2, 0, 0, 0))
     key = chunk(b"tRNS", samples[0, 2].astype(">u2").tobytes())
     body = chunk(b"IDAT", zlib.compress(b"\0" + samples.astype(">u2").tobytes()))
-    picture = read_picture(b"\x89PNG\r\n\x1a\n" + header + key + body + chunk(b"IEND", b""))
+    picture = read_image(b"\x89PNG\r\n\x1a\n" + header + key + body + chunk(b"IEND", b""))
     assert np.array_equal(picture.pixels, samples)
     assert picture.alpha is not None
     assert picture.alpha.tolist() == [[65535, 65535, 0, 65535, 65535, 65535]]
@@ -114,11 +114,11 @@ def test_metadata_of_deep_files(tmp_path: Path, ending: str, channels: int) -> N
     exif[ExifTags.Base.Make] = "Maker"
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExifImageWidth] = 1
     exif.get_ifd(ExifTags.IFD.GPSInfo)[1] = "N"
-    picture = Picture(
+    picture = LoadedImage(
         pixels=deep(channels), icc=b"profile!", exif=exif.tobytes(), xmp=b"<x:xmpmeta/>", dpi=(300.0, 300.0)
     )
-    write_picture(picture, tmp_path / f"a{ending}")
-    again = read_picture(tmp_path / f"a{ending}")
+    write_image(picture, tmp_path / f"a{ending}")
+    again = read_image(tmp_path / f"a{ending}")
     assert np.array_equal(again.pixels, picture.pixels)
     assert (again.icc, again.xmp) == (picture.icc, picture.xmp)
     assert again.dpi == pytest.approx((300, 300), abs=0.1)
@@ -140,15 +140,15 @@ def test_sixteen_bits_in_separate_planes_are_refused_not_misread(tmp_path: Path)
         directory.tagtype[tag] = 4
     path.write_bytes(struct.pack("<2sHI", b"II", 42, 8) + directory.tobytes(8) + 3 * plane.astype("<u2").tobytes())
     with pytest.raises(UserError, match=r"planes\.tif: 16-bit colours in separate planes are not supported"):
-        read_picture(path)
+        read_image(path)
 
 
-def test_deep_pictures_are_as_large_as_the_limit_that_was_asked_for(
+def test_deep_images_are_as_large_as_the_limit_that_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_picture(deep_picture(3), tmp_path / "deep.png")
+    write_image(deep_image(3), tmp_path / "deep.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    assert read_picture(tmp_path / "deep.png").pixels.dtype == np.uint16
+    assert read_image(tmp_path / "deep.png").pixels.dtype == np.uint16
 
 
 def twelve_bit_tiff(samples: np.ndarray, *, bits: int = 12, kind: int = 1, compression: int = 1) -> bytes:
@@ -166,9 +166,9 @@ def twelve_bit_tiff(samples: np.ndarray, *, bits: int = 12, kind: int = 1, compr
 
 
 @pytest.mark.parametrize("compression", [1, 8])
-def test_twelve_bits_of_grey_fill_the_range(compression: int) -> None:
+def test_twelve_bits_of_gray_fill_the_range(compression: int) -> None:
     samples = np.arange(4096)[RNG.permutation(4096)][:4095].reshape(45, 91, 1)  # an odd width: half a byte is left
-    picture = read_picture(twelve_bit_tiff(samples, compression=compression))
+    picture = read_image(twelve_bit_tiff(samples, compression=compression))
     assert picture.pixels.dtype == np.uint16
     assert np.array_equal(picture.pixels, np.floor(samples * (65535 / 4095) + 0.5))
 
@@ -186,4 +186,4 @@ def test_twelve_bits_of_grey_fill_the_range(compression: int) -> None:
 def test_other_depths_are_refused_not_misread(channels: int, bits: int, kind: int, message: str) -> None:
     data = twelve_bit_tiff(np.zeros((2, 3, channels)), bits=bits, kind=kind)
     with pytest.raises(UserError, match=rf"odd\.tif: {message}; accepted: whole numbers of 8 or 16 bits per channel"):
-        read_picture(data, "odd.tif")
+        read_image(data, "odd.tif")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageCms
 
 from onestepsr.imaging.icc import matrix_profile
-from onestepsr.imaging.read import read_picture
+from onestepsr.imaging.read import read_image
 
 # Columns (R, G, B) in XYZ relative to D50, from the published primaries of each space.
 DISPLAY_P3 = ((0.51512, 0.29198, 0.15710), (0.24120, 0.69225, 0.06657), (-0.00105, 0.04189, 0.78407))
@@ -94,7 +94,7 @@ def test_damaged_profiles_never_raise() -> None:
 def test_cmyk_profile_that_cannot_be_used_is_no_obstacle(caplog: pytest.LogCaptureFixture) -> None:
     stream = io.BytesIO()
     Image.new("CMYK", (3, 3), (255, 0, 0, 0)).save(stream, "TIFF", icc_profile=matrix_icc(ADOBE_RGB, GAMMA_22))
-    picture = read_picture(stream.getvalue())
-    assert picture.icc is None
-    assert picture.pixels[0, 0].tolist() == [0, 255, 255]
+    image = read_image(stream.getvalue())
+    assert image.icc is None
+    assert image.pixels[0, 0].tolist() == [0, 255, 255]
     assert "converting without it" in caplog.text

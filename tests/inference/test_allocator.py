@@ -6,7 +6,7 @@ What the C library makes of it depends on the state of its heap, so that residen
 import pytest
 
 from onestepsr.inference import allocator
-from onestepsr.inference.allocator import blocks_apart, freed_memory_kept
+from onestepsr.inference.allocator import no_malloc_trim, separate_mmaps
 
 Calls = list[tuple[int, ...]]
 
@@ -28,8 +28,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def test_only_the_outermost_user_hands_memory_back(calls: Calls) -> None:
-    with freed_memory_kept():
-        with freed_memory_kept():
+    with no_malloc_trim():
+        with no_malloc_trim():
             assert calls[:2] == [(0,), (allocator.MMAP_MAX, 0)]
         assert calls.count((0,)) == 1
     assert calls[-4:] == [*allocator.USUAL.items(), (0,)]
@@ -38,37 +38,37 @@ def test_only_the_outermost_user_hands_memory_back(calls: Calls) -> None:
 def test_small_work_settles_the_usual_behaviour_once(calls: Calls) -> None:
     allocator._settle.cache_clear()
     for _ in range(2):
-        with freed_memory_kept(wanted=False):
+        with no_malloc_trim(wanted=False):
             pass
     assert calls == [*allocator.USUAL.items()], "nothing is handed back, and the second time nothing is asked for"
 
 
 def test_small_work_beside_large_work_changes_nothing(calls: Calls) -> None:
     allocator._settle.cache_clear()
-    with freed_memory_kept():
+    with no_malloc_trim():
         begun = list(calls)
-        with freed_memory_kept(wanted=False):
+        with no_malloc_trim(wanted=False):
             assert calls == begun
 
 
 def test_the_usual_behaviour_returns_after_an_error(calls: Calls) -> None:
-    with pytest.raises(ZeroDivisionError), freed_memory_kept():
+    with pytest.raises(ZeroDivisionError), no_malloc_trim():
         _ = 1 / 0
     assert calls[-4:] == [*allocator.USUAL.items(), (0,)]
 
 
 def test_weights_get_pages_of_their_own(calls: Calls) -> None:
-    with blocks_apart():
+    with separate_mmaps():
         assert calls == [*allocator.APART.items()]
     assert calls[2:] == [*allocator.USUAL.items()]
-    with freed_memory_kept():
+    with no_malloc_trim():
         begun = list(calls)
-        with blocks_apart():  # a model loaded while another one works
+        with separate_mmaps():  # a model loaded while another one works
             assert calls == begun
 
 
 def test_another_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator, "_glibc", lambda: None)
     for wanted in (True, False):
-        with freed_memory_kept(wanted), blocks_apart():
+        with no_malloc_trim(wanted), separate_mmaps():
             pass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from onestepsr.core.errors import OneStepSRError, UserError
-from onestepsr.imaging.read import Picture
+from onestepsr.imaging.read import LoadedImage
 from onestepsr.inference import compiling
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
 from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
@@ -62,10 +62,10 @@ def test_compiled_equals_plain_and_every_part_is_compiled_once(
         return graph.forward
 
     use_backend(backend)
-    plain = Upscaler(make(), "cpu", "float32").upscale_picture(Picture(pixels=PIXELS), OPTIONS)
+    plain = Upscaler(make(), "cpu", "float32").upscale_image(LoadedImage(pixels=PIXELS), OPTIONS)
     assert graphs == []
     compiled = Upscaler(make(), "cpu", "float32", compiled=True)
-    result = compiled.upscale_picture(Picture(pixels=PIXELS), OPTIONS)
+    result = compiled.upscale_image(LoadedImage(pixels=PIXELS), OPTIONS)
     assert compiled.last_plan is not None
     assert compiled.last_plan.tiles % compiled.last_plan.batch != 0  # the last batch is filled up
     assert len(graphs) == parts
@@ -86,7 +86,7 @@ def test_a_compiler_that_fails_is_one_line(use_backend: Callable[[Any], None]) -
     use_backend(backend)
     upscaler = Upscaler(Whole(), "cpu", "float32", "whole", compiled=True)
     with pytest.raises(OneStepSRError, match=r"^whole: cannot be compiled here \(.*\); leave --compile out$") as caught:
-        upscaler.upscale_picture(Picture(pixels=PIXELS), OPTIONS)
+        upscaler.upscale_image(LoadedImage(pixels=PIXELS), OPTIONS)
     assert "no such header" in str(caught.value)
     assert "\n" not in str(caught.value)
 

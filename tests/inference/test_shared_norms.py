@@ -1,4 +1,4 @@
-"""Group norms with the statistics of a picture: the same as the whole, and nothing left over."""
+"""Group norms with the statistics of an image: the same as the whole, and nothing left over."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from onestepsr.inference.shared_norms import PictureNorm, PictureNorms, reduced
+from onestepsr.inference.shared_norms import SharedNorm, SharedNorms, reduced
 
 
 def network() -> nn.Sequential:
@@ -22,9 +22,9 @@ def network() -> nn.Sequential:
 def test_tiles_equal_the_whole_where_nothing_else_reaches_over_their_edges(dtype, error):
     made, x = network().to(dtype), torch.rand(1, 3, 8, 24, dtype=dtype) ** 3
     whole, own = made(x), torch.cat([made(part) for part in x.chunk(3, 3)], 3)
-    norms = PictureNorms(made)
+    norms = SharedNorms(made)
     assert len(norms) == 2
-    with norms.measured_by(lambda: made(x)):
+    with norms.calibrated_by(lambda: made(x)):
         tiles = torch.cat([made(part) for part in x.chunk(3, 3)], 3)
     assert tiles.dtype == dtype
     assert (tiles - whole).abs().max() < error < (own - whole).abs().max()
@@ -32,29 +32,29 @@ def test_tiles_equal_the_whole_where_nothing_else_reaches_over_their_edges(dtype
 
 def test_a_batch_has_one_statistic():
     made, x = network(), torch.rand(1, 3, 4, 12)
-    norms = PictureNorms(made)
-    with norms.measured_by(lambda: made(torch.cat(x.chunk(3, 3)))):
+    norms = SharedNorms(made)
+    with norms.calibrated_by(lambda: made(torch.cat(x.chunk(3, 3)))):
         first = made[1].kept
-    with norms.measured_by(lambda: made(x)):
+    with norms.calibrated_by(lambda: made(x)):
         assert all(torch.allclose(*pair) for pair in zip(first, made[1].kept, strict=True))
 
 
 def test_outside_they_are_plain_norms_with_the_same_parameters():
     plain, x = network(), torch.rand(2, 3, 4, 4)
     made = copy.deepcopy(plain)
-    norms = PictureNorms(made)
+    norms = SharedNorms(made)
     assert list(made.state_dict()) == list(plain.state_dict())
-    with norms.measured_by(lambda: made(5.0 * x)):
+    with norms.calibrated_by(lambda: made(5.0 * x)):
         assert not torch.equal(made(x), plain(x))
     assert torch.equal(made(x), plain(x))
-    assert len(PictureNorms(made)) == 2  # found again
-    assert isinstance(made[1], PictureNorm)
+    assert len(SharedNorms(made)) == 2  # found again
+    assert isinstance(made[1], SharedNorm)
 
     def fail() -> None:
         made(5.0 * x)
         raise RuntimeError("out of memory")
 
-    with pytest.raises(RuntimeError, match="out of memory"), norms.measured_by(fail):
+    with pytest.raises(RuntimeError, match="out of memory"), norms.calibrated_by(fail):
         pass
     assert torch.equal(made(x), plain(x))
 
@@ -64,7 +64,7 @@ def test_outside_they_are_plain_norms_with_the_same_parameters():
     [
         ((1225, 1225), 60_000, 16, (240, 240)),
         ((200, 156), 3900, 16, (64, 48)),
-        ((64, 1000), 4096, 64, (64, 64)),  # not 64 x 320: a picture cannot be thinner than a cell
+        ((64, 1000), 4096, 64, (64, 64)),  # not 64 x 320: an image cannot be thinner than a cell
         ((1000, 64), 4096, 64, (64, 64)),
         ((70, 70), 10, 16, (16, 16)),
         ((3, 5), 100, 1, (3, 5)),

@@ -24,7 +24,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 
 
 class Recorder(nn.Module):
-    """Enlarges, and remembers the number formats that it was given."""
+    """Enlarges, and remembers the dtypes that it was given."""
 
     scale = 4
 
@@ -62,7 +62,7 @@ def test_one_step_generators_take_float32_and_those_that_draw_from_a_posterior_d
 
 
 @pytest.mark.parametrize("noised", [False, True])
-def test_pictures_are_enlarged_before_they_are_rounded(noised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_enlarged_before_they_are_rounded(noised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     generator = tiny_generator(TinyGeneratorConfig(model=SMALL, noised=noised))
     encoded: list[Tensor] = []

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from onestepsr.core.errors import UserError
-from onestepsr.imaging.read import Picture
+from onestepsr.imaging.read import LoadedImage
 from onestepsr.inference import memory_plan
-from onestepsr.inference.generator_cost import Demand, Extent
+from onestepsr.inference.generator_cost import InputSize, MemoryCost
 from onestepsr.inference.memory_plan import Planner, smaller
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
-from onestepsr.models.memory_cost import Stage, StageDemand
+from onestepsr.models.memory_cost import Stage, StageCost
 from onestepsr.models.resshift.config import random_residual_generator
 from onestepsr.models.stable_diffusion.config import StableDiffusionGeneratorConfig
 from onestepsr.models.stable_diffusion.networks import stable_diffusion_generator
@@ -27,11 +27,11 @@ from onestepsr.models.stable_diffusion.networks import stable_diffusion_generato
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PIXELS = np.random.default_rng(0).integers(0, 256, (203, 250, 3), dtype=np.uint8)
 CELL, UNET_CELLS = 2, 4
-LARGE = Extent(height=2000, width=2000)
+LARGE = InputSize(height=2000, width=2000)
 
 
 class Staged(nn.Module):
-    """Every stage looks one pixel or latent position around itself; the latents are half as large as the LR picture."""
+    """Every stage looks one pixel or latent position around itself; the latents are half as large as the LR image."""
 
     scale, lr_multiple, latent_channels = 4, CELL * UNET_CELLS, 3
 
@@ -45,10 +45,10 @@ class Staged(nn.Module):
     def memory_per_pixel(self, dtype: torch.dtype) -> float:
         return 4000.0
 
-    def stage_demands(self, dtype: torch.dtype) -> dict[Stage, StageDemand]:
+    def stage_costs(self, dtype: torch.dtype) -> dict[Stage, StageCost]:
         bytes_per_pixel: dict[Stage, float] = {"encode": 2000.0, "unet": 1000.0, "decode": 4000.0}
         return {
-            stage: StageDemand(
+            stage: StageCost(
                 per_pixel=per_pixel,
                 multiple=CELL * (UNET_CELLS if stage == "unet" else 1),
                 balance=self.balances.get(stage, float("inf")),
@@ -87,8 +87,8 @@ def test_stages_in_tiles_of_their_own_equal_the_whole(color_fix: str, monkeypatc
     generator = Staged()
     upscaler = Upscaler(generator, "cpu", "float32", "staged")
     seen: list[tuple[int, int]] = []
-    picture, options = Picture(pixels=PIXELS), UpscaleOptions(color_fix=color_fix)
-    tiles = upscaler.upscale_picture(picture, options, lambda *at: seen.append(at)).pixels
+    image, options = LoadedImage(pixels=PIXELS), UpscaleOptions(color_fix=color_fix)
+    tiles = upscaler.upscale_image(image, options, lambda *at: seen.append(at)).pixels
     plan = upscaler.last_plan
     assert plan is not None
     assert plan.stages is not None
@@ -98,7 +98,7 @@ def test_stages_in_tiles_of_their_own_equal_the_whole(color_fix: str, monkeypatc
         stage for stage, found in plan.stages.items() for _ in range(found.tiles)
     ]
     assert seen == [(done, plan.steps) for done in range(1, plan.steps + 1)]
-    whole = upscaler.upscale_picture(picture, replace(options, tile="off")).pixels
+    whole = upscaler.upscale_image(image, replace(options, tile="off")).pixels
     assert np.abs(tiles.astype(int) - whole).max() <= 1
 
 
@@ -107,8 +107,8 @@ def test_stages_in_tiles_of_their_own_equal_the_whole(color_fix: str, monkeypatc
 def test_a_given_side_is_that_of_all_stages(tile: int, batch: int) -> None:
     generator = Staged()
     upscaler = Upscaler(generator, "cpu", "float32")
-    picture = Picture(pixels=PIXELS)
-    tiles = upscaler.upscale_picture(picture, UpscaleOptions(tile=tile, tile_batch=batch)).pixels
+    image = LoadedImage(pixels=PIXELS)
+    tiles = upscaler.upscale_image(image, UpscaleOptions(tile=tile, tile_batch=batch)).pixels
     rounded = {
         stage: -(-tile // multiple) * multiple // cell
         for stage, multiple, cell in (("encode", 2, 1), ("unet", 8, 2), ("decode", 2, 2))
@@ -117,21 +117,21 @@ def test_a_given_side_is_that_of_all_stages(tile: int, batch: int) -> None:
         (stage, side, side) for stage, side in rounded.items()
     }
     assert max(shape[0] for _, shape in generator.shapes) == batch
-    whole = upscaler.upscale_picture(picture, UpscaleOptions(tile="off")).pixels
+    whole = upscaler.upscale_image(image, UpscaleOptions(tile="off")).pixels
     assert np.abs(tiles.astype(int) - whole).max() <= 1
 
 
 def test_published_tiles_go_through_all_stages_one_after_the_other() -> None:
     generator = Staged()
     upscaler = Upscaler(generator, "cpu", "float32")
-    upscaler.upscale_picture(Picture(pixels=PIXELS), UpscaleOptions(tile=128, tile_blend="average"))
+    upscaler.upscale_image(LoadedImage(pixels=PIXELS), UpscaleOptions(tile=128, tile_blend="average"))
     assert [name for name, _ in generator.shapes[:6]] == ["encode", "unet", "decode"] * 2
     assert upscaler.last_plan is not None
     assert upscaler.last_plan.stages is None
 
 
-def planned(extent: Extent, device: torch.device = CPU, **balances: float) -> memory_plan.Plan:
-    demand = Demand.of(Staged(**balances), torch.float32, "staged")
+def planned(extent: InputSize, device: torch.device = CPU, **balances: float) -> memory_plan.Plan:
+    demand = MemoryCost.of(Staged(**balances), torch.float32, "staged")
     return Planner(extent, demand, UpscaleOptions(), device).plan()
 
 
@@ -149,8 +149,8 @@ def test_attention_makes_tiles_smaller_and_a_whole_that_takes_little_more_stays_
         return (1 + side**2 / 40_000) * (side / (side - 32)) ** 2
 
     assert work(side) < 1.1 * min(work(other) for other in range(96, 400))
-    assert planned(Extent(height=200, width=200), device, unet=40_000.0).stages is None
-    cut = planned(Extent(height=300, width=300), device, unet=40_000.0)
+    assert planned(InputSize(height=200, width=200), device, unet=40_000.0).stages is None
+    cut = planned(InputSize(height=300, width=300), device, unet=40_000.0)
     assert cut.stages is not None
     assert (cut.stages["encode"].tiles, cut.stages["decode"].tiles, cut.cuts_autoencoder) == (1, 1, False)
     assert cut.stages["unet"].tiles > 1
@@ -159,7 +159,7 @@ def test_attention_makes_tiles_smaller_and_a_whole_that_takes_little_more_stays_
 
 @pytest.mark.parametrize("limit", [0.6, 0.8, 1.5])
 def test_every_stage_keeps_to_the_limit(limit: float) -> None:
-    demand = Demand.of(Staged(), torch.float32, "staged")
+    demand = MemoryCost.of(Staged(), torch.float32, "staged")
     plan = Planner(LARGE, demand, UpscaleOptions(memory=limit), CPU).plan()
     assert plan.expected_peak <= limit * 1e9
     assert plan.stages is not None
@@ -181,11 +181,11 @@ def test_every_stage_keeps_to_the_limit(limit: float) -> None:
 def test_a_limit_is_kept_or_one_is_named_that_can_be(
     height: int, width: int, limit: float, balance: float, device: str
 ) -> None:
-    demand = Demand.of(Staged(unet=balance, decode=3 * balance), torch.float32, "staged")
+    demand = MemoryCost.of(Staged(unet=balance, decode=3 * balance), torch.float32, "staged")
 
     def found(memory: float) -> memory_plan.Plan:
         options = UpscaleOptions(memory=memory)
-        return Planner(Extent(height=height, width=width), demand, options, torch.device(device)).plan()
+        return Planner(InputSize(height=height, width=width), demand, options, torch.device(device)).plan()
 
     try:
         plan = found(limit)
@@ -205,7 +205,7 @@ def test_memory_that_runs_out_in_one_stage_makes_the_tiles_of_all_smaller(caplog
             return super().decode(z)
 
     upscaler = Upscaler(Bounded(), "cpu", "float32", "bounded")
-    upscaler.upscale_picture(Picture(pixels=PIXELS))
+    upscaler.upscale_image(LoadedImage(pixels=PIXELS))
     plan = upscaler.last_plan
     assert plan is not None
     assert plan.stages is not None
@@ -231,12 +231,12 @@ class Normed(Staged):
 def test_norms_are_given_statistics_only_where_they_meet_tiles(cut: str) -> None:
     upscaler = Upscaler(Normed(**{cut: 4000.0}), "cpu", "float32")
     gradient = np.linspace(0, 255, PIXELS.shape[1]).astype(np.uint8)
-    picture = Picture(pixels=PIXELS // 2 + gradient[:, None] // 2)
+    image = LoadedImage(pixels=PIXELS // 2 + gradient[:, None] // 2)
     errors = {}
-    whole = upscaler.upscale_picture(picture, UpscaleOptions(tile="off", color_fix="none")).pixels.astype(int)
+    whole = upscaler.upscale_image(image, UpscaleOptions(tile="off", color_fix="none")).pixels.astype(int)
     for norms in ("picture", "tile"):
         options = UpscaleOptions(color_fix="none", tile_norms=norms)
-        errors[norms] = np.abs(upscaler.upscale_picture(picture, options).pixels - whole).mean()
+        errors[norms] = np.abs(upscaler.upscale_image(image, options).pixels - whole).mean()
     plan = upscaler.last_plan
     assert plan is not None
     assert plan.stages is not None
@@ -247,30 +247,30 @@ def test_norms_are_given_statistics_only_where_they_meet_tiles(cut: str) -> None
         assert errors["picture"] < 0.5 * errors["tile"]
 
 
-def test_networks_of_large_cells_are_not_cut_where_a_cell_is_the_picture() -> None:
-    """A reduced copy for the norms would be as large as the picture itself."""
+def test_networks_of_large_cells_are_not_cut_where_a_cell_is_the_image() -> None:
+    """A reduced copy for the norms would be as large as the image itself."""
     with torch.device("meta"):
         faces = random_residual_generator("resshift-face")
-    demand = Demand.of(faces, torch.bfloat16, "faces")
+    demand = MemoryCost.of(faces, torch.bfloat16, "faces")
     for side in (100, 320, 512):
-        plan = Planner(Extent(height=side, width=side), demand, UpscaleOptions(scale=1.0), CPU).plan()
+        plan = Planner(InputSize(height=side, width=side), demand, UpscaleOptions(scale=1.0), CPU).plan()
         assert (plan.tiles, plan.stages) == (1, None)
 
 
 def test_networks_that_do_not_enlarge_are_cut_by_the_size_of_their_output() -> None:
     with torch.device("meta"):
         faces = stable_diffusion_generator(StableDiffusionGeneratorConfig(scale=1))
-    demand = Demand.of(faces, torch.bfloat16, "faces")
-    plan = Planner(Extent(height=512, width=512), demand, UpscaleOptions(scale=1.0), CPU).plan()
+    demand = MemoryCost.of(faces, torch.bfloat16, "faces")
+    plan = Planner(InputSize(height=512, width=512), demand, UpscaleOptions(scale=1.0), CPU).plan()
     assert (plan.tiles, plan.stages) == (1, None)
 
 
 def test_what_every_stage_takes_whole_is_not_cut_for_the_sake_of_one_tile_for_all() -> None:
     with torch.device("meta"):
         shifting = random_residual_generator("resshift-realsr")
-    demand = Demand.of(shifting, torch.bfloat16, "shifting")
+    demand = MemoryCost.of(shifting, torch.bfloat16, "shifting")
     assert demand.largest_tile == 256
-    plan = Planner(Extent(height=300, width=300), demand, UpscaleOptions(), CUDA).plan()
+    plan = Planner(InputSize(height=300, width=300), demand, UpscaleOptions(), CUDA).plan()
     assert plan.stages is not None
     assert plan.steps == 3
 
@@ -278,9 +278,9 @@ def test_what_every_stage_takes_whole_is_not_cut_for_the_sake_of_one_tile_for_al
 def test_the_unet_sees_as_much_as_little_work_more_allows() -> None:
     with torch.device("meta"):
         diffusion = stable_diffusion_generator(StableDiffusionGeneratorConfig())
-    demand = Demand.of(diffusion, torch.bfloat16, "diffusion")
+    demand = MemoryCost.of(diffusion, torch.bfloat16, "diffusion")
     for device, least, most in ((CPU, 144, 224), (CUDA, 192, 192)):
-        plan = Planner(Extent(height=1225, width=1225), demand, UpscaleOptions(), device).plan()
+        plan = Planner(InputSize(height=1225, width=1225), demand, UpscaleOptions(), device).plan()
         assert plan.stages is not None
         height, width = plan.stages["unet"].tile
         assert least <= min(height, width) <= max(height, width) <= most
@@ -288,7 +288,7 @@ def test_the_unet_sees_as_much_as_little_work_more_allows() -> None:
 
 def test_without_an_overlap_tiles_do_not_shrink_to_nothing() -> None:
     for device in (CPU, CUDA):
-        demand = Demand.of(Staged(unet=40_000.0), torch.float32, "staged")
+        demand = MemoryCost.of(Staged(unet=40_000.0), torch.float32, "staged")
         plan = Planner(LARGE, demand, UpscaleOptions(overlap=0), device).plan()
         assert plan.stages is not None
         assert min(plan.stages["unet"].tile) >= 96
@@ -297,8 +297,8 @@ def test_without_an_overlap_tiles_do_not_shrink_to_nothing() -> None:
 def test_after_a_failure_a_stage_of_large_cells_shrinks_as_the_others_do() -> None:
     with torch.device("meta"):
         shifting = random_residual_generator("resshift-realsr")
-    demand = Demand.of(shifting, torch.bfloat16, "shifting")
-    planner = Planner(Extent(height=1000, width=1000), demand, UpscaleOptions(), CPU)
+    demand = MemoryCost.of(shifting, torch.bfloat16, "shifting")
+    planner = Planner(InputSize(height=1000, width=1000), demand, UpscaleOptions(), CPU)
     found = [planner.plan()]
     while (most := smaller(found[-1], planner.options)) is not None and len(found) < 9:
         found.append(planner.plan(most))

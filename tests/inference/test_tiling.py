@@ -23,7 +23,7 @@ def enlarge(x: Tensor, scale: int = 4) -> Tensor:
 
 @settings(deadline=None)
 @given(st.integers(1, 500), st.integers(1, 80), st.data())
-def test_plan_covers_without_leaving_the_picture(length: int, tile: int, data: st.DataObject) -> None:
+def test_plan_covers_without_leaving_the_image(length: int, tile: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, tile - 1))
     starts = tiling.starts_along(length, tile, overlap)
     side = min(tile, length)

@@ -1,4 +1,4 @@
-"""Exact geometry, tiles against the whole, colours, alpha, grey, depth, number formats, memory."""
+"""Exact geometry, tiles against the whole, colours, alpha, gray, depth, dtypes, memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from onestepsr.core.errors import OneStepSRError, UserError
-from onestepsr.imaging.read import Picture
+from onestepsr.imaging.read import LoadedImage
 from onestepsr.inference import devices, memory_plan
 from onestepsr.inference import upscaler as module
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler, resolve_device, resolve_dtype, target_size
@@ -108,11 +108,11 @@ def test_target_sizes() -> None:
 @pytest.mark.parametrize("color_fix", ["wavelet", "adain", "none"])
 @pytest.mark.parametrize("tile", [40, 64, 97])
 def test_tiles_equal_the_whole(upscaler: Upscaler, color_fix: str, tile: int) -> None:
-    picture = Picture(pixels=photo(110, 150))
-    whole = upscaler.upscale_picture(picture, UpscaleOptions(color_fix=color_fix, tile="off"))
+    image = LoadedImage(pixels=photo(110, 150))
+    whole = upscaler.upscale_image(image, UpscaleOptions(color_fix=color_fix, tile="off"))
     seen: list[tuple[int, int]] = []
     options = UpscaleOptions(color_fix=color_fix, tile=tile)
-    parts = upscaler.upscale_picture(picture, options, lambda done, total: seen.append((done, total)))
+    parts = upscaler.upscale_image(image, options, lambda done, total: seen.append((done, total)))
     assert np.abs(parts.pixels.astype(int) - whole.pixels).max() <= 1
     assert seen[-1][0] == seen[-1][1] == len(seen) > 1
 
@@ -129,10 +129,10 @@ class Bordered(Bicubic):
 
 
 def test_published_tiles_leave_seams_and_ours_do_not() -> None:
-    picture = Picture(pixels=np.full((100, 70, 3), 128, np.uint8))
+    image = LoadedImage(pixels=np.full((100, 70, 3), 128, np.uint8))
     upscaler = Upscaler(Bordered(), "cpu", "float32")
     smooth, average = (
-        upscaler.upscale_picture(picture, UpscaleOptions(tile=64, tile_blend=blend, color_fix="none")).pixels
+        upscaler.upscale_image(image, UpscaleOptions(tile=64, tile_blend=blend, color_fix="none")).pixels
         for blend in ("smooth", "average")
     )
     assert (smooth[8:-8, 8:-8] == 128).all()
@@ -164,14 +164,14 @@ class Normed(SmallConvolution):
         return functional.pixel_shuffle(self.autoencoder(lr), 4) + 0.5
 
 
-def test_norms_treat_all_tiles_of_a_picture_alike() -> None:
+def test_norms_treat_all_tiles_of_a_image_alike() -> None:
     rng = np.random.default_rng(0)
-    contrast = np.linspace(0, 127, 160)[:, None, None]  # from flat grey to noise
-    picture = Picture(pixels=(128 + contrast * rng.uniform(-1, 1, (160, 120, 3))).astype(np.uint8))
+    contrast = np.linspace(0, 127, 160)[:, None, None]  # from flat gray to noise
+    image = LoadedImage(pixels=(128 + contrast * rng.uniform(-1, 1, (160, 120, 3))).astype(np.uint8))
     upscaler = Upscaler(Normed(), "cpu", "float32")
 
     def enlarged(**options: Any) -> NDArray[Any]:
-        return upscaler.upscale_picture(picture, UpscaleOptions(color_fix="none", **options)).pixels.astype(float)
+        return upscaler.upscale_image(image, UpscaleOptions(color_fix="none", **options)).pixels.astype(float)
 
     whole = enlarged(tile="off")
     errors = [
@@ -191,7 +191,7 @@ def test_colour_fix_removes_a_tint(color_fix: str) -> None:
     assert np.abs(np.asarray(tinted(samples, color_fix=color_fix)).astype(int) - plain).max() <= 3
 
 
-def test_scale_one_gives_the_picture_back() -> None:
+def test_scale_one_gives_the_image_back() -> None:
     samples = photo(40, 56)
     back = np.asarray(Upscaler(Bicubic(), "cpu", "float32")(samples, scale=1))
     assert np.abs(back.astype(int) - samples).mean() < 1
@@ -201,25 +201,25 @@ def test_wide_gamut_keeps_its_space_and_colours(upscaler: Upscaler) -> None:
     saturated = np.empty((24, 24, 3), np.uint8)
     saturated[:] = (10, 250, 20)  # outside sRGB
     for dtype, step in ((np.uint8, 1), (np.uint16, 257)):
-        picture = Picture(pixels=saturated.astype(dtype) * dtype(step), icc=matrix_icc(DISPLAY_P3, SRGB_CURVE))
-        result = Upscaler(Bicubic(), "cpu", "float32").upscale_picture(picture)
-        assert result.icc == picture.icc
-        assert np.abs(result.pixels.astype(int) - picture.pixels[0, 0].astype(int)).max() <= step
+        image = LoadedImage(pixels=saturated.astype(dtype) * dtype(step), icc=matrix_icc(DISPLAY_P3, SRGB_CURVE))
+        result = Upscaler(Bicubic(), "cpu", "float32").upscale_image(image)
+        assert result.icc == image.icc
+        assert np.abs(result.pixels.astype(int) - image.pixels[0, 0].astype(int)).max() <= step
 
 
 def test_srgb_profile_changes_nothing(upscaler: Upscaler) -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     samples = photo(20, 20)
-    with_profile = upscaler.upscale_picture(Picture(pixels=samples, icc=srgb))
-    assert np.array_equal(with_profile.pixels, upscaler.upscale_picture(Picture(pixels=samples)).pixels)
+    with_profile = upscaler.upscale_image(LoadedImage(pixels=samples, icc=srgb))
+    assert np.array_equal(with_profile.pixels, upscaler.upscale_image(LoadedImage(pixels=samples)).pixels)
 
 
-def test_grey_stays_grey_and_sixteen_bits_stay(upscaler: Upscaler) -> None:
+def test_gray_stays_gray_and_sixteen_bits_stay(upscaler: Upscaler) -> None:
     assert upscaler(photo(9, 12)[..., 0]).mode == "L"
     deep = photo(16, 16, dtype=np.uint16)
-    fine = upscaler.upscale_picture(Picture(pixels=deep)).pixels
+    fine = upscaler.upscale_image(LoadedImage(pixels=deep)).pixels
     assert fine.dtype == np.uint16
-    coarse = upscaler.upscale_picture(Picture(pixels=(deep // 257).astype(np.uint8))).pixels
+    coarse = upscaler.upscale_image(LoadedImage(pixels=(deep // 257).astype(np.uint8))).pixels
     assert np.abs(fine / 257 - coarse).max() <= 0.51
     assert len(np.unique(fine)) > 256
 
@@ -228,7 +228,7 @@ def test_transparency_leaves_no_fringe() -> None:
     pixels = np.zeros((32, 32, 3), np.uint8)  # black is stored where nothing is visible
     alpha = np.zeros((32, 32), np.uint8)
     pixels[8:24, 8:24], alpha[8:24, 8:24] = (250, 200, 60), 255
-    result = Upscaler(Bicubic(), "cpu", "float32").upscale_picture(Picture(pixels=pixels, alpha=alpha))
+    result = Upscaler(Bicubic(), "cpu", "float32").upscale_image(LoadedImage(pixels=pixels, alpha=alpha))
     assert result.alpha is not None
     visible = result.pixels[result.alpha > 0].astype(int)
     assert np.abs(visible - (250, 200, 60)).max() <= 1

@@ -15,7 +15,7 @@ MICRO = "random:resshift-micro"
 
 
 def pair(side: int = 16) -> dict[str, Tensor]:
-    """Two HR pictures of four times ``side`` and their LR versions."""
+    """Two HR images of four times ``side`` and their LR versions."""
     rng = torch.Generator().manual_seed(0)
     return {
         "hr": torch.rand(2, 3, 4 * side, 4 * side, generator=rng),

@@ -155,7 +155,7 @@ def test_discriminator_joins_when_it_is_told_to(backbone):
     assert set(without.networks) == {"generator"}
 
 
-def test_critic_of_pictures_joins_beside_the_discriminator(backbone):
+def test_critic_of_images_joins_beside_the_discriminator(backbone):
     critic = d3sr.CriticConfig(widths=(8, 12), start=3)
     settings = d3sr.DiscriminatorConfig(start=5, tuning="full")
     config = d3sr.D3SRConfig(
@@ -174,13 +174,13 @@ def test_critic_of_pictures_joins_beside_the_discriminator(backbone):
     assert terms[5] == terms[3] | {"adversarial", "discriminator"}
 
 
-def test_a_critic_sees_every_picture_from_a_place_of_its_own():
+def test_a_critic_sees_every_image_from_a_place_of_its_own():
     x = torch.arange(2 * 3 * 20 * 24, dtype=torch.float32).reshape(2, 3, 20, 24)
     places = set()
     for number in range(6):
         parts, other = adversarial.shifted([x, -x], SampleRandom("test", number, samples=range(2)))
         assert parts.shape == (2, 3, 12, 16)
-        assert torch.equal(parts, -other), "the same place in every picture of a sample"
+        assert torch.equal(parts, -other), "the same place in every image of a sample"
         for part, whole in zip(parts, x, strict=True):
             row, column = divmod(int(part[0, 0, 0] - whole[0, 0, 0]), 24)
             assert torch.equal(part, whole[:, row : row + 12, column : column + 16])
@@ -198,27 +198,27 @@ def test_lattice_planes_name_every_place_in_an_input_pixel():
     assert planes.max() <= 1
 
 
-def test_a_critic_told_of_the_lattice_sees_planes_from_the_place_of_the_picture():
+def test_a_critic_told_of_the_lattice_sees_planes_from_the_place_of_the_image():
     seen = []
 
-    def network(pictures, condition):
-        seen.append((pictures, condition))
-        return (pictures.mean().reshape(1, 1, 1, 1).expand(len(pictures), 1, 1, 1),)
+    def network(images, condition):
+        seen.append((images, condition))
+        return (images.mean().reshape(1, 1, 1, 1).expand(len(images), 1, 1, 1),)
 
-    judge = adversarial.picture_judge(1.0, 0, conditional=True, lattice=True)
+    judge = adversarial.image_critic_term(1.0, 0, conditional=True, lattice=True)
     planes = adversarial.lattice_planes(torch.zeros(6, 3, 32, 32), 4)[
         :, :3
-    ]  # what stands for the pictures tells the place
+    ]  # what stands for the images tells the place
     batch = {"hr": planes, "sr": planes, "lr": torch.zeros(6, 3, 8, 8)}
-    judge.learn({adversarial.CRITIC: network}, batch, random_of(6))
-    ((pictures, condition),) = seen
+    judge.discriminator_loss({adversarial.CRITIC: network}, batch, random_of(6))
+    ((images, condition),) = seen
     assert condition.shape[1] == adversarial.condition_channels(conditional=True, lattice=True) == 9
-    assert torch.equal(condition[:, 3:6], pictures)
-    assert any(not torch.equal(pictures[0], other) for other in pictures[1:6]), "every sample has a place of its own"
+    assert torch.equal(condition[:, 3:6], images)
+    assert any(not torch.equal(images[0], other) for other in images[1:6]), "every sample has a place of its own"
 
 
 @pytest.mark.parametrize("views", [{}, {"contrast_floor": 0.05, "conditional": True, "lattice": True, "matching": 1.0}])
-def test_critic_learns_to_tell_pictures_and_teaches_the_generator(backbone, views):
+def test_critic_learns_to_tell_images_and_teaches_the_generator(backbone, views):
     critic = d3sr.CriticConfig(**views)
     config = d3sr.D3SRConfig(backbone=backbone, adversarial_weight=0.0, critic_weight=1.0, critic=critic, tuning="full")
     method = d3sr.build(config)

@@ -14,12 +14,12 @@ from onestepsr.losses.distillation import guided, variational_gradient
 from onestepsr.methods import osediff
 from onestepsr.methods.base import SampleRandom
 from onestepsr.methods.osediff import OSEDiffConfig
-from onestepsr.methods.shared.adversarial import Made
+from onestepsr.methods.shared.adversarial import GeneratorOutput
 from onestepsr.methods.shared.prompt import ConditionConfig
-from onestepsr.methods.shared.vsd import AdapterConfig, GuidedTeacher, VariationalConfig, variational_judge
+from onestepsr.methods.shared.vsd import AdapterConfig, GuidedTeacher, VariationalConfig, variational_term
 from onestepsr.models import loading
 from onestepsr.models.convert import convert_to_published
-from onestepsr.models.lora import sharing_copy
+from onestepsr.models.lora import copy_sharing_weights
 from onestepsr.models.osediff.adapters import collect
 from onestepsr.models.osediff.checkpoints import write_published
 from onestepsr.models.stable_diffusion.config import AutoencoderConfig, StableDiffusionGeneratorConfig, UNetConfig
@@ -154,7 +154,7 @@ def test_shared_layers_change_no_number(backbone):
 
 def test_a_shared_copy_takes_adapters_alone_and_keeps_what_is_its_own():
     network = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.Linear(2, 2))
-    copy = sharing_copy(network, own=r"1")
+    copy = copy_sharing_weights(network, own=r"1")
     assert copy[0] is not network[0]
     assert copy[0][0] is network[0][0]
     assert copy[1] is not network[1]
@@ -167,9 +167,9 @@ def test_distillation_term_is_the_published_gradient(backbone):
     config = OSEDiffConfig(backbone=backbone, vsd=VariationalConfig(weight=0.5))
     method = built(config)
     generator = method.networks["generator"].generator
-    judge = variational_judge(generator, config.vsd)
+    judge = variational_term(generator, config.vsd)
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    judge.judge(every(method), Made(sr=z, z_sr=z), SampleRandom("x", samples=range(2))).backward()
+    judge.generator_loss(every(method), GeneratorOutput(sr=z, z_sr=z), SampleRandom("x", samples=range(2))).backward()
     random = SampleRandom("x", samples=range(2))
     t = random.integers(20, 980)
     with torch.no_grad():
@@ -262,7 +262,7 @@ def test_texts_are_embedded_once_before_training(backbone, monkeypatch):
     assert planned.networks["generator"].generator.prompt.shape == (1, 77, 1024)
 
 
-def test_prompts_are_fixed_learnt_or_of_each_picture(backbone):
+def test_prompts_are_fixed_learnt_or_of_each_image(backbone):
     null = built(OSEDiffConfig(backbone=backbone, regularization="none", **FULL)).networks["generator"].generator
     assert not null.prompt.requires_grad
     learnable = built(OSEDiffConfig(backbone=backbone, prompt=ConditionConfig(kind="learnable"), **FULL))

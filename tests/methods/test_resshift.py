@@ -90,7 +90,7 @@ def test_preview_and_export_take_the_steps_of_the_configuration(tmp_path, steps,
     assert (loaded.schedule.timesteps.tolist(), loaded.sampler) == (told[::-1], sampler)
     with torch.no_grad():
         sr = loaded(pair()["lr"]).clamp(0, 1)
-    assert torch.allclose(sr, columns["SR"], atol=1e-4), "the picture of the preview, from the file"
+    assert torch.allclose(sr, columns["SR"], atol=1e-4), "the image of the preview, from the file"
 
 
 def test_trained_steps_are_all_of_the_schedule_though_the_model_runs_fewer():

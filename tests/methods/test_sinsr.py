@@ -54,7 +54,7 @@ def test_loss_in_closed_form():
     scale = [(1 + 4 * root**2) ** 0.5 for root in sqrt_eta]
     last, first = torch.tensor([3, 3]), torch.tensor([0, 0])
     with torch.no_grad():
-        z_0, z_y = (autoencoder.encode(2 * picture - 1) for picture in (batch["hr"], enlarged))
+        z_0, z_y = (autoencoder.encode(2 * image - 1) for image in (batch["hr"], enlarged))
         z = z_T = z_y + 2 * 0.99 * SampleRandom("test", 0, samples=range(2)).normal(z_0)
         for t in (3, 2, 1):
             estimate, eta, before = teacher(z / scale[t], torch.tensor([t, t]), lq), sqrt_eta[t], sqrt_eta[t - 1]
@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_one_line(tmp_path):
         r"latents of one shape, but random:resshift-micro has 3 channels, .* has 20 channels": {"student": str(tiny)},
         "config.teacher_steps: 5 steps: this schedule has 4, accepted: 1 to 4": {"teacher_steps": 5},
         "weights must not be negative": {"inverse_weight": -1.0},
-        "nothing makes pictures": {"distillation_weight": 0.0, "ground_truth_weight": 0.0},
+        "nothing makes images": {"distillation_weight": 0.0, "ground_truth_weight": 0.0},
         "expected a model of the ResShift family": {"teacher": "d3sr-tiny"},
     }
     for said, values in cases.items():

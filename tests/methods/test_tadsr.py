@@ -204,7 +204,7 @@ def test_steps_are_the_papers_unless_given() -> None:
 def test_default_steps_of_a_teacher_with_fifteen() -> None:
     method = method_of("random:resshift-tiny", teacher_steps=1)
     networks, seen = spied(method)
-    batch = {name: picture[:1].repeat(60, 1, 1, 1) for name, picture in pair(4).items()}
+    batch = {name: image[:1].repeat(60, 1, 1, 1) for name, image in pair(4).items()}
     run(method, batch, networks)
     assert set(seen["teacher"][-1][1].tolist()) == {0, 1, 2}, "score distillation"
     judged = set(batch["t"].tolist())

@@ -25,8 +25,8 @@ def test_packed_weights_give_the_same_bits(stride, kernel, padding, monkeypatch)
     for shape in ((1, 64, 4, 4), (2, 64, 3, 5)):  # packed for the first of them
         x = torch.randn(shape).bfloat16()
         with torch.inference_mode():
-            for given in (x, x.contiguous(memory_format=LAST)):
-                assert torch.equal(packed(given), plain(given))
+            for materialize in (x, x.contiguous(memory_format=LAST)):
+                assert torch.equal(packed(materialize), plain(materialize))
     assert packed._packed is not None
     assert packed.weight.is_meta  # there is no second copy
     assert (packed.weight.shape, packed.weight.dtype) == (plain.weight.shape, torch.bfloat16)
@@ -40,8 +40,8 @@ def test_packed_linear_layers_agree_and_can_be_had_back():
     x = torch.randn(2, 7, 48).bfloat16()
     exact = copy.deepcopy(plain).float()(x.float())
     with torch.inference_mode():
-        for given in (x, x[:1, 0], x.transpose(0, 1)):  # the same bits for most shapes
-            assert decibels(plain(given), packed(given)) > 45.0
+        for materialize in (x, x[:1, 0], x.transpose(0, 1)):  # the same bits for most shapes
+            assert decibels(plain(materialize), packed(materialize)) > 45.0
         assert decibels(exact, packed(x)) > 45.0
     assert packed.weight.is_meta
     assert torch.equal(copy.deepcopy(packed).weight, plain.weight)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError
 from onestepsr.models.architectures import random_backbone
-from onestepsr.models.backbones import half_of
+from onestepsr.models.backbones import unet_encoder_of
 from onestepsr.models.encoder_features import LatentDiffusionFeatures, PromptedUNet, ResidualShiftFeatures
 from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.resshift.config import random_residual_generator
@@ -69,7 +69,7 @@ def test_features_of_stable_diffusion_are_those_of_its_half(stable_diffusion: St
         view = LatentDiffusionFeatures(network)
         emb, *features = view(z, t)
         generator = OneStepLatentGenerator(nn.Identity(), stable_diffusion, network.prompt, timestep=1)
-        middle = half_of(generator)(z, t, network.prompt)[0]
+        middle = unet_encoder_of(generator)(z, t, network.prompt)[0]
     for hook in hooks:
         hook.remove()
     assert emb.shape == (2, view.time_channels)

@@ -59,7 +59,7 @@ def test_padding_reflects_and_then_repeats():
     assert pad_to(torch.ones(1, 1, 1, 1), 4, 4).shape == (1, 1, 4, 4)
 
 
-def test_training_view_returns_the_same_picture_and_its_latent(generator):
+def test_training_view_returns_the_same_image_and_its_latent(generator):
     lr = torch.rand(2, 3, 8, 8)
     picture, z_h = TrainableGenerator(generator)(lr)
     assert torch.equal(picture, generator(lr))

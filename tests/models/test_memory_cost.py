@@ -13,8 +13,8 @@ import torch
 from small_diffusion import GENERATOR
 from small_osediff import CONFIG as OSEDIFF
 
-from onestepsr.imaging.read import Picture
-from onestepsr.inference.generator_cost import Demand, Extent
+from onestepsr.imaging.read import LoadedImage
+from onestepsr.inference.generator_cost import InputSize, MemoryCost
 from onestepsr.inference.memory_plan import Planner
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
 from onestepsr.models.loading import load_generator
@@ -37,7 +37,7 @@ def prompt() -> dict[str, Any]:
 
 
 def generators() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
-    """With what their encoder and their UNet stage take besides pictures and latents."""
+    """With what their encoder and their UNet stage take besides images and latents."""
     torch.manual_seed(0)
     sampled = osediff_generator(replace(OSEDIFF, scale=2, posterior="sample"))
     return {
@@ -48,9 +48,9 @@ def generators() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     }
 
 
-def seeded(given: dict[str, Any]) -> dict[str, Any]:
+def seeded(materialize: dict[str, Any]) -> dict[str, Any]:
     """Where a place is needed, the seed of the noise is too; every call draws from a generator of its own."""
-    return {**given, "rng": torch.Generator().manual_seed(7)} if "origin" in given else given
+    return {**materialize, "rng": torch.Generator().manual_seed(7)} if "origin" in materialize else materialize
 
 
 @pytest.mark.parametrize("name", ["d3sr", "noised", "osediff", "resshift"])
@@ -80,25 +80,29 @@ def test_the_upscaler_gives_the_parts_what_they_take(name: str) -> None:
         scale=2.0, seed=3, color_fix="none", tile=96, prompt_embedding=restoring.get("prompt_embedding")
     )
     upscaler = Upscaler(generator, "cpu", "float32", name)
-    picture = Picture(pixels=np.random.default_rng(0).integers(0, 256, (64, 150, 3), dtype=np.uint8))
-    first, again = (upscaler.upscale_picture(picture, replace(options, tile_norms="tile")).pixels for _ in range(2))
+    image = LoadedImage(pixels=np.random.default_rng(0).integers(0, 256, (64, 150, 3), dtype=np.uint8))
+    first, again = (upscaler.upscale_image(image, replace(options, tile_norms="tile")).pixels for _ in range(2))
     assert upscaler.last_plan is not None
     assert upscaler.last_plan.stages is not None
     assert np.array_equal(first, again)
     for method, wanted in (("encode_lr", encoding), ("restore_latent", restoring)):
-        places = [given.get("origin") for given in seen[method][:2]]
+        places = [materialize.get("origin") for materialize in seen[method][:2]]
         assert (places[0] == (0, 0) and places[1] not in (None, (0, 0))) is ("origin" in wanted)
-        assert len({given["rng"].initial_seed() for given in seen[method] if "rng" in given}) == ("origin" in wanted)
-        assert all(given.get("prompt_embedding") is wanted.get("prompt_embedding") for given in seen[method])
+        assert len({materialize["rng"].initial_seed() for materialize in seen[method] if "rng" in materialize}) == (
+            "origin" in wanted
+        )
+        assert all(
+            materialize.get("prompt_embedding") is wanted.get("prompt_embedding") for materialize in seen[method]
+        )
 
 
 def recording(method: Any, calls: list[dict[str, Any]]) -> Any:
     """``method``, which notes what it is given by name."""
 
     @functools.wraps(method)
-    def call(*args: Any, **given: Any) -> Any:
-        calls.append(given)
-        return method(*args, **given)
+    def call(*args: Any, **materialize: Any) -> Any:
+        calls.append(materialize)
+        return method(*args, **materialize)
 
     return call
 
@@ -107,18 +111,18 @@ def test_memory_and_attention_of_the_published_networks() -> None:
     with torch.device("meta"):
         diffusion = stable_diffusion_generator(StableDiffusionGeneratorConfig())
         resshift = residual_shift_generator(ResidualShiftGeneratorConfig())
-    demands = diffusion.stage_demands(torch.bfloat16)
+    demands = diffusion.stage_costs(torch.bfloat16)
     assert demands is not None
     for stage, measured in (("encode", 1370), ("unet", 585), ("decode", 1866)):  # bytes per pixel of the output
         assert 16 * measured <= demands[stage].per_pixel <= 16 * 1.1 * measured
         assert demands[stage].multiple == (16 if stage == "unet" else 2)
     assert demands["unet"].balance < demands["encode"].balance < demands["decode"].balance
     diffusion.speed_up()
-    lean = diffusion.stage_demands(torch.bfloat16)
+    lean = diffusion.stage_costs(torch.bfloat16)
     assert lean is not None
     for stage, measured in (("encode", 847), ("unet", 585), ("decode", 1543)):
         assert 16 * measured <= lean[stage].per_pixel <= 16 * 1.1 * measured
-    shifted = resshift.stage_demands(torch.bfloat16)
+    shifted = resshift.stage_costs(torch.bfloat16)
     assert shifted is not None
     assert [shifted[stage].multiple for stage in shifted] == [1, 64, 1]
     assert [shifted[stage].balance for stage in shifted] == [28_000, math.inf, 62_000]
@@ -131,15 +135,15 @@ def test_memory_and_attention_of_the_published_networks() -> None:
     [("d3sr", (8, 8, 8)), ("noised", (8, 1, 8)), ("osediff", (1, 8, 8)), ("resshift", (8, 1, 8))],
 )
 def test_only_tiles_with_noise_of_their_own_go_one_by_one(name: str, together: tuple[int, ...]) -> None:
-    demand = Demand.of(generators()[name][0], torch.bfloat16, name)
+    demand = MemoryCost.of(generators()[name][0], torch.bfloat16, name)
     options = UpscaleOptions(tile=64, tile_batch=8)
-    plan = Planner(Extent(height=230, width=640), demand, options, torch.device("cpu")).plan()
+    plan = Planner(InputSize(height=230, width=640), demand, options, torch.device("cpu")).plan()
     assert plan.stages is not None
     assert tuple(plan.stages[stage].batch for stage in ("encode", "unet", "decode")) == together
 
 
 def test_small_networks_of_our_own_keep_to_one_tile_for_all() -> None:
-    assert load_generator("random:d3sr-tiny").stage_demands(torch.float32) is None
-    assert load_generator("random:resshift-tiny").stage_demands(torch.float32) is None
+    assert load_generator("random:d3sr-tiny").stage_costs(torch.float32) is None
+    assert load_generator("random:resshift-tiny").stage_costs(torch.float32) is None
     coarse = stable_diffusion_generator(GENERATOR)
-    assert coarse.stage_demands(torch.float32) is None, "two latent positions per LR pixel"
+    assert coarse.stage_costs(torch.float32) is None, "two latent positions per LR pixel"

@@ -31,12 +31,12 @@ def generator() -> NoisedLatentGenerator:
     return made.eval().requires_grad_(False)
 
 
-def picture(height: int = 8, width: int = 8) -> Tensor:
+def image(height: int = 8, width: int = 8) -> Tensor:
     return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
 def test_it_starts_from_the_noised_latent(generator: NoisedLatentGenerator) -> None:
-    lr = picture()
+    lr = image()
     z_y = generator.encode(generator.enlarge(lr))
     noise = torch.randn(z_y.shape, generator=torch.Generator().manual_seed(1))
     alpha_bar = generator.schedule.alpha_bar[500]
@@ -49,17 +49,17 @@ def test_it_starts_from_the_noised_latent(generator: NoisedLatentGenerator) -> N
 
 
 def test_noise_follows_from_seed_and_place(generator: NoisedLatentGenerator) -> None:
-    lr = picture()
+    lr = image()
     seeded = [generator(lr, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(seeded[0], seeded[1])
     assert not torch.allclose(seeded[0], seeded[2], atol=1e-3)
     assert torch.equal(generator(lr), generator.restore(lr, NoisePlane(0))[0])
     assert not torch.allclose(generator(lr), generator(lr, origin=(0, 4)), atol=1e-3)
-    assert generator(picture(5, 7)).shape == (1, 3, 20, 28)
+    assert generator(image(5, 7)).shape == (1, 3, 20, 28)
 
 
 def test_tiles_start_from_the_noise_of_the_whole(generator: NoisedLatentGenerator) -> None:
-    pixels = (picture(40, 32)[0].permute(1, 2, 0).numpy() * 255).astype("uint8")
+    pixels = (image(40, 32)[0].permute(1, 2, 0).numpy() * 255).astype("uint8")
     upscaler = Upscaler(generator, device="cpu", dtype="float32")
     whole, tiled = (upscaler(pixels, tile=tile, color_fix="none", seed=3) for tile in ("off", 24))
     difference = [abs(a - b) for a, b in zip(whole.tobytes(), tiled.tobytes(), strict=True)]
@@ -74,4 +74,4 @@ def test_weights_file_remembers_the_start(generator: NoisedLatentGenerator, tmp_
     loaded = loading.load_generator(path)
     assert isinstance(loaded, NoisedLatentGenerator)
     assert loaded.timestep == 500
-    torch.testing.assert_close(loaded(picture()), generator(picture()))
+    torch.testing.assert_close(loaded(image()), generator(image()))

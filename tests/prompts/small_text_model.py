@@ -67,7 +67,7 @@ def write_captioner(folder: Path) -> Path:
         "bos_token_id": 5,
         "initializer_range": 0.5,
     }
-    # Started as usual (1e-10, 0.02), every picture would give the same words.
+    # Started as usual (1e-10, 0.02), every image would give the same words.
     vision = {**sizes, "image_size": 32, "patch_size": 8, "initializer_range": 0.5}
     torch.manual_seed(0)
     network = BlipForConditionalGeneration(
@@ -82,7 +82,7 @@ def write_captioner(folder: Path) -> Path:
 
 
 def write_tagger(folder: Path) -> Path:
-    """A classifier of four classes, whose probabilities are 0.9, 0.1, 0.6 and 0.8 for every picture."""
+    """A classifier of four classes, whose probabilities are 0.9, 0.1, 0.6 and 0.8 for every image."""
     from transformers import ViTConfig, ViTForImageClassification
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 

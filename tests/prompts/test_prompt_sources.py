@@ -11,13 +11,13 @@ PICTURE = Image.new("RGB", (8, 8))
 
 
 class Namer:
-    """Sees how wide a picture is."""
+    """Sees how wide an image is."""
 
     def __init__(self):
         self.released = 0
 
-    def describe(self, picture):
-        return f"{picture.width} wide"
+    def describe(self, image):
+        return f"{image.width} wide"
 
     def release(self):
         self.released += 1
@@ -28,7 +28,7 @@ def test_a_fixed_prompt_is_the_same_for_all():
     assert FixedPrompt().text(Path("x.png")) == ""
 
 
-def test_a_folder_holds_one_text_per_picture(tmp_path):
+def test_a_folder_holds_one_text_per_image(tmp_path):
     (tmp_path / "a.b.txt").write_text("a cat,\n sitting\n")
     (tmp_path / "broken.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "empty.txt").write_text(" \n")
@@ -62,5 +62,5 @@ def test_what_is_seen_comes_before_the_words_of_the_user():
     assert prompts.text(Path("x.png"), PICTURE) == "8 wide, sharp,"
     prompts.release()
     assert extractor.released == 1
-    with pytest.raises(ValueError, match="needs the picture"):
+    with pytest.raises(ValueError, match="needs the image"):
         prompts.text(Path("x.png"), None)

@@ -89,7 +89,7 @@ LOOPS: dict[str, dict[str, Any]] = dict.fromkeys(
 
 
 class MicroImages:
-    """Smooth random pictures (3, 32, 32) and bicubic quarters (3, 8, 8)."""
+    """Smooth random images (3, 32, 32) and bicubic quarters (3, 8, 8)."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         coarse = torch.rand(1, 3, 8, 8, generator=generator("micro", index))

@@ -49,7 +49,7 @@ class Lengths:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Three photos of one grey level each, 10, 20 and 30, the second one in a folder of its own."""
+    """Three photos of one gray level each, 10, 20 and 30, the second one in a folder of its own."""
     for level, name in enumerate(("a.png", "sub/b.png", "c.png"), start=1):
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)

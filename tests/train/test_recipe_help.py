@@ -140,7 +140,7 @@ def test_every_value_of_every_recipe_has_its_field(name: str) -> None:
         ("d3sr", "config.discriminator.adaptive.target", "0.6"),
         ("sinsr", "config.teacher", "required"),
         ("autoencoder", "train.optimizer.betas", "[0.9, 0.999]"),
-        ("autoencoder", "data.degradation.grey_target", "true"),
+        ("autoencoder", "data.degradation.gray_target", "true"),
         ("autoencoder", "data.degradation.second.kernels.sigma", "[0.2, 1.5]"),
     ],
 )

@@ -59,7 +59,7 @@ def test_losses_are_averaged_between_log_lines(tmp_path: Path) -> None:
     assert text.getvalue().count("\n") == 4, "one line per log record, no bar, when nobody watches"
 
 
-def test_grid_has_a_row_per_picture_and_a_column_per_kind() -> None:
+def test_grid_has_a_row_per_image_and_a_column_per_kind() -> None:
     rows = [{"LR": torch.zeros(3, 16, 16), "HR": torch.ones(3, 64, 96)} for _ in range(2)]
     pixels = np.asarray(draw_grid(rows))
     assert pixels.shape == (TITLE_HEIGHT + 2 * 68, 4 + 2 * 100, 3)
@@ -86,11 +86,11 @@ def test_validation_uses_averages_and_changes_nothing(tmp_path: Path, images: in
     assert average is not None
     average.values["head.bias"] += 1.0
     assert validator.run(3, trainer.networks, torch.device("cpu")).scores != found[0].scores
-    with Image.open(tmp_path / "previews" / "step_000003.png") as picture:
-        assert picture.height == TITLE_HEIGHT + min(images, 2) * 12
+    with Image.open(tmp_path / "previews" / "step_000003.png") as image:
+        assert image.height == TITLE_HEIGHT + min(images, 2) * 12
 
 
-def test_whole_pictures_are_cut_to_what_networks_take() -> None:
+def test_whole_images_are_cut_to_what_networks_take() -> None:
     sample = {"hr": torch.rand(3, 50, 37), "lr": torch.rand(3, 25, 18), "prompt": torch.rand(7, 2)}
     kept = cut(sample, 16)
     assert torch.equal(kept["hr"], sample["hr"][:, :48, :32])

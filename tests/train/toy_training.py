@@ -66,7 +66,7 @@ def toy_method(dropout: float = 0.0) -> Method:
 
 
 class ToyImages:
-    """Smooth random pictures (3, 8, 8) and their halves (3, 4, 4)."""
+    """Smooth random images (3, 8, 8) and their halves (3, 4, 4)."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed

@@ -11,24 +11,24 @@ import time
 from pathlib import Path
 
 import pytest
-from weight_mirror import BODY, OTHER, SHA, SIZE, Route, download_of, present, running
+from weight_mirror import BODY, OTHER, SHA, SIZE, TiledRun, download_of, present, running
 
 from onestepsr.core.errors import UserError
 from onestepsr.weights import download
-from onestepsr.weights.download import Download, Source, check, obtain
+from onestepsr.weights.download import Download, Source, check, download_file
 
 
 def test_what_comes_is_checked_kept_and_not_asked_for_again(server, caplog):
-    server.routes["/net.bin"] = Route(BODY)
+    server.routes["/net.bin"] = TiledRun(BODY)
     download = download_of(server, "/net.bin", notice="licence Nice (http://nice): be nice")
     assert download.state == "not downloaded"
-    path = obtain(download)
+    path = download_file(download)
     assert path == download.path
     assert path.read_bytes() == BODY
     assert present(download) == ["net.bin", "net.bin.sha256"]
     assert (path.parent / "net.bin.sha256").read_text() == f"{SHA}  net.bin\n"
     assert download.state == "cached"
-    assert obtain(download) == path
+    assert download_file(download) == path
     assert server.asked == [("/net.bin", "")]
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
         "net: licence Nice (http://nice): be nice"
@@ -36,12 +36,12 @@ def test_what_comes_is_checked_kept_and_not_asked_for_again(server, caplog):
 
 
 def test_all_dead_is_one_line_with_what_was_tried_and_three_ways_out(server, unused_port):
-    server.routes["/wrong"] = Route(OTHER)
+    server.routes["/wrong"] = TiledRun(OTHER)
     download = download_of(server, "/gone", "/wrong", alternative="give the path of a folder instead of 'net'")
     dead = Source(url=f"http://127.0.0.1:{unused_port}/net.bin", sha256=SHA, bytes=SIZE)
     download = Download(**{**vars(download), "sources": (*download.sources, dead)})
     with pytest.raises(UserError) as caught:
-        obtain(download)
+        download_file(download)
     message = str(caught.value)
     assert "\n" not in message
     for part in (
@@ -67,9 +67,9 @@ def unused_port():
 
 def test_nothing_shows_under_the_name_before_it_is_whole(server):
     hold = threading.Event()
-    server.routes["/net.bin"] = Route(BODY, hold=hold)
+    server.routes["/net.bin"] = TiledRun(BODY, hold=hold)
     download = download_of(server, "/net.bin")
-    worker = threading.Thread(target=obtain, args=(download,))
+    worker = threading.Thread(target=download_file, args=(download,))
     worker.start()
     assert server.halfway.wait(10)
     assert present(download) == [".net.bin.part"]
@@ -91,7 +91,7 @@ def process(server, path="/net.bin"):
 
 def test_of_two_processes_one_downloads(server):
     hold = threading.Event()
-    server.routes["/net.bin"] = Route(BODY, hold=hold)
+    server.routes["/net.bin"] = TiledRun(BODY, hold=hold)
     first = process(server)
     assert server.halfway.wait(30)
     second = process(server)
@@ -109,7 +109,7 @@ def test_of_two_processes_one_downloads(server):
 
 def test_a_killed_process_leaves_nothing_visible_and_no_lock(server):
     hold = threading.Event()
-    server.routes["/net.bin"] = Route(BODY, hold=hold)
+    server.routes["/net.bin"] = TiledRun(BODY, hold=hold)
     download = download_of(server, "/net.bin")
     killed = process(server)
     assert server.halfway.wait(30)
@@ -121,16 +121,16 @@ def test_a_killed_process_leaves_nothing_visible_and_no_lock(server):
     killed.stderr.close()
     hold.set()
     assert present(download) == [".net.bin.part"]
-    assert obtain(download).read_bytes() == BODY
+    assert download_file(download).read_bytes() == BODY
     assert server.asked[-1][1].startswith("bytes=")
 
 
 @pytest.mark.parametrize("place", ["net/net.bin", "net.bin"])
 def test_a_mirror_of_the_environment_is_asked_first(server, tmp_path, monkeypatch, place):
-    server.routes |= {f"/base/{place}": Route(BODY), "/net.bin": Route(BODY)}
+    server.routes |= {f"/base/{place}": TiledRun(BODY), "/net.bin": TiledRun(BODY)}
     download = download_of(server, "/net.bin")
     monkeypatch.setenv(download.MIRROR, server.url("/base/"))
-    obtain(download)
+    download_file(download)
     assert server.asked[-1] == (f"/base/{place}", "")
     asked = len(server.asked)
     download.path.unlink()
@@ -139,85 +139,85 @@ def test_a_mirror_of_the_environment_is_asked_first(server, tmp_path, monkeypatc
     (folder / place).write_bytes(BODY)
     monkeypatch.setenv(download.MIRROR, str(folder))
     monkeypatch.setenv(download.OFFLINE, "1")  # a folder needs no network
-    assert obtain(download).read_bytes() == BODY
+    assert download_file(download).read_bytes() == BODY
     assert len(server.asked) == asked
 
 
 def test_a_mirror_with_the_wrong_file_or_none_falls_to_the_sources(server, tmp_path, monkeypatch):
-    server.routes["/net.bin"] = Route(BODY)
+    server.routes["/net.bin"] = TiledRun(BODY)
     (tmp_path / "net.bin").write_bytes(OTHER)
     monkeypatch.setenv(download.MIRROR, str(tmp_path))
-    assert obtain(download_of(server, "/net.bin")).read_bytes() == BODY
+    assert download_file(download_of(server, "/net.bin")).read_bytes() == BODY
 
 
 @pytest.mark.parametrize("mirror", ["file:///mirror", "http://mirror:port/", "http://[mirror/", "https:///mirror"])
 def test_an_impossible_mirror_is_named(server, monkeypatch, mirror):
     monkeypatch.setenv(download.MIRROR, mirror)
     with pytest.raises(UserError, match=rf"ONESTEPSR_MIRROR: '{re.escape(mirror)}' is neither"):
-        obtain(download_of(server, "/net.bin"))
+        download_file(download_of(server, "/net.bin"))
 
 
 def test_offline_asks_nobody(server, monkeypatch, caplog):
-    server.routes["/net.bin"] = Route(BODY)
+    server.routes["/net.bin"] = TiledRun(BODY)
     monkeypatch.setenv(download.OFFLINE, "1")
     monkeypatch.setenv(download.MIRROR, server.url("/"))
     with pytest.raises(UserError, match=r"ONESTEPSR_OFFLINE is set.*Three ways"):
-        obtain(download_of(server, "/net.bin", notice="licence"))
+        download_file(download_of(server, "/net.bin", notice="licence"))
     assert server.asked == []
     assert caplog.records == []
     monkeypatch.setenv(download.OFFLINE, "0")
-    assert obtain(download_of(server, "/net.bin")).read_bytes() == BODY
+    assert download_file(download_of(server, "/net.bin")).read_bytes() == BODY
 
 
 def test_a_cache_that_cannot_be_written_is_named(server, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv(download.CACHE, str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"cannot be written .*ONESTEPSR_CACHE names another"):
-        obtain(download_of(server, "/net.bin"))
+        download_file(download_of(server, "/net.bin"))
 
 
 def test_a_file_copied_into_the_cache_is_hashed_once(server, monkeypatch):
     download = download_of(server, "/net.bin")
     download.path.parent.mkdir(parents=True)
     download.path.write_bytes(BODY)
-    assert obtain(download) == download.path
+    assert download_file(download) == download.path
     assert server.asked == []
     hashed = []
     monkeypatch.setattr(download, "file_sha256", lambda path, *_: hashed.append(path) or SHA)
-    obtain(download)
+    download_file(download)
     assert hashed == []
     assert check(download, thorough=True) == SHA
     os.utime(download.path, (time.time() + 60, time.time() + 60))
-    obtain(download)
+    download_file(download)
     assert hashed == [download.path] * 2
 
 
 @pytest.mark.parametrize(("content", "what"), [(OTHER, "checksum"), (BODY[:-5], "1,048,571 bytes instead of")])
 def test_a_damaged_file_is_an_error_until_it_may_be_replaced(server, content, what):
-    server.routes["/net.bin"] = Route(BODY)
+    server.routes["/net.bin"] = TiledRun(BODY)
     download = download_of(server, "/net.bin")
     download.path.parent.mkdir(parents=True)
     download.path.write_bytes(content)
     with pytest.raises(UserError, match=rf"{what}.*'onestepsr models download net' fetches it again"):
-        obtain(download)
+        download_file(download)
     assert download.path.read_bytes() == content
-    assert obtain(download, replace=True).read_bytes() == BODY
-    assert obtain(download).read_bytes() == BODY
+    assert download_file(download, replace=True).read_bytes() == BODY
+    assert download_file(download).read_bytes() == BODY
 
 
 def test_without_a_checksum_the_first_file_is_remembered(server):
-    server.routes["/net.bin"] = Route(BODY)
+    server.routes["/net.bin"] = TiledRun(BODY)
     download = download_of(server, "/net.bin", sha256="", size=None)
-    obtain(download)
+    download_file(download)
     assert check(download) == SHA
     download.path.write_bytes(OTHER)
     os.utime(download.path, (time.time() + 60, time.time() + 60))
     with pytest.raises(UserError, match="checksum"):
         check(download)
     download.path.unlink()
-    server.routes["/net.bin"] = Route(OTHER)
+    server.routes["/net.bin"] = TiledRun(OTHER)
     with pytest.raises(UserError, match="checksum"):
-        obtain(download)
+        download_file(download)
 
 
 def test_checking_what_is_not_there_says_what_fetches_it(server):

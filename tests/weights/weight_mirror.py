@@ -19,7 +19,7 @@ OTHER = BODY[:-1] + b"x"
 
 
 @dataclass
-class Route:
+class TiledRun:
     """How one address behaves."""
 
     body: bytes = b""
@@ -46,7 +46,7 @@ class Mirror(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.routes: dict[str, Route] = {}
+        self.routes: dict[str, TiledRun] = {}
         self.asked: list[tuple[str, str]] = []
         self.halfway = threading.Event()
 
@@ -62,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range", "")
         self.server.asked.append((self.path, asked))
         self.close_connection = True
-        route = self.server.routes.get(self.path, Route(status=404))
+        route = self.server.routes.get(self.path, TiledRun(status=404))
         start = int(asked[6:-1]) if asked and route.ranges else 0
         self.send_response(206 if start and route.status == 200 else route.status)
         if start:
@@ -75,7 +75,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self._send(route, start)
 
-    def _send(self, route: Route, start: int) -> None:
+    def _send(self, route: TiledRun, start: int) -> None:
         end = route.cuts.pop(0) if route.cuts else len(route.body)
         middle = (start + end) // 2
         try:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Shapes = Sequence[tuple[int, int, int]]
-"""Samples, channels and side of the pictures that are convolved."""
+"""Samples, channels and side of the images that are convolved."""
 CONVOLUTIONS: dict[str, Shapes] = {
     "cpu": ((1, 128, 128), (1, 256, 64), (1, 512, 64)),
     "cuda": ((8, 256, 128), (8, 512, 64), (32, 512, 64)),
@@ -29,7 +29,7 @@ class Ceiling:
     """Best throughput found, in TFLOP/s; a multiplication and an addition are two operations."""
 
     convolution: float
-    """Of a 3 x 3 convolution with bias, weights and pictures in the memory format that was asked for."""
+    """Of a 3 x 3 convolution with bias, weights and images in the memory format that was asked for."""
     matrix: float
     """Of a product of two square matrices, the second one transposed in memory as a linear layer's weights are."""
 
@@ -42,9 +42,9 @@ def measure_ceiling(
     seconds: float = 0.5,
 ) -> Ceiling:
     """The best of several shapes, each run for ``seconds`` but at least three times, after one run to warm up."""
-    pictures = CONVOLUTIONS.get(device.type, CONVOLUTIONS["cpu"])
+    images = CONVOLUTIONS.get(device.type, CONVOLUTIONS["cpu"])
     return Ceiling(
-        convolution=convolution_speed(device, dtype, pictures, memory_format=memory_format, seconds=seconds),
+        convolution=convolution_speed(device, dtype, images, memory_format=memory_format, seconds=seconds),
         matrix=matrix_speed(device, dtype, MATRICES.get(device.type, MATRICES["cpu"]), seconds=seconds),
     )
 
@@ -62,12 +62,12 @@ def convolution_speed(
 
     def prepared(shape: tuple[int, int, int]) -> tuple[Callable[[], Tensor], int]:
         samples, channels, side = shape
-        pictures = torch.randn(samples, channels, side, side, device=device, dtype=dtype)
-        pictures = pictures.contiguous(memory_format=memory_format)
+        images = torch.randn(samples, channels, side, side, device=device, dtype=dtype)
+        images = images.contiguous(memory_format=memory_format)
         weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
         weight, bias = weight.contiguous(memory_format=memory_format), torch.randn(channels, device=device, dtype=dtype)
         work = 2 * samples * channels * channels * 9 * side * side
-        return lambda: functional.conv2d(pictures, weight, bias, padding=1), work
+        return lambda: functional.conv2d(images, weight, bias, padding=1), work
 
     return _best(map(prepared, shapes), device, seconds, least)
 

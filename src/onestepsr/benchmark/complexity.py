@@ -33,7 +33,7 @@ class Stage:
     cost: Cost
     """What one evaluation costs."""
     times: int = 1
-    """How often it is evaluated for one picture."""
+    """How often it is evaluated for one image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Complexity:
     summary: str
     """What it is, in one line."""
     side: int
-    """Side of the square picture that is put out, in pixels."""
+    """Side of the square image that is put out, in pixels."""
     parameters: int
     """All numbers in its parameters, those that the evaluation does not touch included."""
     trainable: int
@@ -57,7 +57,7 @@ class Complexity:
 
     @property
     def steps(self) -> int:
-        """Evaluations of the diffusion network for one picture."""
+        """Evaluations of the diffusion network for one image."""
         return max(stage.times for stage in self.stages)
 
     @property
@@ -72,7 +72,7 @@ class Complexity:
 
 
 def measure_generator(generator: Generator, side: int, *, name: str, summary: str) -> Complexity:
-    """Complexity of encoding, every UNet evaluation and decoding for one picture of ``side`` x ``side`` pixels.
+    """Complexity of encoding, every UNet evaluation and decoding for one image of ``side`` x ``side`` pixels.
 
     ``generator`` must be on the meta device. Bicubic enlargement and the formulas around the UNet count nothing: they
     have no products of matrices. Raises :class:`UserError` for a side that the network would pad.
@@ -80,7 +80,7 @@ def measure_generator(generator: Generator, side: int, *, name: str, summary: st
     multiple = generator.scale * generator.lr_multiple
     if side < 1 or side % multiple:
         near = max(multiple, round(side / multiple) * multiple)
-        raise UserError(f"size {side}: '{name}' counts pictures whose side is a multiple of {multiple}, such as {near}")
+        raise UserError(f"size {side}: '{name}' counts images whose side is a multiple of {multiple}, such as {near}")
     stages, value = [], torch.empty(1, 3, side, side, device="meta")
     parts: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
         ("encode", generator.encode),
@@ -96,7 +96,7 @@ def measure_generator(generator: Generator, side: int, *, name: str, summary: st
 
 
 def _step(generator: Generator, side: int) -> Callable[[Tensor], Tensor]:
-    """One evaluation of the UNet on a latent, for an LR picture of ``side`` pixels."""
+    """One evaluation of the UNet on a latent, for an LR image of ``side`` pixels."""
     if isinstance(generator, OneStepLatentGenerator):
         return generator.step
     t, lr = torch.empty(1, dtype=torch.long, device="meta"), torch.empty(1, 3, side, side, device="meta")
@@ -106,13 +106,13 @@ def _step(generator: Generator, side: int) -> Callable[[Tensor], Tensor]:
 def measure_discriminator(
     discriminator: NoiseAwareDiscriminator, side: int, factor: int, *, name: str, summary: str
 ) -> Complexity:
-    """Complexity of judging the latent of one picture of ``side`` pixels, ``factor`` pixels per latent cell.
+    """Complexity of judging the latent of one image of ``side`` pixels, ``factor`` pixels per latent cell.
 
     Training evaluates it three times for every pair: on the generator's latent for each of the two updates, and on the
     photo's. Inference does not use it. ``discriminator`` must be on the meta device.
     """
     if side < 1 or side % factor:
-        raise UserError(f"size {side}: '{name}' counts pictures whose side is a multiple of {factor}")
+        raise UserError(f"size {side}: '{name}' counts images whose side is a multiple of {factor}")
     channels = cast(DiffusionEncoder, discriminator.encoder).latent_channels
     with torch.device("meta"):
         z_t, t = torch.empty(1, channels, side // factor, side // factor), torch.empty(1, dtype=torch.long)
@@ -121,13 +121,13 @@ def measure_discriminator(
 
 
 def measure_denoiser(unet: StableDiffusionUNet, side: int, *, name: str, summary: str) -> Complexity:
-    """Complexity of one evaluation of ``unet`` on the latent of one picture of ``side`` pixels, under a prompt of 77
+    """Complexity of one evaluation of ``unet`` on the latent of one image of ``side`` pixels, under a prompt of 77
     tokens: of what stands beside a generator while it learns, such as OSEDiff's regulariser and its teacher.
 
     ``unet`` must be on the meta device.
     """
     if side < 1 or side % SD_FACTOR:
-        raise UserError(f"size {side}: '{name}' counts pictures whose side is a multiple of {SD_FACTOR}")
+        raise UserError(f"size {side}: '{name}' counts images whose side is a multiple of {SD_FACTOR}")
     cells, config = side // SD_FACTOR, unet.config
     with torch.device("meta"):
         z_t, t = torch.empty(1, config.in_channels, cells, cells), torch.empty(1, dtype=torch.long)

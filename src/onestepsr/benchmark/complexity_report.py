@@ -20,18 +20,18 @@ class PublishedComplexity:
     method: str
     """Name of the method."""
     steps: int
-    """Network evaluations of the diffusion model for one picture."""
+    """Network evaluations of the diffusion model for one image."""
     seconds: float
-    """Time for one picture."""
+    """Time for one image."""
     parameters_millions: float
     """Parameters in total; the source prints 1.4e3 and the like for some, which are two digits only."""
     macs_billions: float
-    """Multiply-accumulate operations for one picture; the source does not say how they were counted."""
+    """Multiply-accumulate operations for one image; the source does not say how they were counted."""
 
 
-COMPLEXITY_SOURCE = "D3SR (arXiv 2410.04224), Table 3: one picture of 512 x 512 on one A100 with 40 GB"
+COMPLEXITY_SOURCE = "D3SR (arXiv 2410.04224), Table 3: one image of 512 x 512 on one A100 with 40 GB"
 COMPLEXITY_SIDE = 512
-"""Output side of the table's pictures."""
+"""Output side of the table's images."""
 COMPLEXITY = (
     PublishedComplexity(method="StableSR", steps=200, seconds=11.50, parameters_millions=1400, macs_billions=75_812),
     PublishedComplexity(method="DiffBIR", steps=50, seconds=7.79, parameters_millions=1600, macs_billions=24_528),
@@ -77,7 +77,7 @@ class Report:
     """What was counted."""
 
     side: int
-    """Side of the square picture put out, in pixels."""
+    """Side of the square image put out, in pixels."""
     networks: Sequence[Complexity]
     """The networks, in the order asked for."""
     adapters: Sequence[AdapterSet] = ()
@@ -147,7 +147,7 @@ def stage_table(report: Report) -> Table:
             counts = (millions(network.parameters), millions(network.trainable))
             rows.append((network.name, "total", *counts, billions(network.macs), billions(network.layer_macs)))
     counted = ("parameters, M", "trainable, M", "MACs, G (all products)", "MACs, G (layers only)")
-    title = f"Stages, for one picture of {report.side} x {report.side} pixels"
+    title = f"Stages, for one image of {report.side} x {report.side} pixels"
     return Table(title=title, note=STAGES, columns=("network", "stage", *counted), rows=tuple(rows), words=2)
 
 

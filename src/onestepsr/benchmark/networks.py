@@ -83,7 +83,7 @@ def _osediff(scale: int = 4, *, adapters: bool = False) -> OSEDiffGenerator:
     return generator
 
 
-def _osediff_judge(*, adapters: bool) -> nn.Module:
+def _osediff_regulariser(*, adapters: bool) -> nn.Module:
     """The UNet of OSEDiff's regulariser, or without adapters that of its teacher."""
     unet = _osediff().unet
     if adapters:
@@ -135,10 +135,10 @@ NETWORKS: dict[str, CountedNetwork] = {
     ),
     "osediff-regularizer": CountedNetwork(
         summary="its second UNet, which follows the generator under rank-4 adapters; training only",
-        build=lambda: _osediff_judge(adapters=True),
+        build=lambda: _osediff_regulariser(adapters=True),
     ),
     "osediff-teacher": CountedNetwork(
-        summary="its third UNet, frozen; training only", build=lambda: _osediff_judge(adapters=False)
+        summary="its third UNet, frozen; training only", build=lambda: _osediff_regulariser(adapters=False)
     ),
     "tiny-discriminator": CountedNetwork(
         summary="half of the tiny UNet, all of it trained; training only",
@@ -166,7 +166,7 @@ def default_names() -> list[str]:
 
 def measure(name_or_path: str, side: int) -> Complexity:
     """Complexity of a network named in :data:`NETWORKS`, of another model or backbone, of ``random:ALIAS``, or of a
-    weights file of ours, for one picture of ``side`` x ``side`` pixels.
+    weights file of ours, for one image of ``side`` x ``side`` pixels.
 
     No weights are read. Raises :class:`UnknownModel` for other names and :class:`UserError` for a network that is no
     generator, a file that cannot be read, or a side that does not suit the network.
@@ -250,7 +250,7 @@ class AdapterSet:
 
 
 def compare_adapters(side: int, counted: Sequence[Complexity] = ()) -> list[AdapterSet]:
-    """D3SR with every set of adapters of :data:`SETS`, for one picture of ``side`` x ``side``; networks that have been
+    """D3SR with every set of adapters of :data:`SETS`, for one image of ``side`` x ``side``; networks that have been
     ``counted`` for that size already are not counted again."""
     known = {network.name: network for network in counted}
     return [AdapterSet(layers=layers, complexity=_measure(layers, targets, side, known)) for layers, targets in SETS]

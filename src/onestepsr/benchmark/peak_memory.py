@@ -1,4 +1,4 @@
-"""How much memory one picture takes, measured in an interpreter of its own.
+"""How much memory one image takes, measured in an interpreter of its own.
 
 ``python -m onestepsr.benchmark.peak_memory`` reads its task as JSON from standard input and prints what it found.
 """
@@ -19,14 +19,14 @@ MODULE = "onestepsr.benchmark.peak_memory"
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryTask:
-    """One picture to enlarge."""
+    """One image to enlarge."""
 
     model: str
     """Name or path of the model."""
     source: str
-    """The picture."""
+    """The image."""
     target: str
-    """Where the enlarged picture goes."""
+    """Where the enlarged image goes."""
     device: str
     """Device, as ``--device`` takes it."""
     dtype: str
@@ -56,7 +56,7 @@ class MemoryUse:
 
     @property
     def own(self) -> int:
-        """The peak over the interpreter's own: weights, feature maps and pictures."""
+        """The peak over the interpreter's own: weights, feature maps and images."""
         return self.peak - self.interpreter
 
 
@@ -71,20 +71,20 @@ def measure_memory(task: MemoryTask) -> MemoryUse:
 
 
 def enlarge_once(task: MemoryTask) -> MemoryUse:
-    """Enlarge the picture in this process and report what that took."""
+    """Enlarge the image in this process and report what that took."""
     import torch
 
     from onestepsr.core.machine import resident_memory
-    from onestepsr.imaging.read import read_picture
-    from onestepsr.imaging.write import write_picture
+    from onestepsr.imaging.read import read_image
+    from onestepsr.imaging.write import write_image
     from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
 
     interpreter = resident_memory()["now"]
     upscaler = Upscaler.from_pretrained(task.model, task.device, task.dtype, steps=task.steps, compiled=task.compiled)
     loaded = resident_memory()["now"]
     options = UpscaleOptions(tile=task.tile, memory=task.memory)
-    picture = upscaler.upscale_picture(read_picture(Path(task.source)), options)
-    write_picture(picture, Path(task.target))
+    image = upscaler.upscale_image(read_image(Path(task.source)), options)
+    write_image(image, Path(task.target))
     on_gpu = torch.cuda.max_memory_allocated(upscaler.device) if upscaler.device.type == "cuda" else None
     return MemoryUse(interpreter=interpreter, loaded=loaded, peak=resident_memory()["peak"], device_peak=on_gpu)
 

@@ -1,7 +1,7 @@
 """How fast a model is, stage by stage, from file to file: against the ceiling of the device and a plain baseline.
 
 The product is the upscaler as the ``upscale`` command uses it. The baseline does what published scripts do: eager
-float32, contiguous tensors, whole pictures. Both are run alternately, so that a disturbance of the machine meets both.
+float32, contiguous tensors, whole images. Both are run alternately, so that a disturbance of the machine meets both.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def load_plain(model: str, device: torch.device, steps: int | None = None) -> nn
 
 
 def steps_of(generator: nn.Module) -> int:
-    """Evaluations of the diffusion network for one picture."""
+    """Evaluations of the diffusion network for one image."""
     return generator.schedule.steps if isinstance(generator, ResidualShiftGenerator) else 1
 
 
 logger = logging.getLogger(__name__)
 
 MOST_DECIBELS = 100.0
-"""Agreement reported for equal pictures."""
+"""Agreement reported for equal images."""
 FORMATS = {"jpg": ".jpg", "png": ".png", "webp": ".webp", "tiff": ".tif"}
 """File formats that can be read and written, and their endings."""
 NAMES = {torch.channels_last: "channels_last", torch.contiguous_format: "contiguous"}
@@ -70,11 +70,11 @@ class SpeedConfig:
     """What is measured and how often."""
 
     width: int = 128
-    """Columns of the picture that is enlarged."""
+    """Columns of the image that is enlarged."""
     height: int = 128
     """Its rows."""
     batch: int = 1
-    """Pictures of that size that the network is given at once; from 2 on they are not cut into tiles."""
+    """Images of that size that the network is given at once; from 2 on they are not cut into tiles."""
     device: str = "auto"
     """Where the network runs."""
     dtype: str = "auto"
@@ -92,7 +92,7 @@ class SpeedConfig:
     baseline: bool = True
     """Whether the plain network is measured beside the product."""
     memory: bool = True
-    """Whether the memory of one picture is measured too, in an interpreter of its own."""
+    """Whether the memory of one image is measured too, in an interpreter of its own."""
     ceiling_seconds: float = 0.5
     """Time for every shape that the ceiling is looked for with."""
 
@@ -104,7 +104,7 @@ class SpeedConfig:
         if self.file_format not in FORMATS:
             raise UserError(f"format '{self.file_format}': accepted: {', '.join(FORMATS)}")
         if self.batch > 1 and self.tile not in ("auto", "off"):
-            raise UserError(f"tile {self.tile} with batch {self.batch}: only single pictures are cut into tiles")
+            raise UserError(f"tile {self.tile} with batch {self.batch}: only single images are cut into tiles")
         if self.compiled and self.warmup == 0:
             raise UserError("warmup 0 with compile: accepted: 1 and more, because the first run compiles")
 
@@ -143,7 +143,7 @@ def measure_speed(
 
 
 def write_sources(folder: Path, config: SpeedConfig) -> list[Path]:
-    """As many different pictures in ``folder`` as a batch has: smooth areas, edges and grain, the same in every run."""
+    """As many different images in ``folder`` as a batch has: smooth areas, edges and grain, the same in every run."""
     rng = np.random.default_rng(0)
     paths = [folder / f"{number}{FORMATS[config.file_format]}" for number in range(config.batch)]
     for path in paths:
@@ -169,7 +169,7 @@ def alternate(paths: Sequence[EnlargingPath], sources: Sequence[Path], config: S
 
 
 def agreement(one: Sequence[Samples], other: Sequence[Samples]) -> float:
-    """PSNR in dB over all samples of two lists of 8-bit pictures, at most :data:`MOST_DECIBELS`."""
+    """PSNR in dB over all samples of two lists of 8-bit images, at most :data:`MOST_DECIBELS`."""
     squares = [np.square(a.astype(np.float64) - b).mean() for a, b in zip(one, other, strict=True)]
     error = float(np.mean(squares))
     return MOST_DECIBELS if error == 0.0 else min(MOST_DECIBELS, 10.0 * math.log10(255.0**2 / error))
@@ -185,7 +185,7 @@ def _product(upscaler: Upscaler, config: SpeedConfig) -> EnlargingPath:
 def _plain(
     model: str, upscaler: Upscaler, config: SpeedConfig, steps: int | None, announce: Callable[[str], None]
 ) -> list[EnlargingPath]:
-    """The plain path, or nothing where it is not wanted or whole pictures in float32 would not fit into memory."""
+    """The plain path, or nothing where it is not wanted or whole images in float32 would not fit into memory."""
     if not config.baseline:
         return []
     tell = getattr(upscaler.generator, "memory_per_pixel", None)
@@ -194,9 +194,7 @@ def _plain(
     needed = weights + (pixels * tell(torch.float32) if callable(tell) else 0)
     free = free_memory(upscaler.device)
     if needed > free:
-        announce(
-            f"{model}: no baseline, whole pictures in float32 need {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
-        )
+        announce(f"{model}: no baseline, whole images in float32 need {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free")
         return []
     generator = load_plain(model, upscaler.device, steps)
     return [WholePath(generator, upscaler.device, torch.float32, torch.contiguous_format)]

@@ -1,4 +1,4 @@
-"""Two ways of enlarging pictures from file to file, with a stopwatch: the product, and what published scripts do."""
+"""Two ways of enlarging images from file to file, with a stopwatch: the product, and what published scripts do."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import nn
 
 from onestepsr.benchmark.stages import NETWORK, Call, Stopwatch, stages_of
 from onestepsr.imaging.color import wavelet
-from onestepsr.imaging.read import Picture, read_picture, samples_to_tensor, tensor_to_samples
-from onestepsr.imaging.write import write_picture
-from onestepsr.inference.allocator import freed_memory_kept
+from onestepsr.imaging.read import LoadedImage, read_image, samples_to_tensor, tensor_to_samples
+from onestepsr.imaging.write import write_image
+from onestepsr.inference.allocator import no_malloc_trim
 from onestepsr.inference.tile_runner import input_dtype_of
 from onestepsr.inference.tiling import Sides
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler, enlarge
@@ -28,7 +28,7 @@ Samples = NDArray[Any]
 
 
 class EnlargingPath(Protocol):
-    """A way of enlarging pictures of equal size."""
+    """A way of enlarging images of equal size."""
 
     @property
     def generator(self) -> nn.Module:
@@ -42,7 +42,7 @@ class EnlargingPath(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its number format."""
+        """Its dtype."""
         ...
 
     @property
@@ -50,12 +50,12 @@ class EnlargingPath(Protocol):
         """Order of its tensors in memory."""
         ...
 
-    def enlarge(self, pictures: Sequence[Picture]) -> list[Samples]:
-        """The pictures four times as large, (H, W, 3) of their own kind."""
+    def enlarge(self, images: Sequence[LoadedImage]) -> list[Samples]:
+        """The images four times as large, (H, W, 3) of their own kind."""
         ...
 
     def tile(self, height: int, width: int) -> Sides:
-        """Height and width of the tiles in input pixels for pictures of this size; the picture's if there is one."""
+        """Height and width of the tiles in input pixels for images of this size; the image's if there is one."""
         ...
 
     def stage_tiles(self, height: int, width: int) -> dict[str, Sides]:
@@ -64,7 +64,7 @@ class EnlargingPath(Protocol):
 
 
 class ProductPath:
-    """Every picture through the upscaler, tiles and all."""
+    """Every image through the upscaler, tiles and all."""
 
     memory_format: torch.memory_format = torch.channels_last
 
@@ -73,7 +73,7 @@ class ProductPath:
 
     @property
     def generator(self) -> nn.Module:
-        """The network, which the upscaler may exchange when a number format overflows."""
+        """The network, which the upscaler may exchange when a dtype overflows."""
         return self.upscaler.generator
 
     @property
@@ -86,9 +86,9 @@ class ProductPath:
         """Number format of the network."""
         return self.upscaler.dtype
 
-    def enlarge(self, pictures: Sequence[Picture]) -> list[Samples]:
+    def enlarge(self, images: Sequence[LoadedImage]) -> list[Samples]:
         """One after the other."""
-        return [self.upscaler.upscale_picture(picture, self.options).pixels for picture in pictures]
+        return [self.upscaler.upscale_image(image, self.options).pixels for image in images]
 
     def tile(self, height: int, width: int) -> Sides:
         """What the upscaler plans."""
@@ -103,7 +103,7 @@ class ProductPath:
 
 
 class WholePath:
-    """All pictures at once and whole through the network, then the wavelet colour fix."""
+    """All images at once and whole through the network, then the wavelet colour fix."""
 
     def __init__(
         self,
@@ -120,15 +120,15 @@ class WholePath:
         self._scale = int(cast(int, generator.scale))
         self._takes_rng = "rng" in inspect.signature(generator.forward).parameters
 
-    def enlarge(self, pictures: Sequence[Picture]) -> list[Samples]:
-        """The network draws the noise that the upscaler gives a picture of one tile, where it draws any."""
+    def enlarge(self, images: Sequence[LoadedImage]) -> list[Samples]:
+        """The network draws the noise that the upscaler gives an image of one tile, where it draws any."""
         extra: dict[str, Any] = {"rng": torch.Generator().manual_seed(0)} if self._takes_rng else {}
-        with freed_memory_kept(self._keep_memory), torch.inference_mode():
-            lr = self._padded(torch.cat([samples_to_tensor(picture.pixels) for picture in pictures]).to(self.device))
+        with no_malloc_trim(self._keep_memory), torch.inference_mode():
+            lr = self._padded(torch.cat([samples_to_tensor(image.pixels) for image in images]).to(self.device))
             rgb = lr.to(input_dtype_of(self.generator, self.dtype)).contiguous(memory_format=self.memory_format)
             sr = self.generator(rgb, **extra)
             fixed = wavelet(sr.float().clamp(0.0, 1.0), enlarge(lr, self._scale))
-        height, width = (side * self._scale for side in (pictures[0].height, pictures[0].width))
+        height, width = (side * self._scale for side in (images[0].height, images[0].width))
         return [tensor_to_samples(values[:, :height, :width], np.uint8) for values in fixed]
 
     def _padded(self, lr: torch.Tensor) -> torch.Tensor:
@@ -138,7 +138,7 @@ class WholePath:
         return pad_to(lr, height, width)
 
     def tile(self, height: int, width: int) -> Sides:
-        """The whole picture."""
+        """The whole image."""
         return height, width
 
     def stage_tiles(self, height: int, width: int) -> dict[str, Sides]:
@@ -162,17 +162,17 @@ def run_path(path: EnlargingPath, sources: Sequence[Path], folder: Path) -> Run:
     """Enlarge the files ``sources`` into ``folder``.
 
     ``enlarge`` is what the generator does besides its stages; ``colour`` is what the path does besides the generator:
-    number formats, joining of tiles, colour fix, rounding.
+    dtypes, joining of tiles, colour fix, rounding.
     """
     watch = Stopwatch(path.device)
     with watch.section(WHOLE), watch.watching(path.generator):
         with watch.section(READ):
-            pictures = [read_picture(source) for source in sources]
+            images = [read_image(source) for source in sources]
         with watch.section(UPSCALE):
-            pixels = path.enlarge(pictures)
+            pixels = path.enlarge(images)
         with watch.section(WRITE):
             for source, samples in zip(sources, pixels, strict=True):
-                write_picture(Picture(pixels=samples), folder / source.name)
+                write_image(LoadedImage(pixels=samples), folder / source.name)
     return Run(seconds=_completed(watch.read(), path.generator), calls=tuple(watch.calls), pixels=pixels)
 
 

@@ -15,19 +15,19 @@ DISTURBED = 0.1
 """Share of the cores that other work may take before the figures are said to be disturbed."""
 MEASURING = """\
 `product` is the upscaler as the `upscale` command uses it. `baseline` is the same network as published scripts run it:
-eager float32, contiguous tensors, whole pictures; what depends on the prompt alone is computed beforehand in both. They
+eager float32, contiguous tensors, whole images; what depends on the prompt alone is computed beforehand in both. They
 run in turn, so that a disturbance meets both. `enlarge` is what the generator does besides its stages: padding and
-bicubic enlargement. `colour` is everything around the generator: number formats, joining of tiles, colour fix and
+bicubic enlargement. `colour` is everything around the generator: dtypes, joining of tiles, colour fix and
 rounding. Times are medians with quartiles."""
 THROUGHPUT = """\
 TFLOP/s are the operations of encode, UNet and decode (two per multiply-accumulate, all products of matrices) over the
 sum of these stages' medians. The ceiling is the best that the same run found for a 3 x 3 convolution and for a product
-of matrices, in the same number format and memory format; the fraction is of the convolution's. Speed-up is the
-baseline's median over the product's for the network alone, agreement the PSNR between the pictures of both. Memory is
+of matrices, in the same dtype and memory format; the fraction is of the convolution's. Speed-up is the
+baseline's median over the product's for the network alone, agreement the PSNR between the images of both. Memory is
 the peak of a process of its own over what it took before it loaded the model: resident, and on the accelerator if there
-is one. Pictures and megapixels put out per second count everything from file to file."""
+is one. Images and megapixels put out per second count everything from file to file."""
 STEPS = """\
-`network` compares whole pictures without files and colour fix, `steps alone` the evaluations of the diffusion network
+`network` compares whole images without files and colour fix, `steps alone` the evaluations of the diffusion network
 only, `file to file` everything."""
 
 
@@ -143,7 +143,7 @@ def model_table(report: SpeedReport) -> Table:
     columns = ("model", "steps", "dtype", "network, s", "whole, s", "images/s", "Mpixel/s", "TFLOP/s")
     more = ("ceiling: conv.", "matrix", "fraction", "speed-up", "agreement, dB", "memory, MB", "device, MB")
     return Table(
-        title=f"Speed for pictures of {side} pixels"
+        title=f"Speed for images of {side} pixels"
         + (f", {batch} at once" if batch > 1 else "")
         + (", compiled" if report.config.compiled else ""),
         note=THROUGHPUT,

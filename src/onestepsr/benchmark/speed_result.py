@@ -55,14 +55,14 @@ class StageSpeed:
 
 @dataclass(frozen=True, kw_only=True)
 class PathSpeed:
-    """One way of enlarging a batch of pictures."""
+    """One way of enlarging a batch of images."""
 
     dtype: str
     """Number format of the network."""
     memory_format: str
     """Order of the network's tensors in memory."""
     tile: Sides
-    """Height and width of a tile in input pixels; those of the picture where it is one tile, and the decoder's where
+    """Height and width of a tile in input pixels; those of the image where it is one tile, and the decoder's where
     stages have their own."""
     stages: tuple[StageSpeed, ...]
     """The parts, in order."""
@@ -94,21 +94,21 @@ class ModelSpeed:
     model: str
     """Name or path."""
     steps: int
-    """Evaluations of the diffusion network for one picture."""
+    """Evaluations of the diffusion network for one image."""
     output: tuple[int, int]
-    """Columns and rows of a picture put out."""
+    """Columns and rows of an image put out."""
     batch: int
-    """Pictures at once."""
+    """Images at once."""
     product: PathSpeed
     """The upscaler as it is used."""
     ceiling: Ceiling
-    """Of the product's number format and memory format, measured in the same run."""
+    """Of the product's dtype and memory format, measured in the same run."""
     baseline: PathSpeed | None = None
     """The plain network; None where it was not wanted or does not fit into memory."""
     agreement_db: float | None = None
-    """PSNR between the pictures of both, 8 bits, at most 100 dB."""
+    """PSNR between the images of both, 8 bits, at most 100 dB."""
     memory: MemoryUse | None = None
-    """Of one picture, as used; None where that was not wanted."""
+    """Of one image, as used; None where that was not wanted."""
 
     @property
     def speedup_over_baseline(self) -> float | None:
@@ -129,7 +129,7 @@ class ModelSpeed:
 
     @property
     def images_per_second(self) -> float:
-        """Pictures from file to file."""
+        """Images from file to file."""
         return self.batch / self.product.whole.median
 
     @property
@@ -149,7 +149,7 @@ class StepRatio:
 
     @property
     def network(self) -> float:
-        """Ratio of the networks' median times for a whole picture, autoencoder included."""
+        """Ratio of the networks' median times for a whole image, autoencoder included."""
         return self.many.product.network.median / self.one.product.network.median
 
     @property

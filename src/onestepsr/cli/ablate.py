@@ -1,4 +1,4 @@
-"""``onestepsr ablate``: train every variant of a suite with every seed, compare them, write table and pictures."""
+"""``onestepsr ablate``: train every variant of a suite with every seed, compare them, write table and images."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def compare(
     found = {item.run.variant: Candidate(item.model) for item in first} | ablation.models
     titles = {name: ablation.suite.config.variants[name].title for name in ablation.variants}
     shown = {titles[name]: found[name] for name in ablation.variants if name in found}
-    return results, write_report(results, held_out.pictures(shown), folder)
+    return results, write_report(results, held_out.images(shown), folder)
 
 
 def show(ablation: Ablation, held_out: HeldOut) -> None:

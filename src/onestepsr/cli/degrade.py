@@ -102,7 +102,7 @@ def run(
     from onestepsr.data.degradation.photo_files import draw_for
 
     recipe = load_recipe(header["recipe"])
-    # What is drawn does not depend on the photo, so the record is complete before the first picture is written.
+    # What is drawn does not depend on the photo, so the record is complete before the first image is written.
     drawn = {job.name: draw_for(recipe, header["seed"], job.name) for job in jobs}
     write_record(out_dir, header, drawn, others)
     remove_leftovers(*(path for job in jobs for path in (job.lr, job.hr)))
@@ -143,15 +143,15 @@ def usual_scale(name: str) -> int:
 
 
 def write_pair(job: Job, drawn: Degradation, header: dict[str, Any]) -> None:
-    """Degrade one photo and write its LR and cropped HR picture as PNG; what a killed run left there stays."""
+    """Degrade one photo and write its LR and cropped HR image as PNG; what a killed run left there stays."""
     from onestepsr.data.degradation.photo_files import make_pair
     from onestepsr.imaging.read import from_array
-    from onestepsr.imaging.write import write_picture
+    from onestepsr.imaging.write import write_image
 
     seed, scale, multiple = header["seed"], header["scale"], header["crop_multiple"]
     lr, hr = make_pair(job.source, drawn, seed=seed, name=job.name, scale=scale, multiple=multiple)
     for path, samples in ((job.hr, hr), (job.lr, lr)):
-        write_picture(from_array(samples), path, sweep=False)
+        write_image(from_array(samples), path, sweep=False)
 
 
 def write_record(

@@ -26,9 +26,9 @@ FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve"
 """Names in /proc/cpuinfo of the instructions that matter for speed, x86 and ARM."""
 DEVELOPMENT_EXTRAS = ("test",)
 PROBE_SECONDS = 0.15
-"""Time given to each number format."""
+"""Time given to each dtype."""
 PROBES = {"cpu": ((1, 64, 64),), "cuda": ((1, 64, 1024),)}
-"""Samples, channels and side of the pictures that are convolved, by device type: those of "cuda" for all others."""
+"""Samples, channels and side of the images that are convolved, by device type: those of "cuda" for all others."""
 
 
 def register(app: typer.Typer) -> None:
@@ -83,7 +83,7 @@ def examine_cpu() -> dict[str, Any]:
 
 
 def measure_speeds(device: torch.device) -> dict[str, float]:
-    """TFLOP/s of a 3 x 3 convolution, the operation that our networks mostly are, by number format.
+    """TFLOP/s of a 3 x 3 convolution, the operation that our networks mostly are, by dtype.
 
     Formats that the device does not compute with are left out; all are where it does not work at all. Those of a
     processor are kept in the cache folder, where ``--dtype auto`` finds them.

@@ -120,7 +120,7 @@ def convert(
         str | None, typer.Option(help="Of OSEDiff's weights: what they are added to; by default sd21-base.")
     ] = None,
     prompt_embedding: Annotated[
-        Path | None, typer.Option(help="Of OSEDiff: file of the embedding for pictures that come without a prompt.")
+        Path | None, typer.Option(help="Of OSEDiff: file of the embedding for images that come without a prompt.")
     ] = None,
     posterior: Annotated[
         str | None,
@@ -139,7 +139,7 @@ def convert(
         typer.Option(
             "--even-contrast",
             help="For a generator on the tiny backbone: make detail equally strong at all positions of its 4x4 cells, "
-            "measured in every picture anew.",
+            "measured in every image anew.",
         ),
     ] = False,
     dtype: Annotated[str, typer.Option(help="Number format: float32, bfloat16 or float16.")] = "float32",
@@ -207,11 +207,11 @@ def _for_each(specs: list[ModelSpec], action: Callable[[ModelSpec], str]) -> Non
 
 
 def _download(spec: ModelSpec) -> str:
-    from onestepsr.weights.download import obtain_all
+    from onestepsr.weights.download import download_all
 
     if not spec.downloads:
         return f"{spec.state}, nothing to download"
-    return ", ".join(map(str, obtain_all(spec.downloads, replace=True)))
+    return ", ".join(map(str, download_all(spec.downloads, replace=True)))
 
 
 def _verify(spec: ModelSpec) -> str:

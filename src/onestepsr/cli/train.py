@@ -149,7 +149,7 @@ def _memory_lines(plan: Plan, estimate: Estimate) -> list[str]:
 def _data_lines(plan: Plan) -> list[str]:
     data = plan.run.data
     names = ", ".join(str(path) for path in data.paths)
-    crops = "whole pictures" if data.crop == 0 else f"crops of {data.crop} x {data.crop}"
+    crops = "whole images" if data.crop == 0 else f"crops of {data.crop} x {data.crop}"
     return [f"photos: {plan.photos:,} in {names}", f"samples: {crops}, {_low_resolution(plan)}"]
 
 

@@ -37,7 +37,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(choices)}"
 
 
-def shortened(names: Sequence[str], limit: int) -> str:
+def join_names(names: Sequence[str], limit: int) -> str:
     """The first ``limit`` names with commas between them, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{', '.join(names[:limit])}{more}"
@@ -49,7 +49,7 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 
 
 @contextmanager
-def concerning(what: str) -> Iterator[None]:
+def error_context(what: str) -> Iterator[None]:
     """Inside, the line of a :class:`UserError` begins with ``what``: the setting, file or variant that it is about."""
     try:
         yield

@@ -80,7 +80,7 @@ def describe_machine(packages: Sequence[str] = ()) -> str:
 
 
 def remember_speeds(folder: Path, speeds: Mapping[str, float]) -> bool:
-    """Keep TFLOP/s by number format, as measured on this processor, in ``folder``; False where it cannot be written."""
+    """Keep TFLOP/s by dtype, as measured on this processor, in ``folder``; False where it cannot be written."""
     content = {"schema": SPEEDS_SCHEMA, **_circumstances(), "tflops": dict(speeds)}
     try:
         folder.mkdir(parents=True, exist_ok=True)

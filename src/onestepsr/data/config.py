@@ -17,7 +17,7 @@ class DataConfig:
     """Photos, how they are cropped and how their LR versions come about."""
 
     kind: Literal["hr_folder", "pairs", "shards", "shard_pairs"] = "hr_folder"
-    """``hr_folder``: photos are degraded on the fly. ``pairs``: LR and HR pictures are matched by name.
+    """``hr_folder``: photos are degraded on the fly. ``pairs``: LR and HR images are matched by name.
 
     ``shards`` and ``shard_pairs`` are the same from tar files, for sets of which no folder should hold every file.
     """
@@ -25,12 +25,12 @@ class DataConfig:
     """Folders of HR photos, searched recursively; for shards tar files, folders of them or ``train-{000..099}.tar``. At
     least one is needed."""
     lr_paths: tuple[Path, ...] = ()
-    """Only for pairs in folders: the folders of LR pictures, in the order of ``paths``."""
+    """Only for pairs in folders: the folders of LR images, in the order of ``paths``."""
     crop: int = 256
-    """Side of the square HR crop in pixels, a multiple of ``scale``. For pairs, 0 keeps whole pictures, to
+    """Side of the square HR crop in pixels, a multiple of ``scale``. For pairs, 0 keeps whole images, to
     measure on: training needs one size."""
     scale: int = 4
-    """HR size divided by LR size; 1 where pictures are restored at their own size, as faces are."""
+    """HR size divided by LR size; 1 where images are restored at their own size, as faces are."""
     degradation: str | dict[str, float] | FaceDegradationConfig | DegradationConfig = "mixed"
     """A preset's name, relative weights of several presets by name, or all settings (second-order or of faces)."""
     hr_scale: tuple[float, float] = (0.5, 1.0)
@@ -92,7 +92,7 @@ class DataConfig:
         if not whole and (self.crop % self.scale or not self.scale <= self.crop <= MAX_CROP):
             raise ValueError(f"crop is {self.crop}: expected a multiple of {self.scale} up to {MAX_CROP}")
         if whole and self.pool_size:
-            raise ValueError("pool_size needs pictures of one size: set crop")
+            raise ValueError("pool_size needs images of one size: set crop")
 
     def recipe(self) -> Recipe:
         """The degradation that ``degradation`` stands for."""

@@ -1,4 +1,4 @@
-"""LR and HR pictures in two folders, matched by name; what every set of pairs shares."""
+"""LR and HR images in two folders, matched by name; what every set of pairs shares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from onestepsr.core.errors import UserError, shortened
+from onestepsr.core.errors import UserError, join_names
 from onestepsr.core.rng import generator, integer
 from onestepsr.data.config import DataConfig
 from onestepsr.data.order import epoch_position
@@ -29,9 +29,9 @@ class Pair:
 
 
 class PairStream(Dataset[Sample]):
-    """Aligned random crops of matched pictures from any source; whole pictures where ``crop`` is 0.
+    """Aligned random crops of matched images from any source; whole images where ``crop`` is 0.
 
-    ``source`` numbers the HR picture of pair ``n`` with ``2 n`` and the LR picture with ``2 n + 1``.
+    ``source`` numbers the HR image of pair ``n`` with ``2 n`` and the LR image with ``2 n + 1``.
     """
 
     def __init__(self, config: DataConfig, seed: int, with_lr: bool, source: PhotoSource) -> None:
@@ -72,7 +72,7 @@ class PairStream(Dataset[Sample]):
         raise UserError(f"{name}: none of the {tries} pairs from this one on can be decoded")
 
     def _whole(self, position: int) -> tuple[int, Pixels, Pixels]:
-        """Exactly the pair at ``position``: whole pictures are for validation, where a replacement would mislead."""
+        """Exactly the pair at ``position``: whole images are for validation, where a replacement would mislead."""
         hr, lr = self.cache.get(2 * position), self.cache.get(2 * position + 1)
         if hr is None or lr is None:
             _, name = self.cache.source.fetch(2 * position + (hr is not None))
@@ -115,7 +115,7 @@ class PairsFolder(PairStream):
         return [[photo.name, photo.width, photo.height, photo.bytes] for photo in self._photos()]
 
     def names(self) -> list[str]:
-        """Name of each HR picture, relative to its folder."""
+        """Name of each HR image, relative to its folder."""
         return [pair.hr.name for pair in self.pairs]
 
     def _photos(self) -> list[Photo]:
@@ -123,7 +123,7 @@ class PairsFolder(PairStream):
 
 
 def match_pairs(hr_folder: Path, lr_folder: Path) -> list[Pair]:
-    """Match by relative name without suffix; every picture that has no partner is an error, all in one message."""
+    """Match by relative name without suffix; every image that has no partner is an error, all in one message."""
     hr, lr = _by_stem(scan([hr_folder])), _by_stem(scan([lr_folder]))
     problems = [_missing(hr.keys() - lr.keys(), lr_folder), _missing(lr.keys() - hr.keys(), hr_folder)]
     if any(problems):
@@ -132,7 +132,7 @@ def match_pairs(hr_folder: Path, lr_folder: Path) -> list[Pair]:
 
 
 def check_sizes(pairs: list[Pair], config: DataConfig) -> None:
-    """Every HR picture must be ``scale`` times its LR picture, and not smaller than the crop."""
+    """Every HR image must be ``scale`` times its LR image, and not smaller than the crop."""
     wrong = [pair for pair in pairs if not _fits(pair, config.scale)]
     if wrong:
         hr, lr = wrong[0].hr, wrong[0].lr
@@ -154,7 +154,7 @@ def _by_stem(photos: list[Photo]) -> dict[str, Photo]:
     for photo in photos:
         stem = photo.name.rpartition(".")[0]
         if stem in result:
-            raise UserError(f"{photo.path}: a second picture called '{stem}' beside {result[stem].path.name}")
+            raise UserError(f"{photo.path}: a second image called '{stem}' beside {result[stem].path.name}")
         result[stem] = photo
     return result
 
@@ -162,4 +162,4 @@ def _by_stem(photos: list[Photo]) -> dict[str, Photo]:
 def _missing(stems: set[str] | Mapping[str, Any], folder: Path) -> str:
     if not stems:
         return ""
-    return f"{folder}: no partner for {shortened(sorted(stems), SHOWN_NAMES)}"
+    return f"{folder}: no partner for {join_names(sorted(stems), SHOWN_NAMES)}"

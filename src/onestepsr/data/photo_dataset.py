@@ -1,4 +1,4 @@
-"""Photos as an endless stream of training samples; the pieces that every kind of data set shares."""
+"""Photos as an endless stream of training samples; the pieces that every kind of dataset shares."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PHOTO = "photo"
 
 
 class SampleStream(Protocol):
-    """What the data sets have in common."""
+    """What the datasets have in common."""
 
     with_lr: bool
 
@@ -129,15 +129,15 @@ def random_crop(pixels: Pixels, config: DataConfig, rng: torch.Generator) -> Pix
     window = pixels[top : top + side, left : left + side]
     if side == config.crop:
         return window
-    picture = Image.fromarray(window).resize((config.crop, config.crop), Image.Resampling.BICUBIC)
-    return np.asarray(picture)
+    image = Image.fromarray(window).resize((config.crop, config.crop), Image.Resampling.BICUBIC)
+    return np.asarray(image)
 
 
 def augment(sample: Sample, config: DataConfig, rng: torch.Generator) -> Sample:
-    """Mirror and turn all pictures of ``sample`` alike, as ``config`` allows."""
+    """Mirror and turn all images of ``sample`` alike, as ``config`` allows."""
     mirror = config.flips and integer(2, rng) == 1
     turns = integer(4, rng) if config.rotations else 0
-    return {name: _oriented(picture, mirror, turns) for name, picture in sample.items()}
+    return {name: _oriented(image, mirror, turns) for name, image in sample.items()}
 
 
 def to_float(pixels: Pixels) -> Tensor:
@@ -145,10 +145,10 @@ def to_float(pixels: Pixels) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float() / 255
 
 
-def _oriented(picture: Tensor, mirror: bool, turns: int) -> Tensor:
+def _oriented(image: Tensor, mirror: bool, turns: int) -> Tensor:
     if mirror:
-        picture = picture.flip(-1)
-    return torch.rot90(picture, turns, (-2, -1)).contiguous() if turns else picture
+        image = image.flip(-1)
+    return torch.rot90(image, turns, (-2, -1)).contiguous() if turns else image
 
 
 def _large_enough(photos: list[Photo], crop: int) -> list[Photo]:

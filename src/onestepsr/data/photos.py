@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 
 from onestepsr.core.errors import UserError
 from onestepsr.core.progress import tracked
-from onestepsr.imaging.read import DECODE_ERRORS, EXTENSIONS, read_picture, to_eight_bits
+from onestepsr.imaging.read import DECODE_ERRORS, EXTENSIONS, read_image, to_eight_bits
 
 ORIENTATION_TAG = 0x0112
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Photo:
 
 
 def find_images(folder: Path, *, recursive: bool = True) -> list[Path]:
-    """Every picture file in ``folder``, sorted by relative name; an absent or empty folder is an error."""
+    """Every image file in ``folder``, sorted by relative name; an absent or empty folder is an error."""
     return [folder / name for name in find_names(folder, recursive=recursive)]
 
 
@@ -56,12 +56,12 @@ def find_names(folder: Path, *, recursive: bool = True) -> list[str]:
     found = sorted(_walk(folder, "", recursive))
     if not found:
         hint = "; for tar files set data.kind to shards" if any(folder.glob("*.tar")) else ""
-        raise UserError(f"{folder}: no pictures in it (looked for {', '.join(EXTENSIONS)}){hint}")
+        raise UserError(f"{folder}: no images in it (looked for {', '.join(EXTENSIONS)}){hint}")
     return found
 
 
 def scan(folders: Iterable[Path]) -> list[Photo]:
-    """Read the headers of every picture in ``folders``; unreadable ones are left out and reported in one log line."""
+    """Read the headers of every image in ``folders``; unreadable ones are left out and reported in one log line."""
     photos: list[Photo] = []
     unreadable: list[Path] = []
     for folder in folders:
@@ -74,14 +74,14 @@ def scan(folders: Iterable[Path]) -> list[Photo]:
             length = path.stat().st_size
             photos.append(Photo(folder=folder, name=name, width=size[0], height=size[1], bytes=length))
     if unreadable:
-        logger.warning("%d unreadable pictures are left out, the first is %s", len(unreadable), unreadable[0])
+        logger.warning("%d unreadable images are left out, the first is %s", len(unreadable), unreadable[0])
     if not photos:
-        raise UserError(f"{unreadable[0]}: none of the {len(unreadable)} pictures here can be read")
+        raise UserError(f"{unreadable[0]}: none of the {len(unreadable)} images here can be read")
     return photos
 
 
 def read_size(source: Path | IO[bytes], fatal: Container[int] = ()) -> tuple[int, int] | None:
-    """(width, height) as displayed, from the header alone; None if it is no picture or beyond Pillow's limit.
+    """(width, height) as displayed, from the header alone; None if it is no image or beyond Pillow's limit.
 
     Raises OSError only for the numbers in ``fatal``.
     """
@@ -89,7 +89,7 @@ def read_size(source: Path | IO[bytes], fatal: Container[int] = ()) -> tuple[int
         with warnings.catch_warnings(), Image.open(source) as image:
             warnings.simplefilter("ignore")
             width, height = image.size
-            # Asking a PNG for EXIF that does not stand in its header would decode the whole picture.
+            # Asking a PNG for EXIF that does not stand in its header would decode the whole image.
             has_exif = image.format != "PNG" or "exif" in image.info
             turned = has_exif and image.getexif().get(ORIENTATION_TAG, 1) >= 5
     except DECODE_ERRORS as error:
@@ -104,12 +104,12 @@ def read_pixels(source: Path | bytes, name: str | None = None) -> Pixels:
 
     Upright, in the file's own colour space, without alpha.
     """
-    pixels = to_eight_bits(read_picture(source, name)).pixels
+    pixels = to_eight_bits(read_image(source, name)).pixels
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name (without folders) counts as a picture: accepted ending, not hidden."""
+    """Whether a file of this name (without folders) counts as an image: accepted ending, not hidden."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
 
 
@@ -174,7 +174,7 @@ def _not_a_folder(path: Path) -> str:
 
 
 def _walk(folder: Path | str, prefix: str, recursive: bool) -> Iterator[str]:
-    """Relative names of the pictures below ``folder``; links to files count, links to folders are not followed."""
+    """Relative names of the images below ``folder``; links to files count, links to folders are not followed."""
     try:
         entries = list(os.scandir(folder))
     except OSError as error:

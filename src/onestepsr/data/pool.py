@@ -35,7 +35,7 @@ MADE = 1 << 32
 class Pool(Dataset[Sample]):
     """The first ``config.pool_size`` samples of ``source``, kept on disk, in a new order and orientation each epoch.
 
-    ``source`` must give 8-bit pictures of one size. Sample ``i`` depends on (seed, i) and the source alone.
+    ``source`` must give 8-bit images of one size. Sample ``i`` depends on (seed, i) and the source alone.
     """
 
     def __init__(self, source: SampleStream, config: DataConfig, seed: int) -> None:
@@ -61,8 +61,8 @@ class Pool(Dataset[Sample]):
         """Sample ``number`` of the source, from disk if it is there; exactly what the source itself gives."""
         arrays = self._open()
         if int(arrays["made"][number]) != self._checksum(number):
-            for name, picture in self.source[number].items():
-                arrays[name][number] = (picture * 255).round().to(torch.uint8).numpy()
+            for name, image in self.source[number].items():
+                arrays[name][number] = (image * 255).round().to(torch.uint8).numpy()
             arrays["made"][number] = self._checksum(number)
         return {name: torch.from_numpy(arrays[name][number].astype(np.float32)) / 255 for name in self._names()}
 
@@ -77,7 +77,7 @@ class Pool(Dataset[Sample]):
 
     def _open(self) -> dict[str, np.memmap[Any, Any]]:
         if self._arrays is None:
-            shapes = {name: tuple(picture.shape) for name, picture in self.source[0].items()}
+            shapes = {name: tuple(image.shape) for name, image in self.source[0].items()}
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 _require_space(self.folder, self.size * sum(int(np.prod(shape)) for shape in shapes.values()))

@@ -22,7 +22,7 @@ class NoisePlane:
 
     @classmethod
     def drawn(cls, rng: torch.Generator | None, origin: tuple[int, int], scale: int, factor: int) -> NoisePlane:
-        """The plane that ``rng`` decides (None: always the same one), at row and column ``origin`` of an LR picture.
+        """The plane that ``rng`` decides (None: always the same one), at row and column ``origin`` of an LR image.
 
         It is enlarged ``scale`` times, and a latent cell stands for ``factor`` pixels of the output.
         """

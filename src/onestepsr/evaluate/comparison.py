@@ -1,4 +1,4 @@
-"""Several results side by side: the pictures they share, what keeps them from being comparable, and paired tests."""
+"""Several results side by side: the images they share, what keeps them from being comparable, and paired tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from onestepsr.core.errors import UserError, shortened
+from onestepsr.core.errors import UserError, join_names
 from onestepsr.evaluate.result import UNKNOWN_PROTOCOL, EvaluationResult, MetricRecord
 from onestepsr.evaluate.statistics import PairedComparison, Summary, compare_paired, holm, summarize
 
@@ -15,7 +15,7 @@ SCHEMA = 1
 SIGNIFICANCE = 0.05
 MAX_METHODS = 20
 LISTED = 3
-"""How many names a warning about pictures gives as examples."""
+"""How many names a warning about images gives as examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Difference:
     """Number of the method, counted from 0; the first is what it is compared with."""
     paired: PairedComparison
     adjusted: float | None
-    """Wilcoxon's p value after Holm, over every metric and method of the comparison; none if no picture differs."""
+    """Wilcoxon's p value after Holm, over every metric and method of the comparison; none if no image differs."""
     higher_is_better: bool
 
     @property
@@ -45,7 +45,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Results of one or more methods; everything below is over the pictures that all of them have."""
+    """Results of one or more methods; everything below is over the images that all of them have."""
 
     results: tuple[EvaluationResult, ...]
 
@@ -65,16 +65,16 @@ class Comparison:
 
     @cached_property
     def pictures(self) -> list[str]:
-        """Names of the pictures of any result, sorted as the first results have them."""
+        """Names of the images of any result, sorted as the first results have them."""
         return list(dict.fromkeys(name for result in self.results for name in result.images))
 
     def common(self, metric: str) -> list[str]:
-        """Pictures with a value of ``metric`` in every result that has the metric at all."""
+        """Images with a value of ``metric`` in every result that has the metric at all."""
         having = [values for result in self.results if (values := result.values(metric))]
         return [name for name in having[0] if all(name in values for values in having)] if having else []
 
     def summary(self, method: int, metric: str) -> Summary | None:
-        """Mean over the common pictures (of a metric of whole sets: its value); none where there is no value."""
+        """Mean over the common images (of a metric of whole sets: its value); none where there is no value."""
         result = self.results[method]
         if metric in result.whole:
             return result.summaries()[metric]
@@ -102,7 +102,7 @@ class Comparison:
 
     @cached_property
     def differences(self) -> list[Difference]:
-        """Every method against the first one, by metric, where both have pictures in common."""
+        """Every method against the first one, by metric, where both have images in common."""
         found: list[Difference] = []
         for metric, record in self.metrics.items():
             for method in range(1, len(self.results)):
@@ -130,7 +130,7 @@ class Comparison:
         for result in self.results[1:]:
             pair = f"{first.label} and {result.label}"
             lines += [f"{pair}: {line}" for line in protocol_mismatches(first, result)]
-            lines += [f"{pair}: {line}" for line in _picture_mismatches(first, result)]
+            lines += [f"{pair}: {line}" for line in _image_mismatches(first, result)]
         return lines
 
     def to_mapping(self) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def compare(results: Sequence[EvaluationResult]) -> Comparison:
     if len(results) > 1 and comparison.metrics and not any(comparison.common(name) for name in comparison.metrics):
         names = [next(iter(result.images), "none") for result in results[:2]]
         if not all(result.whole for result in results):
-            raise UserError(f"no picture is in all results (the first two begin with '{names[0]}' and '{names[1]}')")
+            raise UserError(f"no image is in all results (the first two begin with '{names[0]}' and '{names[1]}')")
     return comparison
 
 
@@ -211,17 +211,17 @@ def _absent(ours: Mapping[str, MetricRecord], theirs: Mapping[str, MetricRecord]
     return [record.title for name, record in ours.items() if name not in theirs]
 
 
-def _picture_mismatches(first: EvaluationResult, second: EvaluationResult) -> list[str]:
+def _image_mismatches(first: EvaluationResult, second: EvaluationResult) -> list[str]:
     lines = []
     for own, other, label in ((first, second, first.label), (second, first, second.label)):
         missing = [name for name in own.images if name not in other.images]
         if missing:
-            lines.append(f"only {label} has the pictures {shortened(missing, LISTED)}; they are left out")
+            lines.append(f"only {label} has the images {join_names(missing, LISTED)}; they are left out")
     for metric in [name for name in first.whole if name in second.whole]:
         counts = first.whole[metric].count, second.whole[metric].count
         if counts[0] != counts[1] or first.images.keys() != second.images.keys():
             title = first.protocol.metrics[metric].title
-            lines.append(f"{title} is of different sets ({counts[0]} and {counts[1]} pictures), not of the common ones")
+            lines.append(f"{title} is of different sets ({counts[0]} and {counts[1]} images), not of the common ones")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The pictures that a model is measured on: read as they are, cut to a protocol's crops, or made from HR photos."""
+"""The images that a model is measured on: read as they are, cut to a protocol's crops, or made from HR photos."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from onestepsr.data.degradation.photo_files import draw_for, make_pair
 from onestepsr.data.degradation.pipeline import Recipe
 from onestepsr.evaluate.pairing import Case
 from onestepsr.evaluate.result import Files
-from onestepsr.imaging.read import Picture, Samples, from_array, read_picture
-from onestepsr.imaging.write import write_picture
+from onestepsr.imaging.read import LoadedImage, Samples, from_array, read_image
+from onestepsr.imaging.write import write_image
 
 
 @dataclass(frozen=True, kw_only=True)
 class Degrader:
-    """Makes LR pictures from HR photos: with the same recipe, seed and names, those that ``onestepsr degrade`` writes.
+    """Makes LR images from HR photos: with the same recipe, seed and names, those that ``onestepsr degrade`` writes.
 
     The degradation of a photo depends on the seed and on its path in ``folder`` alone.
     """
@@ -41,9 +41,9 @@ class Loader:
 
     scale: int
     crop: int = 0
-    """Side of the central square of HR that is measured; 0 for whole pictures."""
+    """Side of the central square of HR that is measured; 0 for whole images."""
     degrade: Degrader | None = None
-    """Makes the LR pictures; None where they are there."""
+    """Makes the LR images; None where they are there."""
 
     def __post_init__(self) -> None:
         if self.crop % self.scale:
@@ -55,17 +55,17 @@ class Loader:
             lr, hr = self.degrade(case.hr)
             return self._cut(from_array(lr), hr, str(case.hr))
         assert case.lr is not None
-        picture = read_picture(case.lr)
+        image = read_image(case.lr)
         if case.hr is None:
-            return self._cut(picture, None, str(case.lr))
-        return self._cut(picture, read_picture(case.hr).pixels, f"{case.lr} enlarged, against {case.hr}")
+            return self._cut(image, None, str(case.lr))
+        return self._cut(image, read_image(case.hr).pixels, f"{case.lr} enlarged, against {case.hr}")
 
-    def _cut(self, lr: Picture, hr: Samples | None, label: str) -> Loaded:
+    def _cut(self, lr: LoadedImage, hr: Samples | None, label: str) -> Loaded:
         if not self.crop:
             return Loaded(lr=lr, hr=hr, label=label)
         side = self.crop // self.scale
         if min(lr.height, lr.width) < side:
-            raise UserError(f"{label}: the LR picture is {lr.width} x {lr.height}, the protocol needs {side} x {side}")
+            raise UserError(f"{label}: the LR image is {lr.width} x {lr.height}, the protocol needs {side} x {side}")
         top, left = (lr.height - side) // 2, (lr.width - side) // 2
         if hr is not None:
             hr = _window(hr, top * self.scale, left * self.scale, self.crop)
@@ -74,8 +74,8 @@ class Loader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keeper:
-    """Saves the pictures of an evaluation as PNG in ``SR`` of a folder, and in ``LR`` and ``HR`` what is in no file."""
+class OutputWriter:
+    """Saves the images of an evaluation as PNG in ``SR`` of a folder, and in ``LR`` and ``HR`` what is in no file."""
 
     folder: Path
     made: bool
@@ -86,26 +86,26 @@ class Keeper:
         names = ("SR", "LR", "HR") if self.made else ("SR",)
         remove_leftovers(*(self._path(name, case) for case in cases for name in names))
 
-    def __call__(self, case: Case, loaded: Loaded, sr: Picture) -> None:
-        """Write the pictures of one case; UserError if that fails."""
-        pictures = {"SR": sr}
+    def __call__(self, case: Case, loaded: Loaded, sr: LoadedImage) -> None:
+        """Write the images of one case; UserError if that fails."""
+        images = {"SR": sr}
         if self.made:
-            pictures["LR"] = loaded.lr
+            images["LR"] = loaded.lr
             if loaded.hr is not None:
-                pictures["HR"] = from_array(loaded.hr)
-        for name, picture in pictures.items():
+                images["HR"] = from_array(loaded.hr)
+        for name, image in images.items():
             path = self._path(name, case)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"{path.parent}: cannot be made ({error.strerror})") from error
-            write_picture(picture, path, sweep=False)
+            write_image(image, path, sweep=False)
 
     def _path(self, name: str, case: Case) -> Path:
         return self.folder / name / f"{case.name}.png"
 
     def folders(self, originals: Files) -> Files:
-        """The folders of an evaluation's pictures, with the saved ones in place of none."""
+        """The folders of an evaluation's images, with the saved ones in place of none."""
         if self.made:
             hr = str(self.folder / "HR") if originals.hr is not None else None
             return Files(lr=str(self.folder / "LR"), sr=str(self.folder / "SR"), hr=hr)
@@ -132,9 +132,9 @@ def _window(samples: Samples, top: int, left: int, side: int) -> Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """One case with its pictures read."""
+    """One case with its images read."""
 
-    lr: Picture
+    lr: LoadedImage
     hr: Samples | None
     label: str
     """The files, for messages."""

@@ -1,4 +1,4 @@
-"""Named protocols: everything besides the pictures that decides the numbers of a table."""
+"""Named protocols: everything besides the images that decides the numbers of a table."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from onestepsr.evaluate.metrics.catalog import METRICS, MetricSpec
 from onestepsr.evaluate.result import ProtocolRecord, Setting
 
 Resize = Literal["never", "crop", "sr-to-hr", "hr-to-sr"]
-COLOUR = "stored RGB values, grey repeated, profiles and transparency left aside"
+COLOUR = "stored RGB values, gray repeated, profiles and transparency left aside"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How pictures are brought into the form that is measured, and what is measured."""
+    """How images are brought into the form that is measured, and what is measured."""
 
     name: str
     """Name, also in result files."""
@@ -28,7 +28,7 @@ class Protocol:
     metrics: tuple[str, ...]
     """Metrics by name, in the order of the table."""
     crop: int = 0
-    """Side of the central square of HR and SR that is measured; 0 measures whole pictures.
+    """Side of the central square of HR and SR that is measured; 0 measures whole images.
 
     Where the evaluation runs the model, the input is cut to the square that belongs to it first.
     """
@@ -37,8 +37,8 @@ class Protocol:
     resize: Resize = "never"
     """What is done where SR and HR have different sizes.
 
-    ``never``: the picture counts as failed. ``crop``: both are cut to the common size, at the bottom and right, as for
-    HR pictures whose sides are no multiple of the scale. ``sr-to-hr`` and ``hr-to-sr``: one is resized by an
+    ``never``: the image counts as failed. ``crop``: both are cut to the common size, at the bottom and right, as for
+    HR images whose sides are no multiple of the scale. ``sr-to-hr`` and ``hr-to-sr``: one is resized by an
     antialiased bicubic filter and rounded to 8 bits.
     """
 
@@ -85,12 +85,12 @@ PROTOCOLS = {
     for protocol in (
         Protocol(
             name="basic",
-            summary="whole pictures; what can be measured without downloads",
+            summary="whole images; what can be measured without downloads",
             metrics=("psnr", "ssim", "niqe", "grid"),
         ),
         Protocol(
             name="d3sr",
-            summary="D3SR (DFOSD): whole pictures, nothing cut off; variants as pyiqa's, the paper names none",
+            summary="D3SR (DFOSD): whole images, nothing cut off; variants as pyiqa's, the paper names none",
             metrics=("psnr", "ssim", "lpips", "dists", "niqe", "musiq", "maniqa-pipal", "clipiqa"),
         ),
         Protocol(

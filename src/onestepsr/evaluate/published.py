@@ -36,16 +36,16 @@ class PublishedProtocol:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedSet:
-    """The rows of a table that belong to one data set."""
+    """The rows of a table that belong to one dataset."""
 
     title: str
-    """The data set as the paper writes it."""
+    """The dataset as the paper writes it."""
     columns: tuple[str, ...]
     """Metrics of the columns, by their key."""
     rows: Mapping[str, tuple[float, ...]]
     """By method, its numbers as printed."""
     images: int | None = None
-    """How many pictures the set has, where that is known."""
+    """How many images the set has, where that is known."""
 
     def __post_init__(self) -> None:
         for name, row in self.rows.items():
@@ -64,7 +64,7 @@ class PublishedTable:
     metrics: Mapping[str, MetricRecord]
     """Its metrics; an empty variant means that the paper does not say."""
     sets: Mapping[str, PublishedSet]
-    """Its rows, by data set."""
+    """Its rows, by dataset."""
 
 
 @cache
@@ -75,7 +75,7 @@ def published_tables() -> dict[str, PublishedTable]:
 
 
 def find_published(name: str) -> list[tuple[PublishedTable, PublishedSet]]:
-    """Tables of the data set ``name``, or of one table and data set as ``osediff/realsr``; UserError if unknown."""
+    """Tables of the dataset ``name``, or of one table and dataset as ``osediff/realsr``; UserError if unknown."""
     chosen, _, data = name.rpartition("/")
     tables = published_tables()
     if chosen and chosen not in tables:
@@ -89,7 +89,7 @@ def find_published(name: str) -> list[tuple[PublishedTable, PublishedSet]]:
 
 
 def beside(results: Sequence[EvaluationResult], name: str) -> list[Grid]:
-    """Results in one table with each published one of the data set ``name``; notes say what differs.
+    """Results in one table with each published one of the dataset ``name``; notes say what differs.
 
     Tables that share no metric with any result are left out; UserError if there is no other.
     """
@@ -142,7 +142,7 @@ def _protocol_lines(result: EvaluationResult, table: PublishedTable, rows: Publi
             lines.append(f"{key} {own.settings[key]} against {theirs.settings[key]}")
     counts = {summary.count for summary in result.summaries().values()}
     if rows.images is not None and counts - {rows.images}:
-        lines.append(f"{'-'.join(map(str, sorted(counts)))} pictures; {rows.title} has {rows.images}")
+        lines.append(f"{'-'.join(map(str, sorted(counts)))} images; {rows.title} has {rows.images}")
     return lines
 
 

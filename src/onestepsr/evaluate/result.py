@@ -1,7 +1,7 @@
 """The result of one evaluation: every value, and what has to be known to compare it with another.
 
 ``evaluate --json`` writes it, ``evaluate compare`` and the report read it. Means, spreads and intervals are computed
-from the values of the pictures, also on reading, so that a file cannot say two things.
+from the values of the images, also on reading, so that a file cannot say two things.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 
 from onestepsr import __version__
 from onestepsr.core.config import from_mapping, to_mapping
-from onestepsr.core.errors import UserError, concerning
+from onestepsr.core.errors import UserError, error_context
 from onestepsr.core.files import read_limited, write_text
 from onestepsr.core.machine import processor_name
 from onestepsr.evaluate.statistics import Summary, summarize
@@ -67,19 +67,19 @@ class ProtocolRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """What made the pictures, where the evaluation ran it."""
+    """What made the images, where the evaluation ran it."""
 
     name: str
     """Name or path given."""
     sha256: str | None = None
     """Checksum of its weights."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Options that change its pictures, such as ``tile`` and ``color_fix``."""
+    """Options that change its images, such as ``tile`` and ``color_fix``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """The folders of an evaluation, or the files of one picture relative to them; none where there is none."""
+    """The folders of an evaluation, or the files of one image relative to them; none where there is none."""
 
     lr: str | None = None
     """Low-resolution input."""
@@ -91,34 +91,34 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class WholeValue:
-    """A metric that has one value for a whole set of pictures, such as FID."""
+    """A metric that has one value for a whole set of images, such as FID."""
 
     value: float
     """The value."""
     count: int
-    """Over how many pictures it was taken."""
+    """Over how many images it was taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """Values of one method on one set of pictures. ValueError for values beyond all measure and unknown metrics."""
+    """Values of one method on one set of images. ValueError for values beyond all measure and unknown metrics."""
 
     label: str
     """Name of the method in tables, at most 1000 characters."""
     protocol: ProtocolRecord
     """How it was measured."""
     images: Mapping[str, Mapping[str, float]]
-    """By picture (path in its folder without the ending, forward slashes) and metric; what failed is missing."""
+    """By image (path in its folder without the ending, forward slashes) and metric; what failed is missing."""
     whole: Mapping[str, WholeValue] = field(default_factory=dict)
     """Metrics of the set as a whole; they appear in ``mean``, and have neither spread nor interval."""
     model: ModelRecord | None = None
     """The model, if the evaluation ran one."""
     folders: Files = field(default_factory=Files)
-    """Where the pictures were; a report looks for them there."""
+    """Where the images were; a report looks for them there."""
     files: Mapping[str, Files] = field(default_factory=dict)
-    """By picture, its files relative to ``folders`` (or the file itself where that is one)."""
+    """By image, its files relative to ``folders`` (or the file itself where that is one)."""
     failed: Mapping[str, str] = field(default_factory=dict)
-    """By picture, why it or one of its metrics could not be measured."""
+    """By image, why it or one of its metrics could not be measured."""
     unavailable: Mapping[str, str] = field(default_factory=dict)
     """By metric, why it could not be measured on this machine."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -135,11 +135,9 @@ class EvaluationResult:
             self._check(metric, whole.value, "the whole set")
         for name, values in self.images.items():
             if len(name) > NAME_LENGTH:
-                raise ValueError(
-                    f"the name of a picture has {len(name)} characters, at most {NAME_LENGTH} are accepted"
-                )
+                raise ValueError(f"the name of an image has {len(name)} characters, at most {NAME_LENGTH} are accepted")
             for metric, value in values.items():
-                self._check(metric, value, f"picture '{name}'")
+                self._check(metric, value, f"image '{name}'")
         if not self.label or len(self.label) > NAME_LENGTH:
             raise ValueError(f"label has {len(self.label)} characters, expected 1 to {NAME_LENGTH}")
 
@@ -150,7 +148,7 @@ class EvaluationResult:
         return {name: record for name, record in self.protocol.metrics.items() if name in measured}
 
     def values(self, metric: str) -> dict[str, float]:
-        """By picture, its value of ``metric``; empty for a metric of the whole set."""
+        """By image, its value of ``metric``; empty for a metric of the whole set."""
         return {name: values[metric] for name, values in self.images.items() if metric in values}
 
     def summaries(self) -> dict[str, Summary]:
@@ -219,7 +217,7 @@ def read_result(path: Path) -> EvaluationResult:
         raise UserError(f"{path}: expected a JSON object as written by 'onestepsr evaluate --json'")
     if content.get("schema") == 1:
         content.setdefault("label", path.stem)
-    with concerning(str(path)):
+    with error_context(str(path)):
         return EvaluationResult.from_mapping(content)
 
 
@@ -259,7 +257,7 @@ def _check_means(written: object, result: EvaluationResult) -> None:
         if own is None or not _is_number(theirs) or not math.isclose(own, theirs, rel_tol=1e-6, abs_tol=1e-9):
             shown = repr(theirs)
             shown = shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}…"
-            raise UserError(f"mean.{name} is {shown} but the pictures give {own!r}: the file was changed by hand")
+            raise UserError(f"mean.{name} is {shown} but the images give {own!r}: the file was changed by hand")
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
@@ -270,7 +268,7 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 def _from_first_schema(content: Mapping[str, Any]) -> EvaluationResult:
     images = content.get("images")
     if not isinstance(images, Mapping) or not all(isinstance(values, Mapping) for values in images.values()):
-        raise UserError("images: expected a mapping from picture to values")
+        raise UserError("images: expected a mapping from image to values")
     measured = {metric for values in images.values() for metric in values}
     if unknown := sorted(measured - set(_FIRST_METRICS)):
         raise UserError(f"unknown metric '{unknown[0]}' in a file of schema 1; known: {', '.join(_FIRST_METRICS)}")

@@ -1,4 +1,4 @@
-"""Whole folders: pictures are read, enlarged and measured at the same time, and come out in the order they went in."""
+"""Whole folders: images are read, enlarged and measured at the same time, and come out in the order they went in."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import torch
 
 from onestepsr.core.errors import OneStepSRError
 from onestepsr.core.machine import cores
-from onestepsr.evaluate.inputs import Degrader, Keeper, Loaded, Loader, relative
-from onestepsr.evaluate.pairing import Case, DataSet, Pair, Pairing
+from onestepsr.evaluate.inputs import Degrader, Loaded, Loader, OutputWriter, relative
+from onestepsr.evaluate.pairing import Case, EvaluationData, Pair, Pairing
 from onestepsr.evaluate.result import EvaluationResult, Files, ModelRecord, Setting, machine_entries, now
-from onestepsr.evaluate.scoring import Measurer, Score
-from onestepsr.imaging.read import Picture, read_picture
-from onestepsr.inference.devices import lack_of_memory_named
+from onestepsr.evaluate.scoring import Score, Scorer
+from onestepsr.imaging.read import LoadedImage, read_image
+from onestepsr.inference.devices import oom_as_user_error
 
 T = TypeVar("T")
 MAX_WORKERS = 8
-"""Beyond, pictures in memory cost more than threads bring."""
+"""Beyond, images in memory cost more than threads bring."""
 READ_AHEAD = 2
 
 
@@ -53,11 +53,11 @@ class ModelRun:
 
     load: Callable[[Case], Loaded]
     """Reads a case; called by several threads."""
-    enlarge: Callable[[Picture, Path], Picture]
-    """The model, on a picture and its file; called by one thread only, in the order of the cases."""
-    measurer: Measurer
-    keep: Callable[[Case, Loaded, Picture], None] = lambda case, loaded, sr: None
-    """Gets every SR picture, for example to save it; called by several threads."""
+    enlarge: Callable[[LoadedImage, Path], LoadedImage]
+    """The model, on an image and its file; called by one thread only, in the order of the cases."""
+    measurer: Scorer
+    keep: Callable[[Case, Loaded, LoadedImage], None] = lambda case, loaded, sr: None
+    """Gets every SR image, for example to save it; called by several threads."""
     clock: Clock = field(default_factory=Clock)
 
     def scores(self, cases: Iterable[Case], workers: int | None = None) -> Iterator[Score]:
@@ -81,17 +81,17 @@ class ModelRun:
         with self.clock.part("reading"):
             return self.load(case)
 
-    def _enlarged(self, case: Case, loading: Future[Loaded]) -> tuple[Case, Loaded | None, Picture | str]:
-        """The case with its SR picture, or with one line of what went wrong."""
+    def _enlarged(self, case: Case, loading: Future[Loaded]) -> tuple[Case, Loaded | None, LoadedImage | str]:
+        """The case with its SR image, or with one line of what went wrong."""
         try:
-            with lack_of_memory_named("not enough memory; try --tile 64"):
+            with oom_as_user_error("not enough memory; try --tile 64"):
                 loaded = loading.result()
                 with self.clock.part("model"):
                     return case, loaded, self.enlarge(loaded.lr, case.path)
         except OneStepSRError as error:
             return case, None, _named(case, str(error))
 
-    def _finish(self, case: Case, loaded: Loaded | None, sr: Picture | str) -> Score:
+    def _finish(self, case: Case, loaded: Loaded | None, sr: LoadedImage | str) -> Score:
         if loaded is None or isinstance(sr, str):
             return Score(name=case.name, problems=[str(sr)])
         with self.clock.part("metrics"):
@@ -104,7 +104,7 @@ class ModelRun:
 
 
 def score_pairs(
-    pairs: Sequence[Pair], measurer: Measurer, *, workers: int | None = None, clock: Clock | None = None
+    pairs: Sequence[Pair], measurer: Scorer, *, workers: int | None = None, clock: Clock | None = None
 ) -> Iterator[Score]:
     """Score pairs in order; several are read and measured at a time, each by one thread."""
     count, clock = workers or worker_count(), clock or Clock()
@@ -112,9 +112,9 @@ def score_pairs(
     def score(pair: Pair) -> Score:
         label = str(pair.sr) if pair.hr is None else f"{pair.sr} against {pair.hr}"
         try:
-            with lack_of_memory_named(f"{label}: not enough memory"):
+            with oom_as_user_error(f"{label}: not enough memory"):
                 with clock.part("reading"):
-                    sr, hr = read_picture(pair.sr).pixels, None if pair.hr is None else read_picture(pair.hr).pixels
+                    sr, hr = read_image(pair.sr).pixels, None if pair.hr is None else read_image(pair.hr).pixels
                 with clock.part("metrics"):
                     return measurer.score(pair.name, sr, hr, label)
         except OneStepSRError as error:
@@ -164,7 +164,7 @@ def _one_core_each(workers: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# One evaluation from beginning to end: of pictures in folders, or of a model on a data set ----------------------------
+# One evaluation from beginning to end: of images in folders, or of a model on a dataset ----------------------------
 
 Track = Callable[[Iterable[Score], int], Iterable[Score]]
 """A progress bar around scores, whose number is given."""
@@ -179,8 +179,8 @@ def untracked(scores: Iterable[Score], total: int) -> Iterable[Score]:
 class EvaluatedModel:
     """A model as an evaluation sees it."""
 
-    enlarge: Callable[[Picture, Path], Picture]
-    """Enlarges one picture by ``scale``. Its file, or that of the photo it was made of, comes along for what belongs to
+    enlarge: Callable[[LoadedImage, Path], LoadedImage]
+    """Enlarges one image by ``scale``. Its file, or that of the photo it was made of, comes along for what belongs to
     it by name, such as a prompt."""
     scale: int
     """Output side / input side."""
@@ -190,7 +190,7 @@ class EvaluatedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Degradation:
-    """How LR pictures are made of HR photos."""
+    """How LR images are made of HR photos."""
 
     name: str
     """Name of the recipe."""
@@ -206,7 +206,7 @@ class Degradation:
 class _Collected:
     """Scores as they come, in the form that a result has."""
 
-    measurer: Measurer
+    measurer: Scorer
     scores: dict[str, Score] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
     started: float = field(default_factory=time.perf_counter)
@@ -245,10 +245,10 @@ class _Collected:
         )
 
 
-def evaluate_pictures(
-    pairing: Pairing, folders: Files, measurer: Measurer, *, label: str, track: Track = untracked
+def evaluate_images(
+    pairing: Pairing, folders: Files, measurer: Scorer, *, label: str, track: Track = untracked
 ) -> EvaluationResult:
-    """Measure super-resolved pictures that are in files; ``folders`` is where the pairs were found."""
+    """Measure super-resolved images that are in files; ``folders`` is where the pairs were found."""
     collected = _Collected(measurer=measurer)
     scores = score_pairs(pairing.pairs, measurer, clock=collected.clock)
     collected.add(track(scores, len(pairing.pairs)))
@@ -259,22 +259,22 @@ def evaluate_pictures(
 
 def evaluate_model(
     model: EvaluatedModel,
-    data: DataSet,
-    measurer: Measurer,
+    data: EvaluationData,
+    measurer: Scorer,
     *,
     label: str,
     degradation: Degradation | None = None,
     keep: Path | None = None,
     track: Track = untracked,
 ) -> EvaluationResult:
-    """Enlarge the pictures of ``data`` with ``model`` and measure what comes out, as 8-bit or 16-bit files hold it.
+    """Enlarge the images of ``data`` with ``model`` and measure what comes out, as 8-bit or 16-bit files hold it.
 
-    ``degradation`` makes the LR pictures where ``data`` has HR photos only. ``keep`` is a folder that receives the
-    pictures as PNG files. The numbers are those of ``onestepsr upscale`` to PNG and an evaluation of its folder.
+    ``degradation`` makes the LR images where ``data`` has HR photos only. ``keep`` is a folder that receives the
+    images as PNG files. The numbers are those of ``onestepsr upscale`` to PNG and an evaluation of its folder.
     """
     collected = _Collected(measurer=measurer)
     crop = measurer.protocol.crop
-    keeper = None if keep is None else Keeper(folder=keep, made=degradation is not None or crop > 0)
+    keeper = None if keep is None else OutputWriter(folder=keep, made=degradation is not None or crop > 0)
     if keeper is not None:
         keeper.sweep(data.cases)
     run = ModelRun(
@@ -294,13 +294,13 @@ def evaluate_model(
     return collected.result(label=label, folders=folders, files=files, settings=settings, model=model.record)
 
 
-def without_pictures(result: EvaluationResult) -> EvaluationResult:
-    """``result`` without the places of SR pictures, for those that are not kept."""
+def without_images(result: EvaluationResult) -> EvaluationResult:
+    """``result`` without the places of SR images, for those that are not kept."""
     files = {name: replace(own, sr=None) for name, own in result.files.items()}
     return replace(result, folders=replace(result.folders, sr=None), files=files)
 
 
-def _files(case: Case, data: DataSet) -> Files:
+def _files(case: Case, data: EvaluationData) -> Files:
     return Files(lr=relative(case.lr, data.lr), hr=relative(case.hr, data.hr))
 
 

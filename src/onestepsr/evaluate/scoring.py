@@ -1,4 +1,4 @@
-"""Measuring pictures with many metrics, some of which may fail on some pictures or on this machine."""
+"""Measuring images with many metrics, some of which may fail on some images or on this machine."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from onestepsr.evaluate.metrics.fid import SetDistance
 from onestepsr.evaluate.protocols import Protocol
 from onestepsr.evaluate.result import WholeValue
 from onestepsr.imaging.read import Samples, samples_to_tensor
-from onestepsr.inference.devices import lack_of_memory_named
+from onestepsr.inference.devices import oom_as_user_error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """The values of one picture, and one line for each thing that could not be measured."""
+    """The values of one image, and one line for each thing that could not be measured."""
 
     name: str
     values: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
-class Measurer:
+class Scorer:
     """Metrics, loaded once, under a protocol; :meth:`score` may be called by several threads.
 
     What cannot be loaded is in ``unavailable`` with the reason; UserError if that is everything.
@@ -50,9 +50,9 @@ class Measurer:
             raise UserError(f"nothing can be measured here ({reasons})")
 
     def score(self, name: str, sr: Samples, hr: Samples | None = None, label: str | None = None) -> Score:
-        """Measure samples (H, W, 1 or 3) of one picture; ``label`` names its files in messages.
+        """Measure samples (H, W, 1 or 3) of one image; ``label`` names its files in messages.
 
-        A metric that fails leaves a line in the score's problems; nothing is raised for what pictures can cause.
+        A metric that fails leaves a line in the score's problems; nothing is raised for what images can cause.
         """
         where = name if label is None else label
         try:
@@ -65,21 +65,21 @@ class Measurer:
             if metric.name in self.unavailable:
                 continue
             try:
-                with lack_of_memory_named("not enough memory for a picture of this size"):
+                with oom_as_user_error("not enough memory for an image of this size"):
                     self._measure(metric, pictures, score)
             except UserError as error:
                 score.problems.append(f"{where}: {metric.name}: {error}")
         return score
 
     def whole(self) -> tuple[dict[str, WholeValue], list[str]]:
-        """Metrics of all pictures scored so far together, and a line for each that cannot be had."""
+        """Metrics of all images scored so far together, and a line for each that cannot be had."""
         values: dict[str, WholeValue] = {}
         problems: list[str] = []
         for metric, measure in self._sets.items():
             known = [features for _, features in sorted(self._features[metric].items())]
             try:
                 if not known:
-                    raise UserError("no picture could be measured")
+                    raise UserError("no image could be measured")
                 sr, hr = (torch.cat(side) for side in zip(*known, strict=True))
                 values[metric] = WholeValue(value=measure.distance(sr, hr), count=len(known))
             except UserError as error:
@@ -118,12 +118,12 @@ class Measurer:
 
 
 def _check_kinds(sr: Samples, hr: Samples | None) -> None:
-    """Refuse grey against colour; a file with three equal channels is grey."""
+    """Refuse gray against colour; a file with three equal channels is gray."""
     if hr is None or sr.shape[2] == hr.shape[2]:
         return
     colour = sr if sr.shape[2] == 3 else hr
     if not (np.array_equal(colour[..., 0], colour[..., 1]) and np.array_equal(colour[..., 0], colour[..., 2])):
-        kinds = "SR is grey but HR has colour" if hr.shape[2] == 3 else "SR has colour but HR is grey"
+        kinds = "SR is gray but HR has colour" if hr.shape[2] == 3 else "SR has colour but HR is gray"
         raise UserError(f"{kinds}: convert one of them, so that both are of one kind")
 
 

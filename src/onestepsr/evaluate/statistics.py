@@ -1,7 +1,7 @@
-"""Means with intervals, and paired tests of two methods on the same pictures; no SciPy needed.
+"""Means with intervals, and paired tests of two methods on the same images; no SciPy needed.
 
-Pictures are the sample: an interval says how far the mean would move on other pictures of the same kind. Two methods
-are compared by their differences picture by picture, because how hard a picture is moves both alike and by more than
+Images are the sample: an interval says how far the mean would move on other images of the same kind. Two methods
+are compared by their differences image by image, because how hard an image is moves both alike and by more than
 the methods differ.
 """
 
@@ -23,7 +23,7 @@ EXACT_RANKS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One metric over all pictures that have it."""
+    """One metric over all images that have it."""
 
     mean: float
     std: float | None
@@ -35,18 +35,18 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedComparison:
-    """How the second of two methods differs from the first on the pictures that both have."""
+    """How the second of two methods differs from the first on the images that both have."""
 
     difference: Summary
-    """Second minus first, picture by picture."""
+    """Second minus first, image by image."""
     p_student: float | None
-    """Two-sided p value of the paired t-test that the mean difference is 0; none for fewer than two pictures."""
+    """Two-sided p value of the paired t-test that the mean difference is 0; none for fewer than two images."""
     p_wilcoxon: float | None
-    """Two-sided p value of Wilcoxon's signed-rank test; none where no picture differs."""
+    """Two-sided p value of Wilcoxon's signed-rank test; none where no image differs."""
     higher: int
-    """Pictures on which the second has the higher value."""
+    """Images on which the second has the higher value."""
     lower: int
-    """Pictures on which the second has the lower value."""
+    """Images on which the second has the lower value."""
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -66,7 +66,7 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def compare_paired(first: Sequence[float], second: Sequence[float]) -> PairedComparison:
-    """Compare two methods by their values on the same pictures, in the same order; at least one."""
+    """Compare two methods by their values on the same images, in the same order; at least one."""
     differences = [b - a for a, b in zip(first, second, strict=True)]
     return PairedComparison(
         difference=summarize(differences),

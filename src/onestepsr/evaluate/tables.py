@@ -146,7 +146,7 @@ def result_grid(result: EvaluationResult) -> Grid:
 
 
 def method_grid(comparison: Comparison, *, interval: bool = True) -> Grid:
-    """A row for each method, a column for each metric: mean and 95 % interval over the common pictures."""
+    """A row for each method, a column for each metric: mean and 95 % interval over the common images."""
     rows, best = [], set()
     places = {name: decimals_of(comparison, name) for name in comparison.metrics}
     for number, (label, summaries) in enumerate(zip(comparison.labels, comparison.summaries, strict=True)):
@@ -161,7 +161,7 @@ def method_grid(comparison: Comparison, *, interval: bool = True) -> Grid:
 
 
 def difference_grid(comparison: Comparison) -> Grid:
-    """Every method against the first: mean difference with its interval, p values, and on how many pictures it wins."""
+    """Every method against the first: mean difference with its interval, p values, and on how many images it wins."""
     rows = []
     for item in comparison.differences:
         record, paired = comparison.metrics[item.metric], item.paired
@@ -186,9 +186,9 @@ def difference_grid(comparison: Comparison) -> Grid:
 
 
 DIFFERENCE_NOTE = (
-    "Difference: mean over the common pictures with its 95 % interval. p (t): paired t-test; p (W): Wilcoxon's "
+    "Difference: mean over the common images with its 95 % interval. p (t): paired t-test; p (W): Wilcoxon's "
     "signed-rank test; Holm: adjusted for the number of comparisons, and what the verdict goes by (5 %). w/d/l: "
-    "pictures on which the method is better, equal, worse."
+    "images on which the method is better, equal, worse."
 )
 
 
@@ -206,16 +206,16 @@ def p_value(value: float | None) -> str:
 
 
 def values_csv(results: Sequence[EvaluationResult]) -> str:
-    """Every value: method, picture, and a column for each metric; empty where there is none.
+    """Every value: method, image, and a column for each metric; empty where there is none.
 
     A name that a spreadsheet would take for a formula (``=``, ``+``, ``-``, ``@`` first) gets an apostrophe before it.
     """
     metrics = list(dict.fromkeys(name for result in results for name in result.metrics if name not in result.whole))
     lines = []
     for result in results:
-        for picture, values in result.images.items():
+        for image, values in result.images.items():
             numbers = [repr(values[name]) if name in values else "" for name in metrics]
-            lines.append([_plain(result.label), _plain(picture), *numbers])
+            lines.append([_plain(result.label), _plain(image), *numbers])
     return csv_text([["method", "picture", *metrics], *lines])
 
 

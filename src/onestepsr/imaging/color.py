@@ -1,7 +1,7 @@
 """Colour transfer from the input to the output of a network, and BT.601 luma.
 
 A network may shift colours slightly. Two corrections are in use with one-step diffusion (OSEDiff follows StableSR
-here): AdaIN gives each channel the mean and deviation of the input, and the wavelet correction gives the picture the
+here): AdaIN gives each channel the mean and deviation of the input, and the wavelet correction gives the image the
 low frequencies of the input. Both take tensors (N, C, H, W) in [0, 1] of equal shape: ``content``, the output of the
 network, and ``style``, the input enlarged to the same size.
 """
@@ -34,7 +34,7 @@ class Statistics:
 
 
 def statistics(bands: Iterable[Tensor]) -> Statistics:
-    """Statistics over bands (N, C, h_i, W) of one picture, of which only one band need be in memory at a time.
+    """Statistics over bands (N, C, h_i, W) of one image, of which only one band need be in memory at a time.
 
     The variance is unbiased and has 1e-5 added before the root. Sums are float64 about the first band's mean, so that
     the result does not depend on the bands to any visible degree.

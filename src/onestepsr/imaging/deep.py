@@ -26,7 +26,7 @@ from onestepsr.core.errors import UserError
 logger = logging.getLogger(__name__)
 
 Reopen = Callable[[], Image.Image]
-"""Opens the same picture anew."""
+"""Opens the same image anew."""
 _BAND_ROWS = 64
 _TIFF_LIMIT = 4_000_000_000
 _BITS, _PHOTOMETRIC, _PLANAR, _FORMAT = 258, 262, 284, 339
@@ -37,9 +37,9 @@ ACCEPTED_SAMPLES = "accepted: whole numbers of 8 or 16 bits per channel"
 
 
 def read_deep(image: Image.Image, reopen: Reopen | None) -> NDArray[np.uint16] | None:
-    """Samples (H, W, C) uint16, C = 1 (grey), 2 (grey, alpha), 3 or 4, or None when ``image`` is not a 16-bit picture.
+    """Samples (H, W, C) uint16, C = 1 (gray), 2 (gray, alpha), 3 or 4, or None when ``image`` is not a 16-bit image.
 
-    ``image`` is not loaded yet; without ``reopen``, which opens it once more, only grey is read with 16 bits. UserError
+    ``image`` is not loaded yet; without ``reopen``, which opens it once more, only gray is read with 16 bits. UserError
     for layouts that Pillow would misread.
     """
     tags = getattr(image, "tag_v2", {})
@@ -88,7 +88,7 @@ def _of_twelve_bits(samples: NDArray[np.uint16]) -> NDArray[np.uint16]:
 
 
 def sample_bits(image: Image.Image) -> int:
-    """Bits of a sample in the file, 1, 2, 4 or 8, of a picture that is not loaded yet; once it is, 1 or 8."""
+    """Bits of a sample in the file, 1, 2, 4 or 8, of an image that is not loaded yet; once it is, 1 or 8."""
     if image.mode == "1":
         return 1
     modes = [_raw_mode(tile) for tile in getattr(image, "tile", ())]
@@ -137,7 +137,7 @@ def _joined(high: NDArray[np.uint8], low: NDArray[np.uint8]) -> NDArray[np.uint1
 
 
 def write_png(stream: BinaryIO, samples: NDArray[np.uint16], chunks: Sequence[tuple[bytes, bytes]] = ()) -> None:
-    """Write (H, W, 1|2|3|4) uint16 samples as a 16-bit PNG; ``chunks`` (type, data) go before the picture data."""
+    """Write (H, W, 1|2|3|4) uint16 samples as a 16-bit PNG; ``chunks`` (type, data) go before the image data."""
     height, width, channels = samples.shape
     colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     stream.write(b"\x89PNG\r\n\x1a\n")

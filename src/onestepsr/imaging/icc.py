@@ -2,7 +2,7 @@
 
 Nearly every RGB profile in photographs (Display P3, Adobe RGB, ProPhoto, Rec. 2020) is three tone curves and a 3 x 3
 matrix. Those are evaluated here in float32, because Pillow's colour management knows 8 bits only. RGB profiles made of
-multi-dimensional tables, and grey profiles, are left alone: such pictures stay in their own space all the way, with the
+multi-dimensional tables, and gray profiles, are left alone: such images stay in their own space all the way, with the
 profile attached.
 """
 
@@ -61,7 +61,7 @@ class MatrixProfile:
 
 
 def matrix_profile(icc: bytes | None) -> MatrixProfile | None:
-    """The parsed profile when converting is needed and possible, else None (sRGB itself, grey, tables, damaged)."""
+    """The parsed profile when converting is needed and possible, else None (sRGB itself, gray, tables, damaged)."""
     if icc is None:
         return None
     try:

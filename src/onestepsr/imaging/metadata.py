@@ -75,7 +75,7 @@ def exif_block(exif: Image.Exif) -> bytes | None:
             del exif[tag]
     try:
         return exif.tobytes() if exif else None
-    except _DAMAGED as error:  # a block that cannot be written again is worth less than the picture
+    except _DAMAGED as error:  # a block that cannot be written again is worth less than the image
         logger.warning("EXIF data is damaged and left out (%s)", error)
         return None
 

@@ -1,6 +1,6 @@
-"""Pictures in memory and how they are read: every mode of JPEG, PNG, WebP, TIFF and BMP becomes one plain shape.
+"""Images in memory and how they are read: every mode of JPEG, PNG, WebP, TIFF and BMP becomes one plain shape.
 
-A :class:`Picture` holds grey or RGB samples of 8 or 16 bits in the picture's own colour space, upright, with alpha
+A :class:`Image` holds gray or RGB samples of 8 or 16 bits in the image's own colour space, upright, with alpha
 apart from colour and the metadata beside it. Writing is in :mod:`onestepsr.imaging.write`, colour profiles in
 :mod:`onestepsr.imaging.icc`.
 """
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from onestepsr.core.errors import UserError, concerning, first_line
+from onestepsr.core.errors import UserError, error_context, first_line
 from onestepsr.imaging.deep import ACCEPTED_SAMPLES, read_deep, sample_bits, strange_samples
 from onestepsr.imaging.icc import to_rgb
 from onestepsr.imaging.metadata import exif_block, resolution, upright, xmp_packet
@@ -81,10 +81,10 @@ _open_lock = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One picture in its own colour space, upright.
+class LoadedImage:
+    """One image in its own colour space, upright.
 
-    Fixed shapes: ``pixels`` (H, W, 3) RGB or (H, W, 1) grey, ``alpha`` (H, W) or None (not premultiplied); both uint8
+    Fixed shapes: ``pixels`` (H, W, 3) RGB or (H, W, 1) gray, ``alpha`` (H, W) or None (not premultiplied); both uint8
     or both uint16, full range.
     """
 
@@ -124,11 +124,11 @@ class Picture:
         return int(self.pixels.shape[2]) == 1
 
 
-def read_picture(source: Path | bytes, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Decode a file (or its bytes, called ``name`` in messages) into a :class:`Picture`.
+def read_image(source: Path | bytes, name: str | None = None, max_pixels: int = MAX_PIXELS) -> LoadedImage:
+    """Decode a file (or its bytes, called ``name`` in messages) into a :class:`Image`.
 
-    CMYK and Lab become sRGB through their profile; of animations and multi-page files the first picture is taken, with
-    a warning. Raises UserError for anything that is no readable picture of an accepted format or is beyond the limits.
+    CMYK and Lab become sRGB through their profile; of animations and multi-page files the first image is taken, with
+    a warning. Raises UserError for anything that is no readable image of an accepted format or is beyond the limits.
     """
     label = name or (str(source) if isinstance(source, Path) else "<bytes>")
     data = source if isinstance(source, bytes) else _read_bytes(source, label)
@@ -138,13 +138,13 @@ def read_picture(source: Path | bytes, name: str | None = None, max_pixels: int 
         return _decode(image, data, label)
 
 
-def from_pil(image: Image.Image) -> Picture:
-    """The :class:`Picture` of a Pillow image, with whatever metadata Pillow attached; orientation is applied."""
+def from_pil(image: Image.Image) -> LoadedImage:
+    """The :class:`Image` of a Pillow image, with whatever metadata Pillow attached; orientation is applied."""
     return _decode(image, b"", "<image>")
 
 
-def from_array(array: NDArray[Any]) -> Picture:
-    """The :class:`Picture` of (H, W), (H, W, 1|2|3|4) uint8 or uint16 samples: grey, grey+alpha, RGB, RGB+alpha."""
+def from_array(array: NDArray[Any]) -> LoadedImage:
+    """The :class:`Image` of (H, W), (H, W, 1|2|3|4) uint8 or uint16 samples: gray, gray+alpha, RGB, RGB+alpha."""
     if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3) or array.size == 0:
         raise UserError(f"array {array.shape} {array.dtype}: expected (H, W[, 1|2|3|4]) uint8 or uint16, not empty")
     samples = array[..., None] if array.ndim == 2 else array
@@ -153,8 +153,8 @@ def from_array(array: NDArray[Any]) -> Picture:
     return _split_alpha(np.ascontiguousarray(samples))
 
 
-def to_pil(picture: Picture) -> Image.Image:
-    """An 8-bit Pillow image (L, LA, RGB or RGBA) with profile and EXIF in ``info``; 16-bit grey stays 16-bit (I;16)."""
+def to_pil(picture: LoadedImage) -> Image.Image:
+    """An 8-bit Pillow image (L, LA, RGB or RGBA) with profile and EXIF in ``info``; 16-bit gray stays 16-bit (I;16)."""
     if picture.pixels.dtype == np.uint16 and picture.gray and picture.alpha is None:
         image = Image.fromarray(picture.pixels[..., 0])
     else:
@@ -164,8 +164,8 @@ def to_pil(picture: Picture) -> Image.Image:
     return image
 
 
-def to_eight_bits(picture: Picture) -> Picture:
-    """The same picture with uint8 samples, rounded to nearest (65535 / 255 = 257 exactly)."""
+def to_eight_bits(picture: LoadedImage) -> LoadedImage:
+    """The same image with uint8 samples, rounded to nearest (65535 / 255 = 257 exactly)."""
     if picture.pixels.dtype == np.uint8:
         return picture
     alpha = None if picture.alpha is None else _narrow(picture.alpha)
@@ -190,7 +190,7 @@ def _narrow(samples: Samples) -> NDArray[np.uint8]:
     return ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _interleave(picture: Picture) -> NDArray[Any]:
+def _interleave(picture: LoadedImage) -> NDArray[Any]:
     if picture.alpha is not None:
         return np.concatenate([picture.pixels, picture.alpha[..., None]], axis=2)
     return picture.pixels[..., 0] if picture.gray else picture.pixels
@@ -199,7 +199,7 @@ def _interleave(picture: Picture) -> NDArray[Any]:
 def _read_bytes(path: Path, label: str) -> bytes:
     try:
         if path.is_dir():
-            raise UserError(f"{label}: is a folder, expected a picture; {ACCEPTED}")
+            raise UserError(f"{label}: is a folder, expected an image; {ACCEPTED}")
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise UserError(f"{label}: {size:,} bytes is more than the limit of {MAX_BYTES:,}")
@@ -213,7 +213,7 @@ def _opened(data: bytes, label: str, max_pixels: int) -> Iterator[Image.Image]:
     image = _open(data, label, max_pixels)
     try:
         frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format != "MPO":  # MPO's second picture is a depth or gain map
+        if frames > 1 and image.format != "MPO":  # MPO's second image is a depth or gain map
             logger.warning("%s: has %d frames or pages, only the first is used", label, frames)
         yield image
     except DECODE_ERRORS as error:
@@ -250,10 +250,10 @@ def _why_not_opened(data: bytes) -> str:
         samples = strange_samples(data)
         if samples is not None:
             return f"{samples} are not supported; {ACCEPTED_SAMPLES}"
-    return f"not a picture that can be read, or its header is damaged; {ACCEPTED}"
+    return f"not an image that can be read, or its header is damaged; {ACCEPTED}"
 
 
-def _decode(image: Image.Image, data: bytes, label: str) -> Picture:
+def _decode(image: Image.Image, data: bytes, label: str) -> LoadedImage:
     icc = image.info.get("icc_profile") or None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd metadata; what matters raises
@@ -273,25 +273,25 @@ def _decode(image: Image.Image, data: bytes, label: str) -> Picture:
 
 
 def _is_lossless_webp(data: bytes) -> bool:
-    """Whether the first picture chunk of a RIFF container is one of lossless WebP; a profile may stand before it."""
+    """Whether the first image chunk of a RIFF container is one of lossless WebP; a profile may stand before it."""
     place = 12
     while place + 8 <= len(data):
         kind, size = struct.unpack_from("<4sI", data, place)
         if kind in (b"VP8L", b"VP8 "):
             return bool(kind == b"VP8L")
-        place += 8 + (16 if kind == b"ANMF" else size + size % 2)  # a frame holds its picture behind 16 bytes
+        place += 8 + (16 if kind == b"ANMF" else size + size % 2)  # a frame holds its image behind 16 bytes
     return False
 
 
-def _decode_samples(image: Image.Image, data: bytes, label: str, icc: bytes | None) -> Picture:
+def _decode_samples(image: Image.Image, data: bytes, label: str, icc: bytes | None) -> LoadedImage:
     transparent = image.info.get("transparency")
-    with concerning(label):
+    with error_context(label):
         deep = read_deep(image, partial(_open, data, label, image.width * image.height) if data else None)
     if deep is not None:
         return replace(_split_alpha(deep, transparent), icc=icc)
     mode = image.mode
     if mode in ("CMYK", "LAB"):
-        return Picture(pixels=np.array(to_rgb(image, icc)))
+        return LoadedImage(pixels=np.array(to_rgb(image, icc)))
     if mode == "P":
         image = image.convert("RGBA" if transparent is not None else "RGB")
     elif mode in ("1", "L", "RGB"):
@@ -312,20 +312,20 @@ def _decode_samples(image: Image.Image, data: bytes, label: str, icc: bytes | No
 def _key_of_eight_bits(image: Image.Image, key: Any) -> NDArray[np.uint8]:
     """The colour ``key`` of a tRNS chunk, which is in the file's own depth, as ``image`` has it once it is decoded.
 
-    Pillow itself spreads grey samples of 1, 2 and 4 bits over 0..255, but not the key.
+    Pillow itself spreads gray samples of 1, 2 and 4 bits over 0..255, but not the key.
     """
     peak = 2 ** sample_bits(image) - 1
     meant = np.asarray(key, np.int64) & peak  # the other bits mean nothing (PNG, 11.3.2)
     return np.asarray(meant * (255 // peak), np.uint8)
 
 
-def _split_alpha(samples: NDArray[Any], transparent: Any = None) -> Picture:
+def _split_alpha(samples: NDArray[Any], transparent: Any = None) -> LoadedImage:
     """Separate colour from alpha; ``transparent`` is the one colour that a PNG's tRNS chunk makes transparent."""
     channels = samples.shape[2]
     if channels in (2, 4):
         colour = np.ascontiguousarray(samples[..., : channels - 1])
-        return Picture(pixels=colour, alpha=np.ascontiguousarray(samples[..., -1]))
+        return LoadedImage(pixels=colour, alpha=np.ascontiguousarray(samples[..., -1]))
     if transparent is None:
-        return Picture(pixels=samples)
+        return LoadedImage(pixels=samples)
     visible = (samples != np.asarray(transparent, samples.dtype)).any(axis=2)
-    return Picture(pixels=samples, alpha=(visible * np.iinfo(samples.dtype).max).astype(samples.dtype))
+    return LoadedImage(pixels=samples, alpha=(visible * np.iinfo(samples.dtype).max).astype(samples.dtype))

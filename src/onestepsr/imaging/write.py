@@ -1,4 +1,4 @@
-"""Writing pictures: one temporary file in the target's folder, renamed when complete, so that no half picture is ever
+"""Writing images: one temporary file in the target's folder, renamed when complete, so that no half image is ever
 seen."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from onestepsr.core.errors import UserError
 from onestepsr.core.files import partial_path, remove_leftovers, replacing, writing
 from onestepsr.imaging.deep import write_png, write_tiff
-from onestepsr.imaging.read import EXTENSIONS, Picture, Samples, to_eight_bits
+from onestepsr.imaging.read import EXTENSIONS, LoadedImage, Samples, to_eight_bits
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def format_of(path: Path) -> str:
     except KeyError:
         known = ", ".join(EXTENSIONS)
         raise UserError(
-            f"{path}: the ending '{path.suffix}' is no picture format that can be written; accepted: {known}"
+            f"{path}: the ending '{path.suffix}' is no image format that can be written; accepted: {known}"
         ) from None
 
 
@@ -54,12 +54,12 @@ def check_size(file_format: str, width: int, height: int, label: str) -> None:
         )
 
 
-def write_picture(picture: Picture, path: Path, file_format: str | None = None, *, sweep: bool = True) -> None:
-    """Write ``picture`` to ``path``, replacing it in one step; the format follows the name's ending unless given.
+def write_image(picture: LoadedImage, path: Path, file_format: str | None = None, *, sweep: bool = True) -> None:
+    """Write ``image`` to ``path``, replacing it in one step; the format follows the name's ending unless given.
 
     PNG and TIFF keep 16 bits, the others are rounded to 8. JPEG (quality 95, no chroma subsampling) and BMP cannot hold
     transparency: it is laid over white, with a warning. WebP is written with quality 95, or without loss when the
-    picture came from such a WebP. Raises UserError when the format cannot hold the size or the place cannot be written.
+    image came from such a WebP. Raises UserError when the format cannot hold the size or the place cannot be written.
     """
     chosen = file_format or format_of(path)
     check_size(chosen, picture.width, picture.height, str(path))
@@ -67,8 +67,8 @@ def write_picture(picture: Picture, path: Path, file_format: str | None = None, 
         _encode(picture, stream, chosen, str(path))
 
 
-def encode_picture(picture: Picture, file_format: str) -> bytes:
-    """The bytes that :func:`write_picture` would write."""
+def encode_image(picture: LoadedImage, file_format: str) -> bytes:
+    """The bytes that :func:`write_image` would write."""
     check_size(file_format, picture.width, picture.height, "output")
     stream = io.BytesIO()
     _encode(picture, stream, file_format, "output")
@@ -96,9 +96,9 @@ def _replacing(path: Path, sweep: bool) -> Iterator[BinaryIO]:
             yield stream
 
 
-def _encode(picture: Picture, stream: BinaryIO, file_format: str, label: str) -> None:
-    if file_format == "tiff":  # 16-bit grey with alpha is a layout that few readers know
-        write_tiff(stream, _planes(picture, grey_alpha=picture.pixels.dtype == np.uint8), _tiff_tags(picture))
+def _encode(picture: LoadedImage, stream: BinaryIO, file_format: str, label: str) -> None:
+    if file_format == "tiff":  # 16-bit gray with alpha is a layout that few readers know
+        write_tiff(stream, _planes(picture, gray_alpha=picture.pixels.dtype == np.uint8), _tiff_tags(picture))
         return
     if file_format == "png" and picture.pixels.dtype == np.uint16:
         write_png(stream, _planes(picture), _png_chunks(picture))
@@ -107,7 +107,7 @@ def _encode(picture: Picture, stream: BinaryIO, file_format: str, label: str) ->
         logger.info("%s: %s holds 8 bits per channel, the 16 bits are rounded", label, file_format.upper())
     picture = to_eight_bits(picture)
     if picture.alpha is not None and file_format in ("jpeg", "bmp"):
-        logger.warning("%s: %s cannot hold transparency, the picture is laid over white", label, file_format.upper())
+        logger.warning("%s: %s cannot hold transparency, the image is laid over white", label, file_format.upper())
         picture = _over_white(picture)
     samples = picture.pixels[..., 0] if picture.gray else picture.pixels
     image = Image.fromarray(samples)
@@ -116,7 +116,7 @@ def _encode(picture: Picture, stream: BinaryIO, file_format: str, label: str) ->
     _SAVERS[file_format](image, stream, picture)
 
 
-def _over_white(picture: Picture) -> Picture:
+def _over_white(picture: LoadedImage) -> LoadedImage:
     """Composite 8-bit samples over white, row band by row band."""
     assert picture.alpha is not None
     result = np.empty(picture.pixels.shape, np.uint8)
@@ -127,7 +127,7 @@ def _over_white(picture: Picture) -> Picture:
     return replace(picture, pixels=result, alpha=None)
 
 
-def _save_jpeg(image: Image.Image, stream: BinaryIO, picture: Picture) -> None:
+def _save_jpeg(image: Image.Image, stream: BinaryIO, picture: LoadedImage) -> None:
     blocks = {name: data for name, data in _notes(picture).items() if name not in ("exif", "xmp") or _fits(name, data)}
     image.save(stream, "JPEG", quality=_JPEG_QUALITY, subsampling=0, **blocks)
 
@@ -139,7 +139,7 @@ def _fits(name: str, data: bytes) -> bool:
     return False
 
 
-def _save_png(image: Image.Image, stream: BinaryIO, picture: Picture) -> None:
+def _save_png(image: Image.Image, stream: BinaryIO, picture: LoadedImage) -> None:
     notes = _notes(picture)
     xmp = notes.pop("xmp", None)
     if xmp is not None:
@@ -153,17 +153,17 @@ def _xmp_chunk(xmp: bytes) -> bytes:
     return b"XML:com.adobe.xmp\0\0\0\0\0" + xmp
 
 
-def _save_webp(image: Image.Image, stream: BinaryIO, picture: Picture) -> None:
+def _save_webp(image: Image.Image, stream: BinaryIO, picture: LoadedImage) -> None:
     lossless = picture.lossless and picture.format == "webp"
     notes = {name: value for name, value in _notes(picture).items() if name != "dpi"}
     image.save(stream, "WEBP", quality=_WEBP_QUALITY, lossless=lossless, **notes)
 
 
-def _save_bmp(image: Image.Image, stream: BinaryIO, picture: Picture) -> None:
+def _save_bmp(image: Image.Image, stream: BinaryIO, picture: LoadedImage) -> None:
     image.save(stream, "BMP", **({"dpi": picture.dpi} if picture.dpi else {}))
 
 
-_SAVERS: dict[str, Callable[[Image.Image, BinaryIO, Picture], None]] = {
+_SAVERS: dict[str, Callable[[Image.Image, BinaryIO, LoadedImage], None]] = {
     "jpeg": _save_jpeg,
     "png": _save_png,
     "webp": _save_webp,
@@ -171,8 +171,8 @@ _SAVERS: dict[str, Callable[[Image.Image, BinaryIO, Picture], None]] = {
 }
 
 
-def _exif(picture: Picture) -> Image.Exif | None:
-    """The EXIF block with its picture size brought up to date."""
+def _exif(picture: LoadedImage) -> Image.Exif | None:
+    """The EXIF block with its image size brought up to date."""
     if picture.exif is None:
         return None
     exif = Image.Exif()
@@ -184,7 +184,7 @@ def _exif(picture: Picture) -> Image.Exif | None:
     return exif
 
 
-def _notes(picture: Picture) -> dict[str, Any]:
+def _notes(picture: LoadedImage) -> dict[str, Any]:
     exif = _exif(picture)
     notes = {
         "icc_profile": picture.icc,
@@ -195,15 +195,15 @@ def _notes(picture: Picture) -> dict[str, Any]:
     return {name: value for name, value in notes.items() if value is not None}
 
 
-def _planes(picture: Picture, grey_alpha: bool = True) -> Samples:
-    """Colour and alpha side by side (H, W, C); grey with alpha as RGBA unless ``grey_alpha``."""
+def _planes(picture: LoadedImage, gray_alpha: bool = True) -> Samples:
+    """Colour and alpha side by side (H, W, C); gray with alpha as RGBA unless ``gray_alpha``."""
     if picture.alpha is None:
         return picture.pixels
-    colour = [picture.pixels] * (3 if picture.gray and not grey_alpha else 1)
+    colour = [picture.pixels] * (3 if picture.gray and not gray_alpha else 1)
     return np.concatenate([*colour, picture.alpha[..., None]], axis=2)
 
 
-def _png_chunks(picture: Picture) -> list[tuple[bytes, bytes]]:
+def _png_chunks(picture: LoadedImage) -> list[tuple[bytes, bytes]]:
     chunks: list[tuple[bytes, bytes]] = []
     exif = _exif(picture)
     if picture.icc is not None:
@@ -218,7 +218,7 @@ def _png_chunks(picture: Picture) -> list[tuple[bytes, bytes]]:
     return chunks
 
 
-def _tiff_tags(picture: Picture) -> dict[int, Any]:
+def _tiff_tags(picture: LoadedImage) -> dict[int, Any]:
     tags: dict[int, Any] = {}
     exif = _exif(picture)
     for tag in exif or ():

@@ -27,11 +27,11 @@ _users = 0
 
 
 @contextmanager
-def freed_memory_kept(wanted: bool = True) -> Iterator[None]:
+def no_malloc_trim(wanted: bool = True) -> Iterator[None]:
     """Inside, memory that is freed stays with the process for what is allocated next; afterwards, and of what had been
     freed before, all is handed back.
 
-    Unless ``wanted``, the process only gets :data:`USUAL` settings, for good: small pictures never free a block from
+    Unless ``wanted``, the process only gets :data:`USUAL` settings, for good: small images never free a block from
     which glibc would learn them. Does nothing where the C library is not glibc. Blocks of other threads than the main
     one may be treated as ever.
     """
@@ -48,7 +48,7 @@ def freed_memory_kept(wanted: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def blocks_apart() -> Iterator[None]:
+def separate_mmaps() -> Iterator[None]:
     """Inside, every block from 128 kB on has pages of its own: whenever it is freed, they go back to the system.
 
     Made for weights. Those that are converted or packed later would leave gaps between the others, in which nothing of

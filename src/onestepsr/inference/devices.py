@@ -1,4 +1,4 @@
-"""Names of devices and number formats, and which are chosen where nobody names one."""
+"""Names of devices and dtypes, and which are chosen where nobody names one."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def _computes(device: str) -> bool:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The number format called ``name``.
+    """The dtype called ``name``.
 
-    "auto" is float16 on a CUDA GPU (its 11 bits matter more to a picture than bfloat16's range; should it overflow, the
-    picture is repeated in float32), bfloat16 on a CPU where it is faster, else float32.
+    "auto" is float16 on a CUDA GPU (its 11 bits matter more to an image than bfloat16's range; should it overflow, the
+    image is repeated in float32), bfloat16 on a CPU where it is faster, else float32.
     """
     if name == "auto":
         if device.type == "cuda":
@@ -111,7 +111,7 @@ _OUT_OF_MEMORY = re.compile(
 
 
 @contextmanager
-def lack_of_memory_named(message: str) -> Iterator[None]:
+def oom_as_user_error(message: str) -> Iterator[None]:
     """Inside, memory that runs out is a :class:`UserError` with ``message``."""
     try:
         yield

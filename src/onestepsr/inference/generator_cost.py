@@ -1,4 +1,4 @@
-"""What a generator takes of memory and time for a picture, as it says itself, and how large a picture is."""
+"""What a generator takes of memory and time for an image, as it says itself, and how large an image is."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from onestepsr.inference.tile_runner import STAGES, WHOLE, takes_batches
-from onestepsr.models.memory_cost import Stage, StageDemand
+from onestepsr.models.memory_cost import Stage, StageCost
 
 DEFAULT_MEMORY_PER_PIXEL = 6000.0
 """Peak bytes per input pixel assumed of a generator that does not tell, at 4 bytes per number."""
-WORK_FOR_WHOLE: dict[Stage, float] = {"encode": 1.6, "unet": 1.25, "decode": 1.6}
+MAX_OVERHEAD_UNTILED: dict[Stage, float] = {"encode": 1.6, "unet": 1.25, "decode": 1.6}
 """So much of the work of tiles is done for the whole, which has no joins, where attention makes tiles less work. Before
-tiles of the autoencoder, a reduced copy of the picture goes through all of the network for the sake of its norms."""
-WORK_FOR_CONTEXT: dict[Stage, float] = {"encode": 1.0, "unet": 1.08, "decode": 1.0}
+tiles of the autoencoder, a reduced copy of the image goes through all of the network for the sake of its norms."""
+MAX_OVERHEAD_CONTEXT: dict[Stage, float] = {"encode": 1.0, "unet": 1.08, "decode": 1.0}
 """So much of the least work is done for larger tiles of the UNet: it makes up detail, which joins should interrupt as
 rarely as may be, and takes less memory than the decoder. OSEDiff's code has tiles of 96 x 96 latent positions; so have
 Stable Diffusion's networks by this."""
@@ -26,7 +26,7 @@ COLOUR_BYTES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demand:
+class MemoryCost:
     """What a generator takes and asks for; :meth:`of` reads it from the generator."""
 
     name: str
@@ -44,7 +44,7 @@ class Demand:
     largest_tile: int | None = None
     """Side that tiles chosen by memory stay below."""
     takes_batches: bool = True
-    """Whether it may be given several tiles of one picture at once."""
+    """Whether it may be given several tiles of one image at once."""
     balance: float = math.inf
     """Input pixels of a tile at which attention over all of it takes as long as everything else."""
     work_for_whole: float = 1.0
@@ -52,31 +52,31 @@ class Demand:
     work_for_context: float = 1.0
     """So many times the least work is done for tiles that are as large as this allows."""
     joined_per_pixel: float | None = None
-    """Bytes per input pixel that tiles are joined in; None: a picture in float32."""
+    """Bytes per input pixel that tiles are joined in; None: an image in float32."""
     padding: int = 1
     """Sides are padded to multiples of this even where tiles start at others."""
     latents_per_pixel: float = 0.0
     """Bytes per input pixel of the latents that are kept between stages."""
-    stages: dict[Stage, Demand] | None = None
+    stages: dict[Stage, MemoryCost] | None = None
     """What encoder, UNet and decoder take and ask for, if they can have tiles of their own."""
 
     @staticmethod
-    def of(generator: nn.Module, dtype: torch.dtype, name: str) -> Demand:
+    def of(generator: nn.Module, dtype: torch.dtype, name: str) -> MemoryCost:
         """The demand of ``generator`` once its weights are in ``dtype``."""
-        whole = Demand._of_whole(generator, dtype, name)
-        tell = getattr(generator, "stage_demands", None)
-        told: dict[Stage, StageDemand] | None = tell(dtype) if callable(tell) else None
+        whole = MemoryCost._of_whole(generator, dtype, name)
+        tell = getattr(generator, "stage_costs", None)
+        told: dict[Stage, StageCost] | None = tell(dtype) if callable(tell) else None
         if told is None:
             return whole
         latent = 4.0 * int(cast(int, generator.latent_channels)) / told["encode"].multiple ** 2
-        stages: dict[Stage, Demand] = {
+        stages: dict[Stage, MemoryCost] = {
             stage: replace(
                 whole,
-                per_pixel=demand.per_pixel + (_colour_fix(whole.scale) if stage == "decode" else 0.0),
+                per_pixel=demand.per_pixel + (_color_fix_cost(whole.scale) if stage == "decode" else 0.0),
                 multiple=demand.multiple,
                 balance=demand.balance,
-                work_for_whole=WORK_FOR_WHOLE[stage],
-                work_for_context=WORK_FOR_CONTEXT[stage],
+                work_for_whole=MAX_OVERHEAD_UNTILED[stage],
+                work_for_context=MAX_OVERHEAD_CONTEXT[stage],
                 largest_tile=None,
                 takes_batches=takes_batches(generator, STAGES[stage]),
                 padding=whole.multiple,
@@ -88,31 +88,31 @@ class Demand:
         return replace(whole, stages=stages)
 
     @staticmethod
-    def _of_whole(generator: nn.Module, dtype: torch.dtype, name: str) -> Demand:
+    def _of_whole(generator: nn.Module, dtype: torch.dtype, name: str) -> MemoryCost:
         scale = int(cast(int, generator.scale))
         tell = getattr(generator, "memory_per_pixel", None)
         own = float(tell(dtype)) if callable(tell) else DEFAULT_MEMORY_PER_PIXEL * dtype.itemsize / 4
         largest = getattr(generator, "largest_tile", None)
-        return Demand(
+        return MemoryCost(
             name=name,
             dtype=dtype,
             scale=scale,
             weights=sum(parameter.numel() for parameter in generator.parameters()) * dtype.itemsize,
-            per_pixel=own + _colour_fix(scale),
+            per_pixel=own + _color_fix_cost(scale),
             multiple=int(getattr(generator, "lr_multiple", 1)),
             largest_tile=None if largest is None else int(largest),
             takes_batches=takes_batches(generator, WHOLE),
         )
 
 
-def _colour_fix(scale: int) -> float:
+def _color_fix_cost(scale: int) -> float:
     """Peak bytes per input pixel that the colour fix takes."""
     return COLOUR_BYTES * scale**2 / 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extent:
-    """The size of a picture."""
+class InputSize:
+    """The size of an image."""
 
     height: int
     """Rows."""

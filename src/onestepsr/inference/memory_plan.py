@@ -1,4 +1,4 @@
-"""How much of a picture goes through a network at once, so that the memory suffices.
+"""How much of an image goes through a network at once, so that the memory suffices.
 
 What a network takes follows from what it says of itself: peak bytes per input pixel, measured for each kind of network
 as growth of the resident memory. Where encoder, UNet and decoder each tell, they have tiles of their own.
@@ -16,7 +16,7 @@ import torch
 
 from onestepsr.core.errors import UserError
 from onestepsr.core.machine import free_memory
-from onestepsr.inference.generator_cost import Demand, Extent
+from onestepsr.inference.generator_cost import InputSize, MemoryCost
 from onestepsr.inference.options import UpscaleOptions, target_size
 from onestepsr.inference.tiling import OVERLAP, PUBLISHED_OVERLAPS, Sides, TileJoin, join_of, starts_along
 from onestepsr.models.memory_cost import Stage
@@ -24,7 +24,7 @@ from onestepsr.models.memory_cost import Stage
 LARGEST_TILE = {"cpu": 320, "cuda": 768}
 """Side, at scale 4, of a square tile beyond whose area a larger one saves no time worth its memory: the overlap costs a
 fifth or less. What takes time and memory is the size of the output."""
-WORK_FOR_MEMORY = 1.03
+MAX_OVERHEAD_MEMORY = 1.03
 """So much of the least work is done for smaller tiles, which take less memory."""
 LEAST_SIDE = 3 * OVERLAP
 """Side of a tile below which no network gets to see enough, whatever its attention takes."""
@@ -42,12 +42,12 @@ HELD_SHARE = 0.65
 go, and the gaps between them stay. Measured with two threads: 1.3 GB of 2.1 with Stable Diffusion's networks in a tile
 of 256, which would be 0.1 if freed memory went back to the system at once; 0.2 of 0.4 with ``d3sr-tiny``."""
 RESIZE_BYTES, RESIZE_BAND_BYTES = 12, 32_000_000
-"""Bytes per output pixel that resampling works with, and the most of them: it goes over the picture in bands."""
+"""Bytes per output pixel that resampling works with, and the most of them: it goes over the image in bands."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """How a picture goes through encoder, UNet or decoder."""
+    """How an image goes through encoder, UNet or decoder."""
 
     tile: Sides
     """Height and width of a tile in input pixels."""
@@ -70,7 +70,7 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(StagePlan):
-    """How a picture goes through the network. Where its stages have tiles of their own, these are the decoder's."""
+    """How an image goes through the network. Where its stages have tiles of their own, these are the decoder's."""
 
     pixels: int
     """Input pixels that go through it together, padding included; as many as take the memory of the largest stage."""
@@ -79,7 +79,7 @@ class Plan(StagePlan):
     device: str
     """Where it runs."""
     expected_peak: int
-    """Bytes that this takes on the device: weights, feature maps and, on a CPU, the picture and the enlarged one."""
+    """Bytes that this takes on the device: weights, feature maps and, on a CPU, the image and the enlarged one."""
     retries: int = 0
     """How often less had to be tried, because memory ran out."""
     stages: dict[Stage, StagePlan] | None = None
@@ -93,7 +93,7 @@ class Plan(StagePlan):
         where = f"{self.dtype} on {self.device}"
         return f"{cut}, {where}: about {self.expected_peak / 1e9:.2f} GB of memory{tried}"
 
-    def as_stage(self) -> StagePlan:
+    def stage_plan(self) -> StagePlan:
         """What of it is said of a stage."""
         return StagePlan(tile=self.tile, tiles=self.tiles, batch=self.batch, multiple=self.multiple)
 
@@ -118,15 +118,15 @@ class Plan(StagePlan):
 
 
 class Planner:
-    """Chooses how a picture of one extent goes through one generator."""
+    """Chooses how an image of one extent goes through one generator."""
 
-    def __init__(self, extent: Extent, demand: Demand, options: UpscaleOptions, device: torch.device) -> None:
+    def __init__(self, extent: InputSize, demand: MemoryCost, options: UpscaleOptions, device: torch.device) -> None:
         self.extent, self.demand, self.options, self.device = extent, demand, options, device
         self.on_host = device.type != "cuda"
         self.free = free_memory(device)
-        self.pictures = self._picture_bytes() if self.on_host else 0
-        self.idle_pictures = self._idle_picture_bytes() if self.on_host else 0
-        free_for_tiles = SHARE * min(self.free - self.pictures, (self.free - self.idle_pictures) / HELD_SHARE)
+        self.images = self._image_bytes() if self.on_host else 0
+        self.idle_images = self._idle_image_bytes() if self.on_host else 0
+        free_for_tiles = SHARE * min(self.free - self.images, (self.free - self.idle_images) / HELD_SHARE)
         allowed = math.inf
         if options.memory is not None:
             allowed = self._workable(options.memory * 1e9 - demand.weights)
@@ -174,7 +174,7 @@ class Planner:
             plans["decode"],
             pixels=math.ceil(most_work / self.demand.per_pixel),
             expected_peak=max(plan.expected_peak for plan in plans.values()),
-            stages={stage: plans[stage].as_stage() for stage in stages},
+            stages={stage: plans[stage].stage_plan() for stage in stages},
         )
 
     def _tile(self) -> Sides:
@@ -239,8 +239,8 @@ class Planner:
         """The tiles of at most ``side`` x ``side`` pixels that have the fewest in all, or nearly, and are smallest, or,
         where a network is to see much, largest.
 
-        The last tile of a row is moved inward until it ends with the picture; of tiles that do not divide it, it would
-        mostly do again what its neighbour has done. On a GPU one shape for all pictures is worth more: that is what
+        The last tile of a row is moved inward until it ends with the image; of tiles that do not divide it, it would
+        mostly do again what its neighbour has done. On a GPU one shape for all images is worth more: that is what
         gets compiled.
         """
         join = join_of((side, side), self.options.overlap, self.demand.multiple, self.options.tile_blend)
@@ -254,10 +254,10 @@ class Planner:
         if not choice:
             return side, side
         least = min(work for work, *_ in choice)
-        if self.demand.work_for_context > WORK_FOR_MEMORY:
+        if self.demand.work_for_context > MAX_OVERHEAD_MEMORY:
             good_enough = self.demand.work_for_context * least
             return max((min(tile), -work, tile) for work, _, tile in choice if work <= good_enough)[2]
-        return min((area, work, tile) for work, area, tile in choice if work <= WORK_FOR_MEMORY * least)[2]
+        return min((area, work, tile) for work, area, tile in choice if work <= MAX_OVERHEAD_MEMORY * least)[2]
 
     def _divisions(self, length: int, join: TileJoin) -> Iterator[tuple[int, int]]:
         """Sides with which 1, 2, 3 ... tiles cover ``length``, each as small as their number allows, and how many."""
@@ -277,14 +277,14 @@ class Planner:
         return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
     def _require(self, smallest: int) -> None:
-        """Raise unless tiles of this side, or the whole of a smaller picture, fit."""
+        """Raise unless tiles of this side, or the whole of a smaller image, fit."""
         needed = self._needed((smallest, smallest))
         if needed <= self.budget:
             return
         if self.limited and self.options.memory is not None:
             raise UserError(self._over_the_limit(self._of_tile((smallest, smallest), 0), self.options.memory))
         work = needed / SHARE
-        in_all = max(work + self.pictures, HELD_SHARE * work + self.idle_pictures)
+        in_all = max(work + self.images, HELD_SHARE * work + self.idle_images)
         raise UserError(
             f"not enough memory on {self.device}: {self.free / 1e9:.1f} GB free, about {in_all / 1e9:.1f} GB needed "
             f"for the smallest tile ({smallest} px): free some, or set --tile yourself"
@@ -306,7 +306,7 @@ class Planner:
             pixels=batch * area,
             dtype=str(self.demand.dtype).removeprefix("torch."),
             device=str(self.device),
-            expected_peak=round(self.demand.weights + self._held(work) + max(self.pictures + work, self.idle_pictures)),
+            expected_peak=round(self.demand.weights + self._held(work) + max(self.images + work, self.idle_images)),
         )
 
     def _geometry(self, tile: Sides) -> tuple[int, int]:
@@ -329,8 +329,8 @@ class Planner:
             most = min(most, most_pixels // area)
         return -(-tiles // -(-tiles // max(1, min(most, tiles))))
 
-    def _picture_bytes(self) -> int:
-        """Bytes of the picture, with its padded copy, and of the enlarged one; AdaIN keeps that in 16 bits too.
+    def _image_bytes(self) -> int:
+        """Bytes of the image, with its padded copy, and of the enlarged one; AdaIN keeps that in 16 bits too.
 
         With transparency there is one copy more, in which hidden pixels have the colour of their surroundings.
         """
@@ -340,8 +340,8 @@ class Planner:
         between = math.ceil(self.demand.latents_per_pixel)
         return self.extent.height * self.extent.width * (copies * own + alpha + area * (own + fine) + between)
 
-    def _idle_picture_bytes(self) -> int:
-        """Bytes of pictures while no tile is at work: before the first one, or after the last, whichever are more.
+    def _idle_image_bytes(self) -> int:
+        """Bytes of images while no tile is at work: before the first one, or after the last, whichever are more.
 
         Before, hidden pixels are given a colour, in float32. Afterwards transparency is enlarged, and what the network
         has made is resampled beside itself if another size is wanted.
@@ -349,7 +349,7 @@ class Planner:
         height, width, scale = self.extent.height, self.extent.width, self.demand.scale
         own, alpha = self.extent.pixel_bytes, self.extent.alpha_bytes
         columns, rows = target_size(width, height, self.options)
-        before = height * width * (17 * own // alpha + 6) if alpha else 0  # measured: 23 bytes of grey, 57 of RGB
+        before = height * width * (17 * own // alpha + 6) if alpha else 0  # measured: 23 bytes of gray, 57 of RGB
         resampled = alpha if (columns, rows) == (width * scale, height * scale) else alpha + own
         after = height * width * scale**2 * own + rows * columns * resampled
         if resampled:
@@ -370,17 +370,17 @@ class Planner:
         return FIRST_USE + HELD_SHARE * work if self.on_host else 0.0
 
     def _workable(self, allowed: float) -> float:
-        """Bytes that can be worked with such that they, what is held and the pictures are ``allowed``."""
+        """Bytes that can be worked with such that they, what is held and the images are ``allowed``."""
         if not self.on_host:
             return allowed
         allowed -= FIRST_USE
-        return min((allowed - self.pictures) / (1 + HELD_SHARE), (allowed - self.idle_pictures) / HELD_SHARE)
+        return min((allowed - self.images) / (1 + HELD_SHARE), (allowed - self.idle_images) / HELD_SHARE)
 
     def _over_the_limit(self, plan: Plan, limit: float) -> str:
         needed = math.ceil(plan.expected_peak / 1e8) / 10
         other = "" if self.options.tile == "auto" else ", or --tile auto"
         return (
-            f"memory {limit:g} GB: {self.demand.name} in {plan.dtype} needs about {needed:g} GB for this picture with "
+            f"memory {limit:g} GB: {self.demand.name} in {plan.dtype} needs about {needed:g} GB for this image with "
             f"tiles of {plan.tile_name} pixels; accepted: {needed:g} and more{other}"
         )
 

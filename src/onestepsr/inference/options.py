@@ -1,4 +1,4 @@
-"""What can be chosen when a picture is upscaled, and how large it becomes."""
+"""What can be chosen when an image is upscaled, and how large it becomes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALLEST_TILE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleOptions:
-    """How a picture is upscaled; the defaults suit photographs."""
+    """How an image is upscaled; the defaults suit photographs."""
 
     scale: float = 4.0
     """Output side / input side, 1 to 8; ignored when ``width`` or ``height`` is given."""
@@ -32,20 +32,20 @@ class UpscaleOptions:
     height: int | None = None
     """Output rows."""
     tile: Tile = "auto"
-    """Tile side in input pixels; "auto" follows the free memory, "off" runs the whole picture at once."""
+    """Tile side in input pixels; "auto" follows the free memory, "off" runs the whole image at once."""
     tile_batch: int | Literal["auto"] = "auto"
-    """Tiles of one picture that go through the network together, where it takes several; "auto" follows the free memory
+    """Tiles of one image that go through the network together, where it takes several; "auto" follows the free memory
     on a CUDA GPU and is 1 elsewhere."""
     memory: float | None = None
     """Most gigabytes (10^9 bytes) to plan with, on the device that computes: weights, feature maps and, on a CPU, the
-    picture and the enlarged one; what Python and its libraries take comes on top. None is what is free."""
+    image and the enlarged one; what Python and its libraries take comes on top. None is what is free."""
     overlap: int = OVERLAP
     """Overlap of neighbouring tiles in input pixels, at most a third of a tile."""
     tile_blend: TileBlend = "smooth"
     """How tiles are joined. "average" is what ResShift and SinSR published, for comparison: the plain mean where tiles
     overlap, and tiles anywhere, also between a network's cells; those of 512, 256 and 64 overlap by 64, 32 and 16."""
     tile_norms: TileNorms = "picture"
-    """Whose statistics the group norms of an autoencoder take: those of the whole "picture", so that its tiles are what
+    """Whose statistics the group norms of an autoencoder take: those of the whole "image", so that its tiles are what
     the whole would be, at the price of a reduced copy that goes through the network first; or of each "tile", as does
     ``tile_blend`` "average" and a compiled network."""
     color_fix: ColorFix = "wavelet"
@@ -53,7 +53,7 @@ class UpscaleOptions:
     seed: int | None = None
     """For generators that draw noise; None is 0. Others ignore it."""
     prompt_embedding: Tensor | None = field(default=None, compare=False, repr=False)
-    """What a generator that reads text is told about the picture: (1, 77, C), see ``onestepsr.prompts``; None leaves it
+    """What a generator that reads text is told about the image: (1, 77, C), see ``onestepsr.prompts``; None leaves it
     to the prompt that it was saved with. An error for other generators."""
 
     def __post_init__(self) -> None:

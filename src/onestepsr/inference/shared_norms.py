@@ -1,8 +1,8 @@
-"""Group norms that treat all tiles of a picture alike.
+"""Group norms that treat all tiles of an image alike.
 
 A group norm divides by what it finds in the tile before it: sky becomes as lively as foliage, and neighbouring tiles
-differ in tone and contrast. Inside :meth:`PictureNorms.measured_by`, norms take their statistics from a reduced copy
-of the whole picture instead.
+differ in tone and contrast. Inside :meth:`SharedNorms.calibrated_by`, norms take their statistics from a reduced copy
+of the whole image instead.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from onestepsr.models.cpu_kernels import as_kind, replace_layers
 BAND = 2**22
 """Numbers that statistics are taken of at once."""
 SHARE_OF_PICTURE = 1 / 8
-"""Most of a picture's pixels that its reduced copy has: what it costs beside the tiles."""
+"""Most of an image's pixels that its reduced copy has: what it costs beside the tiles."""
 
 
-class PictureNorm(nn.GroupNorm):
+class SharedNorm(nn.GroupNorm):
     """A group norm that may be given mean and variance."""
 
     watching = False
@@ -51,19 +51,19 @@ class PictureNorm(nn.GroupNorm):
         return mean.repeat_interleave(width), (square - mean.square()).clamp_min(0.0).repeat_interleave(width)
 
 
-class PictureNorms:
-    """All group norms of a network, as :class:`PictureNorm`."""
+class SharedNorms:
+    """All group norms of a network, as :class:`SharedNorm`."""
 
     def __init__(self, network: nn.Module) -> None:
         """Replaces the plain ones below ``network``; parameters and their names stay."""
-        replace_layers(network, lambda layer: as_kind(PictureNorm, layer) if type(layer) is nn.GroupNorm else None)
-        self._norms = [layer for layer in network.modules() if isinstance(layer, PictureNorm)]
+        replace_layers(network, lambda layer: as_kind(SharedNorm, layer) if type(layer) is nn.GroupNorm else None)
+        self._norms = [layer for layer in network.modules() if isinstance(layer, SharedNorm)]
 
     def __len__(self) -> int:
         return len(self._norms)
 
     @contextmanager
-    def measured_by(self, run: Callable[[], object]) -> Iterator[None]:
+    def calibrated_by(self, run: Callable[[], object]) -> Iterator[None]:
         """Inside, every norm has the statistics of what it met in ``run``."""
         try:
             for norm in self._norms:
@@ -77,8 +77,8 @@ class PictureNorms:
                 norm.watching, norm.kept = False, None
 
     @contextmanager
-    def set_aside(self) -> Iterator[None]:
-        """Inside, norms take the statistics of their input again: exact ones, where that is the whole picture."""
+    def disabled(self) -> Iterator[None]:
+        """Inside, norms take the statistics of their input again: exact ones, where that is the whole image."""
         kept = [norm.kept for norm in self._norms]
         for norm in self._norms:
             norm.kept = None

@@ -1,4 +1,4 @@
-"""What happens to the tiles of a picture between its samples and the joined rows: the network and the colour fix."""
+"""What happens to the tiles of an image between its samples and the joined rows: the network and the colour fix."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Network:
     device: torch.device
     """Where its weights are."""
     dtype: torch.dtype
-    """Their number format."""
+    """Their dtype."""
     input_dtype: torch.dtype
     """That of the tiles it is given, see :func:`input_dtype_of`."""
     scale: int
@@ -49,7 +49,7 @@ class Network:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass:
+class StageCall:
     """What of a generator tiles go through."""
 
     method: str
@@ -58,32 +58,32 @@ class Pass:
     """Whether that is given the LR tile."""
     takes_latent: bool = False
     """Whether it is given, before that, the tile of a latent."""
-    makes_picture: bool = True
-    """Whether a picture comes out, and not a latent."""
+    makes_image: bool = True
+    """Whether an image comes out, and not a latent."""
 
 
-WHOLE = Pass(method="forward")
-STAGES: dict[Stage, Pass] = {
-    "encode": Pass(method="encode_lr", makes_picture=False),
-    "unet": Pass(method="restore_latent", takes_latent=True, makes_picture=False),
-    "decode": Pass(method="decode", takes_lr=False, takes_latent=True),
+WHOLE = StageCall(method="forward")
+STAGES: dict[Stage, StageCall] = {
+    "encode": StageCall(method="encode_lr", makes_image=False),
+    "unet": StageCall(method="restore_latent", takes_latent=True, makes_image=False),
+    "decode": StageCall(method="decode", takes_lr=False, takes_latent=True),
 }
 """Encoder, UNet and decoder, one after the other."""
 
 
-def takes_batches(generator: nn.Module, part: Pass) -> bool:
-    """Whether several tiles of one picture may be given to it together: not where each has noise of its own."""
+def takes_batches(generator: nn.Module, part: StageCall) -> bool:
+    """Whether several tiles of one image may be given to it together: not where each has noise of its own."""
     return {"rng", "origin"}.isdisjoint(_taken_by(generator, part))
 
 
-def _taken_by(generator: nn.Module, part: Pass) -> Collection[str]:
+def _taken_by(generator: nn.Module, part: StageCall) -> Collection[str]:
     """Names of what the method of a generator takes."""
     return inspect.signature(getattr(generator, part.method)).parameters
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """A part of a picture."""
+    """A part of an image."""
 
     place: tuple[int, int]
     """Row and column where it starts."""
@@ -103,11 +103,11 @@ class _Launched:
     """Lowest and highest value that the network gave."""
 
 
-class TileStep:
-    """Tiles to what comes of them in one pass, in order: colour-fixed pictures (1, C, h * scale, w * scale) in float32,
+class TileRunner:
+    """Tiles to what comes of them in one pass, in order: colour-fixed images (1, C, h * scale, w * scale) in float32,
     or latents.
 
-    The tiles are those of one picture, all of one shape, and ``batch`` of them go through the network together.
+    The tiles are those of one image, all of one shape, and ``batch`` of them go through the network together.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class TileStep:
         profile: MatrixProfile | None,
         options: UpscaleOptions,
         *,
-        part: Pass = WHOLE,
+        part: StageCall = WHOLE,
         batch: int = 1,
         progress: Callable[[], None] | None = None,
         fill: bool = False,
@@ -159,7 +159,7 @@ class TileStep:
             self._require_finite(extremes)
         else:  # looked at when they land: asking now would wait
             output = output.nan_to_num()
-        results = Arrival(self._coloured(output.clamp(0.0, 1.0), lr) if self.part.makes_picture else output)
+        results = Arrival(self._coloured(output.clamp(0.0, 1.0), lr) if self.part.makes_image else output)
         self._launched += len(tiles)
         return _Launched(tiles=len(tiles), results=results, extremes=extremes)
 
@@ -172,7 +172,7 @@ class TileStep:
             yield results[index : index + 1]
 
     def _coloured(self, output: Tensor, lr: Tensor) -> Tensor:
-        """``output`` in the picture's own colour space, with the low frequencies of ``lr`` where these are wanted."""
+        """``output`` in the image's own colour space, with the low frequencies of ``lr`` where these are wanted."""
         if self.profile is not None:
             output = self.profile.from_srgb(output)
         if lr.shape[1] == 1:
@@ -195,14 +195,14 @@ class TileStep:
         run = network.generator if self.part is WHOLE else getattr(network.generator, self.part.method)
         output = run(*ordered, **self._conditions(tiles[0].place)).float()
         expected = (len(lr), 3, *(side * network.scale for side in lr.shape[-2:]))
-        if self.part.makes_picture and output.shape != expected:
+        if self.part.makes_image and output.shape != expected:
             raise OneStepSRError(
                 f"{network.name}: gave {tuple(output.shape)} for {tuple(lr.shape)}, expected {expected}"
             )
         return cast(Tensor, output)
 
     def _conditions(self, place: tuple[int, int]) -> dict[str, Any]:
-        """What the generator takes besides the picture. Those that take noise are given one tile at a time."""
+        """What the generator takes besides the image. Those that take noise are given one tile at a time."""
         extra = dict[str, Any]()
         if "origin" in self._takes:  # the place decides the noise
             extra["origin"] = place
@@ -223,7 +223,7 @@ class TileStep:
 
 
 def input_dtype_of(generator: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """Number format of the pictures for a generator whose weights are ``dtype``: float32 if it ``takes_float32`` then
+    """Number format of the images for a generator whose weights are ``dtype``: float32 if it ``takes_float32`` then
     too, so that nothing is rounded before its first network."""
     wide = getattr(generator, "takes_float32", False)
     return torch.promote_types(dtype, torch.float32) if wide else dtype

@@ -1,4 +1,4 @@
-"""The way of one picture through a network: in tiles that each go all of it, or stage by stage with latents between."""
+"""The way of one image through a network: in tiles that each go all of it, or stage by stage with latents between."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onestepsr.imaging.icc import MatrixProfile
-from onestepsr.inference.allocator import freed_memory_kept
+from onestepsr.inference.allocator import no_malloc_trim
 from onestepsr.inference.memory_plan import Plan, StagePlan
 from onestepsr.inference.options import UpscaleOptions
-from onestepsr.inference.shared_norms import SHARE_OF_PICTURE, PictureNorms, reduced
-from onestepsr.inference.tile_runner import STAGES, WHOLE, Network, Pass, Tile, TileStep, enlarge, to_float
+from onestepsr.inference.shared_norms import SHARE_OF_PICTURE, SharedNorms, reduced
+from onestepsr.inference.tile_runner import STAGES, WHOLE, Network, StageCall, Tile, TileRunner, enlarge, to_float
 from onestepsr.inference.tiling import TileJoin, join_of
 from onestepsr.models.memory_cost import Stage
 
 
-class Route:
-    """One picture, its plan, and the network it goes through."""
+class TiledRun:
+    """One image, its plan, and the network it goes through."""
 
     def __init__(
         self,
@@ -32,15 +32,15 @@ class Route:
         options: UpscaleOptions,
         *,
         profile: MatrixProfile | None,
-        norms: PictureNorms | None,
+        norms: SharedNorms | None,
         progress: Callable[[int, int], None] | None,
         fill: bool,
         keep_memory: bool,
     ) -> None:
         """``pixels`` (H, W, C) are stored samples. ``norms`` are to treat all tiles alike, where there are tiles.
 
-        ``progress(done, total)`` is called after every tile. ``fill`` and ``profile`` as in :class:`TileStep`;
-        ``keep_memory``: as :func:`onestepsr.inference.allocator.freed_memory_kept`.
+        ``progress(done, total)`` is called after every tile. ``fill`` and ``profile`` as in :class:`TileRunner`;
+        ``keep_memory``: as :func:`onestepsr.inference.allocator.no_malloc_trim`.
         """
         self.network, self.plan, self.options, self.profile = network, plan, options, profile
         self.fill, self.keep_memory, self._norms = fill, keep_memory, norms
@@ -51,15 +51,15 @@ class Route:
         self._progress, self._done = progress, 0
 
     def rows(self) -> Iterator[Tensor]:
-        """The enlarged picture, padding and all, as consecutive bands (1, C, rows, W * scale) of float32."""
+        """The enlarged image, padding and all, as consecutive bands (1, C, rows, W * scale) of float32."""
         with self._alike():
             if self.plan.stages is None:
-                yield from self._pictures(WHOLE, self.plan, None)
+                yield from self._images(WHOLE, self.plan, None)
                 return
             encoding, restoring, decoding = (self.plan.stages[stage] for stage in STAGES)
             z_l = self._latent("encode", encoding, None)
             z_h = self._latent("unet", restoring, z_l)
-            yield from self._pictures(STAGES["decode"], decoding, z_h)
+            yield from self._images(STAGES["decode"], decoding, z_h)
 
     def enlarged_rows(self) -> Iterator[Tensor]:
         """The input, enlarged bicubically, as :meth:`rows`."""
@@ -67,36 +67,36 @@ class Route:
         return self._join.rows(pieces, self._size, self.network.scale)
 
     def _alike(self) -> AbstractContextManager[None]:
-        """Inside, norms have statistics of the whole picture, if some of them only meet tiles."""
+        """Inside, norms have statistics of the whole image, if some of them only meet tiles."""
         # A copy is no smaller than a cell of the network, which may be more than the memory is planned for.
         if self._norms and self.plan.cuts_autoencoder and self._padding**2 <= self.plan.pixels:
-            return self._norms.measured_by(self._rehearse)
+            return self._norms.calibrated_by(self._calibration_pass)
         return nullcontext()
 
-    def _rehearse(self) -> None:
-        """Send a reduced copy of the picture through the network, whole."""
+    def _calibration_pass(self) -> None:
+        """Send a reduced copy of the image through the network, whole."""
         # Not where freed memory is kept: its blocks have other sizes, and would only break up the heap.
         most = min(self.plan.pixels, self._size[0] * self._size[1] * SHARE_OF_PICTURE)
         copied = reduced(self._source, most, self._padding)
-        TileStep(self.network, self.profile, self.options).rehearse(Tile(place=(0, 0), lr=copied))
+        TileRunner(self.network, self.profile, self.options).rehearse(Tile(place=(0, 0), lr=copied))
 
     def _exact(self, stage_plan: StagePlan) -> AbstractContextManager[None]:
-        """Inside, norms have statistics of their own if they meet the whole picture."""
-        return self._norms.set_aside() if self._norms and stage_plan.tiles == 1 else nullcontext()
+        """Inside, norms have statistics of their own if they meet the whole image."""
+        return self._norms.disabled() if self._norms and stage_plan.tiles == 1 else nullcontext()
 
     def _latent(self, stage: Stage, stage_plan: StagePlan, latent: Tensor | None) -> Tensor:
-        """What encoder or UNet make of the picture, joined: (1, D, h, w) in float32."""
+        """What encoder or UNet make of the image, joined: (1, D, h, w) in float32."""
         join = self._join_of(stage_plan)
         cells = join.in_cells(self.plan.cell)
         size = (self._size[0] // self.plan.cell, self._size[1] // self.plan.cell)
-        with freed_memory_kept(self.keep_memory), self._exact(stage_plan):
+        with no_malloc_trim(self.keep_memory), self._exact(stage_plan):
             pieces = self._step(STAGES[stage], stage_plan)(self._tiles(join, latent))
             return torch.cat(list(cells.rows(pieces, size, 1)), dim=2)
 
-    def _pictures(self, part: Pass, stage_plan: StagePlan, latent: Tensor | None) -> Iterator[Tensor]:
-        """Bands of the enlarged picture from tiles of the input, or of ``latent``."""
+    def _images(self, part: StageCall, stage_plan: StagePlan, latent: Tensor | None) -> Iterator[Tensor]:
+        """Bands of the enlarged image from tiles of the input, or of ``latent``."""
         join = self._join_of(stage_plan)
-        with freed_memory_kept(self.keep_memory), self._exact(stage_plan):
+        with no_malloc_trim(self.keep_memory), self._exact(stage_plan):
             pieces = self._step(part, stage_plan)(self._tiles(join, latent))
             yield from join.rows(pieces, self._size, self.network.scale)
 
@@ -111,8 +111,8 @@ class Route:
         for place, lr, part in zip(places, join.cut(self._source), parts, strict=True):
             yield Tile(place=place, lr=lr, latent=part)
 
-    def _step(self, part: Pass, stage_plan: StagePlan) -> TileStep:
-        return TileStep(
+    def _step(self, part: StageCall, stage_plan: StagePlan) -> TileRunner:
+        return TileRunner(
             self.network,
             self.profile,
             self.options,

@@ -1,4 +1,4 @@
-"""Work on pictures of any size in tiles: where they lie and how they are joined.
+"""Work on images of any size in tiles: where they lie and how they are joined.
 
 Tiles are laid over each other from left to right and from top to bottom, each with an opacity that is zero on the
 outermost pixels of a tile (where a network lacks context), rises smoothly across the rest of the overlap and is one
@@ -32,21 +32,21 @@ Sides = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class TileJoin:
-    """Where tiles lie and how they become one picture; sides in input pixels. :func:`join_of` makes it."""
+    """Where tiles lie and how they become one image; sides in input pixels. :func:`join_of` makes it."""
 
     tile: Sides
     """Height and width of a tile."""
     overlap: int
     """Overlap of neighbours."""
     multiple: int
-    """Tiles start at multiples of this; the picture must have been padded to them."""
+    """Tiles start at multiples of this; the image must have been padded to them."""
     blend: TileBlend
     """``smooth`` is :func:`tiled_rows`, ``average`` :func:`averaged_rows`."""
     margin: int = 0
     """Width of the edge of a tile that is never used, for ``smooth``."""
 
     def rows(self, pieces: Iterable[Tensor], size: Sides, scale: int) -> Iterator[Tensor]:
-        """``pieces`` (1, D, h * scale, w * scale), one for each tile of a padded picture of ``size``, as bands of
+        """``pieces`` (1, D, h * scale, w * scale), one for each tile of a padded image of ``size``, as bands of
         finished rows (1, D, rows, width * scale)."""
         if self.blend == "average":
             return averaged_rows(pieces, size, scale, self.tile, self.overlap)
@@ -67,7 +67,7 @@ class TileJoin:
         )
 
     def starts(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Row and column where each tile of a padded picture starts, in order."""
+        """Row and column where each tile of a padded image starts, in order."""
         return places(height, width, self.tile, self.overlap)
 
 
@@ -126,7 +126,7 @@ def tiled_rows(
     pieces: Iterable[Tensor], size: Sides, scale: int, tile: Sides, overlap: int = OVERLAP, *, margin: int = MARGIN
 ) -> Iterator[Tensor]:
     """The result of :func:`tiled` as consecutive bands of finished rows (1, D, rows, W * scale): of what comes of the
-    tiles that :func:`cut` makes of a picture of ``size``, in their order.
+    tiles that :func:`cut` makes of an image of ``size``, in their order.
 
     No more than one row of tiles is in memory at a time, so that the caller can round and store each band. All tiles
     have one shape.
@@ -146,7 +146,7 @@ def tiled_rows(
 
 
 def places(height: int, width: int, tile: Sides, overlap: int = OVERLAP) -> list[tuple[int, int]]:
-    """Row and column where each tile of a picture of this size starts, in the order in which ``fn`` is called."""
+    """Row and column where each tile of an image of this size starts, in the order in which ``fn`` is called."""
     return list(itertools.product(starts_along(height, tile[0], overlap), starts_along(width, tile[1], overlap)))
 
 

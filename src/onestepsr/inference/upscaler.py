@@ -1,4 +1,4 @@
-"""The public upscaler: any picture in, an enlarged picture of exactly the wanted size out.
+"""The public upscaler: any image in, an enlarged image of exactly the wanted size out.
 
 The network enlarges by a fixed factor (4). Other factors are reached from its output: shrunk with an antialiased
 Lanczos filter below 4, enlarged bicubically above, so the network always works at the scale it was trained for.
@@ -24,24 +24,24 @@ from onestepsr.core.errors import UserError
 from onestepsr.imaging.color import Statistics, match_statistics, statistics
 from onestepsr.imaging.icc import matrix_profile
 from onestepsr.imaging.read import (
-    Picture,
+    LoadedImage,
     from_array,
     from_pil,
-    read_picture,
+    read_image,
     samples_to_tensor,
     tensor_to_samples,
     to_pil,
 )
 from onestepsr.imaging.resize import fill_transparent, resize
-from onestepsr.inference.allocator import blocks_apart
+from onestepsr.inference.allocator import separate_mmaps
 from onestepsr.inference.compiling import compile_networks, compiler_errors_named, require_compiler
 from onestepsr.inference.devices import DTYPES, is_out_of_memory, resolve_device, resolve_dtype
-from onestepsr.inference.generator_cost import Demand, Extent
+from onestepsr.inference.generator_cost import InputSize, MemoryCost
 from onestepsr.inference.memory_plan import Plan, Planner, smaller
 from onestepsr.inference.options import ColorFix, UpscaleOptions, target_size
-from onestepsr.inference.shared_norms import PictureNorms
+from onestepsr.inference.shared_norms import SharedNorms
 from onestepsr.inference.tile_runner import Network, NonFiniteError, enlarge, input_dtype_of
-from onestepsr.inference.tiled import Route
+from onestepsr.inference.tiled import TiledRun
 from onestepsr.inference.tiling import Sides, TileBlend
 
 __all__ = [
@@ -58,21 +58,21 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 LARGE_WORK = 100_000_000
-"""Peak bytes of a tile on a CPU from which on freed memory is kept while the picture is enlarged; smaller work lives on
+"""Peak bytes of a tile on a CPU from which on freed memory is kept while the image is enlarged; smaller work lives on
 what the C library keeps by itself, and would only pay for handing it back."""
 BAND_ROWS = 256
 """Output rows that are rounded at once."""
 
 
 class Upscaler:
-    """A generator ready to enlarge pictures. It is moved to the device and number format, not copied.
+    """A generator ready to enlarge images. It is moved to the device and dtype, not copied.
 
     The generator is a module in eval mode with an int attribute ``scale`` that maps float RGB (N, 3, h, w) in [0, 1] of
     any size to (N, 3, h * scale, w * scale) in about [0, 1]. It may have ``memory_per_pixel(dtype)``, peak bytes per
     input pixel, ``lr_multiple``, at multiples of which tiles start, and ``largest_tile``, the side that "auto" stays
     below; with ``takes_float32`` it is given float32 whatever the format of its weights, else its own format. It may
     take a keyword ``rng``, a ``torch.Generator`` for the noise it draws, and ``origin``, the row and
-    column of a tile in the picture, by which the noise of a place is the same in every tile; one that reads text takes
+    column of a tile in the image, by which the noise of a place is the same in every tile; one that reads text takes
     ``prompt_embedding`` (1, L, C) and has C as ``prompt_width``. One whose encoder, UNet and decoder can have tiles of
     their own has ``stage_demands(dtype)`` and what :mod:`onestepsr.models.memory_cost` asks for.
     """
@@ -86,7 +86,7 @@ class Upscaler:
         *,
         compiled: bool = False,
     ) -> None:
-        """``compiled``: through ``torch.compile``, for large pictures or many of one size."""
+        """``compiled``: through ``torch.compile``, for large images or many of one size."""
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         self.name = name
@@ -94,14 +94,14 @@ class Upscaler:
         self._chooses_dtype = dtype == "auto"
         self._most_pixels: int | None = None  # at once, since memory ran out with more
         self.last_plan: Plan | None = None
-        """How the last picture went through the network: the plan with which it succeeded."""
+        """How the last image went through the network: the plan with which it succeeded."""
         reads_text = "prompt_embedding" in inspect.signature(generator.forward).parameters
         self.prompt_width = int(cast(int, generator.prompt_width)) if reads_text else None
         """Channels of the prompt embeddings that the generator reads; None if it reads no text."""
         self.generator = generator.eval().requires_grad_(False)
         self._convert(self.dtype)
         autoencoder = getattr(self.generator, "autoencoder", None)
-        self._norms = PictureNorms(autoencoder) if isinstance(autoencoder, nn.Module) else None
+        self._norms = SharedNorms(autoencoder) if isinstance(autoencoder, nn.Module) else None
         self.compiled = compiled
         if compiled:
             require_compiler(self.device)
@@ -130,7 +130,7 @@ class Upscaler:
         target = resolve_device(device)
         number_format = resolve_dtype(dtype, target)
         try:
-            with blocks_apart():
+            with separate_mmaps():
                 generator = load_generator(
                     name_or_path, device=target, dtype=number_format, steps=steps, sampler=sampler, fidelity=fidelity
                 )
@@ -160,7 +160,7 @@ class Upscaler:
         """Enlarge a file, a Pillow image or (H, W[, C]) uint8/uint16 samples; see :class:`UpscaleOptions`.
 
         The result is a Pillow image with the input's profile and EXIF in ``info``. Pillow has no 16-bit colour, so that
-        such input comes back with 8 bits: :meth:`upscale_picture` keeps it.
+        such input comes back with 8 bits: :meth:`upscale_image` keeps it.
         """
         options = UpscaleOptions(
             scale=scale,
@@ -174,45 +174,45 @@ class Upscaler:
             prompt_embedding=prompt_embedding,
         )
         if isinstance(source, np.ndarray):
-            picture = from_array(source)
+            image = from_array(source)
         elif isinstance(source, Image.Image):
-            picture = from_pil(source)
+            image = from_pil(source)
         else:
-            picture = read_picture(Path(source))
-        return to_pil(self.upscale_picture(picture, options))
+            image = read_image(Path(source))
+        return to_pil(self.upscale_image(image, options))
 
-    def upscale_picture(
+    def upscale_image(
         self,
-        picture: Picture,
+        image: LoadedImage,
         options: UpscaleOptions | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Picture:
-        """Enlarge ``picture``, all its metadata kept; ``progress(done, total)`` is called after every tile.
+    ) -> LoadedImage:
+        """Enlarge ``image``, all its metadata kept; ``progress(done, total)`` is called after every tile.
 
-        When memory runs out the picture is begun again with half the tile side, and later ones start with that;
+        When memory runs out the image is begun again with half the tile side, and later ones start with that;
         :class:`UserError` when not even the smallest tiles fit. :attr:`last_plan` tells what was used.
 
-        Grey stays grey and bit depth stays. Alpha is resampled on its own: a network trained on photographs would draw
+        Gray stays gray and bit depth stays. Alpha is resampled on its own: a network trained on photographs would draw
         texture into it. Wide-gamut RGB goes through the network as sRGB and returns to its own space before the colour
         fix, which takes low frequencies from the unclipped input.
         """
         options = options or UpscaleOptions()
-        width, height = target_size(picture.width, picture.height, options)
+        width, height = target_size(image.width, image.height, options)
         if options.prompt_embedding is not None:
             self.require_prompt_width(options.prompt_embedding.shape[-1])
         try:
-            samples = self._enlarge_within_memory(picture, options, progress)
+            samples = self._enlarge_within_memory(image, options, progress)
         except NonFiniteError:
             if not self._chooses_dtype or self.dtype == torch.float32:
                 raise
             logger.warning("%s overflows in %s: repeating in float32", self.name, self.dtype)
             self._chooses_dtype = False
             self._convert(torch.float32)
-            samples = self._enlarge_within_memory(picture, options, progress)
-        alpha = picture.alpha
+            samples = self._enlarge_within_memory(image, options, progress)
+        alpha = image.alpha
         if alpha is not None:
             alpha = resize(alpha[..., None], height, width)[..., 0]
-        return replace(picture, pixels=resize(samples, height, width), alpha=alpha)
+        return replace(image, pixels=resize(samples, height, width), alpha=alpha)
 
     def require_prompt_width(self, width: int) -> None:
         """Raise :class:`UserError` unless the generator reads prompt embeddings of ``width`` channels."""
@@ -226,13 +226,15 @@ class Upscaler:
     def plan(
         self, height: int, width: int, options: UpscaleOptions, *, pixel_bytes: int = 3, alpha_bytes: int = 0
     ) -> Plan:
-        """How a picture of this size goes through the network, by the memory that is free now.
+        """How an image of this size goes through the network, by the memory that is free now.
 
-        Where the number format was left to choose, and float32 does not fit on a CPU, the plan is one for bfloat16.
+        Where the dtype was left to choose, and float32 does not fit on a CPU, the plan is one for bfloat16.
         """
-        return self._plan(Extent(height=height, width=width, pixel_bytes=pixel_bytes, alpha_bytes=alpha_bytes), options)
+        return self._plan(
+            InputSize(height=height, width=width, pixel_bytes=pixel_bytes, alpha_bytes=alpha_bytes), options
+        )
 
-    def _plan(self, extent: Extent, options: UpscaleOptions) -> Plan:
+    def _plan(self, extent: InputSize, options: UpscaleOptions) -> Plan:
         try:
             return Planner(extent, self._demand(self.dtype), options, self.device).plan(self._most_pixels)
         except UserError:
@@ -241,7 +243,7 @@ class Upscaler:
             return Planner(extent, self._demand(torch.bfloat16), options, self.device).plan(self._most_pixels)
 
     def plan_tile(self, height: int, width: int, options: UpscaleOptions) -> Sides:
-        """Height and width of the tiles in input pixels for a picture of this size; the decoder's, where encoder, UNet
+        """Height and width of the tiles in input pixels for an image of this size; the decoder's, where encoder, UNet
         and decoder have their own."""
         return self.plan(height, width, options).tile
 
@@ -250,11 +252,11 @@ class Upscaler:
         return self._demand(self.dtype).per_pixel
 
     def keeps_freed_memory(self, area: int) -> bool:
-        """Whether ``area`` input pixels at once are worth :func:`onestepsr.inference.allocator.freed_memory_kept`."""
+        """Whether ``area`` input pixels at once are worth :func:`onestepsr.inference.allocator.no_malloc_trim`."""
         return self.device.type == "cpu" and area * self.memory_per_pixel() > LARGE_WORK
 
-    def _demand(self, dtype: torch.dtype) -> Demand:
-        return Demand.of(self.generator, dtype, self.name)
+    def _demand(self, dtype: torch.dtype) -> MemoryCost:
+        return MemoryCost.of(self.generator, dtype, self.name)
 
     def _convert(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -263,10 +265,10 @@ class Upscaler:
         )
 
     def _enlarge_within_memory(
-        self, picture: Picture, options: UpscaleOptions, progress: Callable[[int, int], None] | None
+        self, image: LoadedImage, options: UpscaleOptions, progress: Callable[[int, int], None] | None
     ) -> NDArray[Any]:
         """:meth:`_enlarge` with the first plan, of smaller and smaller ones, for which the memory suffices."""
-        extent = _extent(picture)
+        extent = _extent(image)
         plan = self._plan(extent, options)
         while True:
             logger.info("%s: %s", self.name, plan)
@@ -274,7 +276,7 @@ class Upscaler:
                 logger.warning("%s in %s does not fit: %s from here on", self.name, self.dtype, plan.dtype)
                 self._convert(DTYPES[plan.dtype])
             try:
-                samples = self._enlarge(picture, options, plan, progress)
+                samples = self._enlarge(image, options, plan, progress)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -283,7 +285,7 @@ class Upscaler:
                 return samples
             plan = self._after_failure(plan, options, extent)  # here, where the error holds no tensors
 
-    def _after_failure(self, failed: Plan, options: UpscaleOptions, extent: Extent) -> Plan:
+    def _after_failure(self, failed: Plan, options: UpscaleOptions, extent: InputSize) -> Plan:
         """A plan with fewer pixels at once than ``failed``; :class:`UserError` if there is none."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -301,19 +303,19 @@ class Upscaler:
         )
 
     def _enlarge(
-        self, picture: Picture, options: UpscaleOptions, plan: Plan, progress: Callable[[int, int], None] | None
+        self, image: LoadedImage, options: UpscaleOptions, plan: Plan, progress: Callable[[int, int], None] | None
     ) -> NDArray[Any]:
-        """The network's output at its own scale, colour-fixed, as samples of the picture's kind."""
-        pixels = picture.pixels if picture.alpha is None else fill_transparent(picture.pixels, picture.alpha)
-        shape = (picture.height * self.scale, picture.width * self.scale, pixels.shape[2])
-        alike = options.tile_norms == "picture" and options.tile_blend == "smooth" and not self.compiled
-        route = Route(
+        """The network's output at its own scale, colour-fixed, as samples of the image's kind."""
+        pixels = image.pixels if image.alpha is None else fill_transparent(image.pixels, image.alpha)
+        shape = (image.height * self.scale, image.width * self.scale, pixels.shape[2])
+        shared_norms = options.tile_norms == "picture" and options.tile_blend == "smooth" and not self.compiled
+        route = TiledRun(
             self._network(),
             pixels,
             plan,
             options,
-            profile=None if picture.gray else matrix_profile(picture.icc),
-            norms=self._norms if alike else None,
+            profile=None if image.gray else matrix_profile(image.icc),
+            norms=self._norms if shared_norms else None,
             progress=progress,
             fill=self.compiled,
             keep_memory=self.keeps_freed_memory(plan.pixels),
@@ -338,13 +340,13 @@ class Upscaler:
         )
 
 
-def _extent(picture: Picture) -> Extent:
-    item = picture.pixels.itemsize
-    return Extent(
-        height=picture.height,
-        width=picture.width,
-        pixel_bytes=picture.pixels.shape[2] * item,
-        alpha_bytes=0 if picture.alpha is None else item,
+def _extent(image: LoadedImage) -> InputSize:
+    item = image.pixels.itemsize
+    return InputSize(
+        height=image.height,
+        width=image.width,
+        pixel_bytes=image.pixels.shape[2] * item,
+        alpha_bytes=0 if image.alpha is None else item,
     )
 
 

@@ -106,7 +106,7 @@ class Method:
     ema: tuple[str, ...] = ()
     """Names of the networks of which an exponential moving average is kept."""
     preview: Callable[[Networks, Batch], dict[str, Tensor]] | None = None
-    """Validation pictures by column title, each (N, 3, H, W) in [0, 1], for example LR | SR | HR. No gradients."""
+    """Validation images by column title, each (N, 3, H, W) in [0, 1], for example LR | SR | HR. No gradients."""
     export: Callable[[Mapping[str, nn.Module]], Exported] | None = None
     """Turns unwrapped networks (EMA weights where kept) into what ``export`` writes."""
     embedder: Callable[[EmbeddingCache], PromptEmbedder] | None = None

@@ -32,15 +32,15 @@ from onestepsr.methods.base import (
 from onestepsr.methods.shared.adversarial import (
     CRITIC,
     DISCRIMINATOR,
+    AdversarialTerm,
     DiscriminatorConfig,
-    Judge,
-    Made,
+    GeneratorOutput,
     Tuning,
+    adversarial_phases,
     build_discriminator,
     condition_channels,
-    judged_phases,
-    latent_judge,
-    picture_judge,
+    image_critic_term,
+    latent_discriminator_term,
 )
 from onestepsr.methods.shared.image_loss import PerceptualConfig, SpatialLoss, SpatialWeights
 from onestepsr.models.backbones import load_backbone
@@ -48,15 +48,15 @@ from onestepsr.models.discriminators import PatchCritic
 from onestepsr.models.generators import OneStepLatentGenerator, TrainableGenerator
 from onestepsr.models.lora import LoraConfig, add_lora
 from onestepsr.models.stable_diffusion.config import PromptConfig
-from onestepsr.models.tiny.edit import Depth, deepened, with_even_contrast
+from onestepsr.models.tiny.edit import Depth, deepened, equalize_subpixel_contrast
 
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig:
-    """A small convolutional critic of pictures beside the discriminator of latents; not part of the paper."""
+    """A small convolutional critic of images beside the discriminator of latents; not part of the paper."""
 
     widths: tuple[int, ...] = (48, 96, 128)
-    """Channels at a half, a quarter, ... of the picture's resolution."""
+    """Channels at a half, a quarter, ... of the image's resolution."""
     start: int = 0
     """First iteration with a critic."""
     contrast_floor: float | None = None
@@ -69,7 +69,7 @@ class CriticConfig:
     """Tell it where in its input pixel every output pixel lies: texture that follows the input's grid, which photos
     never do, is then plain to see."""
     matching: float = 0.0
-    """Weight of the distance between its features of picture and photo, relative to its adversarial term."""
+    """Weight of the distance between its features of image and photo, relative to its adversarial term."""
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1 or self.start < 0:
@@ -93,9 +93,9 @@ class D3SRConfig:
     """Safetensors file with a prompt embedding (L, C) to start from instead."""
     deepen: Depth | None = None
     """Residual blocks that a tiny backbone shall have. New ones start as the identity: training goes on from the
-    backbone's own pictures."""
+    backbone's own images."""
     even_contrast: bool = False
-    """Make detail of a tiny backbone's pictures equally strong at all positions of its latent cells, while training
+    """Make detail of a tiny backbone's images equally strong at all positions of its latent cells, while training
     already: critics see no lattice then, and the generator gains nothing by one. See
     :class:`onestepsr.models.tiny.decoder.EvenContrast`."""
     timestep: int = 399
@@ -116,7 +116,7 @@ class D3SRConfig:
     adversarial_weight: float = 0.5
     """lambda_1; 0 leaves the discriminator out altogether (Table 6)."""
     critic_weight: float = 0.0
-    """Weight of the adversarial term of a critic of pictures; 0, as in the paper, leaves it out. A decoder that is
+    """Weight of the adversarial term of a critic of images; 0, as in the paper, leaves it out. A decoder that is
     trained along makes artefacts that no latent shows."""
     lattice_weight: float = 0.0
     """Weight of the penalty on patterns locked to the latent grid, in [-1, 1]; not in the paper, whose decoder does not
@@ -126,11 +126,11 @@ class D3SRConfig:
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """The noise-aware discriminator."""
     critic: CriticConfig = field(default_factory=CriticConfig)
-    """The critic of pictures, used with a ``critic_weight``."""
+    """The critic of images, used with a ``critic_weight``."""
 
     def __post_init__(self) -> None:
-        spatial, judges = self.spatial_weights, (self.adversarial_weight, self.critic_weight)
-        if min(spatial.mse, spatial.perceptual, spatial.lattice, *judges) < 0:
+        spatial, terms = self.spatial_weights, (self.adversarial_weight, self.critic_weight)
+        if min(spatial.mse, spatial.perceptual, spatial.lattice, *terms) < 0:
             raise ValueError("loss weights must not be negative")
         if not self.mse_weight + self.perceptual_weight:
             raise ValueError("mse_weight and perceptual_weight are both 0: nothing ties the output to the photo")
@@ -142,29 +142,29 @@ class D3SRConfig:
 
 
 def build(config: D3SRConfig) -> Method:
-    """Generator phase, then the phases of those that judge it."""
+    """Generator phase, then the phases of its discriminator and critic."""
     generator = _prepare_generator(config)
     spatial = SpatialLoss(config.spatial_weights, config.perceptual)
     networks: dict[str, nn.Module] = {"generator": TrainableGenerator(generator)}
-    judges: list[Judge] = []
+    terms: list[AdversarialTerm] = []
     if config.adversarial_weight:
         networks[DISCRIMINATOR], noise = build_discriminator(
             generator, config.discriminator, name=config.backbone, checkpointing=config.gradient_checkpointing
         )
-        judges.append(latent_judge(noise, config.adversarial_weight, config.discriminator.start))
+        terms.append(latent_discriminator_term(noise, config.adversarial_weight, config.discriminator.start))
     if config.critic_weight:
         critic = config.critic
         beside = {"conditional": critic.conditional, "lattice": critic.lattice}
         networks[CRITIC] = PatchCritic(
             critic.widths, contrast_floor=critic.contrast_floor, condition_channels=condition_channels(**beside)
         )
-        judges.append(picture_judge(config.critic_weight, critic.start, matching=critic.matching, **beside))
+        terms.append(image_critic_term(config.critic_weight, critic.start, matching=critic.matching, **beside))
     if config.tuning == "lora":  # after the discriminator has copied the plain UNet
         add_lora(generator.unet, config.lora)
     return Method(
         networks=networks,
         frozen=spatial.frozen,
-        phases=judged_phases(partial(_generator_phase, spatial), judges),
+        phases=adversarial_phases(partial(_generator_phase, spatial), terms),
         ema=("generator",),
         preview=partial(_preview, generator.scale),
         export=_export,
@@ -177,7 +177,7 @@ def _prepare_generator(config: D3SRConfig) -> OneStepLatentGenerator:
     generator = load_backbone(config.backbone, prompt=config.prompt, prompt_file=config.prompt_file)
     check_timestep(config.timestep, generator, config.backbone)
     generator = deepened(generator, config.deepen) if config.deepen else generator
-    generator = with_even_contrast(generator) if config.even_contrast else generator
+    generator = equalize_subpixel_contrast(generator) if config.even_contrast else generator
     generator.timestep = config.timestep
     for name, parameter in generator.autoencoder.named_parameters():
         parameter.requires_grad_(config.train_decoder and _belongs_to_decoder(name))
@@ -190,17 +190,17 @@ def _belongs_to_decoder(name: str) -> bool:
     return any(part.startswith("decoder") or part == "post_quant_conv" for part in name.split("."))
 
 
-def _generator_phase(spatial: SpatialLoss, judges: list[Judge]) -> LossFn:
-    needs_latent = any(judge.network == DISCRIMINATOR for judge in judges)
+def _generator_phase(spatial: SpatialLoss, terms: list[AdversarialTerm]) -> LossFn:
+    needs_latent = any(term.network == DISCRIMINATOR for term in terms)
 
     def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
-        for judge in judges:
-            judge.settle()
+        for term in terms:
+            term.begin_iteration()
         sr, z_sr, *z_hr = networks["generator"](batch["lr"], batch["hr"] if needs_latent else None)
-        made = Made(sr=sr, z_sr=z_sr, lr=batch["lr"], hr=batch["hr"])
-        if judges:
+        made = GeneratorOutput(sr=sr, z_sr=z_sr, lr=batch["lr"], hr=batch["hr"])
+        if terms:
             batch |= {"sr": sr.detach(), "z_sr": z_sr.detach()} | ({"z_hr": z_hr[0]} if z_hr else {})
-        return spatial(sr, batch["hr"]) | {judge.term: judge.judge(networks, made, random) for judge in judges}
+        return spatial(sr, batch["hr"]) | {term.name: term.generator_loss(networks, made, random) for term in terms}
 
     return loss
 

@@ -33,12 +33,12 @@ from onestepsr.methods.base import (
 )
 from onestepsr.methods.shared.adversarial import (
     DISCRIMINATOR,
+    AdversarialTerm,
     DiscriminatorConfig,
-    Judge,
-    Made,
+    GeneratorOutput,
+    adversarial_phases,
     build_discriminator,
-    judged_phases,
-    latent_judge,
+    latent_discriminator_term,
 )
 from onestepsr.methods.shared.image_loss import PerceptualConfig, SpatialLoss, SpatialWeights
 from onestepsr.methods.shared.prompt import ConditionConfig
@@ -49,10 +49,10 @@ from onestepsr.methods.shared.vsd import (
     VariationalConfig,
     build_pair,
     unet_adapters,
-    variational_judge,
+    variational_term,
 )
 from onestepsr.models.backbones import load_backbone
-from onestepsr.models.lora import LoraConfig, add_lora, sharing_copy
+from onestepsr.models.lora import LoraConfig, add_lora, copy_sharing_weights
 from onestepsr.models.osediff.adapters import can_be_published, collect, copy_into_adapters
 from onestepsr.models.osediff.checkpoints import ARCHITECTURE, content_of, read_any
 from onestepsr.models.osediff.generator import (
@@ -90,7 +90,7 @@ class OSEDiffConfig:
     """The step at which the UNet is evaluated."""
     posterior: Posterior = "mean"
     """What the encoder gives to the UNet: the mean, or a sample as the published code draws it. The mean by default,
-    because one picture then has one result."""
+    because one image then has one result."""
     prompt: ConditionConfig = field(default_factory=ConditionConfig)
     """The text condition of all three UNets."""
     parts: tuple[Part, ...] = ("encoder", "unet")
@@ -117,7 +117,7 @@ class OSEDiffConfig:
     perceptual: OSEDiffPerceptualConfig = field(default_factory=OSEDiffPerceptualConfig)
     """The perceptual distance, LPIPS in the paper."""
     regularization: Literal["vsd", "vsd_image", "gan", "none"] = "vsd"
-    """What makes pictures natural: distillation of latents; the same of pictures, which pass through the decoder and
+    """What makes images natural: distillation of latents; the same of images, which pass through the decoder and
     the untrained encoder first (our reading of what the paper calls the image domain); D3SR's discriminator instead;
     nothing."""
     vsd: VariationalConfig = field(default_factory=VariationalConfig)
@@ -174,13 +174,13 @@ def build(config: OSEDiffConfig) -> Method:
     )
     networks: dict[str, nn.Module] = {"generator": TrainableOSEDiff(generator)}
     frozen = dict(spatial.frozen)
-    judges = _add_judge(generator, config, negative, networks, frozen)
-    _tune(generator, config)  # after the judges have copied the plain networks
+    terms = _add_adversarial_terms(generator, config, negative, networks, frozen)
+    _tune(generator, config)  # after the adversarial terms have copied the plain networks
     learnt = config.prompt.kind == "learnable"
     return Method(
         networks=networks,
         frozen=frozen,
-        phases=judged_phases(partial(_generator_loss, generator, spatial, config), judges),
+        phases=adversarial_phases(partial(_generator_loss, generator, spatial, config), terms),
         ema=("generator",),
         preview=partial(_preview, generator.scale),
         export=_export,
@@ -201,27 +201,27 @@ def _prepare_generator(config: OSEDiffConfig) -> OSEDiffGenerator:
     return generator
 
 
-def _add_judge(
+def _add_adversarial_terms(
     generator: OSEDiffGenerator,
     config: OSEDiffConfig,
     negative: Tensor | None,
     networks: dict[str, nn.Module],
     frozen: dict[str, nn.Module],
-) -> list[Judge]:
-    """Put what judges the generator among the networks."""
+) -> list[AdversarialTerm]:
+    """Add the networks of the adversarial terms."""
     if config.regularization == "none":
         return []
     share = config.share_frozen and config.tuning == "lora"
     if config.regularization != "vsd":
         autoencoder = generator.autoencoder
-        frozen[ENCODER] = FrozenEncoder(sharing_copy(autoencoder) if share else copy.deepcopy(autoencoder))
+        frozen[ENCODER] = FrozenEncoder(copy_sharing_weights(autoencoder) if share else copy.deepcopy(autoencoder))
     if config.regularization == "gan":
         networks[DISCRIMINATOR], noise = build_discriminator(
             generator, config.discriminator, name=config.backbone, checkpointing=config.gradient_checkpointing
         )
-        return [latent_judge(noise, config.adversarial_weight, config.discriminator.start)]
+        return [latent_discriminator_term(noise, config.adversarial_weight, config.discriminator.start)]
     networks[REGULARIZER], frozen[TEACHER] = build_pair(generator, config.vsd, negative, share=share)
-    return [variational_judge(generator, config.vsd)]
+    return [variational_term(generator, config.vsd)]
 
 
 def _tune(generator: OSEDiffGenerator, config: OSEDiffConfig) -> None:
@@ -251,23 +251,23 @@ def _require_gradients(network: nn.Module, layers: str) -> None:
 
 
 def _generator_loss(
-    generator: OSEDiffGenerator, spatial: SpatialLoss, config: OSEDiffConfig, judges: list[Judge]
+    generator: OSEDiffGenerator, spatial: SpatialLoss, config: OSEDiffConfig, terms: list[AdversarialTerm]
 ) -> LossFn:
     def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
-        for judge in judges:
-            judge.settle()
+        for term in terms:
+            term.begin_iteration()
         lr, prompt = batch["lr"], batch.get("prompt")
         noise = random.normal(generator.latent_like(lr)) if config.posterior == "sample" else None
         sr, z_sr = networks["generator"](lr, prompt, noise)
-        if judges and config.regularization == "vsd_image":
+        if terms and config.regularization == "vsd_image":
             z_sr = networks[ENCODER](sr)
-        made = Made(sr=sr, z_sr=z_sr, prompt=prompt)
-        if judges:
+        made = GeneratorOutput(sr=sr, z_sr=z_sr, prompt=prompt)
+        if terms:
             batch["z_sr"] = z_sr.detach()
-        if judges and config.regularization == "gan":
+        if terms and config.regularization == "gan":
             with torch.no_grad():
                 batch["z_hr"] = networks[ENCODER](batch["hr"])
-        return spatial(sr, batch["hr"]) | {judge.term: judge.judge(networks, made, random) for judge in judges}
+        return spatial(sr, batch["hr"]) | {term.name: term.generator_loss(networks, made, random) for term in terms}
 
     return loss
 

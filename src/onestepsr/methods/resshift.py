@@ -1,7 +1,7 @@
 """ResShift: residual-shifting diffusion in a few steps (Yue et al., NeurIPS 2023), the teacher of SinSR and TAD-SR.
 
 The network predicts z_0 from z_t at uniformly drawn steps (TAD-SR, Eq. 4). Versions 1 and 2 train on the squared error
-of latents alone; from version 3 on a perceptual distance of the decoded picture joins it.
+of latents alone; from version 3 on a perceptual distance of the decoded image joins it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor
 
-from onestepsr.core.errors import concerning
+from onestepsr.core.errors import error_context
 from onestepsr.diffusion.residual_shift import ResidualShiftConfig, ResidualShiftSchedule, Respacing
 from onestepsr.methods.base import (
     Batch,
@@ -122,7 +122,7 @@ def _prepare_generator(config: ResShiftConfig) -> ResidualShiftGenerator:
 def _shown_schedule(schedule: ResidualShiftSchedule, config: ResShiftConfig) -> ResidualShiftSchedule:
     if config.steps is None:
         return schedule
-    with concerning("config.steps"):
+    with error_context("config.steps"):
         return schedule.respaced(config.steps, config.respacing)
 
 

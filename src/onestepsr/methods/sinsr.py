@@ -1,7 +1,7 @@
 """SinSR: a one-step student of ResShift (Wang et al., CVPR 2024), distilled from its deterministic sampling.
 
 The student starts as a copy of the teacher. Three terms, in :mod:`onestepsr.losses.distillation`: it repeats what all
-steps of the teacher give, finds the way back, and goes from there to the real picture.
+steps of the teacher give, finds the way back, and goes from there to the real image.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onestepsr.core.errors import concerning
+from onestepsr.core.errors import error_context
 from onestepsr.diffusion.residual_shift import ResidualShiftSchedule
 from onestepsr.losses.distillation import Student, distillation_loss, ground_truth_loss, inverse_loss
 from onestepsr.methods.base import (
@@ -68,7 +68,7 @@ class SinSRConfig:
         if min(self.distillation_weight, self.inverse_weight, self.ground_truth_weight) < 0:
             raise ValueError("loss weights must not be negative")
         if not self.distillation_weight + self.ground_truth_weight:
-            raise ValueError("distillation_weight and ground_truth_weight are both 0: nothing makes pictures")
+            raise ValueError("distillation_weight and ground_truth_weight are both 0: nothing makes images")
 
 
 def build(config: SinSRConfig) -> Method:
@@ -103,7 +103,7 @@ def _student_of(teacher: ResidualShiftGenerator, config: SinSRConfig) -> Residua
 
 def _loss(generator: ResidualShiftGenerator, config: SinSRConfig) -> LossFn:
     schedule = whole_schedule(generator)
-    with concerning("config.teacher_steps"):
+    with error_context("config.teacher_steps"):
         teaching = schedule if config.teacher_steps is None else schedule.respaced(config.teacher_steps)
 
     def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ def terms(
 
 
 def student_at_last_scale(networks: Networks, lr: Tensor, schedule: ResidualShiftSchedule) -> Student:
-    """The student under the LR picture (N, 3, h, w) in [0, 1]; its input always has the scale of the last step."""
+    """The student under the LR image (N, 3, h, w) in [0, 1]; its input always has the scale of the last step."""
     predict = conditioned(networks[DENOISER], lr)
     last_step = schedule.steps - 1
 

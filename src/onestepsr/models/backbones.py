@@ -36,7 +36,7 @@ from onestepsr.models.stable_diffusion.networks import (
 )
 from onestepsr.models.tiny.networks import TinyUNet
 from onestepsr.weights.catalog import resolve
-from onestepsr.weights.foreign import LazyTensors, fill, given, read_tensors
+from onestepsr.weights.foreign import LazyTensors, fill, materialize, read_tensors
 from onestepsr.weights.native import architecture_of, read_weights
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def load_discriminator_backbone(
     return encoder, initial_prompt(encoder.config, start)
 
 
-def half_of(generator: OneStepLatentGenerator) -> nn.Module:
+def unet_encoder_of(generator: OneStepLatentGenerator) -> nn.Module:
     """A copy of the down and middle blocks of a generator's own UNet, with its weights."""
     if isinstance(generator.unet, TinyUNet):
         return copy.deepcopy(generator.unet.encoder)
@@ -153,7 +153,7 @@ def noise_correlation(generator: OneStepLatentGenerator) -> float:
     """Correlation of the UNet's prediction with its input at the last step, where that is noise and hardly more.
 
     A network that predicts noise has to give back what it sees (near 1); one that predicts velocity gives the negative
-    of a picture (near 0).
+    of an image (near 0).
     """
     noise = torch.randn(1, generator.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
     predict = cast(NoisePredictor, generator.unet)
@@ -194,7 +194,7 @@ def _random_encoder(name: str, sdxl: SDXLConditioning | None) -> tuple[nn.Module
     if encoder is not None:
         return encoder, None
     generator = random_backbone(name)
-    return half_of(generator), generator.prompt.detach()
+    return unet_encoder_of(generator), generator.prompt.detach()
 
 
 def _own_encoder(path: Path, sdxl: SDXLConditioning | None) -> tuple[nn.Module, Tensor | None]:
@@ -202,14 +202,16 @@ def _own_encoder(path: Path, sdxl: SDXLConditioning | None) -> tuple[nn.Module, 
     architecture, values, tensors = read_weights(path, _belongs_to_half)
     if architecture == "stable-diffusion":
         config = from_mapping(StableDiffusionGeneratorConfig, values, str(path))
-        half = {key.removeprefix(WHOLE): partial(given, value) for key, value in tensors.items() if key != "prompt"}
+        half = {
+            key.removeprefix(WHOLE): partial(materialize, value) for key, value in tensors.items() if key != "prompt"
+        }
         return _filled_encoder(config.unet, sdxl, half, f"{path}: unet"), tensors["prompt"].float()
     network = load_native(path)
     if isinstance(network, StableDiffusionUNetEncoder):
         network.sdxl = sdxl or network.sdxl
         return network, None
     if isinstance(network, OneStepLatentGenerator):
-        return half_of(network), network.prompt.detach()
+        return unet_encoder_of(network), network.prompt.detach()
     raise UserError(f"{path}: holds a {type(network).__name__}, expected a latent-diffusion backbone")
 
 

@@ -17,7 +17,7 @@ from onestepsr.models.osediff.checkpoints import read_published, write_adapters,
 from onestepsr.models.osediff.generator import Posterior
 from onestepsr.models.resshift.checkpoints import is_published, load_published, looks_published
 from onestepsr.models.resshift.config import PUBLISHED
-from onestepsr.models.tiny.edit import alike, blend, with_even_contrast
+from onestepsr.models.tiny.edit import blend, equalize_subpixel_contrast, match_architecture
 from onestepsr.weights.native import architecture_of, save_model
 
 ADAPTERS = ".adapters.safetensors"
@@ -63,9 +63,9 @@ def convert(
     ``autoencoder`` is the file of its autoencoder, by default that of the alias. Raises :class:`UserError` in one line
     when the source is none, ``target`` exists already or the numbers do not fit ``dtype``; nothing is left behind then.
     Adapters stay as they are in a second file, whose name ends in ``.adapters.safetensors``; the model's prompt for
-    pictures that come without one is read from ``prompt_file``, and ``posterior`` says what its encoder gives, the mean
+    images that come without one is read from ``prompt_file``, and ``posterior`` says what its encoder gives, the mean
     by default. ``towards`` is a second backbone of the same shape: the weights written lie the part ``share`` of the
-    way to its own. ``even_contrast`` is :func:`onestepsr.models.tiny.edit.with_even_contrast`.
+    way to its own. ``even_contrast`` is :func:`onestepsr.models.tiny.edit.equalize_subpixel_contrast`.
     """
     _check_target(target, overwrite)
     adapters = _adapters_file(target, overwrite) if holds_adapters(source) else None
@@ -89,9 +89,9 @@ def convert(
         network = load_backbone(source) if part == "generator" else load_discriminator_backbone(source)[0]
     if towards is not None:
         other = load_backbone(towards) if part == "generator" else load_discriminator_backbone(towards)[0]
-        network = blend(*alike(network, other), share)
+        network = blend(*match_architecture(network, other), share)
     if even_contrast:
-        network = with_even_contrast(network)
+        network = equalize_subpixel_contrast(network)
     architecture, config = describe(network)
     state = {key: _cast(key, value, dtype) for key, value in network.state_dict().items()}
     parameters = sum(parameter.numel() for parameter in network.parameters())

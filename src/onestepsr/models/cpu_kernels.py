@@ -88,7 +88,7 @@ def as_kind(kind: type[Kind], plain: nn.Module) -> Kind:
 
 
 LEAST_WEIGHT = 4
-"""Weights of a convolution are packed where they hold this many times as many numbers as the picture that they meet."""
+"""Weights of a convolution are packed where they hold this many times as many numbers as the image that they meet."""
 
 
 class _Packed(nn.Module):
@@ -148,7 +148,7 @@ class _Packed(nn.Module):
 
 
 class PackedConvolution(_Packed, nn.Conv2d):
-    """A convolution with packed weights, where they outweigh the picture."""
+    """A convolution with packed weights, where they outweigh the image."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Output (N, out_channels, h, w) of ``x`` (N, in_channels, H, W)."""

@@ -1,4 +1,4 @@
-"""Discriminators: of latents, with the features of a diffusion UNet, and of pictures, with a small network of its
+"""Discriminators: of latents, with the features of a diffusion UNet, and of images, with a small network of its
 own."""
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class NoiseAwareDiscriminator(nn.Module):
 
 
 class PatchCritic(nn.Module):
-    """Realism of every region of a picture, by strided convolutions with spectral normalisation (Miyato et al., 2018).
+    """Realism of every region of an image, by strided convolutions with spectral normalisation (Miyato et al., 2018).
 
-    It begins at half the picture's resolution, every 2x2 pixels as one position, which costs a quarter and hides
+    It begins at half the image's resolution, every 2x2 pixels as one position, which costs a quarter and hides
     nothing.
     """
 
@@ -80,7 +80,7 @@ class PatchCritic(nn.Module):
         contrast_floor: float | None = None,
         condition_channels: int = 0,
     ) -> None:
-        """``widths`` are the channels at a half, a quarter, ... of the picture's resolution. With ``contrast_floor`` it
+        """``widths`` are the channels at a half, a quarter, ... of the image's resolution. With ``contrast_floor`` it
         sees :func:`local_contrast` beside the colours, with ``condition_channels`` whatever else it is shown, such as
         the enlarged input of the generator."""
         super().__init__()
@@ -94,7 +94,7 @@ class PatchCritic(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(deepest, 1, 3, padding=1))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Realism logits (N, 1, h', w') of pictures (N, 3, H, W) in [0, 1], H and W even, then the features behind
+        """Realism logits (N, 1, h', w') of images (N, 3, H, W) in [0, 1], H and W even, then the features behind
         every activation, finest first; ``condition`` (N, condition_channels, H, W) in [0, 1] is seen beside them."""
         if self.condition_channels != (0 if condition is None else condition.shape[1]):
             raise ValueError(f"this critic needs a condition of {self.condition_channels} channels")
@@ -110,7 +110,7 @@ class PatchCritic(nn.Module):
 
 
 def local_contrast(x: Tensor, floor: float, *, window: int = 7) -> Tensor:
-    """Brightness (N, 1, H, W) of pictures (N, 3, H, W) in [0, 1], less its local mean, over its local deviation.
+    """Brightness (N, 1, H, W) of images (N, 3, H, W) in [0, 1], less its local mean, over its local deviation.
 
     In it, faint texture is as strong as an edge, as it is to the eye and to natural-scene statistics (Ruderman, 1994).
     ``floor`` is added to the deviation: what varies less stays faint.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from onestepsr.diffusion.noise_field import NoisePlane
 from onestepsr.diffusion.residual_shift import Noise
 from onestepsr.diffusion.schedule import DiffusionSchedule
-from onestepsr.models.memory_cost import Stage, StageDemand, stage_demands
+from onestepsr.models.memory_cost import Stage, StageCost, stage_costs
 
 # Bicubic enlargement by whole factors, as PyTorch computes it, several times as fast on a CPU -------------------------
 
@@ -86,7 +86,7 @@ class LatentUNet(Protocol):
     size_multiple: int
     """Latent sides must be multiples of this."""
 
-    def memory_per_cell(self, dtype: torch.dtype) -> float:
+    def memory_per_position(self, dtype: torch.dtype) -> float:
         """Peak bytes per latent position of one evaluation without gradients: feature maps, not weights."""
         ...
 
@@ -157,13 +157,13 @@ class LatentGenerator(nn.Module):
         return max(1, cells // self.scale)
 
     def memory_per_pixel(self, dtype: torch.dtype) -> float:
-        """Peak bytes of one picture per LR pixel: autoencoder and UNet run one after the other."""
-        unet = cast(LatentUNet, self.unet).memory_per_cell(dtype) / self._latent_autoencoder.factor**2
+        """Peak bytes of one image per LR pixel: autoencoder and UNet run one after the other."""
+        unet = cast(LatentUNet, self.unet).memory_per_position(dtype) / self._latent_autoencoder.factor**2
         return self.scale**2 * max(self._latent_autoencoder.memory_per_pixel(dtype), unet)
 
-    def stage_demands(self, dtype: torch.dtype) -> dict[Stage, StageDemand] | None:
+    def stage_costs(self, dtype: torch.dtype) -> dict[Stage, StageCost] | None:
         """What encoder, UNet and decoder take of tiles of their own; None where they have none."""
-        return stage_demands(self.autoencoder, self.unet, self.scale, dtype)
+        return stage_costs(self.autoencoder, self.unet, self.scale, dtype)
 
     def speed_up(self) -> None:
         """Let the networks compute faster where they can, for inference; parameters and their names stay."""
@@ -182,7 +182,7 @@ class OneStepLatentGenerator(LatentGenerator):
 
     prompt: nn.Parameter
     takes_float32 = True
-    """Whether pictures may be float32 while the networks have 16 bits: they are enlarged before they are rounded."""
+    """Whether images may be float32 while the networks have 16 bits: they are enlarged before they are rounded."""
 
     def __init__(
         self,
@@ -294,7 +294,7 @@ class TrainableGenerator(nn.Module):
 class NoisedLatentGenerator(OneStepLatentGenerator):
     """z_T = F(E(enlarged LR), T) with T the fixed step, one UNet evaluation at T, z_0 by Eq. 1 of D3SR, SR = D(z_0).
 
-    The noise lies on an endless plane on which every tile of a picture has its place, as in
+    The noise lies on an endless plane on which every tile of an image has its place, as in
     :class:`onestepsr.models.resshift.generator.ResidualShiftGenerator`.
     """
 
@@ -315,7 +315,7 @@ class NoisedLatentGenerator(OneStepLatentGenerator):
         """SR image (N, 3, s h, s w) in about [0, 1], not clamped, of LR (N, 3, h, w) in [0, 1] of any size.
 
         ``rng`` decides the plane of noise (None: always the same one) and ``origin``, the row and column of ``lr`` in
-        the whole picture, the place on it.
+        the whole image, the place on it.
         """
         height, width = lr.shape[-2:]
         padded = pad_to_multiple(lr, self.lr_multiple)

@@ -25,7 +25,7 @@ from onestepsr.models.resshift.generator import ResidualShiftGenerator, Sampler
 from onestepsr.models.stable_diffusion.config import PromptConfig
 from onestepsr.models.tiny.decoder import FACTOR
 from onestepsr.models.tiny.denoiser import TinyDenoiser, TinyDenoiserConfig
-from onestepsr.models.tiny.edit import alike, blend
+from onestepsr.models.tiny.edit import blend, match_architecture
 from onestepsr.models.tiny.networks import TinyAutoencoder
 from onestepsr.weights.catalog import (
     BICUBIC,
@@ -35,7 +35,7 @@ from onestepsr.weights.catalog import (
     require_upscaler,
     resolve,
 )
-from onestepsr.weights.download import obtain_all
+from onestepsr.weights.download import download_all
 from onestepsr.weights.native import architecture_of
 
 
@@ -76,7 +76,7 @@ def load_generator(
     if fidelity is not None:
         if not 0.0 <= fidelity <= 1.0:
             raise UserError(f"fidelity: {fidelity:g}, accepted: 0 (the model as it is) to 1 (its faithful counterpart)")
-        network = blend(*alike(network, load_network(_faithful(str(name_or_path)))), fidelity)
+        network = blend(*match_architecture(network, load_network(_faithful(str(name_or_path)))), fidelity)
     network.requires_grad_(False).to(device=device, dtype=dtype)
     if isinstance(network, OneStepLatentGenerator):
         network.freeze_prompt()
@@ -181,7 +181,7 @@ def load_osediff(
     ``source`` is an alias, the published pickle or a file of adapters of ours; ``backbone`` is what
     :func:`load_backbone` takes, by default Stable Diffusion 2.1-base. ``published_as`` is the alias of a file, which
     says whether it enlarges; ``posterior`` is that of :class:`OSEDiffGeneratorConfig`. ``prompt_file`` (see
-    :func:`read_prompt`) holds the embedding for pictures that come without one; zeros stand in for it. Raises
+    :func:`read_prompt`) holds the embedding for images that come without one; zeros stand in for it. Raises
     :class:`UserError` in one line for weights of another backbone.
     """
     scale = _scale(source, published_as)
@@ -212,5 +212,5 @@ def _files(source: str | Path, backbone: str | Path | None) -> tuple[Path, str |
     if Path(source).is_file():
         return Path(source), backbone or DEFAULT_BACKBONE
     wanted = get_model(str(source)).downloads
-    adapters, *rest = obtain_all(wanted if backbone is None else wanted[:1])
+    adapters, *rest = download_all(wanted if backbone is None else wanted[:1])
     return adapters, backbone or rest[0]

@@ -104,7 +104,7 @@ def merged_state_dict(module: nn.Module) -> dict[str, Tensor]:
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def sharing_copy(network: Network, own: str = "(?!)") -> Network:
+def copy_sharing_weights(network: Network, own: str = "(?!)") -> Network:
     """A copy of ``network`` whose layers (modules without children) are the same objects.
 
     Adapters put on either leave the other as it is, because they replace a layer in its parent. Layers whose whole name

@@ -118,12 +118,12 @@ class OrientedFeatures(nn.Module):
         """``octaves`` + 1 maps for ``x`` (N, 3, H, W) in [0, 1]: the image, then each octave's filter responses."""
         x = x.contiguous()  # reductions per channel are fastest on contiguous planes
         maps = [x]
-        grey = (x * self.luma.to(x.dtype)).sum(dim=1, keepdim=True)
+        gray = (x * self.luma.to(x.dtype)).sum(dim=1, keepdim=True)
         pad = self.bank.shape[-1] // 2
         for octave in range(self.octaves):
             if octave:
-                grey = F.conv2d(F.pad(grey, (2, 2, 2, 2), mode="reflect"), self.blur.to(x.dtype), stride=2)
-            response = F.conv2d(F.pad(grey, (pad,) * 4, mode="reflect"), self.bank.to(x.dtype))
+                gray = F.conv2d(F.pad(gray, (2, 2, 2, 2), mode="reflect"), self.blur.to(x.dtype), stride=2)
+            response = F.conv2d(F.pad(gray, (pad,) * 4, mode="reflect"), self.bank.to(x.dtype))
             maps.append(torch.cat([F.relu(response), F.relu(-response)], dim=1))
         return maps
 

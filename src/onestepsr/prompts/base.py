@@ -1,4 +1,4 @@
-"""The seams between pictures, texts and embeddings."""
+"""The seams between images, texts and embeddings."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TOKENS = 77
 
 
 class PromptExtractor(Protocol):
-    """Sees what a picture shows."""
+    """Sees what an image shows."""
 
-    def describe(self, picture: Image.Image) -> str:
-        """The part of a prompt that is about ``picture`` (RGB, 8 bit, any size); weights are loaded when needed."""
+    def describe(self, image: Image.Image) -> str:
+        """The part of a prompt that is about ``image`` (RGB, 8 bit, any size); weights are loaded when needed."""
         ...
 
     def release(self) -> None:
@@ -28,15 +28,15 @@ class PromptExtractor(Protocol):
 
 
 class PromptSource(Protocol):
-    """Knows the text of every picture."""
+    """Knows the text of every image."""
 
     @property
-    def needs_picture(self) -> bool:
-        """Whether :meth:`text` looks at the picture itself and not only at its name."""
+    def needs_image(self) -> bool:
+        """Whether :meth:`text` looks at the image itself and not only at its name."""
         ...
 
-    def text(self, path: Path, picture: Image.Image | None) -> str:
-        """The prompt of the picture at ``path``, whose content (RGB, 8 bit) is given if ``needs_picture``."""
+    def text(self, path: Path, image: Image.Image | None) -> str:
+        """The prompt of the image at ``path``, whose content (RGB, 8 bit) is given if ``needs_picture``."""
         ...
 
     def release(self) -> None:

@@ -27,7 +27,7 @@ THRESHOLDS = "thresholds.txt"
 
 
 class _TransformersExtractor:
-    """A network and its preprocessing from one folder, loaded for the first picture."""
+    """A network and its preprocessing from one folder, loaded for the first image."""
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         self.folder, self.device = folder, device
@@ -38,18 +38,18 @@ class _TransformersExtractor:
         """Preprocessing and network."""
 
     def release(self) -> None:
-        """Drop preprocessing and network until the next picture."""
+        """Drop preprocessing and network until the next image."""
         self._loaded = None
 
     def _parts(self) -> tuple[Any, Any]:
         if self._loaded is None:
-            require_transformers("reading prompts from pictures")
+            require_transformers("reading prompts from images")
             self._loaded = self._load()
         return self._loaded
 
 
 class Captioner(_TransformersExtractor):
-    """A network of the image-text-to-text kind that needs no question, such as BLIP: one sentence about a picture."""
+    """A network of the image-text-to-text kind that needs no question, such as BLIP: one sentence about an image."""
 
     def _load(self) -> tuple[Any, Any]:
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -57,10 +57,10 @@ class Captioner(_TransformersExtractor):
         network = load_network(AutoModelForImageTextToText, self.folder, self.device)
         return load_preprocessing(AutoProcessor, self.folder), network
 
-    def describe(self, picture: Image.Image) -> str:
-        """The most probable caption, word by word; always the same for the same picture."""
+    def describe(self, image: Image.Image) -> str:
+        """The most probable caption, word by word; always the same for the same image."""
         processor, network = self._parts()
-        inputs = processor(images=picture.convert("RGB"), return_tensors="pt").to(self.device)
+        inputs = processor(images=image.convert("RGB"), return_tensors="pt").to(self.device)
         with torch.no_grad():
             tokens = network.generate(**inputs, max_new_tokens=CAPTION_TOKENS, do_sample=False, num_beams=1)
         caption: str = processor.batch_decode(tokens, skip_special_tokens=True)[0]
@@ -79,11 +79,11 @@ class ClassTagger(_TransformersExtractor):
         network = load_network(AutoModelForImageClassification, self.folder, self.device)
         return load_preprocessing(AutoImageProcessor, self.folder), network
 
-    def describe(self, picture: Image.Image) -> str:
+    def describe(self, image: Image.Image) -> str:
         """Tags joined with ", "; nothing if no class is above its threshold."""
         processor, network = self._parts()
         names = [network.config.id2label[number] for number in range(network.config.num_labels)]
-        inputs = processor(images=picture.convert("RGB"), return_tensors="pt").to(self.device)
+        inputs = processor(images=image.convert("RGB"), return_tensors="pt").to(self.device)
         with torch.no_grad():
             probabilities = network(**inputs).logits[0].float().sigmoid().cpu()
         path = self.folder / THRESHOLDS

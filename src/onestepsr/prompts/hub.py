@@ -95,7 +95,7 @@ def load_network(kind: Any, folder: Path, device: torch.device | str) -> Any:
 
 
 def load_preprocessing(kind: Any, folder: Path) -> Any:
-    """The tokenizer or picture preprocessing in ``folder`` by ``kind``, a class of transformers."""
+    """The tokenizer or image preprocessing in ``folder`` by ``kind``, a class of transformers."""
     with _loading(folder):
         return kind.from_pretrained(folder, **_LOCAL)
 

@@ -1,4 +1,4 @@
-"""The text of every picture: fixed, from files, or from what an extractor sees."""
+"""The text of every image: fixed, from files, or from what an extractor sees."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ MAX_PROMPT_BYTES = 16_384
 
 
 class FixedPrompt:
-    """The same text for every picture; the empty text is Stable Diffusion's null prompt."""
+    """The same text for every image; the empty text is Stable Diffusion's null prompt."""
 
-    needs_picture = False
+    needs_image = False
 
     def __init__(self, prompt: str = "") -> None:
         self.prompt = prompt
 
-    def text(self, path: Path, picture: Image.Image | None = None) -> str:
-        """The text, whatever the picture."""
+    def text(self, path: Path, image: Image.Image | None = None) -> str:
+        """The text, whatever the image."""
         return self.prompt
 
     def release(self) -> None:
@@ -35,11 +35,11 @@ class FixedPrompt:
 class FilePrompts:
     """Texts from a folder with ``NAME.txt`` for ``NAME.jpg``, from one text file, or from a table.
 
-    A single ``.txt`` holds the prompt of all pictures; a ``.json`` or ``.yaml`` maps names, with or without suffix, to
+    A single ``.txt`` holds the prompt of all images; a ``.json`` or ``.yaml`` maps names, with or without suffix, to
     prompts.
     """
 
-    needs_picture = False
+    needs_image = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,7 +49,7 @@ class FilePrompts:
         elif not path.is_dir():
             _read_prompt(path)
 
-    def text(self, path: Path, picture: Image.Image | None = None) -> str:
+    def text(self, path: Path, image: Image.Image | None = None) -> str:
         """The text that belongs to ``path`` by its name; :class:`UserError` if there is none."""
         if self._table is not None:
             found = self._table.get(path.name, self._table.get(path.stem))
@@ -63,18 +63,18 @@ class FilePrompts:
 
 
 class ExtractedPrompts:
-    """What an extractor sees in each picture, and the user's words behind it, in the format of OSEDiff."""
+    """What an extractor sees in each image, and the user's words behind it, in the format of OSEDiff."""
 
-    needs_picture = True
+    needs_image = True
 
     def __init__(self, extractor: PromptExtractor, user_prompt: str = "") -> None:
         self.extractor, self.user_prompt = extractor, user_prompt
 
-    def text(self, path: Path, picture: Image.Image | None) -> str:
+    def text(self, path: Path, image: Image.Image | None) -> str:
         """``<what is seen>, <the user's words>,``, which without any words ends in ", ,"."""
-        if picture is None:
-            raise ValueError("an extractor needs the picture")
-        return format_tags([self.extractor.describe(picture)], self.user_prompt)
+        if image is None:
+            raise ValueError("an extractor needs the image")
+        return format_tags([self.extractor.describe(image)], self.user_prompt)
 
     def release(self) -> None:
         """Drop the extractor's weights."""
@@ -84,7 +84,7 @@ class ExtractedPrompts:
 def _read_prompt(path: Path) -> str:
     prompt = " ".join(read_text(path, MAX_PROMPT_BYTES, "prompt").split())
     if not prompt:
-        raise UserError(f"{path}: empty; for pictures without a prompt, give --prompt ''")
+        raise UserError(f"{path}: empty; for images without a prompt, give --prompt ''")
     return prompt
 
 

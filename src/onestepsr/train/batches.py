@@ -21,7 +21,7 @@ STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class SampleSource(Protocol):
-    """A data set without end: sample ``i`` >= 0 depends on nothing but ``i`` and the data set's own seed.
+    """A dataset without end: sample ``i`` >= 0 depends on nothing but ``i`` and the dataset's own seed.
 
     It is pickled for worker processes.
     """

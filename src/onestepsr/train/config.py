@@ -133,14 +133,14 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """How often a run is looked at, and on how many pictures; none of it changes the weights."""
+    """How often a run is looked at, and on how many images; none of it changes the weights."""
 
     every: int = 1000
     """Steps between two validations; the last step is always followed by one."""
     images: int = 8
     """Validation samples, always the first ones."""
     rows: int = 4
-    """How many of them the preview picture shows."""
+    """How many of them the preview image shows."""
     best: Literal["psnr_y", "ssim_y", "dists", "lpips"] | None = "psnr_y"
     """Score by which ``best.safetensors`` is chosen; null keeps the newest model alone, as adversarial training needs:
     the sharpest of its states is rarely the one with the highest PSNR. ``dists`` and ``lpips`` take published

@@ -165,11 +165,11 @@ class Estimate:
     phases: tuple[PhaseMemory, ...]
     micro_batch: int
     batches: int
-    """Bytes of the pictures of one iteration."""
+    """Bytes of the images of one iteration."""
 
     @property
     def held(self) -> int:
-        """Bytes that all networks hold all the time, and the pictures."""
+        """Bytes that all networks hold all the time, and the images."""
         return sum(network.held for network in self.networks) + self.batches
 
     @property
@@ -179,22 +179,22 @@ class Estimate:
 
 
 Shapes = Mapping[str, Sequence[int]]
-"""Shapes (3, H, W) of one sample's pictures by name."""
+"""Shapes (3, H, W) of one sample's images by name."""
 
 
-def estimate(method: Method, config: TrainConfig, pictures: Shapes, processes: int = 1) -> Estimate:
+def estimate(method: Method, config: TrainConfig, images: Shapes, processes: int = 1) -> Estimate:
     """Memory of one of ``processes`` processes; ``method`` is used up: its networks lose their values."""
     for network in method.frozen.values():
         network.requires_grad_(False).eval()
     for network in (*method.networks.values(), *method.frozen.values()):
         keep_frozen_in(network.to("meta"), getattr(torch, config.frozen_dtype))  # from files, some are not there yet
     size = config.micro_batch(processes)
-    picture_bytes = sum(4 * torch.Size(shape).numel() for shape in pictures.values())
+    image_bytes = sum(4 * torch.Size(shape).numel() for shape in images.values())
     return Estimate(
         networks=tuple(_network_memory(method, config, processes)),
-        phases=tuple(_Rehearsal(method, config, pictures, size).run()),
+        phases=tuple(_Rehearsal(method, config, images, size).run()),
         micro_batch=size,
-        batches=size * config.accumulation * picture_bytes,
+        batches=size * config.accumulation * image_bytes,
     )
 
 
@@ -226,8 +226,8 @@ def _new_bytes(tensor: Tensor, counted: set[int]) -> int:
 class _Rehearsal:
     """All phases of a method, once each, on the device that its networks are on."""
 
-    def __init__(self, method: Method, config: TrainConfig, pictures: Shapes, size: int) -> None:
-        self.method, self.config, self.pictures, self.size = method, config, pictures, size
+    def __init__(self, method: Method, config: TrainConfig, images: Shapes, size: int) -> None:
+        self.method, self.config, self.images, self.size = method, config, images, size
         self.device = next(p.device for network in method.networks.values() for p in network.parameters())
         self.casts = Casts(PRECISIONS[config.mixed_precision], on_cpu=config.device == "cpu")
         every = {**method.networks, **method.frozen}
@@ -251,7 +251,7 @@ class _Rehearsal:
                 measured |= found.keys()
 
     def _iteration(self, step: int, phases: list[tuple[int, Phase]]) -> dict[int, PhaseMemory]:
-        batch = {name: torch.empty((self.size, *shape), device=self.device) for name, shape in self.pictures.items()}
+        batch = {name: torch.empty((self.size, *shape), device=self.device) for name, shape in self.images.items()}
         live = LiveMemory(self.device, [*self.kept, *batch.values()])
         return {index: self._phase(index, phase, step, batch, live) for index, phase in phases}
 

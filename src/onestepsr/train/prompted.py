@@ -61,7 +61,7 @@ LOCK = ".lock"
 
 
 class Prompted(Dataset[Sample]):
-    """A data set whose samples name their photo, with ``prompt`` (L, C) in its place."""
+    """A dataset whose samples name their photo, with ``prompt`` (L, C) in its place."""
 
     def __init__(self, source: Any, prompts: PhotoPrompts | None) -> None:
         """Without ``prompts`` the samples carry none: a dry run makes no embeddings."""
@@ -74,8 +74,8 @@ class Prompted(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index`` of the endless stream."""
         sample: Mapping[str, Tensor] = self.source[index]
-        pictures = {name: tensor for name, tensor in sample.items() if name != PHOTO}
-        return pictures if self.prompts is None else pictures | {"prompt": self.prompts[int(sample[PHOTO])]}
+        images = {name: tensor for name, tensor in sample.items() if name != PHOTO}
+        return images if self.prompts is None else images | {"prompt": self.prompts[int(sample[PHOTO])]}
 
 
 def with_prompts(source: Any, data: DataConfig, method: Method, where: str, *, dry: bool) -> Any:

@@ -23,10 +23,10 @@ def load_methods() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig(PreviewConfig):
-    """Pictures and scores during training."""
+    """Images and scores during training."""
 
     data: DataConfig | None = None
-    """Held-out pictures; without them the first training samples are shown, whose scores say little."""
+    """Held-out images; without them the first training samples are shown, whose scores say little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class RunConfig:
     config: Any
     """The method's own settings."""
     data: DataConfig
-    """Training pictures."""
+    """Training images."""
     train: TrainConfig
     """The loop."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)

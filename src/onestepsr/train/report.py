@@ -102,12 +102,12 @@ class Reporter:
         if record.step % self.config.log_every == 0 or record.step == self.config.steps:
             self._log(record)
 
-    def on_validation(self, step: int, scores: Mapping[str, float], picture: Path | None) -> None:
+    def on_validation(self, step: int, scores: Mapping[str, float], image: Path | None) -> None:
         """Log the scores of one validation."""
         self.lines.append({"kind": "validation", "step": step, "scores": dict(scores)})
         self._to_board(step, {f"validation/{name}": value for name, value in scores.items()})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        self._say(f"step {step}: validation  {shown}  {picture or ''}".rstrip())
+        self._say(f"step {step}: validation  {shown}  {image or ''}".rstrip())
         self._since, self._images = time.monotonic(), 0  # validation time is no training time
 
     def _log(self, record: StepRecord) -> None:

@@ -57,7 +57,7 @@ class Plan:
 
     def estimate(self) -> Estimate:
         """Memory of one process; uses the method up. The first sample is made for its size, which tries the data."""
-        shapes = {name: picture.shape for name, picture in self._photo_source[0].items()}
+        shapes = {name: image.shape for name, image in self._photo_source[0].items()}
         return estimate(self.method, self.run.train, shapes, process_count())
 
 
@@ -79,7 +79,7 @@ def prepare(run: RunConfig, *, resume: bool, dry: bool = False) -> Plan:
     method = _build(run, dry)
     run.train.check_networks(method.networks)
     if run.data.crop == 0:
-        raise UserError("data.crop: 0 keeps whole pictures, which is for measuring; samples of a batch need one size")
+        raise UserError("data.crop: 0 keeps whole images, which is for measuring; samples of a batch need one size")
     check_sizes(method, run.data, "data")
     content = fingerprint(source.content())
     source = with_prompts(source, run.data, method, "data", dry=dry)
@@ -95,7 +95,7 @@ def prepare(run: RunConfig, *, resume: bool, dry: bool = False) -> Plan:
 
 
 def check_sizes(method: Method, data: DataConfig, where: str) -> None:
-    """Refuse pictures that the method's networks cannot take."""
+    """Refuse images that the method's networks cannot take."""
     if method.scale is not None and data.scale != method.scale:
         raise UserError(f"{where}.scale: {data.scale}, but the backbone of this run enlarges {method.scale} times")
     if data.crop % method.hr_multiple:
@@ -177,7 +177,7 @@ class Validations:
             return {}
         channels_last = self.plan.run.train.channels_last
         found = self.plan.validator.run(step, networks, self.trainer.accelerator.device, channels_last)
-        self.reporter.on_validation(step, found.scores, found.picture)
+        self.reporter.on_validation(step, found.scores, found.image)
         return found.scores
 
     def _notes(self, step: int) -> dict[str, str]:

@@ -71,7 +71,7 @@ class Hooks:
 
 
 class Trainer:
-    """Runs a method over a data set from step 0, or from where the newest checkpoint in ``folder`` left off."""
+    """Runs a method over a dataset from step 0, or from where the newest checkpoint in ``folder`` left off."""
 
     def __init__(
         self,

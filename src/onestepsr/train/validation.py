@@ -1,4 +1,4 @@
-"""Validation: the same few pictures again and again, scored and drawn side by side."""
+"""Validation: the same few images again and again, scored and drawn side by side."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Validation:
     """What one validation found."""
 
     scores: dict[str, float]
-    """Means over the validation pictures; empty when the method shows no pair of "SR" and "HR"."""
-    picture: Path | None
+    """Means over the validation images; empty when the method shows no pair of "SR" and "HR"."""
+    image: Path | None
     """The grid of previews."""
 
 
 class Validator:
-    """Evaluates a method's preview on the first ``images`` samples of a data set."""
+    """Evaluates a method's preview on the first ``images`` samples of a dataset."""
 
     def __init__(
         self,
@@ -48,13 +48,13 @@ class Validator:
         *,
         multiple: int = 1,
     ) -> None:
-        """Whole pictures are cut at the bottom and right to HR sides that are multiples of ``multiple``."""
+        """Whole images are cut at the bottom and right to HR sides that are multiples of ``multiple``."""
         self.preview, self.source, self.config, self.folder = preview, source, config, folder
         self.multiple = multiple
         self.distance = perceptual_distance(config)
 
     def run(self, step: int, networks: NetworkSet, device: torch.device, channels_last: bool = False) -> Validation:
-        """Score and draw with averaged weights; the picture is ``previews/step_XXXXXX.png`` under ``folder``."""
+        """Score and draw with averaged weights; the image is ``previews/step_XXXXXX.png`` under ``folder``."""
         scores: list[dict[str, float]] = []
         rows: list[dict[str, Tensor]] = []
         with networks.evaluating() as callables:
@@ -66,7 +66,7 @@ class Validator:
                 if index < self.config.rows:
                     rows.append({title: image[0] for title, image in columns.items()})
         path = self.folder / "previews" / f"step_{step:06d}.png"
-        write_picture(draw_grid(rows), path)
+        write_image(draw_grid(rows), path)
         return Validation({name: sum(row[name] for row in scores) / len(scores) for name in scores[0]}, path)
 
     def _distance(self, columns: Mapping[str, Tensor]) -> dict[str, float]:
@@ -86,10 +86,10 @@ def perceptual_distance(config: PreviewConfig) -> Callable[[Tensor, Tensor], Ten
 
 def cut(sample: Mapping[str, Tensor], multiple: int) -> dict[str, Tensor]:
     """``sample`` with ``hr`` (3, H, W) cut to sides that are multiples of ``multiple``, and ``lr`` to what belongs to
-    it; UserError for a picture that leaves nothing."""
+    it; UserError for an image that leaves nothing."""
     hr, sides = sample["hr"], [side // multiple * multiple for side in sample["hr"].shape[-2:]]
     if not all(sides):
-        raise UserError(f"a validation picture is {hr.shape[-1]} x {hr.shape[-2]}, expected at least {multiple} a side")
+        raise UserError(f"a validation image is {hr.shape[-1]} x {hr.shape[-2]}, expected at least {multiple} a side")
     kept = {"hr": hr[..., : sides[0], : sides[1]]}
     if "lr" in sample:
         scale = hr.shape[-1] // sample["lr"].shape[-1]
@@ -118,7 +118,7 @@ def score(columns: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def draw_grid(rows: list[dict[str, Tensor]]) -> Image.Image:
-    """One row per picture, one titled column per kind; smaller pictures (3, H, W) are enlarged to the row's largest."""
+    """One row per image, one titled column per kind; smaller images (3, H, W) are enlarged to the row's largest."""
     titles = list(rows[0])
     sizes = [_row_size(row) for row in rows]
     width = max(size[1] for size in sizes)
@@ -130,12 +130,12 @@ def draw_grid(rows: list[dict[str, Tensor]]) -> Image.Image:
     top = TITLE_HEIGHT
     for row, (height, row_width) in zip(rows, sizes, strict=True):
         for column, title in enumerate(titles):
-            canvas.paste(_picture(row[title], height, row_width), (GAP + column * (width + GAP), top))
+            canvas.paste(_image(row[title], height, row_width), (GAP + column * (width + GAP), top))
         top += height + GAP
     return canvas
 
 
-def write_picture(picture: Image.Image, path: Path) -> None:
+def write_image(picture: Image.Image, path: Path) -> None:
     """Write a PNG that appears under its name only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
@@ -146,7 +146,7 @@ def _row_size(row: Mapping[str, Tensor]) -> tuple[int, int]:
     return max(image.shape[-2] for image in row.values()), max(image.shape[-1] for image in row.values())
 
 
-def _picture(image: Tensor, height: int, width: int) -> Image.Image:
+def _image(image: Tensor, height: int, width: int) -> Image.Image:
     if image.shape[-2:] != (height, width):  # pixels stay visible: this shows what the network was given
         image = F.interpolate(image[None], size=(height, width), mode="nearest")[0]
     levels = (image * 255).round().to(torch.uint8)

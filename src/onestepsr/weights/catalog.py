@@ -9,10 +9,10 @@ from typing import Literal
 
 from onestepsr.core.errors import UnknownModel, UserError, did_you_mean
 from onestepsr.core.files import file_sha256
-from onestepsr.weights.download import Download, Source, check, human_bytes, obtain
+from onestepsr.weights.download import Download, Source, check, download_file, human_bytes
 
 Kind = Literal["upscaler", "backbone", "loss network", "metric network"]
-"""What a model is for: upscaling pictures, starting a training from it, measuring within a loss or only a result."""
+"""What a model is for: upscaling images, starting a training from it, measuring within a loss or only a result."""
 
 HUB = "https://huggingface.co"
 HUB_MIRROR = "https://hf-mirror.com"
@@ -62,7 +62,7 @@ class ModelSpec:
     scale: int = 4
     """Factor of an upscaler's network itself."""
     faithful: str = ""
-    """The upscaler at the other end of the fidelity control: of the same shape, trained for faithful pictures."""
+    """The upscaler at the other end of the fidelity control: of the same shape, trained for faithful images."""
 
     @property
     def downloads(self) -> tuple[Download, ...]:
@@ -229,7 +229,7 @@ RESIDUAL_MODELS = (
     ),
     _resshift(
         "resshift-bicubic",
-        "ResShift for bicubically reduced pictures, 4 steps",
+        "ResShift for bicubically reduced images, 4 steps",
         "resshift_bicsrx4_s4.pth",
     ),
     _resshift(
@@ -442,7 +442,7 @@ def resolve(name_or_path: str | Path) -> Path:
             f"'{spec.id}' is published in {1 + len(spec.more)} files, one is wanted here: 'onestepsr models convert "
             f"{spec.id} FILE.safetensors' makes one of them"
         )
-    return obtain(spec.downloads[0]) if spec.downloads else spec.path
+    return download_file(spec.downloads[0]) if spec.downloads else spec.path
 
 
 def require_upscaler(name_or_path: str | Path) -> None:

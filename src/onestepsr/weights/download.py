@@ -75,7 +75,7 @@ class PartialFile:
         self._handle.truncate(0)
         self.size, self._digest = 0, hashlib.sha256()
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Put what is there on the disk, beyond the reach of a power cut."""
         self._handle.flush()
         os.fsync(self._handle.fileno())
@@ -368,7 +368,7 @@ def human_bytes(number: int | None) -> str:
     return f"{number} bytes"
 
 
-def obtain(download: Download, *, replace: bool = False) -> Path:
+def download_file(download: Download, *, replace: bool = False) -> Path:
     """The file in the cache, fetched first if it is not there.
 
     Of several processes one downloads and the others wait. A damaged file is an error, or is replaced if ``replace``.
@@ -379,20 +379,20 @@ def obtain(download: Download, *, replace: bool = False) -> Path:
             download.path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(download):
                 if not _is_there(download, replace):
-                    _bring(download)
+                    _fetch(download)
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{download.path.parent}: cannot be written ({reason}); {CACHE} names another") from error
     return download.path
 
 
-def obtain_all(downloads: Iterable[Download], *, replace: bool = False) -> list[Path]:
-    """The files of one model, see :func:`obtain`; its terms are logged once."""
+def download_all(downloads: Iterable[Download], *, replace: bool = False) -> list[Path]:
+    """The files of one model, see :func:`download_file`; its terms are logged once."""
     paths: list[Path] = []
     told = False
     for download in downloads:
         absent = not download.path.exists()
-        paths.append(obtain(dataclasses.replace(download, notice="") if told else download, replace=replace))
+        paths.append(download_file(dataclasses.replace(download, notice="") if told else download, replace=replace))
         told = told or absent
     return paths
 
@@ -439,7 +439,7 @@ def _damaged(download: Download, what: str) -> UserError:
     return UserError(f"{download.path}: {what}; 'onestepsr models download {download.model}' fetches it again")
 
 
-def _bring(download: Download) -> None:
+def _fetch(download: Download) -> None:
     """Fill the cache from the first place that gives the right bytes."""
     recorded = download.sha256 or _read_record(download.path)
     places, failures = _places(download), []
@@ -457,7 +457,7 @@ def _bring(download: Download) -> None:
                 failures.append(f"{_label(place)}: {error}")
         else:
             raise UserError(_missing(download, failures))
-        part.settle()
+        part.finish()
         found = part.sha256
     _write_record(download.path, found)
     os.replace(part.path, download.path)

@@ -37,10 +37,10 @@ def open_weights(path: Path, *, limit: int = MAX_BYTES) -> LazyTensors:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: no weights that can be read safely ({why_unread(error)})") from error
+        raise UserError(f"{path}: no weights that can be read safely ({describe_read_error(error)})") from error
 
 
-def why_unread(error: Exception) -> str:
+def describe_read_error(error: Exception) -> str:
     """The reason for which a file was refused, on one line. Of PyTorch's own words on pickles that is what they would
     call, not the advice to load them all the same."""
     text = str(error)
@@ -64,7 +64,7 @@ def _open_pickle(path: Path) -> LazyTensors:
             content = content[inner]
     if not isinstance(content, Mapping):
         raise ValueError(f"a {type(content).__name__}, not a dictionary")
-    return {str(key): partial(given, value) for key, value in content.items() if isinstance(value, Tensor)}
+    return {str(key): partial(materialize, value) for key, value in content.items() if isinstance(value, Tensor)}
 
 
 def _is_zip(path: Path) -> bool:
@@ -73,7 +73,7 @@ def _is_zip(path: Path) -> bool:
         return handle.read(4) == b"PK\x03\x04"
 
 
-def given(value: Tensor) -> Tensor:
+def materialize(value: Tensor) -> Tensor:
     """A tensor that is already there, as ``partial(given, tensor)``."""
     return value
 

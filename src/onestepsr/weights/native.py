@@ -30,7 +30,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""Names of number formats in the header."""
+"""Names of dtypes in the header."""
 ALIGNMENT = 8
 """Tensors start at a multiple of this many bytes."""
 

@@ -23,7 +23,7 @@ from onestepsr.data.degradation.presets import get_preset, mix
 from onestepsr.methods.base import Method
 from onestepsr.train.run import check_sizes
 
-NEVER_GREY = FaceDegradationConfig(grey_probability=0.0)
+NEVER_GREY = FaceDegradationConfig(gray_probability=0.0)
 
 
 def face(side=96):
@@ -48,11 +48,11 @@ def test_published_settings():
         assert config.kernels.gaussian == (0.5, 0.5)
         assert config.kernels.sinc_probability == sum(config.kernels.generalized) == sum(config.kernels.plateau) == 0
         assert (config.noise_sigma, config.jpeg, config.resize_mode) == ((0, 20), (30, 100), "bilinear")
-    assert (ours.kernels.sigma, ours.shrink, ours.grey_probability) == ((0.1, 15), (0.8, 32), 0.01)
-    assert (osediff.kernels.sigma, osediff.shrink, osediff.grey_probability) == ((1, 15), (1, 30), 0)
+    assert (ours.kernels.sigma, ours.shrink, ours.gray_probability) == ((0.1, 15), (0.8, 32), 0.01)
+    assert (osediff.kernels.sigma, osediff.shrink, osediff.gray_probability) == ((1, 15), (1, 30), 0)
 
 
-def test_draws_are_even_in_the_factor_by_which_the_picture_shrinks():
+def test_draws_are_even_in_the_factor_by_which_the_image_shrinks():
     drawn = [draw_degradation(get_preset("face_resshift"), generator(i, "face")) for i in range(600)]
     factors = np.array([1 / d.second.scale for d in drawn])
     assert factors.min() >= 0.8 - 1e-9
@@ -62,11 +62,11 @@ def test_draws_are_even_in_the_factor_by_which_the_picture_shrinks():
     )
     isotropic = [d.second.blur.sigma_x == d.second.blur.sigma_y for d in drawn]
     assert np.mean(isotropic) == pytest.approx(0.5, abs=0.07)
-    assert all(d.second.noise.kind == "gaussian" and not d.second.noise.grey for d in drawn)
-    assert 0 < np.mean([d.grey == "both" for d in drawn]) < 0.03
+    assert all(d.second.noise.kind == "gaussian" and not d.second.noise.gray for d in drawn)
+    assert 0 < np.mean([d.gray == "both" for d in drawn]) < 0.03
 
 
-def test_the_picture_is_the_formula_step_by_step():
+def test_the_image_is_the_formula_step_by_step():
     hr = face(96)
     drawn = draw_degradation(replace(NEVER_GREY, shrink=(7.0, 7.5), jpeg=(60.0, 60.0)), generator(4))
     sigma = drawn.second.noise.level / 255
@@ -78,7 +78,7 @@ def test_the_picture_is_the_formula_step_by_step():
 
 
 def test_lr_and_hr_lie_on_each_other():
-    """A ramp comes back as the same ramp: cutting to whole pixels on the way down must not stretch the picture."""
+    """A ramp comes back as the same ramp: cutting to whole pixels on the way down must not stretch the image."""
     ramp = torch.linspace(0.2, 0.8, 100).expand(3, 100, 100)
     kernels = replace(NEVER_GREY.kernels, sigma=(0.1, 0.1))
     gentle = replace(NEVER_GREY, kernels=kernels, shrink=(10.9, 10.9), noise_sigma=(0.0, 0.0), jpeg=(100.0, 100.0))
@@ -86,13 +86,13 @@ def test_lr_and_hr_lie_on_each_other():
     assert (lr - ramp)[:, :, 10:-10].abs().max() < 0.02
 
 
-def test_pictures_without_colour_have_targets_without_colour():
+def test_images_without_colour_have_targets_without_colour():
     hr = face()
-    target, lr = degrade_pair(hr, replace(NEVER_GREY, grey_probability=1.0), generator(0), scale=1)
-    assert all(torch.equal(picture[0], picture[channel]) for picture in (target, lr) for channel in (1, 2))
+    target, lr = degrade_pair(hr, replace(NEVER_GREY, gray_probability=1.0), generator(0), scale=1)
+    assert all(torch.equal(image[0], image[channel]) for image in (target, lr) for channel in (1, 2))
     expected = 0.299 * hr[0] + 0.587 * hr[1] + 0.114 * hr[2]
     assert (target[0] - expected).abs().max() <= 0.5 / 255 + 1e-6
-    target, lr = degrade_pair(hr, replace(NEVER_GREY, grey_probability=1.0, grey_target=False), generator(0), scale=1)
+    target, lr = degrade_pair(hr, replace(NEVER_GREY, gray_probability=1.0, gray_target=False), generator(0), scale=1)
     assert torch.equal(target, hr)
     assert torch.equal(lr[0], lr[1])
 
@@ -137,7 +137,7 @@ def test_settings_can_be_given_one_by_one(photos):
         ({"shrink": (8.0, 2.0)}, "shrink is"),
         ({"noise_sigma": (-1.0, 2.0)}, "noise_sigma is"),
         ({"jpeg": (0.0, 100.0)}, "jpeg is"),
-        ({"grey_probability": 1.5}, "grey_probability is 1.5"),
+        ({"gray_probability": 1.5}, "gray_probability is 1.5"),
     ],
 )
 def test_numbers_out_of_range_are_named(settings, message):

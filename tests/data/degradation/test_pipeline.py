@@ -55,10 +55,10 @@ def test_filter_equals_a_plain_convolution_to_float_rounding():
     assert (filter2d(IMAGES, kernels.float()) - plain.transpose(0, 1)).abs().max() < 1e-6
 
 
-def test_borders_reflect_again_where_the_picture_is_smaller_than_the_kernel():
-    picture = torch.rand(1, 1, 3, 5)
-    expected = np.pad(picture[0, 0].numpy(), 7, mode="reflect")
-    np.testing.assert_array_equal(reflect_pad(picture, 7)[0, 0].numpy(), expected)
+def test_borders_reflect_again_where_the_image_is_smaller_than_the_kernel():
+    image = torch.rand(1, 1, 3, 5)
+    expected = np.pad(image[0, 0].numpy(), 7, mode="reflect")
+    np.testing.assert_array_equal(reflect_pad(image, 7)[0, 0].numpy(), expected)
     assert reflect_pad(torch.rand(1, 1, 1, 9), 2).shape == (1, 1, 5, 13)
 
 
@@ -71,17 +71,17 @@ def test_unsharp_mask_matches_the_published_code():
 
 def test_noise_matches_the_published_code_for_the_same_generator():
     rng = torch.Generator().manual_seed(7)
-    sigma, grey = torch.rand(2, generator=rng) * 29 + 1, torch.rand(2, generator=rng) < 0.4
-    result = add_gaussian_noise(IMAGES, sigma, grey, rng)
+    sigma, gray = torch.rand(2, generator=rng) * 29 + 1, torch.rand(2, generator=rng) < 0.4
+    result = add_gaussian_noise(IMAGES, sigma, gray, rng)
     torch.testing.assert_close(result[CENTRE], golden("noise.gaussian_seed7"), rtol=0, atol=1e-6)
     rng = torch.Generator().manual_seed(7)
-    scale, grey = torch.rand(2, generator=rng) * 2.95 + 0.05, torch.rand(2, generator=rng) < 0.4
-    result = add_poisson_noise(IMAGES, scale, grey, rng)
+    scale, gray = torch.rand(2, generator=rng) * 2.95 + 0.05, torch.rand(2, generator=rng) < 0.4
+    result = add_poisson_noise(IMAGES, scale, gray, rng)
     torch.testing.assert_close(result[CENTRE], golden("noise.poisson_seed7"), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("add", [add_gaussian_noise, add_poisson_noise])
-def test_grey_noise_is_equal_in_all_channels_and_coloured_noise_is_not(add):
+def test_gray_noise_is_equal_in_all_channels_and_coloured_noise_is_not(add):
     flat = torch.full((2, 3, 32, 32), 0.5)
     flat[:, :, ::2] = 0.4
     noise = add(flat, torch.tensor([2.0, 2.0]), torch.tensor([True, False]), generator(0)) - flat
@@ -100,7 +100,7 @@ def test_noise_has_the_level_that_was_asked_for():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_makes_an_8bit_picture_of_a_quarter_of_the_size(name):
+def test_every_preset_makes_an_8bit_image_of_a_quarter_of_the_size(name):
     hr = photo(64)
     lr = degrade(hr, get_preset(name), generator(0, name))
     assert lr.shape == (3, 16, 16)
@@ -155,7 +155,7 @@ def test_what_was_drawn_survives_being_written_down():
     assert torch.equal(apply_degradation(hr, drawn, generator(1)), apply_degradation(hr, again, generator(1)))
 
 
-def test_batches_get_one_draw_per_picture():
+def test_batches_get_one_draw_per_image():
     hr = photo()[None].repeat(2, 1, 1, 1)
     lr = degrade(hr, get_preset("real_esrgan"), generator(2))
     assert lr.shape == (2, 3, 16, 16)
@@ -174,7 +174,7 @@ def test_sharpening_changes_the_source():
     assert not torch.equal(degrade(hr, plain, generator(0)), degrade(hr, replace(plain, sharpen=True), generator(0)))
 
 
-def test_tiny_and_oblong_pictures_work():
+def test_tiny_and_oblong_images_work():
     for size in ((4, 4), (8, 64)):
         hr = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
         for seed in range(6):
@@ -187,9 +187,9 @@ def test_sides_must_fit_the_scale():
 
 
 def test_rescale_samples_at_the_exact_factor():
-    picture = photo(50)[None]
-    assert torch.equal(rescale(picture, 0.33, "bilinear"), F.interpolate(picture, scale_factor=0.33, mode="bilinear"))
-    assert rescale(picture, 0.001, "area").shape[-2:] == (1, 1)
+    image = photo(50)[None]
+    assert torch.equal(rescale(image, 0.33, "bilinear"), F.interpolate(image, scale_factor=0.33, mode="bilinear"))
+    assert rescale(image, 0.001, "area").shape[-2:] == (1, 1)
 
 
 def test_mixtures_take_both_parts_in_their_shares():

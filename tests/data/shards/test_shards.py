@@ -117,10 +117,10 @@ def test_neighbours_in_the_order_come_from_few_places():
 
 def test_open_files_are_few(photos, monkeypatch):
     monkeypatch.setattr(reader, "MAX_OPEN_FILES", 2)
-    pictures = shards(photos).pictures
+    images = shards(photos).images
     for number in (0, 3, 6, 0, 8, 4):
-        assert pictures.fetch(number)[1].endswith((f"{number}.png", f"{number}.jpg"))
-        assert len(pictures._open) <= 2
+        assert images.fetch(number)[1].endswith((f"{number}.png", f"{number}.jpg"))
+        assert len(images._open) <= 2
 
 
 def test_the_index_is_made_once_and_again_when_the_tar_changes(photos, monkeypatch):
@@ -165,7 +165,7 @@ def test_processes_of_a_run_begin_at_different_tars(photos, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_what_counts_as_a_picture(tmp_path, layout):
+def test_what_counts_as_a_image(tmp_path, layout):
     turned = Image.Exif()
     turned[0x0112] = 6
     long_name = "/".join(["folder-with-a-name"] * 6) + "/é.png"
@@ -186,7 +186,7 @@ def test_what_counts_as_a_picture(tmp_path, layout):
         add("a/._b.JPG", b"hidden")
         add("notes.txt", b"text")
         add(long_name, encoded(16, 48))
-        add("broken.webp", b"no picture")
+        add("broken.webp", b"no image")
         add("empty.png")
     members = open_index(tar, tmp_path).members
     assert list(zip(members["width"].tolist(), members["height"].tolist(), strict=True)) == [
@@ -240,7 +240,7 @@ def replaced(content):
         (replaced(b""), "not a tar file"),
         (replaced(b"text" * 200), "not a tar file"),
         (replaced(b"\x1f\x8b\x08" + bytes(600)), "compressed with gzip"),
-        (replaced(bytes(10240)), "no pictures inside"),
+        (replaced(bytes(10240)), "no images inside"),
     ],
 )
 def test_bad_tars_are_refused_in_one_line(tmp_path, damage, message):
@@ -267,11 +267,11 @@ def test_sets_without_usable_photos_are_refused(tmp_path, photos):
     with pytest.raises(UserError, match=r"set.tar.gz is compressed"):
         shards(photos, paths=(photos / "photos",))
     broken = write_tar(tmp_path / "broken" / "a.tar", {"a.png": b"none"})
-    with pytest.raises(UserError, match=r"a.tar: a.png: none of the 1 pictures"):
+    with pytest.raises(UserError, match=r"a.tar: a.png: none of the 1 images"):
         shards(photos, paths=(broken,))
     with pytest.raises(UserError, match=r"set data.kind to shards"):
         build_dataset(DataConfig(paths=(broken,), crop=32), seed=0)
-    with pytest.raises(UserError, match=r"no pictures in it .*set data.kind to shards"):
+    with pytest.raises(UserError, match=r"no images in it .*set data.kind to shards"):
         build_dataset(DataConfig(paths=(broken.parent,), crop=32), seed=0)
     whole = encoded(64, 64)
     write_tar(broken, {"a.png": whole[: len(whole) // 2]})
@@ -285,10 +285,10 @@ def test_a_tar_that_changes_or_goes_during_the_run_ends_it(photos):
     os.utime(tars[0], ns=(1, 1))
     tars[1].unlink()
     with pytest.raises(UserError, match=r"train-00.tar: changed"):
-        dataset.pictures.fetch(0)
+        dataset.images.fetch(0)
     with pytest.raises(UserError, match=r"train-01.tar: cannot be read \(No such file"):
-        dataset.pictures.fetch(3)
-    assert dataset.pictures.fetch(6)[1].endswith("6.png")
+        dataset.images.fetch(3)
+    assert dataset.images.fetch(6)[1].endswith("6.png")
 
 
 def test_patterns_expand_as_in_a_shell():
@@ -308,8 +308,8 @@ def pairs(tmp_path):
         for number in range(3):
             hr = encoded(64, 96, 3 * shard + number)
             buffer = io.BytesIO()
-            with Image.open(io.BytesIO(hr)) as picture:
-                picture.resize((24, 16), Image.Resampling.BOX).save(buffer, "PNG")
+            with Image.open(io.BytesIO(hr)) as image:
+                image.resize((24, 16), Image.Resampling.BOX).save(buffer, "PNG")
             members |= {f"s/{number}.lr.png": buffer.getvalue(), f"s/{number}.hr.png": hr}
         write_tar(tmp_path / "tars" / f"{shard}.tar", members)
     return tmp_path
@@ -359,7 +359,7 @@ def test_pairs_that_do_not_match_are_named(pairs, name, data, message):
         shards(pairs, kind="shard_pairs", paths=(write_tar(pairs / "other.tar", {"a.png": encoded(64, 64)}),))
 
 
-def test_a_damaged_pair_is_replaced_in_training_and_refused_as_a_whole_picture(pairs):
+def test_a_damaged_pair_is_replaced_in_training_and_refused_as_a_whole_image(pairs):
     hr = encoded(64, 96)
     members = {"a.hr.png": hr, "a.lr.png": encoded(16, 24)[:-60], "b.hr.png": hr, "b.lr.png": encoded(16, 24)}
     path = write_tar(pairs / "other.tar", members)

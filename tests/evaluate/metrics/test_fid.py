@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from pictures import samples, scene
 from PIL import Image
+from sample_images import samples, scene
 from torch import Tensor
 
 from onestepsr.core.errors import UserError
@@ -28,7 +28,7 @@ def by_root(first: Tensor, second: Tensor) -> float:
 
 
 @pytest.mark.parametrize("counts", [(200, 150), (200, 7), (5, 4), (2, 2)])
-def test_many_and_few_pictures_give_the_textbook_value(counts: tuple[int, int]) -> None:
+def test_many_and_few_images_give_the_textbook_value(counts: tuple[int, int]) -> None:
     first, second = gaussian(counts[0], 12, 0), gaussian(counts[1], 12, 1) + 0.3
     # The root of a singular covariance keeps half of the digits.
     assert frechet_distance(first, second) == pytest.approx(by_root(first, second), rel=1e-5)
@@ -43,13 +43,13 @@ def test_closed_forms() -> None:
     assert frechet_distance(3 * centred, centred) == pytest.approx((3 - 1) ** 2 * spread)
 
 
-def test_one_picture_is_no_set() -> None:
+def test_one_image_is_no_set() -> None:
     fid = FID(torch.nn.Flatten())
-    with pytest.raises(UserError, match="at least 2 pictures, got 1"):
+    with pytest.raises(UserError, match="at least 2 images, got 1"):
         fid.distance(gaussian(1, 3, 0), gaussian(5, 3, 0))
 
 
-def test_pictures_are_resized_as_clean_fid_does() -> None:
+def test_images_are_resized_as_clean_fid_does() -> None:
     photo = scene(123, 200)
     resized = resize_for_inception(photo[0])
     assert resized.shape == (3, 299, 299)
@@ -58,7 +58,7 @@ def test_pictures_are_resized_as_clean_fid_does() -> None:
     np.testing.assert_allclose(resized[1].numpy(), (expected - 128) / 128, atol=1e-5)
 
 
-def test_features_are_taken_picture_by_picture() -> None:
+def test_features_are_taken_image_by_image() -> None:
     class Means(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.mean(dim=(2, 3))

@@ -1,4 +1,4 @@
-"""Fidelity metrics against published implementations, artefact measures against pictures with a known artefact."""
+"""Fidelity metrics against published implementations, artefact measures against images with a known artefact."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pictures import GOLDEN, published_pair
+from sample_images import GOLDEN, published_pair
 from torch import Tensor
 
 from onestepsr.core.errors import UserError
@@ -74,8 +74,8 @@ def test_ssim_of_rgb_is_the_mean_of_the_channels() -> None:
     sr, hr, _ = load_pair()
     channels = [ssim_rgb(*(image[:, c : c + 1].expand(-1, 3, -1, -1) for image in (sr, hr))).item() for c in range(3)]
     assert ssim_rgb(sr, hr).item() == pytest.approx(np.mean(channels), abs=1e-12)
-    grey = sr.mean(1, keepdim=True).expand(-1, 3, -1, -1), hr.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    assert ssim_rgb(*grey).item() == pytest.approx(ssim(*grey, planes="yiq").item(), abs=1e-6)
+    gray = sr.mean(1, keepdim=True).expand(-1, 3, -1, -1), hr.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    assert ssim_rgb(*gray).item() == pytest.approx(ssim(*gray, planes="yiq").item(), abs=1e-6)
 
 
 def test_ms_ssim_of_two_flat_images_is_the_luminance_term_of_the_coarsest_scale() -> None:

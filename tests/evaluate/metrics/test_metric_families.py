@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import blurred, noisy, scene
+from sample_images import blurred, noisy, scene
 from torch import Tensor
 
 from onestepsr.core.errors import UserError
@@ -16,7 +16,7 @@ from onestepsr.evaluate.metrics.fid import FID
 from onestepsr.evaluate.metrics.niqe import NiqeParameters, niqe
 from onestepsr.evaluate.metrics.perceptual import LearnedDistance
 from onestepsr.evaluate.metrics.pyiqa import IQA_METRICS
-from onestepsr.imaging.read import read_picture, samples_to_tensor
+from onestepsr.imaging.read import read_image, samples_to_tensor
 from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists
 from onestepsr.models.perceptual_features import AlexNetFeatures, OrientedFeatures, VGG16Features
 
@@ -125,7 +125,7 @@ def test_single_precision_is_enough(name: str) -> None:
 
 
 def test_single_precision_is_enough_without_references() -> None:
-    photo = samples_to_tensor(read_picture(PHOTO).pixels).expand(-1, 3, -1, -1)
+    photo = samples_to_tensor(read_image(PHOTO).pixels).expand(-1, 3, -1, -1)
     exact = (photo.double() * 255).round() / 255
     assert fidelity.grid_artifact(exact).item() == pytest.approx(fidelity.grid_artifact(photo).item(), rel=1e-6)
     flat = NiqeParameters(mean=torch.zeros(36, dtype=torch.float64), covariance=torch.eye(36, dtype=torch.float64))
@@ -173,7 +173,7 @@ def test_niqe_rises_with_noise_and_blur() -> None:
         parameters = NiqeParameters.find()
     except UserError as error:
         pytest.skip(str(error))
-    photo = samples_to_tensor(read_picture(PHOTO).pixels).expand(-1, 3, -1, -1)
+    photo = samples_to_tensor(read_image(PHOTO).pixels).expand(-1, 3, -1, -1)
     for damage, levels in ((noisy, NOISES), (blurred, BLURS)):
         values = [niqe(damage(photo, level), parameters).item() for level in levels]
         assert values == sorted(values)

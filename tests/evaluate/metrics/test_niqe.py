@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import published_pair
+from sample_images import published_pair
 from torch import Tensor
 
 from onestepsr.core.errors import UserError
@@ -99,7 +99,7 @@ def test_flat_blocks_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("shape", [(95, 400), (100, 100), (0, 0)])
-def test_pictures_without_two_blocks_are_refused(shape: tuple[int, int]) -> None:
+def test_images_without_two_blocks_are_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(UserError, match="two structured blocks of 96 x 96"):
         niqe_from_luma(torch.rand(shape) * 255, SIMPLE)
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import noisy, scene
 from safetensors.torch import load_file, save_file
+from sample_images import noisy, scene
 from torch import Tensor
 
 from onestepsr.core.errors import UserError
@@ -80,7 +80,7 @@ def test_missing_weights_say_which_command_brings_them(tmp_path: Path, monkeypat
         METRICS["lpips"].load()
 
 
-def test_pictures_that_cannot_be_compared_are_told(published: dict[str, Path]) -> None:
+def test_images_that_cannot_be_compared_are_told(published: dict[str, Path]) -> None:
     measure = METRICS["lpips"].load()
     sr, hr = pair()
     with pytest.raises(UserError, match="36 x 40 and 35 x 40 pixels: expected equal sizes"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import scene
+from sample_images import scene
 
 from onestepsr.core.errors import MissingExtra, UserError
 from onestepsr.evaluate.metrics import pyiqa
@@ -60,7 +60,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_value_does_not_depend_on_the_pictures_before_it(package: Path) -> None:
+def test_a_value_does_not_depend_on_the_images_before_it(package: Path) -> None:
     measure = METRICS["maniqa-pipal"].load()
     first, second = scene(20, 24, 0), scene(20, 24, 1)
     alone = measure(second, second).item()

@@ -10,14 +10,14 @@ from onestepsr.methods.shared.image_loss import PerceptualConfig, SpatialLoss, S
 from onestepsr.models.perceptual_features import VGG16Features
 
 
-def pictures() -> tuple[torch.Tensor, torch.Tensor]:
+def images() -> tuple[torch.Tensor, torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
     return torch.rand(2, 3, 32, 32, generator=rng).requires_grad_(), torch.rand(2, 3, 32, 32, generator=rng)
 
 
 @pytest.mark.parametrize("distance", ["ea_dists", "dists", "lpips"])
 def test_terms_are_named_weighted_and_differentiable(distance):
-    sr, hr = pictures()
+    sr, hr = images()
     config = PerceptualConfig(distance=distance)
     terms = SpatialLoss(SpatialWeights(mse=1.0, perceptual=1.0, lattice=1.0), config)(sr, hr)
     assert set(terms) == {"mse", distance, "lattice"}

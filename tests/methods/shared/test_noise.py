@@ -49,29 +49,29 @@ def adaptive(**changes) -> AdaptiveNoise:
 def test_adaptive_noise_grows_while_the_discriminator_is_too_sure_and_shrinks_again():
     noise = adaptive()
     sure, unsure = torch.ones(4, 1, 2, 2), torch.tensor([1.0, -1.0, 1.0, -1.0]).reshape(4, 1, 1, 1)
-    noise.settle()  # nothing seen yet
+    noise.step()  # nothing seen yet
     assert float(noise.largest) == 10
     for _ in range(5):
-        noise.observe(sure)
-        noise.settle()
+        noise.update(sure)
+        noise.step()
     assert float(noise.largest) == pytest.approx(10 + 20 / 100 * 989)
-    noise.observe(unsure)
-    noise.settle()
+    noise.update(unsure)
+    noise.step()
     assert float(noise.largest) == pytest.approx(10 + 16 / 100 * 989)
     for _ in range(100):
-        noise.observe(unsure)
-    noise.settle()
+        noise.update(unsure)
+    noise.step()
     assert float(noise.largest) == 10
 
 
 def test_adaptive_strength_does_not_depend_on_micro_batches():
     whole, parts = adaptive(), adaptive()
     logits = torch.randn(8, 1, 3, 3) + 2
-    whole.observe(logits)
+    whole.update(logits)
     for part in logits.split(2):
-        parts.observe(part)
-    whole.settle()
-    parts.settle()
+        parts.update(part)
+    whole.step()
+    parts.step()
     assert float(whole.largest) == float(parts.largest) != 10
 
 
@@ -93,21 +93,21 @@ def test_adaptive_draws_have_a_clean_share_and_prefer_strong_noise():
 
 def test_adaptive_state_travels_in_the_state_dict():
     noise, other = adaptive(), adaptive()
-    noise.observe(torch.ones(4, 1, 2, 2))
-    noise.settle()
-    noise.observe(torch.ones(4, 1, 2, 2))
+    noise.update(torch.ones(4, 1, 2, 2))
+    noise.step()
+    noise.update(torch.ones(4, 1, 2, 2))
     other.load_state_dict(noise.state_dict())
-    noise.settle()
-    other.settle()
+    noise.step()
+    other.step()
     assert float(noise.largest) == float(other.largest) > 80
 
 
 def test_every_kind_works_without_data_on_the_meta_device():
     for kind in ("noise_aware", "vanilla", "diffusion_gan"):
         noise = latent_noise(SCHEDULE, NoiseConfig(kind=kind)).to("meta")
-        noise.settle()
+        noise.step()
         z_t, t = noise(torch.randn(2, 4, 8, 8, device="meta"), random_of(2))
-        noise.observe(z_t[:, :1])
+        noise.update(z_t[:, :1])
         assert (z_t.device.type, t.device.type) == ("meta", "meta")
         assert t.shape == (2,)
 

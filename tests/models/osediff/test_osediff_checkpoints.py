@@ -106,7 +106,7 @@ def test_published_names_fit_the_backbone(published):
     merge(generator, replace(adapters, unet=unet, vae=vae), "published")
 
 
-def test_merged_and_unmerged_give_the_same_picture():
+def test_merged_and_unmerged_give_the_same_image():
     unmerged, merged = adapted(), plain()
     before = merged(photo())
     merge(merged, collect(unmerged), "test")

@@ -50,7 +50,7 @@ def test_sixteen_bits_are_for_the_networks_alone():
     assert generator(photo().bfloat16()).dtype == torch.float32
 
 
-def test_a_prompt_of_the_picture_replaces_the_saved_one():
+def test_a_prompt_of_the_image_replaces_the_saved_one():
     generator = plain()
     own = generator(photo())
     assert torch.equal(generator(photo(), prompt_embedding=generator.prompt), own)
@@ -101,12 +101,12 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, posterior, scale):
     assert describe(loaded) == describe(generator)
 
 
-def test_the_face_model_keeps_the_size_of_the_picture(tmp_path):
+def test_the_face_model_keeps_the_size_of_the_image(tmp_path):
     path = saved(plain(scale=1), tmp_path / "face.safetensors")
-    picture = np.random.default_rng(0).integers(0, 255, (37, 50, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (37, 50, 3), dtype=np.uint8)
     upscaler = Upscaler.from_pretrained(path, device="cpu", dtype="float32")
-    assert upscaler(picture, scale=1).size == (50, 37)
-    assert upscaler(picture, scale=2).size == (100, 74)
+    assert upscaler(image, scale=1).size == (50, 37)
+    assert upscaler(image, scale=2).size == (100, 74)
 
 
 def test_a_backbone_becomes_one_without_a_copy():

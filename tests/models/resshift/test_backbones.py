@@ -115,13 +115,13 @@ def test_published_sizes_have_names(name, steps, size, multiple):
 
 @pytest.mark.parametrize("build", [small_tiny, lambda: load("micro")], ids=["tiny", "micro"])
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 0.0), ("bfloat16", 0.05)])
-def test_pictures_of_any_size_in_tiles_and_16_bit_weights(build, dtype, limit):
-    picture = from_array(np.random.default_rng(0).integers(0, 256, (37, 41, 3), dtype=np.uint8))
+def test_images_of_any_size_in_tiles_and_16_bit_weights(build, dtype, limit):
+    image = from_array(np.random.default_rng(0).integers(0, 256, (37, 41, 3), dtype=np.uint8))
     options = UpscaleOptions(tile=32, color_fix="none")
     generator = build()
     generator.choose(steps=1)
-    exact = Upscaler(build_like(generator), "cpu", "float32").upscale_picture(picture, options).pixels
-    found = Upscaler(generator, "cpu", dtype).upscale_picture(picture, options).pixels
+    exact = Upscaler(build_like(generator), "cpu", "float32").upscale_image(image, options).pixels
+    found = Upscaler(generator, "cpu", dtype).upscale_image(image, options).pixels
     assert found.shape == (148, 164, 3)
     assert np.abs(found.astype(int) - exact).mean() <= 255 * limit
 

@@ -57,7 +57,7 @@ def seeded(seed=0) -> torch.Generator:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_one_step_equals_published_code_from_picture_to_picture():
+def test_one_step_equals_published_code_from_image_to_image():
     golden = dict(np.load(GOLDEN))
     generator = residual_shift_generator(ResidualShiftGeneratorConfig(steps=1)).eval()
     fill_by_name(generator.autoencoder)
@@ -73,9 +73,9 @@ def test_one_step_equals_published_code_from_picture_to_picture():
     codes = generator.autoencoder.quantize.nearest(z_0).flatten().numpy()
     flipped = codes != golden["codes"]
     assert not flipped[golden["code_margin"] > 1e-4].any()
-    picture = generator.decode(z_0)[..., :192, :160].clamp(0, 1) * 2 - 1
-    error = np.abs(picture[..., 1::3, 1::3].numpy() - golden["img"])
-    # Codes may differ where two are equally near; then the picture does, around them much and elsewhere a little.
+    image = generator.decode(z_0)[..., :192, :160].clamp(0, 1) * 2 - 1
+    error = np.abs(image[..., 1::3, 1::3].numpy() - golden["img"])
+    # Codes may differ where two are equally near; then the image does, around them much and elsewhere a little.
     assert error.max() < 1e-4 if not flipped.any() else np.median(error) < 1e-3
 
 
@@ -85,10 +85,10 @@ def test_one_step_is_the_network_at_the_last_step():
     z_y = generator.encode(generator.enlarge(lr))
     start = (z_y + 2 * 0.99 * noise) / (1 + 4 * 0.99**2) ** 0.5
     expected = generator.unet(start, torch.tensor([3]), lr * 2 - 1)
-    picture, z_0 = generator.restore(lr, lambda draw, like: noise)
+    image, z_0 = generator.restore(lr, lambda draw, like: noise)
     assert torch.allclose(z_0, expected, atol=1e-5)
     codes = generator.autoencoder.quantize(z_0)
-    assert torch.equal(picture, generator.autoencoder.decode(codes, quantize=False) / 2 + 0.5)
+    assert torch.equal(image, generator.autoencoder.decode(codes, quantize=False) / 2 + 0.5)
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "deterministic"])
@@ -165,7 +165,7 @@ def test_a_tile_gets_the_noise_of_its_place():
     generator(flat, seeded())
     generator(flat[..., :16, :32], seeded(), origin=(32, 16))
     whole, tile = (z * (1 + 4 * 0.99**2) ** 0.5 for z in seen)
-    inside = slice(2, -2)  # at the borders the encoder sees zeros instead of the flat picture
+    inside = slice(2, -2)  # at the borders the encoder sees zeros instead of the flat image
     difference = tile[..., inside, inside] - whole[..., 32:48, 16:48][..., inside, inside]
     assert difference.std() < 0.5 * tile.std()
     elsewhere = tile[..., inside, inside] - whole[..., :16, 16:48][..., inside, inside]
@@ -181,10 +181,10 @@ def test_upscaler_gives_tiles_one_generator_and_their_places():
         return restore(z_y, lr, rng, origin)
 
     forward, copies = generator.forward, []
-    generator.forward = lambda lr, **given: (copies.append((len(seen), lr.shape)), forward(lr, **given))[1]
+    generator.forward = lambda lr, **materialize: (copies.append((len(seen), lr.shape)), forward(lr, **materialize))[1]
     generator.restore_latent = record
-    picture = from_array(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8))
-    result = Upscaler(generator, "cpu", "float32").upscale_picture(picture, UpscaleOptions(tile=32, seed=7))
+    image = from_array(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8))
+    result = Upscaler(generator, "cpu", "float32").upscale_image(image, UpscaleOptions(tile=32, seed=7))
     assert result.pixels.shape == (200, 240, 3)
     assert copies == [(0, (1, 3, 16, 16))], "for the norms, before the tiles"
     assert [place for place, _ in seen] == list(product((0, 16, 32), repeat=2))
@@ -194,8 +194,8 @@ def test_upscaler_gives_tiles_one_generator_and_their_places():
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 def test_half_precision_keeps_the_diffusion_in_float32(dtype, limit):
     lr, noise = low(16, 16), torch.randn(1, 3, 16, 16, generator=seeded())
-    picture, z_0 = small(sampler="deterministic").to(dtype).restore(lr.to(dtype), lambda draw, like: noise)
-    assert (picture.dtype, z_0.dtype) == (torch.float32, torch.float32)
+    image, z_0 = small(sampler="deterministic").to(dtype).restore(lr.to(dtype), lambda draw, like: noise)
+    assert (image.dtype, z_0.dtype) == (torch.float32, torch.float32)
     expected = small(sampler="deterministic").restore(lr.to(dtype).float(), lambda draw, like: noise)[1]
     assert (z_0 - expected).std() < limit * expected.std()
 

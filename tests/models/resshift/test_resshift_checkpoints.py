@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from onestepsr.cli.main import app, main
 from onestepsr.core.errors import UserError
 from onestepsr.imaging.read import from_array
-from onestepsr.imaging.write import write_picture
+from onestepsr.imaging.write import write_image
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
 from onestepsr.models.loading import load_generator, load_network, load_residual_generator, resolve
 from onestepsr.models.resshift.checkpoints import load_published
@@ -103,7 +103,7 @@ def test_published_files_load_under_every_wrapper(micro, tmp_path, alias, prefix
 
 
 @pytest.mark.parametrize("alias", KINDS)
-def test_a_converted_checkpoint_upscales_pictures_of_any_size(micro, tmp_path, alias):
+def test_a_converted_checkpoint_upscales_images_of_any_size(micro, tmp_path, alias):
     unet, autoencoder = publish(made(alias), tmp_path / "files")
     target = tmp_path / "model.safetensors"
     arguments = ["--as", alias, "--autoencoder", autoencoder, "--json"]
@@ -111,12 +111,12 @@ def test_a_converted_checkpoint_upscales_pictures_of_any_size(micro, tmp_path, a
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["architecture"] == "residual-shift"
     assert same(load_generator(target), made(alias))
-    pictures, rng = tmp_path / "pictures", np.random.default_rng(0)
-    pictures.mkdir()
+    images, rng = tmp_path / "pictures", np.random.default_rng(0)
+    images.mkdir()
     for height, width in SIZES:
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        write_picture(from_array(pixels), pictures / f"{height}.png")
-    command = ["upscale", str(pictures), "-o", str(tmp_path / "out"), "--model", str(target), "--tile", "48", "--json"]
+        write_image(from_array(pixels), images / f"{height}.png")
+    command = ["upscale", str(images), "-o", str(tmp_path / "out"), "--model", str(target), "--tile", "48", "--json"]
     results = json.loads(run(app, command).stdout)["results"]
     assert [tuple(row["output_size"]) for row in results] == [
         (4 * width, 4 * height) for height, width in sorted(SIZES, key=str)
@@ -128,7 +128,7 @@ def test_an_alias_works_from_the_files_in_the_cache(micro, tmp_path):
     assert same(load_generator("sinsr"), made("sinsr"))
     assert load_generator("sinsr", steps=15).schedule.steps == 15
     assert isinstance(load_residual_generator("sinsr"), type(made("sinsr")))
-    write_picture(from_array(np.zeros((5, 7, 3), np.uint8)), tmp_path / "in.png")
+    write_image(from_array(np.zeros((5, 7, 3), np.uint8)), tmp_path / "in.png")
     command = ["upscale", str(tmp_path / "in.png"), "--model", "sinsr", "-o", str(tmp_path / "out.png")]
     assert run(app, command).exit_code == 0
     outputs = [np.asarray(Image.open(tmp_path / "out.png"))]
@@ -150,9 +150,9 @@ def test_a_model_that_does_not_enlarge_works_at_any_size(tmp_path):
     torch.manual_seed(0)
     generator = residual_shift_generator(config)
     fill_by_name(generator)
-    picture = from_array(np.random.default_rng(0).integers(0, 256, (33, 20, 3), dtype=np.uint8))
+    image = from_array(np.random.default_rng(0).integers(0, 256, (33, 20, 3), dtype=np.uint8))
     for scale, expected in ((1.0, (33, 20, 3)), (2.0, (66, 40, 3))):
-        out = Upscaler(generator, "cpu", "float32").upscale_picture(picture, UpscaleOptions(scale=scale))
+        out = Upscaler(generator, "cpu", "float32").upscale_image(image, UpscaleOptions(scale=scale))
         assert out.pixels.shape == expected
 
 

@@ -17,7 +17,7 @@ from onestepsr.models import cpu_kernels
 from onestepsr.models.cpu_kernels import PackedConvolution
 from onestepsr.models.resshift.swin import GroupNorm, SwinBlock, SwinConfig, shifted_window_masks
 from onestepsr.models.resshift.unet import SwinUNet, SwinUNetConfig
-from onestepsr.weights.foreign import canonical_keys, fill, given
+from onestepsr.weights.foreign import canonical_keys, fill, materialize
 from weights_by_name import fill_by_name
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "swin_unet.npz"
@@ -275,7 +275,7 @@ def test_weights_in_half_precision_fill_a_network_that_was_built_without_memory(
     with torch.device("meta"):
         other = SwinUNet(SMALL)
     state = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
-    fill(other, {key: partial(given, value) for key, value in state.items()}, "a file")
+    fill(other, {key: partial(materialize, value) for key, value in state.items()}, "a file")
     assert {key: value.dtype for key, value in other.state_dict().items()} == {
         key: value.dtype for key, value in network.state_dict().items()
     }
@@ -320,5 +320,5 @@ def test_sizes_that_cannot_be_built_are_an_error(changes: dict[str, object], mes
 def test_memory_grows_with_width_and_precision() -> None:
     with torch.device("meta"):
         published, small = SwinUNet(), SwinUNet(SMALL)
-    assert small.memory_per_cell(torch.float32) < published.memory_per_cell(torch.float32)
-    assert published.memory_per_cell(torch.bfloat16) < published.memory_per_cell(torch.float32)
+    assert small.memory_per_position(torch.float32) < published.memory_per_position(torch.float32)
+    assert published.memory_per_position(torch.bfloat16) < published.memory_per_position(torch.float32)

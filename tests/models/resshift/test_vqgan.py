@@ -30,7 +30,7 @@ def small():
     return VQAutoencoder(SMALL)
 
 
-def picture(*size, seed=0):
+def image(*size, seed=0):
     return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -69,15 +69,15 @@ def test_face_variant_shrinks_by_eight():
 
 @torch.no_grad()
 def test_sizes_that_are_not_square(small):
-    z = small.encode(picture(24, 40))
+    z = small.encode(image(24, 40))
     assert z.shape == (2, 4, 6, 10)
     assert small.decode(z).shape == (2, 3, 24, 40)
-    assert torch.equal(small(picture(24, 40)), small.decode(z))
+    assert torch.equal(small(image(24, 40)), small.decode(z))
 
 
 @torch.no_grad()
 def test_latents_are_rounded_to_codes_before_decoding(small):
-    z = small.encode(picture(16, 16))
+    z = small.encode(image(16, 16))
     rounded = small.quantize(z)
     assert not torch.equal(rounded, z)
     assert torch.equal(small.quantize(rounded), rounded)
@@ -104,7 +104,7 @@ def test_nearest_code_is_found_in_float32_whatever_the_latents_are():
 
 
 def test_gradient_passes_the_rounding_as_if_it_were_not_there(small):
-    z = small.encode(picture(16, 16)).detach().requires_grad_()
+    z = small.encode(image(16, 16)).detach().requires_grad_()
     weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
     rounded = small.quantize(z)
     assert torch.equal(rounded, small.quantize(z.detach()))
@@ -114,7 +114,7 @@ def test_gradient_passes_the_rounding_as_if_it_were_not_there(small):
 
 def test_every_parameter_but_the_codes_gets_a_gradient(small):
     small.zero_grad()
-    small(picture(16, 16)).square().sum().backward()
+    small(image(16, 16)).square().sum().backward()
     without = [name for name, p in small.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # a constant added to every key changes no softmax
     assert set(without) - {"encoder.mid.attn_1.k.bias", "decoder.mid.attn_1.k.bias"} == {"quantize.embedding.weight"}
@@ -128,7 +128,7 @@ def test_half_precision_stays_near_float32(small, dtype, error, keys, monkeypatc
     monkeypatch.setattr(cpu_kernels, "LEAST_KEYS", keys)  # from so many keys on, by blocks of queries
     half = VQAutoencoder(SMALL).to(dtype)
     half.load_state_dict(small.state_dict())
-    x = picture(16, 16)
+    x = image(16, 16)
     z = small.encode(x)
     assert (half.encode(x.to(dtype)).float() - z).std() < error * z.std()
     expected = small.decode(z, quantize=False)
@@ -147,14 +147,14 @@ def test_attention_never_falls_back_to_storing_all_pairs_of_positions(monkeypatc
         return attend(*qkv)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", record)
-    network(picture(16, 24).contiguous(memory_format=layout))
+    network(image(16, 24).contiguous(memory_format=layout))
     assert strides == [1] * 6
 
 
 def test_memory_need_follows_sizes_and_number_format():
     with torch.device("meta"):
         network = VQAutoencoder()
-    assert 3300 <= network.memory_per_pixel(torch.float32) <= 4000  # measured: 3297 for a picture of 256 x 256
+    assert 3300 <= network.memory_per_pixel(torch.float32) <= 4000  # measured: 3297 for an image of 256 x 256
     assert network.memory_per_pixel(torch.bfloat16) == network.memory_per_pixel(torch.float32) / 2
 
 

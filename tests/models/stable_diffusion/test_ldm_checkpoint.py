@@ -91,7 +91,7 @@ def test_a_unet_that_predicts_something_else_is_reported(tmp_path, caplog, monke
     assert "does not seem to predict noise" in caplog.text
     sigma = (1 - generator.schedule.alpha_bar[-1]).sqrt()
 
-    def perfect(z_t, t, prompt):  # of black pictures
+    def perfect(z_t, t, prompt):  # of black images
         return z_t / sigma
 
     def velocity(z_t, t, prompt):

@@ -8,7 +8,7 @@ from small_diffusion import AUTOENCODER, GENERATOR, UNET, XL, diffusers_unet, di
 
 from onestepsr.inference.memory_plan import SHARE, largest_side
 from onestepsr.models.architectures import describe
-from onestepsr.models.backbones import half_of, load_backbone, load_discriminator_backbone
+from onestepsr.models.backbones import load_backbone, load_discriminator_backbone, unet_encoder_of
 from onestepsr.models.stable_diffusion.config import (
     SD21_BASE,
     SDXL_BASE,
@@ -96,7 +96,7 @@ def test_half_of_a_generator_gives_the_middle_features_of_its_unet(generator):
     z, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
     generator.unet(z, t, generator.prompt)
     hook.remove()
-    half = half_of(generator)
+    half = unet_encoder_of(generator)
     assert torch.equal(half(z, t, generator.prompt)[0], features[0])
     assert half.feature_channels == features[0].shape[1] == 64
     assert half.latent_channels == 4
@@ -204,12 +204,12 @@ def test_sizes_that_cannot_work_are_refused(build, message):
 
 def test_memory_need_covers_the_hungrier_of_the_two(generator):
     pixel = generator.autoencoder.memory_per_pixel(torch.float32)
-    cell = generator.unet.memory_per_cell(torch.float32)
+    cell = generator.unet.memory_per_position(torch.float32)
     assert generator.memory_per_pixel(torch.float32) == 16 * max(pixel, cell / 4)
     assert generator.memory_per_pixel(torch.bfloat16) < generator.memory_per_pixel(torch.float32)
 
 
-def test_a_big_picture_is_tiled():
+def test_a_big_image_is_tiled():
     with torch.device("meta"):
         backbone = load_backbone("random:sd21-base")
     sides = [largest_side(SHARE * 4e9, backbone.memory_per_pixel(dtype)) for dtype in DTYPES]

@@ -125,8 +125,8 @@ def test_last_layers_lose_no_digits(fast):
     x = torch.rand(1, 3, 32, 32)
     with torch.inference_mode():
         wide = fast[1].autoencoder.bfloat16().encode(x.bfloat16())
-        picture = fast[1].autoencoder.decode(wide.bfloat16())
-    for output in (wide, picture):
+        image = fast[1].autoencoder.decode(wide.bfloat16())
+    for output in (wide, image):
         assert output.dtype == torch.float32
         assert not torch.equal(output, output.bfloat16().float())
 

@@ -47,7 +47,7 @@ def blocks_of(generator: torch.nn.Module) -> int:
     return sum(isinstance(module, ResidualBlock) for module in generator.modules())
 
 
-def test_a_deeper_generator_makes_the_same_pictures(shallow: OneStepLatentGenerator) -> None:
+def test_a_deeper_generator_makes_the_same_images(shallow: OneStepLatentGenerator) -> None:
     deep = deepened(shallow, DEPTH)
     lr = torch.rand(2, 3, 12, 8)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Fine contrast at the positions of a latent cell: made equal, for any picture, and kept in the weights file."""
+"""Fine contrast at the positions of a latent cell: made equal, for any image, and kept in the weights file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from onestepsr.models.convert import convert
 from onestepsr.models.generators import BicubicGenerator, OneStepLatentGenerator
 from onestepsr.models.loading import load_network
 from onestepsr.models.tiny.decoder import LARGEST_FACTOR, EvenContrast, local_mean
-from onestepsr.models.tiny.edit import alike, with_even_contrast
+from onestepsr.models.tiny.edit import equalize_subpixel_contrast, match_architecture
 from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.tiny.networks import TinyConfig
 from onestepsr.weights.native import save_model
@@ -38,7 +38,7 @@ def grid(image: Tensor) -> float:
 
 
 def texture(height: int = 96, width: int = 128) -> Tensor:
-    """Grey noise (1, 3, height, width) in [-0.5, 0.5], rough on the left and fine on the right."""
+    """Gray noise (1, 3, height, width) in [-0.5, 0.5], rough on the left and fine on the right."""
     torch.manual_seed(2)
     noise = torch.rand(1, 1, height, width) - 0.5
     smooth = local_mean(noise, 3, 3)
@@ -80,7 +80,7 @@ def test_brightness_and_colour_stay() -> None:
 def test_what_has_no_detail_or_little_is_left_alone() -> None:
     flat = torch.full((1, 3, 16, 16), 0.3)
     torch.testing.assert_close(EvenContrast()(flat), flat)
-    faint = flat + 0.0005 * torch.randn(1, 1, 16, 16)  # a sixteenth of a grey level
+    faint = flat + 0.0005 * torch.randn(1, 1, 16, 16)  # a sixteenth of a gray level
     torch.testing.assert_close(EvenContrast()(faint), faint, rtol=0, atol=2e-4)
 
 
@@ -91,7 +91,7 @@ def test_detail_changes_by_no_more_than_the_largest_factor() -> None:
     assert 0 < change < LARGEST_FACTOR**3 - 1
 
 
-def test_a_part_of_a_picture_comes_out_as_in_the_whole() -> None:
+def test_a_part_of_a_image_comes_out_as_in_the_whole() -> None:
     reach = 4 * 16
     wide = texture(64 + 2 * reach, 64 + 2 * reach)
     inner = EvenContrast()(wide[..., 4:-4, 4:-4])[..., reach - 4 : -reach + 4, reach - 4 : -reach + 4]
@@ -104,12 +104,12 @@ def test_half_precision_agrees() -> None:
 
 
 def test_models_are_made_alike(uneven: OneStepLatentGenerator) -> None:
-    even = with_even_contrast(uneven)
+    even = equalize_subpixel_contrast(uneven)
     assert all(torch.equal(value, uneven.state_dict()[key]) for key, value in even.state_dict().items())
-    for first, second in (alike(even, uneven), alike(uneven, even)):
+    for first, second in (match_architecture(even, uneven), match_architecture(uneven, even)):
         assert describe(first) == describe(second) == describe(even)
-    assert alike(uneven, uneven) == (uneven, uneven)
-    assert alike(BicubicGenerator(), uneven)[1] is uneven
+    assert match_architecture(uneven, uneven) == (uneven, uneven)
+    assert match_architecture(BicubicGenerator(), uneven)[1] is uneven
 
 
 def test_a_file_keeps_it(uneven: OneStepLatentGenerator, tmp_path: Path) -> None:
@@ -140,4 +140,4 @@ def test_d3sr_trains_through_it(uneven: OneStepLatentGenerator, tmp_path: Path) 
 
 def test_other_models_are_refused() -> None:
     with pytest.raises(UserError, match="for models on the tiny backbone"):
-        with_even_contrast(BicubicGenerator())
+        equalize_subpixel_contrast(BicubicGenerator())

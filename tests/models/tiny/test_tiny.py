@@ -151,7 +151,7 @@ def test_sizes_that_no_network_has_are_refused(sizes: dict[str, Any], said: str)
 
 @pytest.mark.parametrize("name", ["d3sr-tiny", "d3sr-tiny-fidelity"])
 @pytest.mark.parametrize("pattern", ["columns", "rows", "checks", "halves"])
-def test_pure_colours_stay_pictures(name: str, pattern: str) -> None:
+def test_pure_colours_stay_images(name: str, pattern: str) -> None:
     rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     mask = {"columns": columns % 2, "rows": rows % 2, "checks": (rows + columns) % 2, "halves": columns // 16}[pattern]
     first, second = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [1.0, 0.0, 0.0]]), torch.eye(3)

@@ -77,7 +77,7 @@ def test_the_encoder_is_a_swin_transformer():
     torch.testing.assert_close(found[:, 0], expected.pooler_output, rtol=0, atol=2e-5)
 
 
-def test_tags_ask_the_picture_in_layers_of_cross_attention():
+def test_tags_ask_the_image_in_layers_of_cross_attention():
     network = random_network()
     seen, queries = torch.randn(2, 7, 12), torch.randn(2, 5, 16)
     layer = network.tagging_head["encoder"]["layer"][0]
@@ -113,7 +113,7 @@ def test_the_published_sizes():
     assert "tagging_head.encoder.layer.0.intermediate.dense.weight" in names
 
 
-def test_a_picture_becomes_the_tags_above_their_thresholds(folder):
+def test_a_image_becomes_the_tags_above_their_thresholds(folder):
     with torch.no_grad():
         probabilities = random_network()(tagger_input(published_input(picture()), side=32))[0].sigmoid()
     middle = float(probabilities.median())

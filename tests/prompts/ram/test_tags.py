@@ -34,7 +34,7 @@ def test_tags_above_their_own_threshold_in_the_order_of_the_list():
 
 
 @pytest.mark.parametrize("name", ["small", "mid"])
-def test_pictures_are_prepared_as_published(name):
+def test_images_are_prepared_as_published(name):
     prepared = published_input(Image.fromarray(GOLDEN[f"{name}.in"]))
     assert prepared.size == tuple(GOLDEN[f"{name}.out_size_wh"])
     pixels = np.asarray(prepared).astype(int)

@@ -1,4 +1,4 @@
-"""The report: what the table says, that it can be computed from the JSON, and how large the pictures are."""
+"""The report: what the table says, that it can be computed from the JSON, and how large the images are."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_report_says_how_it_came_about_and_what_is_missing() -> None:
     assert "own table" not in alone
 
 
-def test_pictures_are_titled_and_kept_small() -> None:
+def test_images_are_titled_and_kept_small() -> None:
     noise = torch.rand(3, 3, 40, 60, generator=torch.Generator().manual_seed(0))
     rows = [{"bicubic": image, "a title that is too long for its column": image, "HR": image} for image in noise]
     whole = Image.open(io.BytesIO(sheet(rows)))

@@ -208,7 +208,7 @@ def test_values_are_those_of_the_metrics_on_fixed_pairs(suite: Suite) -> None:
         enlarged = functional.interpolate(pair["lr"][None], scale_factor=4, mode="bicubic")
         assert values["psnr"][index] == pytest.approx(psnr_y(as_eight_bit(enlarged), pair["hr"][None]).item(), abs=1e-4)
     assert all(len(column) == 3 for column in values.values())
-    assert set(held_out.measure_references()) == {"grid"}, "an HR picture is not compared with itself"
+    assert set(held_out.measure_references()) == {"grid"}, "an HR image is not compared with itself"
     other = HeldOut(evaluation(suite, seed=1))
     assert not torch.equal(other.pairs[0]["lr"], held_out.pairs[0]["lr"])
 
@@ -225,7 +225,7 @@ def test_whole_pairs_of_any_size_are_each_used_once(suite: Suite, tmp_path: Path
     assert plan(pairs, tmp_path / "out").planned[0].run.config.validation.data is None
     held_out = HeldOut(pairs.config.evaluation)
     assert [len(column) for column in held_out.measure(Candidate(BICUBIC)).values()] == [2, 2, 2, 2, 2]
-    assert [row["HR"].shape for row in held_out.pictures({})] == [(3, 24, 24), (3, 24, 24)]
+    assert [row["HR"].shape for row in held_out.images({})] == [(3, 24, 24), (3, 24, 24)]
 
 
 def test_held_out_pairs_are_no_samples_of_a_training_stream(suite: Suite) -> None:
@@ -270,7 +270,7 @@ def test_a_model_that_is_there_is_measured_and_not_trained(micro_suite: Path, tm
     assert (generator.schedule.steps, generator.sampler) == (3, "deterministic")
     held_out = HeldOut(suite.config.evaluation)
     assert held_out.measure(planned.models["before"]) == held_out.measure(Candidate(BICUBIC))
-    rows = held_out.pictures(planned.models)
+    rows = held_out.images(planned.models)
     assert list(rows[0]) == ["bicubic", "before", "shifting", "HR"]
     with pytest.raises(UserError, match="nothing to train: of before there are models already"):
         plan(suite, tmp_path / "out", only=["before"])

@@ -42,7 +42,7 @@ def complexity(
         list[str] | None,
         typer.Option(help="Network to count; may be repeated. All by default.", show_default=False),
     ] = None,
-    size: Annotated[int, typer.Option(min=1, max=LARGEST_SIDE, help="Side of the picture put out, in pixels.")] = 512,
+    size: Annotated[int, typer.Option(min=1, max=LARGEST_SIDE, help="Side of the image put out, in pixels.")] = 512,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="[FILE]", help="Write one JSON document to FILE, or print it.")
     ] = None,
@@ -64,7 +64,7 @@ def complexity(
 
 
 def make_report(names: Sequence[str] | None, side: int) -> Report:
-    """Count the networks called ``names``, or all of them, for one picture of ``side`` x ``side`` pixels."""
+    """Count the networks called ``names``, or all of them, for one image of ``side`` x ``side`` pixels."""
     from onestepsr.benchmark.complexity_report import COMPLEXITY_SIDE, Report
     from onestepsr.benchmark.networks import D3SR_SD21, compare_adapters, default_names, measure
 

@@ -45,11 +45,11 @@ def speed(
         list[str] | None,
         typer.Option(help=f"Model, file or random:NAME; may be repeated. {DEFAULT_MODEL} by default."),
     ] = None,
-    size: Annotated[str, typer.Option(help="Picture that is enlarged: its side, or WIDTHxHEIGHT, in pixels.")] = "128",
+    size: Annotated[str, typer.Option(help="Image that is enlarged: its side, or WIDTHxHEIGHT, in pixels.")] = "128",
     steps: Annotated[
         str, typer.Option(help="Evaluations of residual-shifting models, such as 1,15; their own number by default.")
     ] = "",
-    batch: Annotated[int, typer.Option(help="Pictures that the network is given at once.")] = 1,
+    batch: Annotated[int, typer.Option(help="Images that the network is given at once.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; the baseline has float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     tile: Annotated[str, typer.Option(help="Tile side in input pixels, auto or off.")] = "auto",
@@ -63,7 +63,7 @@ def speed(
     baseline: Annotated[
         bool, typer.Option("--baseline/--no-baseline", help="Measure the plain float32 network too.")
     ] = True,
-    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure the memory of one picture too.")] = True,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure the memory of one image too.")] = True,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="[FILE]", help="Write one JSON document to FILE, or print it.")
     ] = None,

@@ -1,4 +1,4 @@
-"""``onestepsr evaluate``: metrics of super-resolved pictures, or of a model that is run first."""
+"""``onestepsr evaluate``: metrics of super-resolved images, or of a model that is run first."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from onestepsr.cli.evaluate.measure import (
     PromptOption,
     TextEncoderOption,
     TruncateOption,
+    measure_images,
     measure_model,
-    measure_pictures,
     show_missing,
 )
 from onestepsr.cli.evaluate.output import (
@@ -48,24 +48,22 @@ def register(app: typer.Typer) -> None:
 
 def evaluate_command(
     sr: Annotated[
-        Path | None, typer.Argument(help="Super-resolved picture, or a folder of them.", show_default=False)
+        Path | None, typer.Argument(help="Super-resolved image, or a folder of them.", show_default=False)
     ] = None,
     *,
-    hr: Annotated[Path | None, typer.Option(help="Reference picture or folder; matched by file name.")] = None,
+    hr: Annotated[Path | None, typer.Option(help="Reference image or folder; matched by file name.")] = None,
     model: Annotated[str | None, typer.Option(help="Run this model on --data or --lr first: name or file.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Data set: folders LR and HR in it, names ending in _LR and _HR, or LR pictures alone."),
+        typer.Option(help="Data set: folders LR and HR in it, names ending in _LR and _HR, or LR images alone."),
     ] = None,
-    lr: Annotated[Path | None, typer.Option(help="Folder of LR pictures; --hr may name their references.")] = None,
+    lr: Annotated[Path | None, typer.Option(help="Folder of LR images; --hr may name their references.")] = None,
     degradation: Annotated[
         str | None,
-        typer.Option(help="--data holds HR photos: make LR pictures by this recipe, as 'onestepsr degrade' does."),
+        typer.Option(help="--data holds HR photos: make LR images by this recipe, as 'onestepsr degrade' does."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of --degradation, and of models that draw noise.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Keep the pictures of --model in this folder.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the images of --model in this folder.")] = None,
     protocol: Annotated[str, typer.Option(help="basic, d3sr or osediff: metrics, crops, borders.")] = "basic",
     metrics: Annotated[
         str | None,
@@ -97,9 +95,9 @@ def evaluate_command(
     report: ReportOption = None,
     beside: BesideOption = None,
 ) -> None:
-    """Measure super-resolved pictures, against references where there are any; or run a model and measure it.
+    """Measure super-resolved images, against references where there are any; or run a model and measure it.
 
-    'onestepsr evaluate compare A.json B.json' puts results side by side. Ends with exit code 1 if a picture could not
+    'onestepsr evaluate compare A.json B.json' puts results side by side. Ends with exit code 1 if an image could not
     be read, paired or measured, or a metric of --metrics could not; the others are measured all the same.
     """
     if metrics == LIST:
@@ -116,7 +114,7 @@ def evaluate_command(
     if model is None:
         given = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompt-from": prompt_from}
         _refuse_without_model({"--data": data, "--lr": lr, "--degradation": degradation, "--out": out, **given})
-        outcome = measure_pictures(_required(sr), hr, suffix, measuring)
+        outcome = measure_images(_required(sr), hr, suffix, measuring)
         show(outcome, outputs, json_file)
         return end(outcome, strict=metrics is not None)
     _refuse_beside_model(sr)
@@ -137,31 +135,33 @@ def evaluate_command(
     )
     with kept(out, report) as keep:
         outcome = measure_model(options, measuring, keep)
-        show(outcome, outputs, json_file, pictures_stay=keep == out)
+        show(outcome, outputs, json_file, images_stay=keep == out)
     return end(outcome, strict=metrics is not None)
 
 
 def end(outcome: Outcome, *, strict: bool) -> None:
     """Exit code 1 where something was left out; metrics that are not to be had here count if ``strict``."""
-    if outcome.result.failed or outcome.lonely or (strict and outcome.result.unavailable):
+    if outcome.result.failed or outcome.unmatched or (strict and outcome.result.unavailable):
         raise typer.Exit(1)
 
 
-def show(outcome: Outcome, outputs: Outputs, json_file: Path | None, *, pictures_stay: bool = True) -> None:
+def show(outcome: Outcome, outputs: Outputs, json_file: Path | None, *, images_stay: bool = True) -> None:
     """Print failures and the table, and write what was asked for."""
     from onestepsr.evaluate.comparison import compare
     from onestepsr.evaluate.result import safe_text, write_result
-    from onestepsr.evaluate.run import without_pictures
+    from onestepsr.evaluate.run import without_images
     from onestepsr.evaluate.tables import result_grid
 
     result = outcome.result
     for reason in result.failed.values():
         typer.echo(f"failed: {safe_text(reason)}", err=True)
-    show_missing({name: reason for name, reason in result.unavailable.items() if name not in outcome.told})
+    show_missing(
+        {name: reason for name, reason in result.unavailable.items() if name not in outcome.reported_unavailable}
+    )
     grid = result_grid(result)
     replace(grid, notes=()).show()
     if json_file is not None:
-        write_result(json_file, result if pictures_stay else without_pictures(result))
+        write_result(json_file, result if images_stay else without_images(result))
     if result.images or result.whole:
         outputs.write(compare([result]), [grid])
 
@@ -186,7 +186,7 @@ def list_metrics() -> None:
 
 @contextmanager
 def kept(out: Path | None, report: Path | None) -> Iterator[Path | None]:
-    """The folder for SR pictures: the one asked for, a passing one if only a report needs them, or none."""
+    """The folder for SR images: the one asked for, a passing one if only a report needs them, or none."""
     if out is not None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out}: is there already; name a new or empty folder")
@@ -200,7 +200,7 @@ def kept(out: Path | None, report: Path | None) -> Iterator[Path | None]:
 
 def _required(sr: Path | None) -> Path:
     if sr is None:
-        raise UserError("nothing to measure: give SR pictures, or --model with --data")
+        raise UserError("nothing to measure: give SR images, or --model with --data")
     return sr
 
 

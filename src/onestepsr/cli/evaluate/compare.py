@@ -61,7 +61,7 @@ def compare_command(
         Path | None, typer.Option("--json", help="Write means, differences and warnings to this file.")
     ] = None,
 ) -> None:
-    """Compare results on the pictures that all have: means, paired differences from the first, significance.
+    """Compare results on the images that all have: means, paired differences from the first, significance.
 
     What keeps results from being comparable, such as another protocol, is listed before the tables.
     """

@@ -1,4 +1,4 @@
-"""What ``onestepsr evaluate`` does once its options are read: measure pictures in folders, or a model."""
+"""What ``onestepsr evaluate`` does once its options are read: measure images in folders, or a model."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
-from onestepsr.core.errors import UserError, shortened
+from onestepsr.core.errors import UserError, join_names
 from onestepsr.core.progress import progress
 
 if TYPE_CHECKING:
     from onestepsr.cli.upscale.prompts import PromptChoice
     from onestepsr.data.degradation.pipeline import Recipe
-    from onestepsr.evaluate.pairing import DataSet
+    from onestepsr.evaluate.pairing import EvaluationData
     from onestepsr.evaluate.result import EvaluationResult
     from onestepsr.evaluate.run import Degradation, EvaluatedModel
-    from onestepsr.evaluate.scoring import Measurer, Score
+    from onestepsr.evaluate.scoring import Score, Scorer
 from collections.abc import Iterator
 from dataclasses import field
 from typing import TYPE_CHECKING, Annotated
 
-from onestepsr.cli.upscale.prompts import Prepared, PromptChoice, Prompts, prompted
+from onestepsr.cli.upscale.prompts import PreparedPrompt, PromptChoice, Prompts, prompted
 
 if TYPE_CHECKING:
-    from onestepsr.imaging.read import Picture
+    from onestepsr.imaging.read import LoadedImage
     from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
 
 
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 PromptOption = Annotated[
     str | None,
-    typer.Option(help="For --model that reads text: the words for all pictures; '' is the empty prompt."),
+    typer.Option(help="For --model that reads text: the words for all images; '' is the empty prompt."),
 ]
 PromptFileOption = Annotated[
-    Path | None, typer.Option(help="A folder of NAME.txt, one .txt for all pictures, or a table of names and prompts.")
+    Path | None, typer.Option(help="A folder of NAME.txt, one .txt for all images, or a table of names and prompts.")
 ]
 PromptFromOption = Annotated[
-    str | None, typer.Option(help="Who looks at the pictures: a captioner or tagger, such as blip or dape.")
+    str | None, typer.Option(help="Who looks at the images: a captioner or tagger, such as blip or dape.")
 ]
 TextEncoderOption = Annotated[
     str, typer.Option(help="Who turns words into embeddings: a diffusers folder, or a name on the hub.")
@@ -64,37 +64,37 @@ def prompt_settings(choice: PromptChoice) -> dict[str, str | bool]:
 
 @dataclass(kw_only=True)
 class CasePrompts:
-    """One prompt after the other, for pictures that come in the order of ``paths``; some may be left out."""
+    """One prompt after the other, for images that come in the order of ``paths``; some may be left out."""
 
     choice: PromptChoice
     paths: Sequence[Path]
-    """The files of all pictures."""
+    """The files of all images."""
     changed: bool
-    """Whether the model gets other pictures than those in the files: made of them, or cut."""
-    _waiting: Iterator[tuple[Path, Prepared]] = field(init=False, default_factory=lambda: iter(()))
+    """Whether the model gets other images than those in the files: made of them, or cut."""
+    _waiting: Iterator[tuple[Path, PreparedPrompt]] = field(init=False, default_factory=lambda: iter(()))
     _prompts: Prompts | None = field(init=False, default=None)
 
     def start(self, upscaler: Upscaler) -> None:
         """Check the prompts against the model; those of files are made in groups, as they are asked for."""
-        self.choice.miss(upscaler.name)
+        self.choice.warn_if_unused(upscaler.name)
         if self.choice.is_given:
             self._prompts = Prompts(self.choice, upscaler)
             self._waiting = zip(self.paths, prompted(self.paths, self._prompts), strict=True)
 
-    def added_to(self, options: UpscaleOptions, picture: Picture, path: Path) -> UpscaleOptions:
-        """``options`` with the prompt of ``picture``; :class:`UserError` if it has none."""
+    def applied_to(self, options: UpscaleOptions, image: LoadedImage, path: Path) -> UpscaleOptions:
+        """``options`` with the prompt of ``image``; :class:`UserError` if it has none."""
         if self._prompts is None:
             return options
-        if self.changed and self._prompts.source.needs_picture:
-            return self._prompts.of_picture(path, picture).added_to(options)
+        if self.changed and self._prompts.source.needs_image:
+            return self._prompts.of_image(path, image).applied_to(options)
         prepared = next(prepared for own, prepared in self._waiting if own == path)
         if prepared.error is not None:
             raise prepared.error
-        return prepared.added_to(options)
+        return prepared.applied_to(options)
 
 
 LISTED_NAMES = 10
-"""How many names of pictures without counterpart are shown."""
+"""How many names of images without counterpart are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +102,9 @@ class Outcome:
     """A result, and what of it the user has been told."""
 
     result: EvaluationResult
-    lonely: list[Path]
-    """Pictures to measure that found no reference; they have been listed."""
-    told: frozenset[str]
+    unmatched: list[Path]
+    """Images to measure that found no reference; they have been listed."""
+    reported_unavailable: frozenset[str]
     """Metrics of which it was said that they cannot be measured."""
 
 
@@ -126,11 +126,11 @@ class MeasureOptions:
         if self.label is not None and not 1 <= len(self.label) <= NAME_LENGTH:
             raise UserError(f"--label has {len(self.label)} characters; accepted: 1 to {NAME_LENGTH}")
 
-    def measurer(self, *, with_reference: bool) -> Measurer:
+    def measurer(self, *, with_reference: bool) -> Scorer:
         """The metrics, loaded; why some cannot be is told on stderr, before the work and in one line each."""
         from onestepsr.evaluate.metrics.catalog import select_metrics
         from onestepsr.evaluate.protocols import applicable, get_protocol
-        from onestepsr.evaluate.scoring import Measurer
+        from onestepsr.evaluate.scoring import Scorer
         from onestepsr.inference.upscaler import resolve_device
 
         protocol = get_protocol(self.protocol)
@@ -141,7 +141,7 @@ class MeasureOptions:
         else:
             names = [name.strip() for name in self.metrics.split(",") if name.strip()]
             chosen = select_metrics(names, with_reference=with_reference)
-        measurer = Measurer(chosen, protocol, resolve_device(self.device))
+        measurer = Scorer(chosen, protocol, resolve_device(self.device))
         show_missing(measurer.unavailable)
         return measurer
 
@@ -166,16 +166,16 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.lr is None):
-            raise UserError("--model needs either --data (a data set) or --lr (a folder of LR pictures)")
+            raise UserError("--model needs either --data (a dataset) or --lr (a folder of LR images)")
         if self.data is not None and self.hr is not None:
-            raise UserError("--hr goes with --lr: --data names a data set that has its references inside")
+            raise UserError("--hr goes with --lr: --data names a dataset that has its references inside")
         if self.degradation is not None and self.data is None:
             raise UserError(
-                "--degradation makes LR pictures of the HR photos in --data; with --lr they are there already"
+                "--degradation makes LR images of the HR photos in --data; with --lr they are there already"
             )
 
-    def data_set(self) -> DataSet:
-        """The pictures."""
+    def data_set(self) -> EvaluationData:
+        """The images."""
         from onestepsr.evaluate.pairing import find_cases, find_photos
 
         if self.lr is not None:
@@ -184,7 +184,7 @@ class ModelOptions:
         return find_photos(self.data) if self.degradation is not None else find_cases(self.data)
 
     def recipe(self) -> Recipe | None:
-        """How LR pictures are made; None where they are there."""
+        """How LR images are made; None where they are there."""
         from onestepsr.cli.degrade import load_recipe
 
         return None if self.degradation is None else load_recipe(self.degradation)
@@ -207,40 +207,40 @@ class ModelOptions:
         settings |= {name: value for name, value in chosen.items() if value is not None}
         settings |= prompt_settings(self.prompts)
         return EvaluatedModel(
-            enlarge=lambda picture, path: upscaler.upscale_picture(picture, prompts.added_to(options, picture, path)),
+            enlarge=lambda image, path: upscaler.upscale_image(image, prompts.applied_to(options, image, path)),
             scale=upscaler.scale,
             record=ModelRecord(name=self.model, sha256=_checksum(self.model), options={**used, **settings}),
         )
 
 
-def measure_pictures(sr: Path, hr: Path | None, suffix: str, options: MeasureOptions) -> Outcome:
-    """Measure pictures in files."""
+def measure_images(sr: Path, hr: Path | None, suffix: str, options: MeasureOptions) -> Outcome:
+    """Measure images in files."""
     from onestepsr.evaluate.pairing import pair_by_name
     from onestepsr.evaluate.result import Files
-    from onestepsr.evaluate.run import evaluate_pictures
+    from onestepsr.evaluate.run import evaluate_images
 
     pairing = pair_by_name(sr, hr, suffix=suffix)
-    show_lonely("SR without HR", pairing.lonely_sr)
-    show_lonely("HR without SR", pairing.lonely_hr)
+    show_unmatched("SR without HR", pairing.unmatched_sr)
+    show_unmatched("HR without SR", pairing.unmatched_hr)
     folders = Files(sr=str(sr), hr=None if hr is None else str(hr))
     label = options.label or sr.resolve().stem or str(sr)
     measurer = options.measurer(with_reference=hr is not None)
-    result = evaluate_pictures(pairing, folders, measurer, label=label, track=_tracked)
-    return Outcome(result=result, lonely=pairing.lonely_sr, told=frozenset(measurer.unavailable))
+    result = evaluate_images(pairing, folders, measurer, label=label, track=_tracked)
+    return Outcome(result=result, unmatched=pairing.unmatched_sr, reported_unavailable=frozenset(measurer.unavailable))
 
 
 def measure_model(options: ModelOptions, measuring: MeasureOptions, keep: Path | None) -> Outcome:
-    """Run a model and measure it; ``keep`` is a folder for its pictures."""
+    """Run a model and measure it; ``keep`` is a folder for its images."""
     from onestepsr.evaluate.run import evaluate_model
 
     recipe, data = options.recipe(), options.data_set()
-    show_lonely("LR without HR", data.lonely_lr)
-    show_lonely("HR without LR", data.lonely_hr)
+    show_unmatched("LR without HR", data.unmatched_lr)
+    show_unmatched("HR without LR", data.unmatched_hr)
     measurer = measuring.measurer(with_reference=data.hr is not None)
     changed = recipe is not None or measurer.protocol.crop > 0
     paths = [case.path for case in data.cases]
     model = options.load(CasePrompts(choice=options.prompts, paths=paths, changed=changed))
-    typer.echo(f"{len(data.cases)} pictures ({data.layout})", err=True)
+    typer.echo(f"{len(data.cases)} images ({data.layout})", err=True)
     result = evaluate_model(
         model,
         data,
@@ -250,10 +250,10 @@ def measure_model(options: ModelOptions, measuring: MeasureOptions, keep: Path |
         keep=keep,
         track=_tracked,
     )
-    return Outcome(result=result, lonely=data.lonely_lr, told=frozenset(measurer.unavailable))
+    return Outcome(result=result, unmatched=data.unmatched_lr, reported_unavailable=frozenset(measurer.unavailable))
 
 
-def _degradation(options: ModelOptions, recipe: Recipe | None, data: DataSet, scale: int) -> Degradation | None:
+def _degradation(options: ModelOptions, recipe: Recipe | None, data: EvaluationData, scale: int) -> Degradation | None:
     from onestepsr.evaluate.inputs import Degrader
     from onestepsr.evaluate.run import Degradation
 
@@ -269,12 +269,12 @@ def show_missing(reasons: Mapping[str, str]) -> None:
         typer.echo(f"not measured: {name}: {reason}", err=True)
 
 
-def show_lonely(title: str, paths: Sequence[Path]) -> None:
-    """Name pictures without counterpart on stderr, the first ten of them."""
+def show_unmatched(title: str, paths: Sequence[Path]) -> None:
+    """Name images without counterpart on stderr, the first ten of them."""
     from onestepsr.evaluate.result import safe_text
 
     if paths:
-        names = safe_text(shortened([path.name for path in paths], LISTED_NAMES))
+        names = safe_text(join_names([path.name for path in paths], LISTED_NAMES))
         typer.echo(f"{title} ({len(paths)}): {names}", err=True)
 
 

@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from onestepsr.evaluate.tables import Grid
 
 CsvOption = Annotated[
-    Path | None, typer.Option("--csv", help="Write every value to this file: method, picture, metrics.")
+    Path | None, typer.Option("--csv", help="Write every value to this file: method, image, metrics.")
 ]
 MarkdownOption = Annotated[Path | None, typer.Option("--markdown", help="Write the tables to this file as Markdown.")]
 LatexOption = Annotated[Path | None, typer.Option("--latex", help="Write the tables to this file as LaTeX (booktabs).")]
 ReportOption = Annotated[
     Path | None,
-    typer.Option("--report", help="Write a page with pictures to this folder; it opens offline in any browser."),
+    typer.Option("--report", help="Write a page with images to this folder; it opens offline in any browser."),
 ]
 BesideOption = Annotated[
     str | None,
     typer.Option(
         "--beside",
-        help="Print published numbers on this data set beside the results, such as realsr, or of one table: "
+        help="Print published numbers on this dataset beside the results, such as realsr, or of one table: "
         "osediff/realsr. What keeps them from being comparable is listed.",
     ),
 ]
@@ -116,7 +116,7 @@ def write_report_folder(folder: Path, comparison: Comparison, published: Sequenc
     from onestepsr.evaluate.report.page import PAGE, write_report
 
     def tracked(names: Sequence[str]) -> Iterable[str]:
-        return progress(names, "Writing pictures")
+        return progress(names, "Writing images")
 
     for problem in write_report(folder, comparison, published=published, track=tracked):
         typer.echo(f"not in the report: {problem}", err=True)

@@ -1,4 +1,4 @@
-"""``onestepsr upscale``: files, folders, patterns or stdin in, enlarged pictures out."""
+"""``onestepsr upscale``: files, folders, patterns or stdin in, enlarged images out."""
 
 from __future__ import annotations
 
@@ -65,14 +65,13 @@ def upscale(
     memory: Annotated[
         float | None,
         typer.Option(
-            help="Most GB for weights, feature maps and the picture that is enlarged, of all --workers together; "
-            "pictures read ahead or being written come on top, about 0.3 GB in each process. Default: 0.6 of what is "
-            "free."
+            help="Most GB for weights, feature maps and the image that is enlarged; images read ahead or being written "
+            "come on top, about 0.3 GB. Default: 0.6 of what is free."
         ),
     ] = None,
     compiled: Annotated[
         bool,
-        typer.Option("--compile", help="Compile the network first, which takes minutes: for many or large pictures."),
+        typer.Option("--compile", help="Compile the network first, which takes minutes: for many or large images."),
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
@@ -90,7 +89,7 @@ def upscale(
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(help="For models that read text: what the picture shows; '' is the empty prompt."),
+        typer.Option(help="For models that read text: what the image shows; '' is the empty prompt."),
     ] = None,
     prompt_file: Annotated[
         Path | None,
@@ -99,7 +98,7 @@ def upscale(
     prompt_from: Annotated[
         str | None,
         typer.Option(
-            help="Captioner or tagger that looks at each picture: a folder, blip, dape, or owner/name of the hub."
+            help="Captioner or tagger that looks at each image: a folder, blip, dape, or owner/name of the hub."
         ),
     ] = None,
     text_encoder: Annotated[
@@ -114,13 +113,10 @@ def upscale(
         bool, typer.Option("--skip-existing", help="Leave outputs that are there as they are.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that are there.")] = False,
-    workers: Annotated[
-        int, typer.Option(help="Processes that share the pictures and the processor's cores, each with its own model.")
-    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document about all files on stdout.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log what is decided and why.")] = False,
 ) -> None:
-    """Enlarge pictures: JPEG, PNG, WebP, TIFF, BMP.
+    """Enlarge images: JPEG, PNG, WebP, TIFF, BMP.
 
     Colours, orientation, transparency, bit depth and metadata are kept. An output that exists is an error before any
     work, unless --skip-existing or --overwrite is given. Exit code: 0 all written, 1 some failed (the others are done),
@@ -130,8 +126,6 @@ def upscale(
         logging.getLogger("onestepsr").setLevel(logging.INFO)
     if scale != 4.0 and (width is not None or height is not None):
         raise UserError("--scale and --width/--height exclude each other")
-    if workers < 1:
-        raise UserError(f"--workers {workers}: accepted: 1 process and more")
     check_format(file_format)
     setup = Setup(
         model=model,
@@ -174,7 +168,7 @@ def upscale(
     jobs = plan_jobs(inputs, naming, recursive, skip_existing=skip_existing)
     skipped = existing(jobs, skip_existing, overwrite)
     results = [result_of(job, "skipped") for job in jobs if job.target in skipped]
-    results += _run([job for job in jobs if job.target not in skipped], setup, workers)
+    results += _run([job for job in jobs if job.target not in skipped], setup)
     _report(results, model, as_json)
 
 
@@ -191,7 +185,7 @@ def _suffix(options: UpscaleOptions) -> str:
     return "_" + "".join(f"{name}{side}" for name, side in sides if side is not None)
 
 
-def _run(jobs: list[Job], setup: Setup, workers: int) -> list[Result]:
+def _run(jobs: list[Job], setup: Setup) -> list[Result]:
     """Results in the order of the jobs."""
     from onestepsr.core.files import remove_leftovers
     from onestepsr.imaging.write import check_writable
@@ -201,8 +195,6 @@ def _run(jobs: list[Job], setup: Setup, workers: int) -> list[Result]:
     for job in {job.target.parent: job for job in jobs}.values():
         check_writable(job.target)
     remove_leftovers(*(job.target for job in jobs))
-    if min(workers, len(jobs)) > 1:
-        return _run_in_processes(jobs, setup, min(workers, len(jobs)))
     upscaler, prompts = setup.load()
     with _progress() as progress:
         files = progress.add_task("files", total=len(jobs), visible=len(jobs) > 1)
@@ -212,18 +204,6 @@ def _run(jobs: list[Job], setup: Setup, workers: int) -> list[Result]:
                 results.append(result)
                 progress.advance(files)
             return results
-
-
-def _run_in_processes(jobs: list[Job], setup: Setup, processes: int) -> list[Result]:
-    from onestepsr.cli.upscale.workers import enlarge_in_processes
-
-    results: dict[int, Result] = {}
-    with _progress() as progress, closing(enlarge_in_processes(jobs, setup, processes)) as made:
-        files = progress.add_task("files", total=len(jobs))
-        for place, result in made:
-            results[place] = result
-            progress.advance(files)
-    return [results[place] for place in range(len(jobs))]
 
 
 def _progress() -> Progress:
@@ -249,5 +229,5 @@ def _report(results: list[Result], model: str, as_json: bool) -> None:
     for result in failed:
         typer.echo(f"failed: {result.error}", err=True)
     if failed:
-        typer.echo(f"{len(failed)} of {len(results)} pictures failed", err=True)
+        typer.echo(f"{len(failed)} of {len(results)} images failed", err=True)
         raise typer.Exit(1)

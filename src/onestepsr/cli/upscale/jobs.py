@@ -18,7 +18,7 @@ FORMATS = {"jpg": ".jpg", "png": ".png", "webp": ".webp", "tiff": ".tif"}
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to make."""
+    """One image to make."""
 
     source: Path
     target: Path
@@ -96,9 +96,9 @@ def _expand(text: str, naming: Naming, recursive: bool, single: bool) -> Iterato
     elif path.exists():
         yield Job(path, _target_of_file(path, naming, single))
     elif glob.has_magic(text):
-        matches = [Path(match) for match in sorted(glob.glob(text, recursive=True)) if _is_picture(Path(match))]
+        matches = [Path(match) for match in sorted(glob.glob(text, recursive=True)) if _is_image(Path(match))]
         if not matches:
-            raise UserError(f"{text}: no picture matches this pattern")
+            raise UserError(f"{text}: no image matches this pattern")
         for match in matches:
             yield Job(match, _target_of_file(match, naming, False))
     else:
@@ -107,7 +107,7 @@ def _expand(text: str, naming: Naming, recursive: bool, single: bool) -> Iterato
 
 def _expand_folder(folder: Path, naming: Naming, recursive: bool) -> Iterator[Job]:
     if naming.out is None and not folder.resolve().name:
-        raise UserError(f"{folder}: pictures of this folder cannot go beside it; give -o FOLDER")
+        raise UserError(f"{folder}: images of this folder cannot go beside it; give -o FOLDER")
     root = naming.out or folder.resolve().with_name(folder.resolve().name + naming.suffix)
     _check_folder(root)
     files = list(_walk(folder, recursive))
@@ -116,7 +116,7 @@ def _expand_folder(folder: Path, naming: Naming, recursive: bool) -> Iterator[Jo
         files = [path for path in files if not path.resolve().is_relative_to(whole)]
     if not files:
         hint = "" if recursive else " (subfolders are read with --recursive)"
-        raise UserError(f"{folder}: the folder holds no pictures{hint}; accepted: JPEG, PNG, WebP, TIFF and BMP")
+        raise UserError(f"{folder}: the folder holds no images{hint}; accepted: JPEG, PNG, WebP, TIFF and BMP")
     for path in files:
         yield Job(path, (root / path.relative_to(folder)).with_suffix(_ending(path, naming.file_format)))
 
@@ -132,11 +132,11 @@ def _walk(folder: Path, recursive: bool) -> Iterator[Path]:
         if path.is_dir():
             if recursive and not path.is_symlink():
                 yield from _walk(path, recursive)
-        elif _is_picture(path):
+        elif _is_image(path):
             yield path
 
 
-def _is_picture(path: Path) -> bool:
+def _is_image(path: Path) -> bool:
     from onestepsr.imaging.read import EXTENSIONS
 
     return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
@@ -168,7 +168,7 @@ def _check_folder(path: Path) -> None:
     from onestepsr.imaging.read import EXTENSIONS
 
     if path.is_file() or (path.suffix.lower() in EXTENSIONS and not path.is_dir()):
-        raise UserError(f"{path}: several pictures need a folder as output, not a file")
+        raise UserError(f"{path}: several images need a folder as output, not a file")
 
 
 def _ending(path: Path, file_format: str) -> str:

@@ -1,7 +1,7 @@
-"""Pictures through one upscaler: while one is enlarged, the next are being read and the last are being written.
+"""Images through one upscaler: while one is enlarged, the next are being read and the last are being written.
 
 Reading and writing have threads of their own, the network stays on the caller's. Files, bytes and order are those of
-one picture after the other.
+one image after the other.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from onestepsr.cli.upscale.jobs import Job
-from onestepsr.cli.upscale.prompts import Prepared, Prompts, prompted
+from onestepsr.cli.upscale.prompts import PreparedPrompt, Prompts, prompted
 from onestepsr.core.errors import OneStepSRError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from onestepsr.imaging.read import Picture
+    from onestepsr.imaging.read import LoadedImage
     from onestepsr.inference.options import UpscaleOptions
     from onestepsr.inference.upscaler import Upscaler
 import sys
@@ -35,18 +35,18 @@ from onestepsr.cli.upscale.prompts import Setup
 from onestepsr.core.errors import UserError
 
 if TYPE_CHECKING:
-    from onestepsr.imaging.read import Picture
+    from onestepsr.imaging.read import LoadedImage
 
 
 AHEAD = 8
-"""Pictures in memory at most: those read ahead, the one that is enlarged and those that wait to be written."""
+"""Images in memory at most: those read ahead, the one that is enlarged and those that wait to be written."""
 AHEAD_BYTES = 256_000_000
-"""No further picture is read while those in memory, inputs and outputs, take as much as this: small ones overlap, very
+"""No further image is read while those in memory, inputs and outputs, take as much as this: small ones overlap, very
 large ones follow each other and need hardly more memory than one alone."""
 WRITERS = 4
-"""Pictures that are encoded at the same time at most. PNG takes longer than a small network on a GPU does."""
+"""Images that are encoded at the same time at most. PNG takes longer than a small network on a GPU does."""
 PATIENCE = 5.0
-"""Seconds that a run which is broken off waits for the picture that is just being read."""
+"""Seconds that a run which is broken off waits for the image that is just being read."""
 
 
 @dataclass(kw_only=True)
@@ -59,11 +59,11 @@ class Result:
     input_size: tuple[int, int] | None = None
     output_size: tuple[int, int] | None = None
     seconds: float = 0.0
-    """Reading, enlarging and writing of this picture, without the time it waited for others."""
+    """Reading, enlarging and writing of this image, without the time it waited for others."""
     error: str | None = None
     prompt: str | None = None
     plan: dict[str, Any] | None = None
-    """How it went through the network: tiles, number format, expected memory."""
+    """How it went through the network: tiles, dtype, expected memory."""
 
 
 def result_of(job: Job, status: Literal["skipped", "failed"], error: str | None = None) -> Result:
@@ -71,31 +71,31 @@ def result_of(job: Job, status: Literal["skipped", "failed"], error: str | None 
     return Result(input=str(job.source), output=str(job.target), status=status, error=error)
 
 
-class Room:
-    """What may be in memory at once. A picture enters before it is read and leaves when it is written."""
+class MemoryBudget:
+    """What may be in memory at once. An image enters before it is read and leaves when it is written."""
 
-    def __init__(self, pictures: int = AHEAD, size: int = AHEAD_BYTES) -> None:
-        self._limits = (pictures, size)
-        self._pictures = self._bytes = 0
+    def __init__(self, images: int = AHEAD, size: int = AHEAD_BYTES) -> None:
+        self._limits = (images, size)
+        self._images = self._bytes = 0
         self._closed = False
         self._changed = threading.Condition()
 
     def enter(self) -> bool:
-        """Wait until there is room for one more picture; False when the run is over."""
+        """Wait until there is room for one more image; False when the run is over."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._has_room())
-            self._pictures += 1
+            self._images += 1
             return not self._closed
 
     def hold(self, size: int) -> None:
-        """Count the bytes of a picture that has entered, once they are known."""
+        """Count the bytes of an image that has entered, once they are known."""
         with self._changed:
             self._bytes += size
 
     def leave(self, size: int) -> None:
-        """Give back the place of a picture and the bytes that were counted for it."""
+        """Give back the place of an image and the bytes that were counted for it."""
         with self._changed:
-            self._pictures -= 1
+            self._images -= 1
             self._bytes -= size
             self._changed.notify_all()
 
@@ -106,19 +106,19 @@ class Room:
             self._changed.notify_all()
 
     def _has_room(self) -> bool:
-        pictures, size = self._limits
-        return self._pictures < pictures and self._bytes < size
+        images, size = self._limits
+        return self._images < images and self._bytes < size
 
 
 @dataclass(kw_only=True)
 class _Item:
-    """A picture on its way."""
+    """An image on its way."""
 
     job: Job
     result: Result
     group: Sequence[Path]
-    """All sources of the group that begins with this picture; empty for the others of a group."""
-    picture: Picture | None = None
+    """All sources of the group that begins with this image; empty for the others of a group."""
+    image: LoadedImage | None = None
     """What was read; None when that failed, and once it is enlarged."""
     size: tuple[int, int] = (0, 0)
     """Width and height of the output."""
@@ -127,7 +127,7 @@ class _Item:
 
 
 class Pipeline:
-    """Enlarges pictures of files into files with one upscaler, for one run."""
+    """Enlarges images of files into files with one upscaler, for one run."""
 
     def __init__(
         self,
@@ -136,17 +136,17 @@ class Pipeline:
         prompts: Prompts | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """``progress`` gets a bar for the tiles of every picture."""
+        """``progress`` gets a bar for the tiles of every image."""
         self._upscaler, self._options, self._prompts, self._progress = upscaler, options, prompts, progress
-        self._prepared: Iterator[Prepared] = iter(())
-        self._room = Room()
+        self._prepared: Iterator[PreparedPrompt] = iter(())
+        self._room = MemoryBudget()
         self._read_items: queue.SimpleQueue[_Item | BaseException | None] = queue.SimpleQueue()
 
     def run(self, groups: Iterable[Sequence[Job]]) -> Generator[Result, None, None]:
         """Results in the order of the jobs; close the iterator to break off.
 
-        ``groups`` is read on another thread. Prompts are made for a whole group before its first picture is enlarged. A
-        picture that cannot be read, enlarged or written is a failed result. Breaking off drops what is not being
+        ``groups`` is read on another thread. Prompts are made for a whole group before its first image is enlarged. A
+        image that cannot be read, enlarged or written is a failed result. Breaking off drops what is not being
         written yet.
         """
         reader = threading.Thread(target=self._read_all, args=(groups,), name="reading", daemon=True)
@@ -171,17 +171,17 @@ class Pipeline:
             self._read_items.put(error)
 
     def _read(self, job: Job, group: Sequence[Path]) -> _Item:
-        from onestepsr.imaging.read import read_picture
+        from onestepsr.imaging.read import read_image
         from onestepsr.imaging.write import check_size, format_of
         from onestepsr.inference.options import target_size
 
         item = _Item(job=job, result=result_of(job, "failed"), group=group)
         with _measured(item):
-            picture = read_picture(job.source)
-            item.result.input_size = (picture.width, picture.height)
-            item.size = target_size(picture.width, picture.height, self._options)
+            image = read_image(job.source)
+            item.result.input_size = (image.width, image.height)
+            item.size = target_size(image.width, image.height, self._options)
             check_size(format_of(job.target), *item.size, str(job.target))
-            item.picture, item.held = picture, _bytes(picture, item.size)
+            item.image, item.held = image, _bytes(image, item.size)
         self._room.hold(item.held)
         return item
 
@@ -200,21 +200,21 @@ class Pipeline:
         while results:
             yield results.popleft().result()
 
-    def _enlarged(self, item: _Item) -> Picture | None:
+    def _enlarged(self, item: _Item) -> LoadedImage | None:
         prompt = self._prompt(item)
         item.result.prompt = prompt.text
-        picture, item.picture = item.picture, None
+        image, item.image = item.image, None
         if prompt.error is not None:
             item.result.error = str(prompt.error)
-        elif picture is not None:
+        elif image is not None:
             with _measured(item), self._tiles(item.job) as tell:
-                enlarged = self._upscaler.upscale_picture(picture, prompt.added_to(self._options), tell)
+                enlarged = self._upscaler.upscale_image(image, prompt.applied_to(self._options), tell)
                 plan = self._upscaler.last_plan
                 item.result.plan = None if plan is None else plan.as_json()
                 return enlarged
         return None
 
-    def _prompt(self, item: _Item) -> Prepared:
+    def _prompt(self, item: _Item) -> PreparedPrompt:
         if item.group:
             self._prepared = prompted(item.group, self._prompts)
         return next(self._prepared)
@@ -231,14 +231,14 @@ class Pipeline:
         finally:
             progress.remove_task(task)
 
-    def _write(self, item: _Item, enlarged: Picture | None) -> Result:
-        from onestepsr.imaging.write import write_picture
+    def _write(self, item: _Item, enlarged: LoadedImage | None) -> Result:
+        from onestepsr.imaging.write import write_image
 
         result = item.result
         try:
             if enlarged is not None:
                 with _measured(item):
-                    write_picture(enlarged, item.job.target, sweep=False)
+                    write_image(enlarged, item.job.target, sweep=False)
                     result.output_size, result.status = item.size, "written"
         finally:
             self._room.leave(item.held)
@@ -248,7 +248,7 @@ class Pipeline:
 
 @contextmanager
 def _measured(item: _Item) -> Iterator[None]:
-    """Add what happens inside to the picture's seconds; an error that concerns this picture alone goes to its
+    """Add what happens inside to the image's seconds; an error that concerns this image alone goes to its
     result."""
     import torch
 
@@ -262,25 +262,25 @@ def _measured(item: _Item) -> Iterator[None]:
         item.result.seconds += time.perf_counter() - started
 
 
-def _bytes(picture: Picture, size: tuple[int, int]) -> int:
-    """Bytes of a picture and of what it will be enlarged to."""
-    samples: list[Any] = [picture.pixels] if picture.alpha is None else [picture.pixels, picture.alpha]
+def _bytes(image: LoadedImage, size: tuple[int, int]) -> int:
+    """Bytes of an image and of what it will be enlarged to."""
+    samples: list[Any] = [image.pixels] if image.alpha is None else [image.pixels, image.alpha]
     own = sum(int(part.nbytes) for part in samples)
-    return own + own * size[0] * size[1] // (picture.width * picture.height)
+    return own + own * size[0] * size[1] // (image.width * image.height)
 
 
-# ``onestepsr upscale -`` and ``-o -``: one picture from stdin or to stdout --------------------------------------------
+# ``onestepsr upscale -`` and ``-o -``: one image from stdin or to stdout --------------------------------------------
 
 
 def upscale_stream(
     setup: Setup, source: str, *, out: str | None, file_format: str, skip_existing: bool, overwrite: bool
 ) -> Result:
-    """Read one picture to its end and write it enlarged; what became of it.
+    """Read one image to its end and write it enlarged; what became of it.
 
     ``source`` is a file name, or "-" for stdin; ``out`` a file name, or "-" or None for stdout. Raises UserError for
-    what is no picture, and for a file that exists unless it is to be skipped or replaced.
+    what is no image, and for a file that exists unless it is to be skipped or replaced.
     """
-    from onestepsr.imaging.write import check_size, check_writable, encode_picture, write_picture
+    from onestepsr.imaging.write import check_size, check_writable, encode_image, write_image
     from onestepsr.inference.upscaler import target_size
 
     target = None if out is None or out == STREAM else _target(out, file_format)
@@ -291,22 +291,22 @@ def upscale_stream(
         check_writable(target)
     upscaler, prompts = setup.load()
     started = time.perf_counter()
-    picture, options = _read(source), setup.options
-    wanted = _format(picture.format, target, file_format)
-    size = target_size(picture.width, picture.height, options)
+    image, options = _read(source), setup.options
+    wanted = _format(image.format, target, file_format)
+    size = target_size(image.width, image.height, options)
     check_size(wanted, *size, "output" if target is None else str(target))
     if prompts is not None:
-        prompt = prompts.of_picture(Path("stdin" if source == STREAM else source), picture)
-        result.prompt, options = prompt.text, prompt.added_to(options)
-    enlarged = upscaler.upscale_picture(picture, options)
+        prompt = prompts.of_image(Path("stdin" if source == STREAM else source), image)
+        result.prompt, options = prompt.text, prompt.applied_to(options)
+    enlarged = upscaler.upscale_image(image, options)
     if target is not None:
-        write_picture(enlarged, target)
+        write_image(enlarged, target)
     else:
-        sys.stdout.buffer.write(encode_picture(enlarged, wanted))
+        sys.stdout.buffer.write(encode_image(enlarged, wanted))
         sys.stdout.buffer.flush()
     plan, result.status = upscaler.last_plan, "written"
     result.plan = None if plan is None else plan.as_json()
-    result.input_size, result.output_size = (picture.width, picture.height), size
+    result.input_size, result.output_size = (image.width, image.height), size
     result.seconds = round(time.perf_counter() - started, 3)
     return result
 
@@ -315,19 +315,19 @@ def _target(out: str, file_format: str) -> Path:
     return target_file(Naming(out=Path(out), file_format=file_format, suffix=""))
 
 
-def _read(source: str) -> Picture:
-    from onestepsr.imaging.read import read_picture
+def _read(source: str) -> LoadedImage:
+    from onestepsr.imaging.read import read_image
 
-    return _read_stdin() if source == STREAM else read_picture(Path(source))
+    return _read_stdin() if source == STREAM else read_image(Path(source))
 
 
-def _read_stdin() -> Picture:
-    from onestepsr.imaging.read import MAX_BYTES, read_picture
+def _read_stdin() -> LoadedImage:
+    from onestepsr.imaging.read import MAX_BYTES, read_image
 
     data = sys.stdin.buffer.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise UserError(f"<stdin>: more than the limit of {MAX_BYTES:,} bytes")
-    return read_picture(data, "<stdin>")
+    return read_image(data, "<stdin>")
 
 
 def _format(own: str | None, target: Path | None, file_format: str) -> str:

@@ -1,4 +1,4 @@
-"""Prompts for ``onestepsr upscale``: from the options to one embedding per picture."""
+"""Prompts for ``onestepsr upscale``: from the options to one embedding per image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onestepsr.weights.catalog import OSEDIFF_SCALES
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from onestepsr.imaging.read import Picture
+    from onestepsr.imaging.read import LoadedImage
     from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
     from onestepsr.prompts.base import PromptSource
 from dataclasses import field
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GROUP = 32
-"""So many pictures get their prompts in one go: extractor and text encoder are in memory once for them, not beside the
+"""So many images get their prompts in one go: extractor and text encoder are in memory once for them, not beside the
 upscaling."""
 
 
@@ -56,10 +56,10 @@ class PromptChoice:
 
     @property
     def is_given(self) -> bool:
-        """Whether pictures get a prompt at all."""
+        """Whether images get a prompt at all."""
         return (self.text, self.file, self.extractor) != (None, None, None)
 
-    def miss(self, model: str) -> None:
+    def warn_if_unused(self, model: str) -> None:
         """Say so where a published model of OSEDiff goes without the prompts that it was trained with."""
         if not self.is_given and model in OSEDIFF_SCALES:
             logger.warning(
@@ -68,14 +68,14 @@ class PromptChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """The prompt of one picture, or why there is none."""
+class PreparedPrompt:
+    """The prompt of one image, or why there is none."""
 
     text: str | None = None
     embedding: Tensor | None = None
     error: UserError | None = None
 
-    def added_to(self, options: UpscaleOptions) -> UpscaleOptions:
+    def applied_to(self, options: UpscaleOptions) -> UpscaleOptions:
         """``options`` with this prompt."""
         return options if self.embedding is None else replace(options, prompt_embedding=self.embedding)
 
@@ -96,38 +96,38 @@ class Prompts:
         if choice.text is not None and choice.extractor is None:
             self.embedder.embed([choice.text])  # too long a text for all is an error before any work
 
-    def of_files(self, paths: Sequence[Path]) -> list[Prepared]:
-        """The prompts of pictures in files."""
+    def of_files(self, paths: Sequence[Path]) -> list[PreparedPrompt]:
+        """The prompts of images in files."""
         return self._embedded([self._text(path, None) for path in paths])
 
-    def of_picture(self, path: Path, picture: Picture) -> Prepared:
-        """The prompt of a picture that is not, or no longer, in a file; errors are raised."""
-        prepared = self._embedded([self._text(path, picture)])[0]
+    def of_image(self, path: Path, image: LoadedImage) -> PreparedPrompt:
+        """The prompt of an image that is not, or no longer, in a file; errors are raised."""
+        prepared = self._embedded([self._text(path, image)])[0]
         if prepared.error is not None:
             raise prepared.error
         return prepared
 
-    def _text(self, path: Path, picture: Picture | None) -> str | UserError:
-        from onestepsr.imaging.read import read_picture, to_pil
+    def _text(self, path: Path, image: LoadedImage | None) -> str | UserError:
+        from onestepsr.imaging.read import read_image, to_pil
 
         try:
-            if not self.source.needs_picture:
+            if not self.source.needs_image:
                 return self.source.text(path, None)
-            content = read_picture(path) if picture is None else picture
+            content = read_image(path) if image is None else image
             return self.source.text(path, to_pil(content).convert("RGB"))
         except UserError as error:
             return error
 
-    def _embedded(self, texts: list[str | UserError]) -> list[Prepared]:
+    def _embedded(self, texts: list[str | UserError]) -> list[PreparedPrompt]:
         self.source.release()
         found = iter(self.embedder.try_embed([text for text in texts if isinstance(text, str)]))
         return [_prepared(text, None if isinstance(text, UserError) else next(found)) for text in texts]
 
 
-def prompted(paths: Sequence[Path], prompts: Prompts | None) -> Iterator[Prepared]:
-    """The prompt of each picture in turn, made a group at a time; without prompts, nothing for each."""
+def prompted(paths: Sequence[Path], prompts: Prompts | None) -> Iterator[PreparedPrompt]:
+    """The prompt of each image in turn, made a group at a time; without prompts, nothing for each."""
     if prompts is None:
-        yield from (Prepared() for _ in paths)
+        yield from (PreparedPrompt() for _ in paths)
         return
     for start in range(0, len(paths), GROUP):
         yield from prompts.of_files(paths[start : start + GROUP])
@@ -144,12 +144,12 @@ def _source(choice: PromptChoice, upscaler: Upscaler) -> PromptSource:
     return FixedPrompt(choice.text or "")
 
 
-def _prepared(text: str | UserError, embedding: Tensor | UserError | None) -> Prepared:
+def _prepared(text: str | UserError, embedding: Tensor | UserError | None) -> PreparedPrompt:
     if isinstance(text, UserError):
-        return Prepared(error=text)
+        return PreparedPrompt(error=text)
     if isinstance(embedding, UserError):
-        return Prepared(text=text, error=embedding)
-    return Prepared(text=text, embedding=None if embedding is None else embedding[None])
+        return PreparedPrompt(text=text, error=embedding)
+    return PreparedPrompt(text=text, embedding=None if embedding is None else embedding[None])
 
 
 # What an ``upscale`` command works with: the model, its options and its prompts, as one value th ----------------------
@@ -162,7 +162,7 @@ class Setup:
     model: str
     """Alias or file."""
     options: UpscaleOptions
-    """How every picture is upscaled; the memory is for all processes together."""
+    """How every image is upscaled; the memory is for all processes together."""
     device: str = "auto"
     """As ``Upscaler`` takes it."""
     dtype: str = "auto"
@@ -191,6 +191,6 @@ class Setup:
             fidelity=self.fidelity,
             compiled=self.compiled,
         )
-        self.prompts.miss(self.model)
+        self.prompts.warn_if_unused(self.model)
         logger.info("%s on %s in %s", self.model, upscaler.device, upscaler.dtype)
         return upscaler, Prompts(self.prompts, upscaler) if self.prompts.is_given else None

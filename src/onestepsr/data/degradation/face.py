@@ -1,7 +1,7 @@
 """First-order degradation of faces: one blur, strong shrinking, noise, JPEG, and back to the full size.
 
 With the kernel k, the factor r, noise n and JPEG quality q (Wang et al., GFPGAN, 2021, section 4.1):
-``x = ([(y * k) shrunk by r + n] after JPEG of quality q) enlarged by r``. LR and HR pictures have the same size, so the
+``x = ([(y * k) shrunk by r + n] after JPEG of quality q) enlarged by r``. LR and HR images have the same size, so the
 scale is 1. At a larger scale the shrinking is counted from the LR size.
 """
 
@@ -41,10 +41,10 @@ class FaceDegradationConfig:
     noise_sigma: tuple[float, float] = (0.0, 20.0)
     """Standard deviation of the coloured Gaussian noise in 8-bit levels."""
     jpeg: tuple[float, float] = (30.0, 100.0)
-    """Quality of the JPEG compression of the small picture."""
-    grey_probability: float = 0.01
-    """Share of pictures that lose their colour."""
-    grey_target: bool = True
+    """Quality of the JPEG compression of the small image."""
+    gray_probability: float = 0.01
+    """Share of images that lose their colour."""
+    gray_target: bool = True
     """Whether the target loses it too; otherwise the network is asked to guess colours."""
 
     def __post_init__(self) -> None:
@@ -52,21 +52,21 @@ class FaceDegradationConfig:
             low, high = getattr(self, name)
             if not lowest <= low <= high <= highest:
                 raise ValueError(f"{name} is ({low}, {high}): expected {lowest} <= low <= high <= {highest}")
-        if not 0 <= self.grey_probability <= 1:
-            raise ValueError(f"grey_probability is {self.grey_probability}: expected 0 to 1")
+        if not 0 <= self.gray_probability <= 1:
+            raise ValueError(f"gray_probability is {self.gray_probability}: expected 0 to 1")
 
 
 def draw_face_degradation(config: FaceDegradationConfig, rng: torch.Generator) -> Degradation:
-    """Draw the parameters for one picture.
+    """Draw the parameters for one image.
 
     Told in the words of the second-order model: its second round, whose resize aims at the LR size, then JPEG, then the
-    LR size. Compression is an encoder's, as in the published code: the picture is small here, down to 16 pixels a side.
+    LR size. Compression is an encoder's, as in the published code: the image is small here, down to 16 pixels a side.
     """
     blur = draw_kernel(config.kernels, rng)
     factor = 1 / uniform(*config.shrink, rng)
-    noise = Noise(kind="gaussian", level=uniform(*config.noise_sigma, rng), grey=False)
+    noise = Noise(kind="gaussian", level=uniform(*config.noise_sigma, rng), gray=False)
     quality = uniform(*config.jpeg, rng)
-    is_grey = uniform(0, 1, rng) < config.grey_probability
+    is_gray = uniform(0, 1, rng) < config.gray_probability
     return Degradation(
         sharpen=False,
         first=None,
@@ -78,5 +78,5 @@ def draw_face_degradation(config: FaceDegradationConfig, rng: torch.Generator) -
         final_jpeg=quality,
         antialias=False,
         jpeg_variant="standard",
-        grey=("both" if config.grey_target else "lr") if is_grey else "none",
+        gray=("both" if config.gray_target else "lr") if is_gray else "none",
     )

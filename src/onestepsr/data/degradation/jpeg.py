@@ -44,7 +44,7 @@ def jpeg(
     """Compress ``images`` (N, 3, H, W) in [0, 1] at ``quality`` in (0, 100], one number or (N,), and decompress them.
 
     With ``differentiable`` the rounding of coefficients gets a useful gradient (it becomes ``r + (x - r)^3`` with
-    ``r = round(x)``), which also changes the values a little. Take the variant ``standard`` for small pictures: filled
+    ``r = round(x)``), which also changes the values a little. Take the variant ``standard`` for small images: filled
     with black, their last rows and columns ring and lose colour. Returns (N, 3, H, W) in [0, 1], not rounded to 8 bit.
     """
     count, _, height, width = images.shape

@@ -1,7 +1,7 @@
 """Blur kernels of synthetic degradation: six bivariate families and the circular low-pass (sinc) filter.
 
 The families are those of Real-ESRGAN (Wang et al., 2021, section 3.1 and Fig. 3). Formulas run in float64, because a
-kernel is built once and normalised; it is cast to the picture's type only where it is applied.
+kernel is built once and normalised; it is cast to the image's type only where it is applied.
 
 With the offset ``g`` from the kernel's centre and ``q = g^T Sigma^-1 g``: Gaussian ``exp(-q / 2)``, generalised
 Gaussian ``exp(-q^beta / 2)``, plateau ``1 / (1 + q^beta)``; each is divided by its sum.

@@ -1,4 +1,4 @@
-"""The steps of synthetic degradation: filter, resize, noise, sharpening. Pictures are (N, 3, H, W), RGB in [0, 1]."""
+"""The steps of synthetic degradation: filter, resize, noise, sharpening. Images are (N, 3, H, W), RGB in [0, 1]."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ USM_SIZE = 51
 def filter2d(images: Tensor, kernels: Tensor) -> Tensor:
     """Cross-correlate ``images`` (N, C, H, W) with ``kernels`` (k, k) or one each (N, k, k), k odd, borders reflected.
 
-    Runs in the frequency domain at the picture's precision: exact to float32 rounding, and about ten times faster on a
+    Runs in the frequency domain at the image's precision: exact to float32 rounding, and about ten times faster on a
     CPU than a 21x21 convolution of three channels.
     """
     kernels = kernels.to(images).reshape(-1, 1, *kernels.shape[-2:])
@@ -30,7 +30,7 @@ def filter2d(images: Tensor, kernels: Tensor) -> Tensor:
 
 
 def reflect_pad(images: Tensor, pad: int) -> Tensor:
-    """Reflect every border ``pad`` pixels wide, repeatedly where the picture is smaller than that."""
+    """Reflect every border ``pad`` pixels wide, repeatedly where the image is smaller than that."""
     if pad < min(images.shape[-2:]):
         return F.pad(images, (pad, pad, pad, pad), mode="reflect")
     rows = _reflected_indices(images.shape[-2], pad, images.device)
@@ -58,39 +58,39 @@ def rescale(images: Tensor, factor: float, mode: ResizeMode, *, antialias: bool 
     return F.interpolate(images, scale_factor=factor, mode=mode, antialias=antialias)
 
 
-def add_gaussian_noise(images: Tensor, sigma: Tensor, grey: Tensor, rng: torch.Generator) -> Tensor:
-    """Add N(0, (sigma / 255)^2) and clamp to [0, 1]; ``sigma`` and the boolean ``grey`` are (N,).
+def add_gaussian_noise(images: Tensor, sigma: Tensor, gray: Tensor, rng: torch.Generator) -> Tensor:
+    """Add N(0, (sigma / 255)^2) and clamp to [0, 1]; ``sigma`` and the boolean ``gray`` are (N,).
 
-    Grey pictures share one (H, W) field over channels and over the batch, as in Real-ESRGAN.
+    Gray images share one (H, W) field over channels and over the batch, as in Real-ESRGAN.
     """
     scale = (sigma / 255).to(images).view(-1, 1, 1, 1)
-    grey = grey.to(images.device).view(-1, 1, 1, 1)
+    gray = gray.to(images.device).view(-1, 1, 1, 1)
     noise = torch.zeros((), device=images.device)
-    if grey.any():
+    if gray.any():
         noise = _normal(images.shape[-2:], images, rng).expand_as(images)
-    if not grey.all():
-        noise = torch.where(grey, noise, _normal(images.shape, images, rng))
+    if not gray.all():
+        noise = torch.where(gray, noise, _normal(images.shape, images, rng))
     return (images + noise * scale).clamp(0, 1)
 
 
-def add_poisson_noise(images: Tensor, scale: Tensor, grey: Tensor, rng: torch.Generator) -> Tensor:
-    """Add ``scale`` times shot noise and clamp to [0, 1]; ``scale`` and the boolean ``grey`` are (N,).
+def add_poisson_noise(images: Tensor, scale: Tensor, gray: Tensor, rng: torch.Generator) -> Tensor:
+    """Add ``scale`` times shot noise and clamp to [0, 1]; ``scale`` and the boolean ``gray`` are (N,).
 
-    The photon count at white is the power of two not below the picture's number of distinct 8-bit values, so flat
-    pictures are noisier. Grey pictures get the shot noise of their luma in all channels.
+    The photon count at white is the power of two not below the image's number of distinct 8-bit values, so flat
+    images are noisier. Gray images get the shot noise of their luma in all channels.
     """
-    grey = grey.to(images.device).view(-1, 1, 1, 1)
+    gray = gray.to(images.device).view(-1, 1, 1, 1)
     noise = torch.zeros((), device=images.device)
-    if grey.any():
+    if gray.any():
         weights = images.new_tensor(GREY_WEIGHTS).view(1, 3, 1, 1)
         noise = _shot_noise((images * weights).sum(1, keepdim=True), rng)
-    if not grey.all():
-        noise = torch.where(grey, noise, _shot_noise(images, rng))
+    if not gray.all():
+        noise = torch.where(gray, noise, _shot_noise(images, rng))
     return (images + noise * scale.to(images).view(-1, 1, 1, 1)).clamp(0, 1)
 
 
 def unsharp_mask(images: Tensor, weight: float = 0.5, threshold: float = 10) -> Tensor:
-    """Sharpen where a picture differs from its 51x51 blur by more than ``threshold`` 8-bit levels (USM)."""
+    """Sharpen where an image differs from its 51x51 blur by more than ``threshold`` 8-bit levels (USM)."""
     residual = images - _wide_blur(images)
     mask = _wide_blur((residual.abs() * 255 > threshold).to(images.dtype))
     sharp = (images + weight * residual).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""What was drawn for one picture: plain numbers that can be written down, and read back to repeat a degradation."""
+"""What was drawn for one image: plain numbers that can be written down, and read back to repeat a degradation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from onestepsr.data.degradation.operators import ResizeMode
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """Noise that is added to one picture."""
+    """Noise that is added to one image."""
 
     kind: Literal["gaussian", "poisson"]
     level: float
     """Standard deviation in 8-bit levels (gaussian) or factor on the shot noise (poisson)."""
-    grey: bool
+    gray: bool
     """Equal in all channels."""
 
 
@@ -27,14 +27,14 @@ class Stage:
 
     blur: Kernel | None
     scale: float
-    """Resize factor: of the picture in the first round, of the LR size in the second."""
+    """Resize factor: of the image in the first round, of the LR size in the second."""
     mode: ResizeMode
     noise: Noise
 
 
 @dataclass(frozen=True, kw_only=True)
 class Degradation:
-    """Everything that was drawn for one picture, except the noise fields themselves."""
+    """Everything that was drawn for one image, except the noise fields themselves."""
 
     sharpen: bool
     first: Stage | None
@@ -47,5 +47,5 @@ class Degradation:
     antialias: bool
     jpeg_variant: Variant = "published"
     """Which JPEG arithmetic: that of published training code, or that of an encoder."""
-    grey: Literal["none", "lr", "both"] = "none"
-    """Which of the two pictures lose their colour in the end."""
+    gray: Literal["none", "lr", "both"] = "none"
+    """Which of the two images lose their colour in the end."""

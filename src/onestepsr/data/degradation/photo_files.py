@@ -1,4 +1,4 @@
-"""LR and HR pictures of photos in files, the same ones whether ``degrade`` writes or ``evaluate`` measures them.
+"""LR and HR images of photos in files, the same ones whether ``degrade`` writes or ``evaluate`` measures them.
 
 What is done to a photo depends on the seed and on its name alone.
 """

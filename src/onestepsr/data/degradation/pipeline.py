@@ -1,8 +1,8 @@
 """Synthetic degradation of high-resolution photos: the second-order model of Real-ESRGAN and its relatives.
 
 Drawing and applying are separate. :func:`draw_degradation` turns a configuration and a generator into a
-:class:`Degradation`, which is plain numbers and can be written down; :func:`apply_degradation` makes the LR picture
-(its own randomness is the noise alone) and :func:`target_of` the HR picture that belongs to it. :func:`degrade` does
+:class:`Degradation`, which is plain numbers and can be written down; :func:`apply_degradation` makes the LR image
+(its own randomness is the noise alone) and :func:`target_of` the HR image that belongs to it. :func:`degrade` does
 the first two, :func:`degrade_pair` all three.
 
 Order (Wang et al., 2021, section 3 and Fig. 2): blur, resize, noise, JPEG; then blur, resize, noise; then either resize
@@ -62,18 +62,18 @@ class StageConfig:
     resize_weights: tuple[float, float, float] = (0.2, 0.7, 0.1)
     """Relative weights of enlarging, shrinking and keeping the size."""
     resize_range: tuple[float, float] = (0.15, 1.5)
-    """Smallest and largest factor: of the picture in the first round, of the LR size in the second."""
+    """Smallest and largest factor: of the image in the first round, of the LR size in the second."""
     gaussian_probability: float = 0.5
     """Share of Gaussian noise; the rest is Poisson (shot) noise."""
     gaussian_sigma: tuple[float, float] = (1.0, 30.0)
     """Standard deviation of Gaussian noise in 8-bit levels."""
     poisson_scale: tuple[float, float] = (0.05, 3.0)
     """Factor on the shot noise."""
-    grey_probability: float = 0.4
+    gray_probability: float = 0.4
     """Share of noise that is equal in all three channels."""
 
     def __post_init__(self) -> None:
-        for name in ("probability", "blur_probability", "gaussian_probability", "grey_probability"):
+        for name in ("probability", "blur_probability", "gaussian_probability", "gray_probability"):
             _check_probability(name, getattr(self, name))
         _check_range("resize_range", self.resize_range, 1e-3)
         if not self.resize_range[0] <= 1 <= self.resize_range[1]:
@@ -116,7 +116,7 @@ class DegradationConfig:
     resize_modes: tuple[ResizeMode, ...] = ("area", "bilinear", "bicubic")
     """Interpolations, drawn anew for each resize."""
     antialias: bool = False
-    """Widen bilinear and bicubic filters when shrinking. Real-ESRGAN does not, so its LR pictures alias."""
+    """Widen bilinear and bicubic filters when shrinking. Real-ESRGAN does not, so its LR images alias."""
     sharpen: bool = False
     """Sharpen the photo before degrading it (USM), as Real-ESRGAN does. The target is left as it is."""
 
@@ -137,14 +137,14 @@ class DegradationShare:
     """One part of a mixture."""
 
     weight: float
-    """Relative share of the pictures."""
+    """Relative share of the images."""
     degradation: DegradationConfig | FaceDegradationConfig
     """What is done to them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DegradationMix:
-    """Several degradations, one of which is drawn for each picture."""
+    """Several degradations, one of which is drawn for each image."""
 
     shares: tuple[DegradationShare, ...]
     """The parts."""
@@ -159,29 +159,29 @@ Recipe = DegradationConfig | FaceDegradationConfig | DegradationMix
 
 
 def degrade(hr: Tensor, recipe: Recipe, rng: torch.Generator, scale: int = 4) -> Tensor:
-    """Make the LR picture of ``hr``, (3, H, W) or (N, 3, H, W), RGB in [0, 1], H and W multiples of ``scale``.
+    """Make the LR image of ``hr``, (3, H, W) or (N, 3, H, W), RGB in [0, 1], H and W multiples of ``scale``.
 
-    Returns (..., H / scale, W / scale) in [0, 1] on the 256 levels of 8 bit. Each picture of a batch gets its own draw.
+    Returns (..., H / scale, W / scale) in [0, 1] on the 256 levels of 8 bit. Each image of a batch gets its own draw.
     Deterministic for a given generator state.
     """
     if hr.ndim == 4:
-        return torch.stack([degrade(picture, recipe, rng, scale) for picture in hr])
+        return torch.stack([degrade(image, recipe, rng, scale) for image in hr])
     return degrade_pair(hr, recipe, rng, scale)[1]
 
 
 def degrade_pair(hr: Tensor, recipe: Recipe, rng: torch.Generator, scale: int = 4) -> tuple[Tensor, Tensor]:
-    """The HR picture as target, (3, H, W), and its LR picture; as :func:`degrade` for one picture ``hr`` (3, H, W)."""
+    """The HR image as target, (3, H, W), and its LR image; as :func:`degrade` for one image ``hr`` (3, H, W)."""
     drawn = draw_degradation(recipe, rng)
     return target_of(hr, drawn), apply_degradation(hr, drawn, rng, scale)
 
 
 def target_of(hr: Tensor, drawn: Degradation) -> Tensor:
-    """What a network should make of the LR picture: ``hr`` (3, H, W) in [0, 1], in rare cases without its colour."""
-    return to_8bit(_without_colour(hr[None]))[0] if drawn.grey == "both" else hr
+    """What a network should make of the LR image: ``hr`` (3, H, W) in [0, 1], in rare cases without its colour."""
+    return to_8bit(_without_colour(hr[None]))[0] if drawn.gray == "both" else hr
 
 
 def draw_degradation(recipe: Recipe, rng: torch.Generator) -> Degradation:
-    """Draw the parameters for one picture."""
+    """Draw the parameters for one image."""
     if isinstance(recipe, DegradationMix):
         index = choose([share.weight for share in recipe.shares], rng)
         return draw_degradation(recipe.shares[index].degradation, rng)
@@ -202,52 +202,52 @@ def draw_degradation(recipe: Recipe, rng: torch.Generator) -> Degradation:
 
 
 def apply_degradation(hr: Tensor, drawn: Degradation, rng: torch.Generator, scale: int = 4) -> Tensor:
-    """Make the LR picture of one ``hr`` (3, H, W) in [0, 1] with drawn parameters; ``rng`` makes the noise."""
+    """Make the LR image of one ``hr`` (3, H, W) in [0, 1] with drawn parameters; ``rng`` makes the noise."""
     height, width = hr.shape[-2:]
     if height % scale or width % scale:
-        raise ValueError(f"picture of {width}x{height}: expected sides that are multiples of {scale}")
+        raise ValueError(f"image of {width}x{height}: expected sides that are multiples of {scale}")
     lr_size = (height // scale, width // scale)
-    picture = hr[None]
+    image = hr[None]
     if drawn.sharpen:
-        picture = unsharp_mask(picture)
+        image = unsharp_mask(image)
     if drawn.first is not None:
-        picture = _blur(picture, drawn.first.blur)
-        picture = rescale(picture, drawn.first.scale, drawn.first.mode, antialias=drawn.antialias)
-        picture = _add_noise(picture, drawn.first.noise, rng)
-    picture = _compress(picture, drawn.first_jpeg, drawn.jpeg_variant)
+        image = _blur(image, drawn.first.blur)
+        image = rescale(image, drawn.first.scale, drawn.first.mode, antialias=drawn.antialias)
+        image = _add_noise(image, drawn.first.noise, rng)
+    image = _compress(image, drawn.first_jpeg, drawn.jpeg_variant)
     if drawn.second is not None:
-        picture = _blur(picture, drawn.second.blur)
+        image = _blur(image, drawn.second.blur)
         size = (_scaled(lr_size[0], drawn.second.scale), _scaled(lr_size[1], drawn.second.scale))
-        picture = resize(picture, size, drawn.second.mode, antialias=drawn.antialias)
-        picture = _add_noise(picture, drawn.second.noise, rng)
-    picture = _finish(picture, drawn, lr_size)
-    return to_8bit(picture if drawn.grey == "none" else _without_colour(picture))[0]
+        image = resize(image, size, drawn.second.mode, antialias=drawn.antialias)
+        image = _add_noise(image, drawn.second.noise, rng)
+    image = _finish(image, drawn, lr_size)
+    return to_8bit(image if drawn.gray == "none" else _without_colour(image))[0]
 
 
-def _finish(picture: Tensor, drawn: Degradation, lr_size: tuple[int, int]) -> Tensor:
-    """Bring the picture to its final size; JPEG comes last, or first so that its blocks are resized too."""
+def _finish(image: Tensor, drawn: Degradation, lr_size: tuple[int, int]) -> Tensor:
+    """Bring the image to its final size; JPEG comes last, or first so that its blocks are resized too."""
     if not drawn.final_resize_first:
-        picture = _compress(picture, drawn.final_jpeg, drawn.jpeg_variant)
-    picture = resize(picture, lr_size, drawn.final_mode, antialias=drawn.antialias)
-    picture = _blur(picture, drawn.final_sinc)
-    return _compress(picture, drawn.final_jpeg, drawn.jpeg_variant) if drawn.final_resize_first else picture
+        image = _compress(image, drawn.final_jpeg, drawn.jpeg_variant)
+    image = resize(image, lr_size, drawn.final_mode, antialias=drawn.antialias)
+    image = _blur(image, drawn.final_sinc)
+    return _compress(image, drawn.final_jpeg, drawn.jpeg_variant) if drawn.final_resize_first else image
 
 
-def _blur(picture: Tensor, kernel: Kernel | None) -> Tensor:
-    return picture if kernel is None else filter2d(picture, kernel.tensor())
+def _blur(image: Tensor, kernel: Kernel | None) -> Tensor:
+    return image if kernel is None else filter2d(image, kernel.tensor())
 
 
-def _compress(picture: Tensor, quality: float | None, variant: Variant) -> Tensor:
-    return picture if quality is None else jpeg(picture.clamp(0, 1), quality, variant=variant)
+def _compress(image: Tensor, quality: float | None, variant: Variant) -> Tensor:
+    return image if quality is None else jpeg(image.clamp(0, 1), quality, variant=variant)
 
 
-def _without_colour(picture: Tensor) -> Tensor:
-    return gray(picture.clamp(0, 1)).expand_as(picture)
+def _without_colour(image: Tensor) -> Tensor:
+    return gray(image.clamp(0, 1)).expand_as(image)
 
 
-def _add_noise(picture: Tensor, noise: Noise, rng: torch.Generator) -> Tensor:
+def _add_noise(image: Tensor, noise: Noise, rng: torch.Generator) -> Tensor:
     add = add_gaussian_noise if noise.kind == "gaussian" else add_poisson_noise
-    return add(picture, torch.tensor([noise.level]), torch.tensor([noise.grey]), rng)
+    return add(image, torch.tensor([noise.level]), torch.tensor([noise.gray]), rng)
 
 
 def _scaled(length: int, factor: float) -> int:
@@ -279,8 +279,8 @@ def _draw_mode(modes: tuple[ResizeMode, ...], rng: torch.Generator) -> ResizeMod
 def _draw_noise(config: StageConfig, rng: torch.Generator) -> Noise:
     is_gaussian = uniform(0, 1, rng) < config.gaussian_probability
     level = uniform(*(config.gaussian_sigma if is_gaussian else config.poisson_scale), rng)
-    grey = uniform(0, 1, rng) < config.grey_probability
-    return Noise(kind="gaussian" if is_gaussian else "poisson", level=level, grey=grey)
+    gray = uniform(0, 1, rng) < config.gray_probability
+    return Noise(kind="gaussian" if is_gaussian else "poisson", level=level, gray=gray)
 
 
 def _check_probability(name: str, value: float) -> None:

@@ -17,7 +17,7 @@ def real_esrgan() -> DegradationConfig:
 
 
 def resshift() -> DegradationConfig:
-    """ResShift's and SinSR's data: smaller kernels, and the second round for half of the pictures."""
+    """ResShift's and SinSR's data: smaller kernels, and the second round for half of the images."""
     first_sizes, second_sizes = tuple(range(3, 20, 2)), tuple(range(3, 14, 2))
     second = StageConfig(
         probability=0.5,
@@ -51,7 +51,7 @@ def camera() -> DegradationConfig:
         resize_weights=(0.0, 0.0, 1.0),
         gaussian_sigma=(0.0, 6.0),
         poisson_scale=(0.0, 0.5),
-        grey_probability=0.3,
+        gray_probability=0.3,
     )
     return DegradationConfig(
         first=StageConfig(probability=0.0),
@@ -84,10 +84,10 @@ def face_resshift() -> FaceDegradationConfig:
 
 
 def face_osediff() -> FaceDegradationConfig:
-    """The same with the numbers of OSEDiff's face model (they are CodeFormer's), without grey pictures; for scale 1."""
+    """The same with the numbers of OSEDiff's face model (they are CodeFormer's), without gray images; for scale 1."""
     plain = FaceDegradationConfig()
     return FaceDegradationConfig(
-        kernels=replace(plain.kernels, sigma=(1.0, 15.0)), shrink=(1.0, 30.0), grey_probability=0.0
+        kernels=replace(plain.kernels, sigma=(1.0, 15.0)), shrink=(1.0, 30.0), gray_probability=0.0
     )
 
 

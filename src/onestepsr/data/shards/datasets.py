@@ -1,8 +1,8 @@
 """Photos and pairs in tar shards, for sets that do not fit a folder listing.
 
-A shard is a plain tar file. Its pictures are found through an index (:mod:`onestepsr.data.shards.index`), so any sample
+A shard is a plain tar file. Its images are found through an index (:mod:`onestepsr.data.shards.index`), so any sample
 can be read at once, and a resumed run or another number of processes sees the same stream. All that stays in memory is
-12 bytes per picture.
+12 bytes per image.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from onestepsr.data.order import BlockOrder
 from onestepsr.data.pair_dataset import SHOWN_NAMES, PairStream
 from onestepsr.data.photo_dataset import HRStream
 from onestepsr.data.shards.index import HR, LR, OTHER, TarIndex, name_of, open_indexes
-from onestepsr.data.shards.reader import TarPictures, find_tars
+from onestepsr.data.shards.reader import TarImages, find_tars
 from onestepsr.imaging.read import EXTENSIONS
 
 logger = logging.getLogger(__name__)
@@ -35,12 +35,12 @@ class HRShards(HRStream):
     def __init__(self, config: DataConfig, seed: int, with_lr: bool) -> None:
         indexes = open_indexes(find_tars(config.paths), config.cache_dir)
         chosen = select_photos(indexes, config.crop)
-        self.pictures = TarPictures(indexes, chosen)
+        self.images = TarImages(indexes, chosen)
         self.order = BlockOrder([len(numbers) for numbers in chosen], config.shuffle_block, seed)
-        super().__init__(config, seed, with_lr, self.pictures)
+        super().__init__(config, seed, with_lr, self.images)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def position(self, index: int) -> int:
         """A new order of all photos in each epoch, in which neighbours of a tar stay near each other."""
@@ -48,7 +48,7 @@ class HRShards(HRStream):
 
     def content(self) -> list[Any]:
         """Name and size of each tar, and where the photos lie."""
-        return self.pictures.content()
+        return self.images.content()
 
 
 class PairShards(PairStream):
@@ -57,20 +57,20 @@ class PairShards(PairStream):
     def __init__(self, config: DataConfig, seed: int, with_lr: bool) -> None:
         indexes = open_indexes(find_tars(config.paths), config.cache_dir)
         chosen = select_pairs(indexes, config)
-        self.pictures = TarPictures(indexes, chosen)
+        self.images = TarImages(indexes, chosen)
         self.order = BlockOrder([len(numbers) // 2 for numbers in chosen], config.shuffle_block, seed)
-        super().__init__(config, seed, with_lr, self.pictures)
+        super().__init__(config, seed, with_lr, self.images)
 
     def __len__(self) -> int:
-        return len(self.pictures) // 2
+        return len(self.images) // 2
 
     def position(self, index: int) -> int:
         """A new order of all pairs in each epoch, in which neighbours of a tar stay near each other."""
         return self.order.position(index)
 
     def content(self) -> list[Any]:
-        """Name and size of each tar, and where the pictures lie."""
-        return self.pictures.content()
+        """Name and size of each tar, and where the images lie."""
+        return self.images.content()
 
 
 def select_photos(indexes: Sequence[TarIndex], crop: int) -> list[Numbers]:
@@ -80,7 +80,7 @@ def select_photos(indexes: Sequence[TarIndex], crop: int) -> list[Numbers]:
     """
     photos = [(index.members["role"] != LR) | (index.members["partner"] < 0) for index in indexes]
     if not _count(photos):
-        raise UserError(f"{_those(indexes)}: no pictures inside (looked for {', '.join(EXTENSIONS)})")
+        raise UserError(f"{_those(indexes)}: no images inside (looked for {', '.join(EXTENSIONS)})")
     readable = _readable(indexes, photos)
     usable = [mask & (_short_side(index) >= crop) for index, mask in zip(indexes, readable, strict=True)]
     small = _count(readable) - _count(usable)
@@ -94,7 +94,7 @@ def select_photos(indexes: Sequence[TarIndex], crop: int) -> list[Numbers]:
 
 
 def select_pairs(indexes: Sequence[TarIndex], config: DataConfig) -> list[Numbers]:
-    """The members of each tar's pairs as HR, LR, HR, LR, ...; pictures that belong to no pair are passed over.
+    """The members of each tar's pairs as HR, LR, HR, LR, ...; images that belong to no pair are passed over.
 
     UserError for a KEY.hr or KEY.lr without partner, for pairs whose sizes do not fit ``config``, or if there are none.
     """
@@ -138,7 +138,7 @@ def _require_partners(index: TarIndex, paired: Mask) -> None:
 
 
 def _readable(indexes: Sequence[TarIndex], wanted: Sequence[Mask]) -> list[Mask]:
-    """``wanted`` without what is no picture after all, which is reported in one log line; UserError if none is left."""
+    """``wanted`` without what is no image after all, which is reported in one log line; UserError if none is left."""
     readable = [mask & (index.members["width"] > 0) for index, mask in zip(indexes, wanted, strict=True)]
     lost = _count(wanted) - _count(readable)
     if lost:
@@ -148,8 +148,8 @@ def _readable(indexes: Sequence[TarIndex], wanted: Sequence[Mask]) -> list[Mask]
             if (mask & ~kept).any()
         )
         if not _count(readable):
-            raise UserError(f"{first}: none of the {lost} pictures in the tar files can be read")
-        logger.warning("%d unreadable pictures are left out, the first is %s", lost, first)
+            raise UserError(f"{first}: none of the {lost} images in the tar files can be read")
+        logger.warning("%d unreadable images are left out, the first is %s", lost, first)
     return readable
 
 

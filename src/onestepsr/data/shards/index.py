@@ -1,6 +1,6 @@
-"""Where each picture of a tar file begins, how long it is and what size it has: read once, then kept beside the tar.
+"""Where each image of a tar file begins, how long it is and what size it has: read once, then kept beside the tar.
 
-One pass over the headers of tar and pictures makes the index. It is written as ``NAME.tar.index.npz`` into the tar's
+One pass over the headers of tar and images makes the index. It is written as ``NAME.tar.index.npz`` into the tar's
 folder or, where that cannot be written to, into the cache folder, and it counts as long as the tar keeps its length and
 its time of modification. Processes that index at the same time do each other no harm: a file appears whole or not at
 all, and every one of them writes the same bytes.
@@ -37,7 +37,7 @@ FORMAT = 1
 MEMBER = np.dtype(
     [("offset", "<i8"), ("bytes", "<u4"), ("width", "<u4"), ("height", "<u4"), ("role", "u1"), ("partner", "<i4")]
 )
-"""One picture. ``offset`` is that of its data; ``width`` is 0 where the header could not be read; ``role`` is HR or LR
+"""One image. ``offset`` is that of its data; ``width`` is 0 where the header could not be read; ``role`` is HR or LR
 for members called ``KEY.hr.EXT`` and ``KEY.lr.EXT``; ``partner`` is the number of the member with the same key and the
 other role, or -1."""
 OTHER, HR, LR = 0, 1, 2
@@ -48,7 +48,7 @@ _PAIRED_NAME = re.compile(r"(?P<key>.+)\.(?P<role>hr|lr)\.[^./]+")
 _ROLES = {"hr": HR, "lr": LR}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 _DISK_TROUBLE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-"""Not the picture's fault: the index would leave it out for good."""
+"""Not the image's fault: the index would leave it out for good."""
 _STALE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
@@ -66,12 +66,12 @@ class TarStamp(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TarIndex:
-    """The pictures of one tar file, in the file's order."""
+    """The images of one tar file, in the file's order."""
 
     path: Path
     stamp: TarStamp
     members: Members
-    """(number of pictures,) of dtype MEMBER."""
+    """(number of images,) of dtype MEMBER."""
 
 
 def open_indexes(paths: Sequence[Path], cache_dir: Path) -> list[TarIndex]:
@@ -120,7 +120,7 @@ def build_index(path: Path) -> TarIndex:
 
 
 def name_of(index: TarIndex, number: int) -> str:
-    """The tar's path and the name of picture ``number`` in it (the first 100 characters of a longer one)."""
+    """The tar's path and the name of image ``number`` in it (the first 100 characters of a longer one)."""
     with index.path.open("rb") as file:
         file.seek(int(index.members["offset"][number]) - tarfile.BLOCKSIZE)
         return f"{index.path}: {header_name(file.read(tarfile.BLOCKSIZE))}"
@@ -180,12 +180,12 @@ def _what_else(file: IO[bytes], error: Exception) -> str:
     start = file.read(8)
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
-            return f"compressed with {name}, so that no picture can be read on its own; unpack it to a plain .tar"
+            return f"compressed with {name}, so that no image can be read on its own; unpack it to a plain .tar"
     return f"not a tar file, or damaged ({error})"
 
 
 def _size(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[int, int]:
-    """Width and height of a picture, (0, 0) if it cannot be one."""
+    """Width and height of an image, (0, 0) if it cannot be one."""
     if not 0 < member.size <= MAX_BYTES:
         return 0, 0
     data = tar.extractfile(member)
@@ -198,7 +198,7 @@ def _size(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[int, int]:
 def _load(place: Path, stamp: TarStamp) -> Members | None:
     """The index at ``place`` if there is one and it fits."""
     try:
-        # Each picture takes over 512 bytes in the tar, so its index is always the smaller file.
+        # Each image takes over 512 bytes in the tar, so its index is always the smaller file.
         if place.stat().st_size > stamp.bytes + 4096:
             return None
         with np.load(place, allow_pickle=False) as arrays:

@@ -1,4 +1,4 @@
-"""Tar files by path, folder or pattern, and pictures read from the middle of them."""
+"""Tar files by path, folder or pattern, and images read from the middle of them."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def expand_braces(pattern: str) -> list[str]:
     return [pattern[: group.start()] + choice + ending for choice in choices for ending in endings]
 
 
-class TarPictures:
-    """Pictures inside tar files, numbered through. Reading holds few files open and is safe after fork and pickling."""
+class TarImages:
+    """Images inside tar files, numbered through. Reading holds few files open and is safe after fork and pickling."""
 
     def __init__(self, indexes: Sequence[TarIndex], chosen: Sequence[NDArray[np.int64]]) -> None:
         """``chosen`` holds, for each index, the numbers of the members to take, in order."""
@@ -66,7 +66,7 @@ class TarPictures:
         return {**self.__dict__, "_open": OrderedDict()}
 
     def fetch(self, number: int) -> tuple[bytes, str]:
-        """The bytes of picture ``number`` and its name; UserError if its tar is gone, changed or cannot be read."""
+        """The bytes of image ``number`` and its name; UserError if its tar is gone, changed or cannot be read."""
         tar = int(np.searchsorted(self.starts, number, side="right")) - 1
         path, _ = self.tars[tar]
         begin = int(self.offsets[number]) - tarfile.BLOCKSIZE
@@ -80,7 +80,7 @@ class TarPictures:
         return data[tarfile.BLOCKSIZE :], f"{path}: {name}"
 
     def content(self) -> list[Any]:
-        """What identifies the pictures: name and length of each tar, and a digest of where they lie."""
+        """What identifies the images: name and length of each tar, and a digest of where they lie."""
         places = hashlib.blake2b(self.offsets.tobytes() + self.lengths.tobytes(), digest_size=16)
         return [[path.name, stamp.bytes] for path, stamp in self.tars] + [places.hexdigest()]
 

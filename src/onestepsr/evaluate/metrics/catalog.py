@@ -38,7 +38,7 @@ class MetricSpec:
     alone: Callable[[], NoReference] | None = None
     """Returns the function SR -> (N,)."""
     of_sets: Callable[[], fid.SetDistance] | None = None
-    """Returns a metric that has one value for all pictures together."""
+    """Returns a metric that has one value for all images together."""
 
     @property
     def needs_reference(self) -> bool:
@@ -128,7 +128,7 @@ METRICS = {
         MetricSpec(
             name="overshoot",
             title="overshoot",
-            variant="grey levels beyond the range of 7 x 7 pixels, beside edges",
+            variant="gray levels beyond the range of 7 x 7 pixels, beside edges",
             higher_is_better=False,
             against=lambda: fidelity.overshoot,
         ),

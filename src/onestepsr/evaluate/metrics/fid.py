@@ -1,6 +1,6 @@
-"""FID, the Frechet distance between two sets of pictures in the features of one Inception network.
+"""FID, the Frechet distance between two sets of images in the features of one Inception network.
 
-Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017; pictures are
+Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017; images are
 resized as Parmar et al., "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", 2022 ("clean-fid").
 """
 
@@ -22,14 +22,14 @@ SMALLEST_SET = 2
 
 
 class SetDistance(Protocol):
-    """A metric of two sets of pictures: features of each picture, then one number."""
+    """A metric of two sets of images: features of each image, then one number."""
 
     def features(self, image: Tensor) -> Tensor:
         """Features (N, D) of RGB (N, 3, H, W) in [0, 1]."""
         ...
 
     def distance(self, sr: Tensor, hr: Tensor) -> float:
-        """The metric from the features of both sets, (pictures, D)."""
+        """The metric from the features of both sets, (images, D)."""
         ...
 
 
@@ -47,9 +47,9 @@ class FID:
             return cast(Tensor, self.network(resized)).to("cpu", torch.float64)
 
     def distance(self, sr: Tensor, hr: Tensor) -> float:
-        """FID from the features (pictures, D) of SR and HR; UserError for fewer than two pictures."""
+        """FID from the features (images, D) of SR and HR; UserError for fewer than two images."""
         if min(len(sr), len(hr)) < SMALLEST_SET:
-            raise UserError(f"FID needs at least {SMALLEST_SET} pictures, got {min(len(sr), len(hr))}")
+            raise UserError(f"FID needs at least {SMALLEST_SET} images, got {min(len(sr), len(hr))}")
         return frechet_distance(sr, hr)
 
 
@@ -63,15 +63,15 @@ def resize_for_inception(image: Tensor) -> Tensor:
     """RGB (3, H, W) in [0, 1] -> (3, 299, 299) in [-1, 1): each channel by Pillow's antialiased bicubic, in float32."""
     check_image(image[None])
     planes = (image.detach().to("cpu", torch.float32) * 255).numpy()
-    pictures = [Image.fromarray(plane).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for plane in planes]
-    return (torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).clamp(0, 255) - 128) / 128
+    images = [Image.fromarray(plane).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for plane in planes]
+    return (torch.from_numpy(np.stack([np.asarray(picture) for picture in images])).clamp(0, 255) - 128) / 128
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Squared Frechet distance between Gaussians fitted to two sets of features (n_1, D), (n_2, D).
 
     |m_1 - m_2|^2 + tr(S_1) + tr(S_2) - 2 tr((S_1 S_2)^(1/2)). With the centred features A_i = U S_i^(1/2) the last
-    trace is the sum of the singular values of A_1 A_2^T: no root of a matrix, and exact for few pictures too, where
+    trace is the sum of the singular values of A_1 A_2^T: no root of a matrix, and exact for few images too, where
     implementations that take the root of the singular S_1 S_2 lose some digits.
     """
     means = first.mean(dim=0), second.mean(dim=0)

@@ -3,7 +3,7 @@
 Every function takes RGB (N, 3, H, W) in [0, 1] and returns one float64 value per image (N,). Papers differ in which
 luma they measure and whether it is rounded, and the digits differ with it: the settings here are those of IQA-PyTorch,
 which reproduce OSEDiff's published log, and BasicSR's beside them under names that say so. Inputs are taken as they
-are: round to 8 bits first (:func:`as_eight_bit`) where the numbers have to be those of the saved pictures.
+are: round to 8 bits first (:func:`as_eight_bit`) where the numbers have to be those of the saved images.
 """
 
 from __future__ import annotations
@@ -142,10 +142,10 @@ def lattice_variation(strength: Tensor) -> Tensor:
 
 
 def overshoot(sr: Tensor, hr: Tensor) -> Tensor:
-    """Ringing and halos beside strong edges, in grey levels of 255; 0 is best.
+    """Ringing and halos beside strong edges, in gray levels of 255; 0 is best.
 
     By how much Y of the SR image leaves the range that Y of the HR image spans in the 7 x 7 neighbourhood, averaged
-    over the pixels where that range is at least 64 grey levels. 0 where the HR image has no such edge. Unlike PSNR it
+    over the pixels where that range is at least 64 gray levels. 0 where the HR image has no such edge. Unlike PSNR it
     forgives blur and shifted detail, which stay inside the range, and counts what an observer sees as a halo.
     """
     _check_pair(sr, hr)

@@ -1,7 +1,7 @@
-"""NIQE, the natural image quality evaluator: how far a picture's local statistics are from those of pristine photos.
+"""NIQE, the natural image quality evaluator: how far an image's local statistics are from those of pristine photos.
 
 Mittal, Soundararajan and Bovik, "Making a completely blind image quality analyzer", IEEE Signal Processing Letters,
-2013. No reference picture is needed; lower is better. The pristine statistics are other people's data and are not
+2013. No reference image is needed; lower is better. The pristine statistics are other people's data and are not
 shipped with this package: :meth:`NiqeParameters.find` looks for them.
 """
 

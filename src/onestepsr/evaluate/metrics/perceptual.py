@@ -21,13 +21,13 @@ from onestepsr.weights.download import without_downloads
 from onestepsr.weights.foreign import SMALL_WEIGHTS, read_tensors
 
 SMALLEST_SIDE = 32
-"""Smaller pictures leave nothing, or nothing but border, of the deepest maps."""
+"""Smaller images leave nothing, or nothing but border, of the deepest maps."""
 
 
 class LearnedDistance(nn.Module):
     """(SR, HR) -> (N,) by a feature network and a distance of its maps, for RGB (N, 3, H, W) in [0, 1].
 
-    Both move to the device of the pictures. Pictures of less than 32 x 32 pixels raise UserError.
+    Both move to the device of the images. Images of less than 32 x 32 pixels raise UserError.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ def load_lpips(network: Literal["alexnet", "vgg16"]) -> Metric:
 
 
 def load_dists() -> Metric:
-    """DISTS of whole pictures, without the resize to 256 pixels of its authors' demo."""
+    """DISTS of whole images, without the resize to 256 pixels of its authors' demo."""
     return LearnedDistance(*_dists())
 
 
 def load_ea_dists() -> Metric:
-    """DISTS of the pictures plus DISTS of their Sobel edges (D3SR, Eq. 5), edges of the channel mean."""
+    """DISTS of the images plus DISTS of their Sobel edges (D3SR, Eq. 5), edges of the channel mean."""
     features, distance = _dists()
     return LearnedDistance(features, distance, lambda sr, hr: ea_dists(distance, features, sr, hr))
 

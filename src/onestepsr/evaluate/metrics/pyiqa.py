@@ -2,7 +2,7 @@
 
 pyiqa is under the PolyForm Noncommercial licence, hence an extra that nobody has to install and a notice when it is
 used. Some of its metrics draw random crops from global generators, and creating one sets their seeds: here every
-picture starts from the same seed, so that a value does not depend on the pictures before it, and the generators are put
+image starts from the same seed, so that a value does not depend on the images before it, and the generators are put
 back afterwards.
 """
 

@@ -1,1 +1,1 @@
-"""Reports of evaluations: a folder with one page and its pictures, which asks for nothing outside itself."""
+"""Reports of evaluations: a folder with one page and its images, which asks for nothing outside itself."""

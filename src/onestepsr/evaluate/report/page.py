@@ -1,6 +1,6 @@
-"""The report: one page and a folder of pictures. The page carries its style and script and may load nothing else.
+"""The report: one page and a folder of images. The page carries its style and script and may load nothing else.
 
-A content security policy allows the one script and the one style sheet by their checksums and pictures beside the page;
+A content security policy allows the one script and the one style sheet by their checksums and images beside the page;
 whatever a file name or label holds, it can neither run nor call anywhere.
 """
 
@@ -17,7 +17,7 @@ from onestepsr import __version__
 from onestepsr.core.errors import UserError
 from onestepsr.evaluate.comparison import Comparison
 from onestepsr.evaluate.report import sections
-from onestepsr.evaluate.report.pictures import View, choose, locate, roles, write_views
+from onestepsr.evaluate.report.images import View, choose, locate, roles, write_views
 from onestepsr.evaluate.report.plots import Markup, data_block, element, join
 from onestepsr.evaluate.result import now
 from onestepsr.evaluate.tables import Grid, decimals_of, difference_grid, heading, method_grid, write_texts
@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 TITLES = {
     "summary": "Summary",
     "differences": "Paired differences",
-    "viewer": "Pictures",
+    "viewer": "Images",
     "distributions": "Distributions",
     "extremes": "Worst and best",
     "values": "All values",
@@ -43,11 +43,11 @@ class ReportConfig:
     """What a report holds."""
 
     pictures: int = 200
-    """At most so many pictures can be looked at: the extremes of every metric first. Values of all are in the table."""
+    """At most so many images can be looked at: the extremes of every metric first. Values of all are in the table."""
     side: int = 1024
-    """Larger pictures are represented by their centre of this width and height, in pixels of the output."""
+    """Larger images are represented by their centre of this width and height, in pixels of the output."""
     extremes: int = 10
-    """How many of the worst and of the best pictures are listed for each metric and method."""
+    """How many of the worst and of the best images are listed for each metric and method."""
     bins: int = 24
     """Bins of the histograms."""
 
@@ -65,9 +65,9 @@ def write_report(
     published: Sequence[Grid] = (),
     track: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> list[str]:
-    """Write the report of one or more methods into ``folder`` and return one line for each picture that failed.
+    """Write the report of one or more methods into ``folder`` and return one line for each image that failed.
 
-    ``published`` are tables of papers to show as well; ``track`` may show progress over the pictures. An earlier report
+    ``published`` are tables of papers to show as well; ``track`` may show progress over the images. An earlier report
     in the folder is replaced; UserError if its ``index.html`` is something else, or if writing fails.
     """
     config = config or ReportConfig()
@@ -137,7 +137,7 @@ def _parts(
     """The sections by name, in order; empty where there is nothing to show."""
     several = len(comparison.results) > 1
     papers = [join(element("h3", grid.title), sections.grid_table(grid, grid.title)) for grid in published]
-    note = f"Mean over the {'common ' if several else ''}pictures ± half width of its 95 % interval (Student's t)."
+    note = f"Mean over the {'common ' if several else ''}images ± half width of its 95 % interval (Student's t)."
     means = sections.grid_table(method_grid(comparison), "Means")
     return {
         "summary": join(means, element("p", note, class_="note")),
@@ -145,7 +145,7 @@ def _parts(
         "viewer": sections.viewer(roles(comparison)) if views else Markup(),
         "distributions": sections.distributions(comparison, config.bins),
         "extremes": sections.extremes(comparison, views, config.extremes),
-        "values": sections.all_pictures(comparison, views),
+        "values": sections.all_images(comparison, views),
         "published": join(*papers),
         "protocol": join(*map(sections.protocol, comparison.results)),
     }
@@ -153,7 +153,7 @@ def _parts(
 
 def _header(comparison: Comparison, title: str, titles: Mapping[str, str]) -> Markup:
     count = len(comparison.pictures)
-    made = f"{count} {'picture' if count == 1 else 'pictures'}; written by onestepsr {__version__}, {now()}"
+    made = f"{count} {'image' if count == 1 else 'pictures'}; written by onestepsr {__version__}, {now()}"
     return join(
         element(
             "header",
@@ -173,21 +173,21 @@ def _left_out(comparison: Comparison, views: Mapping[str, tuple[int, View]]) -> 
         return []
     reason = "its files were not found where they were measured, or there are too many"
     return [
-        f"{missing} of {len(comparison.pictures)} pictures cannot be looked at here ({reason}); their values are below"
+        f"{missing} of {len(comparison.pictures)} images cannot be looked at here ({reason}); their values are below"
     ]
 
 
 def _data(comparison: Comparison, views: Sequence[View]) -> dict[str, Any]:
-    """What the script needs: roles, and the pictures with their files and values as text."""
+    """What the script needs: roles, and the images with their files and values as text."""
     shown = roles(comparison)
     methods = {f"sr{number}": number for number in range(len(comparison.results))}
     return {
         "roles": [{"key": key, "label": label, "method": methods.get(key)} for key, label in shown.items()],
-        "pictures": [_picture_data(comparison, view) for view in views],
+        "pictures": [_image_data(comparison, view) for view in views],
     }
 
 
-def _picture_data(comparison: Comparison, view: View) -> dict[str, Any]:
+def _image_data(comparison: Comparison, view: View) -> dict[str, Any]:
     values = [
         [
             f"{heading(record)} {result.images[view.name][metric]:.{decimals_of(comparison, metric)}f}"

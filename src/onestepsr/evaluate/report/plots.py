@@ -71,7 +71,7 @@ class _Scale:
 
     edges: list[float]
     tallest: int
-    """Pictures in the highest bar of any of them."""
+    """Images in the highest bar of any of them."""
     places: int
     """Decimals of numbers."""
 
@@ -88,7 +88,7 @@ def histograms(
         _row(number, label, counts[label].tolist(), summaries.get(label), scale) for number, label in enumerate(values)
     ]
     height = len(rows) * (ROW + GAP) + AXIS
-    described = ", ".join(f"{label}: {len(column)} pictures" for label, column in values.items())
+    described = ", ".join(f"{label}: {len(column)} images" for label, column in values.items())
     return element(
         "svg",
         element("title", f"{title}; {described}"),

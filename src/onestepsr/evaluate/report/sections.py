@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from onestepsr.evaluate.comparison import Comparison
-from onestepsr.evaluate.report.pictures import View, ranking
+from onestepsr.evaluate.report.images import View, ranking
 from onestepsr.evaluate.report.plots import Attribute, Markup, element, histograms, join
 from onestepsr.evaluate.result import EvaluationResult
 from onestepsr.evaluate.tables import NOTHING, Grid, decimals_of, heading
@@ -39,7 +39,7 @@ def grid_table(grid: Grid, label: str) -> Markup:
 
 
 def distributions(comparison: Comparison, bins: int) -> Markup:
-    """A plot for each metric that has a value per picture, over the common pictures."""
+    """A plot for each metric that has a value per image, over the common images."""
     plots = []
     for metric, record in comparison.metrics.items():
         common = comparison.common(metric)
@@ -51,12 +51,12 @@ def distributions(comparison: Comparison, bins: int) -> Markup:
             places = decimals_of(comparison, metric)
             plot = histograms(record.title, values, summaries, bins=bins, places=places)
             plots.append(element("figure", element("h3", heading(record)), plot))
-    note = "Pictures per value, on the same scale for all methods. Line: mean; band: its 95 % interval."
+    note = "Images per value, on the same scale for all methods. Line: mean; band: its 95 % interval."
     return join(element("p", note, class_="note"), element("div", *plots, class_="plots")) if plots else Markup()
 
 
 def extremes(comparison: Comparison, views: Mapping[str, tuple[int, View]], count: int) -> Markup:
-    """The worst and best pictures of every metric and method."""
+    """The worst and best images of every metric and method."""
     blocks = []
     for metric, record in comparison.metrics.items():
         for method, label in enumerate(comparison.labels):
@@ -71,7 +71,7 @@ def extremes(comparison: Comparison, views: Mapping[str, tuple[int, View]], coun
     return join(*blocks)
 
 
-def all_pictures(comparison: Comparison, views: Mapping[str, tuple[int, View]]) -> Markup:
+def all_images(comparison: Comparison, views: Mapping[str, tuple[int, View]]) -> Markup:
     """The sortable table of every value; with two methods, their difference too."""
     metrics = [metric for metric in comparison.metrics if any(result.values(metric) for result in comparison.results)]
     columns = ["picture"]
@@ -83,12 +83,12 @@ def all_pictures(comparison: Comparison, views: Mapping[str, tuple[int, View]]) 
         element("th", element("button", text, type="button"), scope="col", class_=_word(index == 0))
         for index, text in enumerate(columns)
     ]
-    rows = [_picture_row(comparison, metrics, name, views.get(name)) for name in comparison.pictures]
+    rows = [_image_row(comparison, metrics, name, views.get(name)) for name in comparison.pictures]
     table = element("table", element("thead", element("tr", *heads)), element("tbody", *rows))
     search = element("input", type="search", id="filter", placeholder="part of a name")
-    count = element("span", f"{len(rows)} pictures", id="shown", class_="faint", aria_live="polite")
+    count = element("span", f"{len(rows)} images", id="shown", class_="faint", aria_live="polite")
     bar = element("div", element("label", "Show ", search), count, class_="bar")
-    return join(bar, element("div", table, id="all", aria_label="All pictures", **SCROLLS))
+    return join(bar, element("div", table, id="all", aria_label="All images", **SCROLLS))
 
 
 def viewer(roles: Mapping[str, str]) -> Markup:
@@ -98,35 +98,35 @@ def viewer(roles: Mapping[str, str]) -> Markup:
     buttons = [
         element("button", text, type="button", id=name, aria_label=label)
         for name, text, label in (
-            ("previous", "‹", "Previous picture"),
-            ("next", "›", "Next picture"),
+            ("previous", "‹", "Previous image"),
+            ("next", "›", "Next image"),
             ("zoom-out", "−", "Zoom out"),
             ("zoom-in", "+", "Zoom in"),
-            ("zoom-fit", "fit", "Whole picture"),
+            ("zoom-fit", "fit", "Whole image"),
             ("zoom-exact", "100 %", "One pixel for one pixel"),
         )
     ]
     pixels = element("label", element("input", type="checkbox", id="pixels", checked=True), " show pixels")
-    name = element("span", "", id="picture-name", aria_live="polite")
-    number = element("span", "", id="picture-number", class_="faint")
+    name = element("span", "", id="image-name", aria_live="polite")
+    number = element("span", "", id="image-number", class_="faint")
     zoom = element("span", "", id="zoom-now", class_="faint")
     slider = element(
-        "input", type="range", id="split", min=0, max=100, step=1, value=50, aria_label="Where the left picture ends"
+        "input", type="range", id="split", min=0, max=100, step=1, value=50, aria_label="Where the left image ends"
     )
     return join(
         element("div", name, number, *buttons[:2], class_="bar"),
         element("div", *selects, *buttons[2:], zoom, pixels, class_="bar"),
         _stage(),
         slider,
-        element("p", "", id="picture-part", class_="note"),
+        element("p", "", id="image-part", class_="note"),
         element("div", "", id="panes", class_="panes"),
         element("p", VIEWER_HELP, class_="note"),
     )
 
 
 VIEWER_HELP = (
-    "Drag the line, or move it with the arrow keys on the slider below the picture. With the picture focused: + and - "
-    "zoom, 0 shows the whole, arrows move, Page Up and Page Down change the picture. Ctrl and the wheel, or a double "
+    "Drag the line, or move it with the arrow keys on the slider below the image. With the image focused: + and - "
+    "zoom, 0 shows the whole, arrows move, Page Up and Page Down change the image. Ctrl and the wheel, or a double "
     "click, zoom at the pointer. LR is shown with its own pixels, enlarged."
 )
 
@@ -155,7 +155,7 @@ def _stage() -> Markup:
     ]
     tags = [element("span", "", class_=f"tag {side}") for side in ("left", "right")]
     handle = element("div", "", class_="handle")
-    label = "Comparison of two pictures; keys: plus, minus, 0, arrows, page up and down"
+    label = "Comparison of two images; keys: plus, minus, 0, arrows, page up and down"
     return element(
         "div", *layers, handle, *tags, id="stage", class_="stage", tabindex=0, role="group", aria_label=label
     )
@@ -181,14 +181,14 @@ def _thumbnails(title: str, values: Mapping[str, str], role: str, views: Mapping
         else:
             image = element("img", src=path, alt="", loading="lazy")
             items.append(
-                element("li", element("button", image, text, type="button", class_="thumb", data_picture=number))
+                element("li", element("button", image, text, type="button", class_="thumb", data_image=number))
             )
     return join(element("h3", title), element("ol", *items, class_="thumbs"))
 
 
-def _picture_row(comparison: Comparison, metrics: Sequence[str], name: str, found: tuple[int, View] | None) -> Markup:
+def _image_row(comparison: Comparison, metrics: Sequence[str], name: str, found: tuple[int, View] | None) -> Markup:
     number = found[0] if found else None
-    link = name if found is None else element("button", name, type="button", class_="link", data_picture=number)
+    link = name if found is None else element("button", name, type="button", class_="link", data_image=number)
     cells = [element("td", link, class_="word")]
     for metric in metrics:
         places = decimals_of(comparison, metric)
@@ -199,7 +199,7 @@ def _picture_row(comparison: Comparison, metrics: Sequence[str], name: str, foun
             known = first is not None and second is not None
             change = second - first if first is not None and second is not None else None
             cells.append(_number(change, f"{change:+.{places}f}" if known else ""))
-    return element("tr", *cells, data_picture=number)
+    return element("tr", *cells, data_image=number)
 
 
 def _number(value: float | None, text: str) -> Markup:

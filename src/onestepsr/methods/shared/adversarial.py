@@ -1,4 +1,4 @@
-"""Networks that judge a generator while they learn: of its latents, as in D3SR, or of its pictures."""
+"""Adversarial terms: a discriminator of noised latents, as in D3SR, or a critic of images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onestepsr.core.errors import UserError
 from onestepsr.losses.adversarial import bce_discriminator_loss, bce_generator_loss
 from onestepsr.methods.base import Batch, LossFn, Networks, Phase, SampleRandom, checkpoint_gradients
 from onestepsr.methods.shared.noise import LatentNoise, NoiseConfig, latent_noise
-from onestepsr.models.backbones import half_of, load_discriminator_backbone
+from onestepsr.models.backbones import load_discriminator_backbone, unet_encoder_of
 from onestepsr.models.discriminators import DiffusionEncoder, NoiseAwareDiscriminator
 from onestepsr.models.generators import OneStepLatentGenerator, bicubic
 from onestepsr.models.lora import LoraConfig, add_lora
@@ -23,136 +23,154 @@ from onestepsr.models.stable_diffusion.config import SDXLConditioning
 DISCRIMINATOR = "discriminator"
 CRITIC = "critic"
 LARGEST_SHIFT = 8
-"""Pixels by which pictures are moved before a critic sees them: the critic's strides and the generator's latent cells
+"""Pixels by which images are moved before a critic sees them: the critic's strides and the generator's latent cells
 would else share one grid, and the critic would teach patterns that follow it."""
 LATTICE_PLANES = 6
 """Channels of :func:`lattice_planes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class GeneratorOutput:
     """What the generator has made in this iteration, with gradients."""
 
     sr: Tensor
-    """Pictures (N, 3, H, W) in about [0, 1]."""
+    """Images (N, 3, H, W) in about [0, 1]."""
     z_sr: Tensor
     """Their latents (N, C, h, w)."""
     prompt: Tensor | None = None
-    """Prompt embeddings (N, L, C) of the pictures, where each has its own."""
+    """Prompt embeddings (N, L, C) of the images, where each has its own."""
     lr: Tensor | None = None
-    """What they were made from (N, 3, h, w), for a judge of pictures."""
+    """What they were made from (N, 3, h, w), for a critic of images."""
     hr: Tensor | None = None
     """The photos (N, 3, H, W), likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judge:
+class AdversarialTerm:
     """One judging network: its term in the generator's loss, and its own loss on what the generator left in the
     batch."""
 
     network: str
     """Key in the method's networks."""
-    term: str
+    name: str
     """Name of the generator's term."""
     start: int
-    """First iteration in which it judges and learns."""
-    judge: Callable[[Networks, Made, SampleRandom], Tensor]
+    """First iteration in which it takes part."""
+    generator_loss: Callable[[Networks, GeneratorOutput, SampleRandom], Tensor]
     """The generator's weighted loss."""
-    learn: LossFn
+    discriminator_loss: LossFn
     """Its own loss, from the batch's ``hr`` and ``sr``, or ``z_hr`` and ``z_sr``."""
-    settle: Callable[[], None] = lambda: None
+    begin_iteration: Callable[[], None] = lambda: None
     """Called once at the start of every iteration."""
 
 
-def latent_judge(noise: LatentNoise, weight: float, start: int) -> Judge:
+def latent_discriminator_term(noise: LatentNoise, weight: float, start: int) -> AdversarialTerm:
     """D3SR's discriminator of noised latents (Eq. 2-4)."""
 
-    def judge(networks: Networks, made: Made, random: SampleRandom) -> Tensor:
-        return weight * bce_generator_loss(networks[DISCRIMINATOR](*noise(made.z_sr, random)))
+    def generator_loss(networks: Networks, output: GeneratorOutput, random: SampleRandom) -> Tensor:
+        return weight * bce_generator_loss(networks[DISCRIMINATOR](*noise(output.z_sr, random)))
 
-    def learn(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+    def discriminator_loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         halves = [noise(batch[name], random) for name in ("z_hr", "z_sr")]
         z_t, t = (torch.cat(pair) for pair in zip(*halves, strict=True))  # one evaluation for both
         real, fake = networks[DISCRIMINATOR](z_t, t).chunk(2)
-        noise.observe(real)
+        noise.update(real)
         return {"discriminator": bce_discriminator_loss(real, fake)}
 
-    return Judge(network=DISCRIMINATOR, term="adversarial", start=start, judge=judge, learn=learn, settle=noise.settle)
+    return AdversarialTerm(
+        network=DISCRIMINATOR,
+        name="adversarial",
+        start=start,
+        generator_loss=generator_loss,
+        discriminator_loss=discriminator_loss,
+        begin_iteration=noise.step,
+    )
 
 
 def condition_channels(*, conditional: bool, lattice: bool) -> int:
-    """Channels that a critic of :func:`picture_judge` sees beside the pictures."""
+    """Channels that a critic of :func:`image_critic_term` sees beside the images."""
     return 3 * conditional + LATTICE_PLANES * lattice
 
 
-def picture_judge(
+def image_critic_term(
     weight: float, start: int, *, conditional: bool = False, lattice: bool = False, matching: float = 0.0
-) -> Judge:
-    """A critic of pictures, with the same losses on pictures cut at random places: no noise, no step.
+) -> AdversarialTerm:
+    """A critic of images, with the same losses on images cut at random places: no noise, no step.
 
-    With ``conditional`` it sees the enlarged input beside each picture, with ``lattice`` where in its input pixel
-    every output pixel lies. ``matching`` weighs the mean absolute difference of its features between picture and
+    With ``conditional`` it sees the enlarged input beside each image, with ``lattice`` where in its input pixel
+    every output pixel lies. ``matching`` weighs the mean absolute difference of its features between image and
     photo, relative to its adversarial term (Wang et al., "pix2pixHD", 2018).
     """
 
-    def views(pictures: Sequence[Tensor], lr: Tensor | None, random: SampleRandom) -> tuple[Tensor, ...]:
-        """Pictures at one random place each, joined along the batch, and what is seen beside them at these places."""
+    def views(images: Sequence[Tensor], lr: Tensor | None, random: SampleRandom) -> tuple[Tensor, ...]:
+        """Images at one random place each, joined along the batch, and what is seen beside them at these places."""
         if lr is None or not (conditional or lattice):
-            return (torch.cat(shifted(pictures, random)),)
-        scale = pictures[0].shape[-1] // lr.shape[-1]
+            return (torch.cat(shifted(images, random)),)
+        scale = images[0].shape[-1] // lr.shape[-1]
         beside = [bicubic(lr, scale)] if conditional else []
-        beside += [lattice_planes(pictures[0], scale)] if lattice else []
-        cut = shifted([*pictures, *beside], random)
-        cut, condition = cut[: len(pictures)], torch.cat(cut[len(pictures) :], dim=1)
+        beside += [lattice_planes(images[0], scale)] if lattice else []
+        cut = shifted([*images, *beside], random)
+        cut, condition = cut[: len(images)], torch.cat(cut[len(images) :], dim=1)
         return torch.cat(cut), condition.repeat(len(cut), 1, 1, 1)
 
-    def judge(networks: Networks, made: Made, random: SampleRandom) -> Tensor:
-        if not matching or made.hr is None:
-            logits, *_ = networks[CRITIC](*views([made.sr], made.lr, random))
+    def generator_loss(networks: Networks, output: GeneratorOutput, random: SampleRandom) -> Tensor:
+        if not matching or output.hr is None:
+            logits, *_ = networks[CRITIC](*views([output.sr], output.lr, random))
             return weight * bce_generator_loss(logits)
-        seen = networks[CRITIC](*views([made.sr, made.hr], made.lr, random))
+        seen = networks[CRITIC](*views([output.sr, output.hr], output.lr, random))
         (logits, _), *features = (part.chunk(2) for part in seen)
         distances = [F.l1_loss(fake, real.detach()) for fake, real in features]
         return weight * (bce_generator_loss(logits) + matching * torch.stack(distances).mean())
 
-    def learn(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+    def discriminator_loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         logits, *_ = networks[CRITIC](*views([batch["hr"], batch["sr"]], batch.get("lr"), random))
         return {"critic": bce_discriminator_loss(*logits.chunk(2))}
 
-    return Judge(network=CRITIC, term="critic_adversarial", start=start, judge=judge, learn=learn)
+    return AdversarialTerm(
+        network=CRITIC,
+        name="critic_adversarial",
+        start=start,
+        generator_loss=generator_loss,
+        discriminator_loss=discriminator_loss,
+    )
 
 
-def judged_phases(generator_loss: Callable[[list[Judge]], LossFn], judges: list[Judge]) -> tuple[Phase, ...]:
-    """The generator alone, joined by each judge from its start on; then the judges.
+def adversarial_phases(
+    build_generator_loss: Callable[[list[AdversarialTerm]], LossFn], terms: list[AdversarialTerm]
+) -> tuple[Phase, ...]:
+    """The generator alone, joined by each term from its start on; then the terms.
 
-    ``generator_loss`` makes the generator's loss for those judges that take part.
+    ``build_generator_loss`` makes the generator's loss for those terms that take part.
     """
-    starts = sorted({0, *(judge.start for judge in judges)})
+    starts = sorted({0, *(term.start for term in terms)})
     phases = [
         Phase(
             network="generator",
-            loss=generator_loss([judge for judge in judges if judge.start <= start]),
+            loss=build_generator_loss([term for term in terms if term.start <= start]),
             start=start,
             stop=stop,
         )
         for start, stop in zip(starts, [*starts[1:], None], strict=True)
     ]
-    return (*phases, *(Phase(network=judge.network, loss=judge.learn, start=judge.start) for judge in judges))
+    return (
+        *phases,
+        *(Phase(network=term.network, loss=term.discriminator_loss, start=term.start) for term in terms),
+    )
 
 
-def shifted(pictures: Sequence[Tensor], random: SampleRandom) -> list[Tensor]:
-    """Parts (N, C, H - 8, W - 8) of pictures (N, C, H, W): every sample is cut at a place of its own, the same in each
-    of ``pictures``."""
+def shifted(images: Sequence[Tensor], random: SampleRandom) -> list[Tensor]:
+    """Parts (N, C, H - 8, W - 8) of images (N, C, H, W): every sample is cut at a place of its own, the same in each
+    of ``images``."""
     rows, columns = (random.integers(0, LARGEST_SHIFT + 1).tolist() for _ in range(2))
     places = list(zip(rows, columns, strict=True))
-    return [torch.stack([_part(one, *place) for one, place in zip(x, places, strict=True)]) for x in pictures]
+    return [torch.stack([_part(one, *place) for one, place in zip(x, places, strict=True)]) for x in images]
 
 
 def lattice_planes(like: Tensor, scale: int) -> Tensor:
     """Planes (N, 6, H, W) in [0, 1] that tell an output pixel's place in its input pixel of ``scale`` x ``scale``.
 
     Waves of one and of two periods per input pixel along both axes. Photos have nothing in common with them, so what
-    they let a critic foretell in a generator's pictures is an artefact.
+    they let a critic foretell in a generator's images is an artefact.
     """
     n, _, height, width = like.shape
     rows, columns = (
@@ -171,7 +189,7 @@ def _part(x: Tensor, row: int, column: int) -> Tensor:
     return x[:, row : row + height, column : column + width]
 
 
-# The noise-aware discriminator of D3SR as a method's setting, for every method that may judge la ----------------------
+# The noise-aware discriminator of D3SR as a method's setting, for every method that may use i ----------------------
 
 Tuning = Literal["lora", "full"]
 
@@ -226,5 +244,5 @@ def build_discriminator(
 
 def _backbone(generator: OneStepLatentGenerator, settings: DiscriminatorConfig) -> tuple[nn.Module, Tensor]:
     if settings.backbone is None:
-        return half_of(generator), generator.prompt.detach()
+        return unet_encoder_of(generator), generator.prompt.detach()
     return load_discriminator_backbone(settings.backbone, sdxl=settings.sdxl)

@@ -81,10 +81,10 @@ class LatentNoise(nn.Module):
         """Steps (N,)."""
         return random.integers(self.config.t_min, self.config.t_max + 1)
 
-    def observe(self, real_logits: Tensor) -> None:
+    def update(self, real_logits: Tensor) -> None:
         """Learn how sure the discriminator is of real latents, from its logits (N, 1, h', w')."""
 
-    def settle(self) -> None:
+    def step(self) -> None:
         """Turn what was observed since the last call into the strength of the iteration that begins."""
 
 
@@ -114,10 +114,10 @@ class AdaptiveNoise(LatentNoise):
         return torch.where(clean, torch.zeros_like(steps), steps)
 
     @torch.no_grad()
-    def observe(self, real_logits: Tensor) -> None:
+    def update(self, real_logits: Tensor) -> None:
         """Add up sign(D - 1/2), which is the logit's sign, averaged over regions, of all processes.
 
-        At once, not in :meth:`settle`: a checkpoint in between holds the buffers of one process for all.
+        At once, not in :meth:`step`: a checkpoint in between holds the buffers of one process for all.
         """
         signs = real_logits.detach().float().sign().mean(dim=(1, 2, 3))
         seen = torch.stack([signs.sum(), torch.full_like(signs[0], len(signs))])
@@ -126,7 +126,7 @@ class AdaptiveNoise(LatentNoise):
         self.observed += seen
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def step(self) -> None:
         """Move the largest step by the images seen, up when r_d is above the target and down when below."""
         settings = self.config.adaptive
         signs, images = self.observed.clone()

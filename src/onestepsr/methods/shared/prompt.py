@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionConfig:
-    """The condition of all networks, for pictures that bring no prompt embedding of their own."""
+    """The condition of all networks, for images that bring no prompt embedding of their own."""
 
     kind: Literal["none", "learnable", "text", "file"] = "none"
     """``none``: the embedding that a backbone of ours was trained with; zeros for a Stable Diffusion, which is not its
-    embedding of an empty text. ``learnable``: trained with the generator. ``text``: of one text for all pictures.
+    embedding of an empty text. ``learnable``: trained with the generator. ``text``: of one text for all images.
     ``file``: read from a file."""
     text: str = ""
     """With ``text``: the prompt; empty is what Stable Diffusion was trained with where there was no text."""

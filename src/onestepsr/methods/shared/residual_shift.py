@@ -41,9 +41,9 @@ class FrozenAutoencoder(nn.Module):
 def latents(
     networks: Networks, generator: ResidualShiftGenerator | OneStepLatentGenerator, batch: Batch
 ) -> tuple[Tensor, Tensor]:
-    """z_0 of the HR picture and z_y of the enlarged LR picture, (N, C, h, w) each; one evaluation for both."""
-    pictures = torch.cat([batch["hr"], generator.enlarge(batch["lr"])])
-    z_0, z_y = networks[AUTOENCODER](pictures).chunk(2)
+    """z_0 of the HR image and z_y of the enlarged LR image, (N, C, h, w) each; one evaluation for both."""
+    images = torch.cat([batch["hr"], generator.enlarge(batch["lr"])])
+    z_0, z_y = networks[AUTOENCODER](images).chunk(2)
     return z_0, z_y
 
 
@@ -64,7 +64,7 @@ def with_sampling(
 def check_same_latents(
     teacher: ResidualShiftGenerator, student: ResidualShiftGenerator, names: tuple[str, str]
 ) -> None:
-    """Refuse a student whose latents or LR pictures have another shape than its teacher's; ``names`` are what the user
+    """Refuse a student whose latents or LR images have another shape than its teacher's; ``names`` are what the user
     called the two."""
 
     def shape(generator: ResidualShiftGenerator) -> tuple[int, int, int]:
@@ -73,7 +73,7 @@ def check_same_latents(
 
     if shape(teacher) != shape(student):
         said = [
-            f"{name} has {channels} channels, 1/{factor} of the picture's side, for x{scale}"
+            f"{name} has {channels} channels, 1/{factor} of the image's side, for x{scale}"
             for name, (channels, factor, scale) in zip(names, (shape(teacher), shape(student)), strict=True)
         ]
         raise UserError(f"teacher and student need latents of one shape, but {said[0]}; {said[1]}")

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from onestepsr.core.errors import UserError, concerning
+from onestepsr.core.errors import UserError, error_context
 from onestepsr.diffusion.residual_shift import kept_steps
 from onestepsr.losses.distillation import diffusion_weight, residual_shift_weight
 from onestepsr.methods.shared.residual_shift import whole_schedule
@@ -90,7 +90,7 @@ class LatentDiffusionConfig:
     start: int | None = None
     """Step T to which the LR latent is noised and at which sampling starts; null is the last of the schedule, as in the
     paper's appendix. There a ControlNet shows the LR image to the teacher. A backbone without one knows of it only what
-    the noise has left, so that a lower step keeps more of the picture and improves less of it."""
+    the noise has left, so that a lower step keeps more of the image and improves less of it."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """How the prompt embedding starts on a backbone that brings none."""
     prompt_file: Path | None = None
@@ -110,7 +110,7 @@ class ResidualShiftTeacher:
         self.feature_channels, self.time_channels = features.feature_channels, features.time_channels
         self.schedule = whole_schedule(generator)
         self.steps = self.schedule.steps
-        with concerning("config.teacher_steps"):
+        with error_context("config.teacher_steps"):
             self._sampling = self.schedule if steps is None else self.schedule.respaced(steps)
 
     def start(self, z_y: Tensor, noise: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class LatentDiffusionTeacher:
         if not 0 < start <= last:
             raise UserError(f"config.latent_diffusion.start: {start}, but {name} knows steps from 1 to {last}")
         self.steps = start + 1
-        with concerning("config.teacher_steps"):
+        with error_context("config.teacher_steps"):
             self._sampling: Sequence[int] = kept_steps(self.steps, DDIM_STEPS if steps is None else steps)
 
     def start(self, z_y: Tensor, noise: Tensor) -> Tensor:

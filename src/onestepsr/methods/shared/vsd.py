@@ -1,4 +1,4 @@
-"""Variational score distillation as a judge of a generator's latents: OSEDiff's regulariser and its teacher.
+"""Variational score distillation as an adversarial term on latents: OSEDiff's regulariser and its teacher.
 
 The teacher is the frozen backbone under guidance. The regulariser is the same backbone under adapters that learn to
 predict the noise on what the generator makes; it is trained after the generator, on the same latents.
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from onestepsr.core.errors import UserError
 from onestepsr.losses.distillation import guided, noise_prediction_loss, variational_gradient, variational_loss
 from onestepsr.methods.base import Batch, Networks, SampleRandom
-from onestepsr.methods.shared.adversarial import Judge, Made
-from onestepsr.models.lora import LoraConfig, add_lora, sharing_copy
+from onestepsr.methods.shared.adversarial import AdversarialTerm, GeneratorOutput
+from onestepsr.models.lora import LoraConfig, add_lora, copy_sharing_weights
 from onestepsr.models.osediff.generator import FIRST_LAYER, UNET_LAYERS, OSEDiffGenerator
 from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet
 
@@ -60,7 +60,7 @@ class VariationalConfig:
     """Largest one."""
     start: int = 0
     """First iteration of both; before it the generator trains on the other terms alone. 0 in the published code, whose
-    generator starts from a good picture; that of a small backbone has to find one first."""
+    generator starts from a good image; that of a small backbone has to find one first."""
 
     def __post_init__(self) -> None:
         for name in ("t", "regularizer_t"):
@@ -121,17 +121,17 @@ def unet_adapters(unet: nn.Module, lora: LoraConfig) -> LoraConfig:
     return LoraConfig(rank=lora.rank, alpha=lora.alpha, targets=UNET_LAYERS)
 
 
-def variational_judge(generator: OSEDiffGenerator, config: VariationalConfig) -> Judge:
+def variational_term(generator: OSEDiffGenerator, config: VariationalConfig) -> AdversarialTerm:
     """The distillation term of the generator's loss, and the regulariser's loss on the latents in the batch's ``z_sr``.
 
-    Both networks are under the prompt of each picture (the batch's ``prompt``), or under the generator's own.
+    Both networks are under the prompt of each image (the batch's ``prompt``), or under the generator's own.
     """
     schedule = generator.schedule
 
     def prompt_of(given: Tensor | None) -> Tensor:
         return generator.prompt.detach() if given is None else given
 
-    def judge(networks: Networks, made: Made, random: SampleRandom) -> Tensor:
+    def generator_loss(networks: Networks, made: GeneratorOutput, random: SampleRandom) -> Tensor:
         z, prompt = made.z_sr, prompt_of(made.prompt)
         with torch.no_grad():
             t = random.integers(config.t_min, config.t_max + 1).to(z.device)
@@ -142,15 +142,21 @@ def variational_judge(generator: OSEDiffGenerator, config: VariationalConfig) ->
             gradient = variational_gradient(z, teacher, regularizer)
         return config.weight * variational_loss(z, gradient)
 
-    def learn(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+    def discriminator_loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         z, prompt = batch["z_sr"], prompt_of(batch.get("prompt"))
         t = random.integers(config.regularizer_t_min, config.regularizer_t_max + 1).to(z.device)
         noise = random.normal(z)
         eps = networks[REGULARIZER](schedule.add_noise(z, noise, t), t, prompt)
         return {"eps": config.regularizer_weight * noise_prediction_loss(eps, noise)}
 
-    return Judge(network=REGULARIZER, term="vsd", start=config.start, judge=judge, learn=learn)
+    return AdversarialTerm(
+        network=REGULARIZER,
+        name="vsd",
+        start=config.start,
+        generator_loss=generator_loss,
+        discriminator_loss=discriminator_loss,
+    )
 
 
 def _copied(unet: nn.Module, *, share: bool) -> nn.Module:
-    return sharing_copy(unet, own=FIRST_LAYER) if share else copy.deepcopy(unet)
+    return copy_sharing_weights(unet, own=FIRST_LAYER) if share else copy.deepcopy(unet)

@@ -19,7 +19,7 @@ from torch import Tensor
 from onestepsr.core.errors import UserError
 from onestepsr.core.files import replacing
 from onestepsr.models.osediff.adapters import LISTS, Adapters
-from onestepsr.weights.foreign import why_unread
+from onestepsr.weights.foreign import describe_read_error
 from onestepsr.weights.native import read_weights, save_model
 
 ARCHITECTURE = "osediff-adapters"
@@ -126,7 +126,7 @@ def _load(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no weights that can be read safely ({why_unread(error)})") from error
+        raise UserError(f"{path}: no weights that can be read safely ({describe_read_error(error)})") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: a {type(content).__name__}, not OSEDiff's dictionary of weights")
     return content

@@ -2,7 +2,7 @@
 Stable Diffusion 2.1-base under adapters, evaluated once at the last step under a text prompt.
 
 It is the recipe of :class:`~onestepsr.models.generators.OneStepLatentGenerator` with another step, a prompt that can
-differ from picture to picture, and an encoder whose posterior may be sampled.
+differ from image to image, and an encoder whose posterior may be sampled.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class OSEDiffGeneratorConfig(StableDiffusionGeneratorConfig):
 class OSEDiffGenerator(OneStepLatentGenerator):
     """A one-step generator under a text prompt; without one, under the embedding that it was saved with."""
 
-    takes_float32 = False  # a sampled posterior and its noise have the picture's format
+    takes_float32 = False  # a sampled posterior and its noise have the image's format
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class OSEDiffGenerator(OneStepLatentGenerator):
         return self.prompt.shape[2]
 
     def freeze_prompt(self) -> None:
-        """Nothing: every picture may come with a prompt of its own."""
+        """Nothing: every image may come with a prompt of its own."""
 
     def latent_like(self, lr: Tensor) -> Tensor:
         """An empty latent (N, C, h, w) for LR (N, 3, H, W) with sides multiples of ``lr_multiple``: the shape of the
@@ -141,7 +141,7 @@ class OSEDiffGenerator(OneStepLatentGenerator):
 
         ``prompt_embedding`` (1 or N, L, C) replaces the generator's own. With ``posterior: sample``, ``rng`` decides
         the plane of noise (None: always the same one) and ``origin``, the row and column of ``lr`` in the whole
-        picture, the place on it.
+        image, the place on it.
         """
         height, width = lr.shape[-2:]
         padded = pad_to_multiple(lr, self.lr_multiple)

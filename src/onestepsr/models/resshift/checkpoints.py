@@ -14,7 +14,7 @@ from onestepsr.models.resshift.config import PUBLISHED, residual_shift_generator
 from onestepsr.models.resshift.generator import ResidualShiftGenerator
 from onestepsr.models.resshift.vqgan import VQConfig
 from onestepsr.weights.catalog import get_model
-from onestepsr.weights.download import obtain_all
+from onestepsr.weights.download import download_all
 from onestepsr.weights.foreign import LazyTensors, canonical_keys, fill, open_weights
 
 UNET_MARK = "input_blocks.1.1.patch_embed.proj.weight"
@@ -54,7 +54,7 @@ def load_published(
 def _files(alias: str, *given: str | Path | None) -> list[Path]:
     """UNet and autoencoder: the file that is given, or the alias's own."""
     missing = [file for file, path in zip(get_model(alias).downloads, given, strict=True) if path is None]
-    fetched = iter(obtain_all(missing))
+    fetched = iter(download_all(missing))
     return [next(fetched) if path is None else Path(path) for path in given]
 
 

@@ -64,7 +64,7 @@ class ResidualShiftGeneratorConfig(ResidualSamplingConfig):
         factor = 2 ** (len(self.autoencoder.multipliers) - 1)
         if self.scale << self.unet.lq_halvings != factor:
             raise ValueError(
-                f"at scale {self.scale}, with latents {factor} times smaller than pictures, the LR image is "
+                f"at scale {self.scale}, with latents {factor} times smaller than images, the LR image is "
                 f"{factor / self.scale:g} times as large as the latent, but the UNet takes one that is "
                 f"{1 << self.unet.lq_halvings} times as large"
             )

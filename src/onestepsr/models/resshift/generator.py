@@ -1,7 +1,7 @@
 """ResShift, SinSR and TAD-SR as generators: LR image in, SR image out, in one or a few network evaluations.
 
 Unlike the one-step generators on Stable Diffusion these start from noise. It comes from a plane of noise on which every
-tile of a picture has its place, so that overlapping tiles see the same.
+tile of an image has its place, so that overlapping tiles see the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LatentDenoiser(LatentUNet, Protocol):
 
 
 def conditioned(network: Callable[..., Tensor], lr: Tensor) -> Predict:
-    """A denoising network under the LR picture (N, 3, h, w) in [0, 1], as the schedule's samplers call it."""
+    """A denoising network under the LR image (N, 3, h, w) in [0, 1], as the schedule's samplers call it."""
     condition = lr * 2 - 1
     return lambda z, timesteps: network(z, timesteps, condition)
 
@@ -113,7 +113,7 @@ class ResidualShiftGenerator(LatentGenerator):
         """SR image (N, 3, s h, s w) in about [0, 1], float32, not clamped, of LR (N, 3, h, w) in [0, 1] of any size.
 
         ``rng`` decides the plane of noise (None: always the same one) and ``origin``, the row and column of ``lr`` in
-        the whole picture, the place on it: tiles of one picture are given equal generators and their own origins.
+        the whole image, the place on it: tiles of one image are given equal generators and their own origins.
         """
         height, width = lr.shape[-2:]
         padded = pad_to_multiple(lr, self.lr_multiple)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from onestepsr.models.cpu_kernels import pack_weights
-from onestepsr.models.memory_cost import NetworkDemand
+from onestepsr.models.memory_cost import NetworkCost
 from onestepsr.models.resshift.swin import GroupNorm, SwinConfig, SwinLayer
 from onestepsr.models.tiny.networks import timestep_embedding
 
@@ -173,14 +173,14 @@ class SwinUNet(nn.Module):
         """Type of the weights."""
         return next(self.parameters()).dtype
 
-    def memory_per_cell(self, dtype: torch.dtype) -> float:
+    def memory_per_position(self, dtype: torch.dtype) -> float:
         """Peak bytes per latent position of one evaluation without gradients, next to the weights."""
         share = (self.config.model_channels + self.config.swin.width) / PUBLISHED_WIDTHS
         return share * (FLOAT32_BYTES_PER_CELL + VALUES_PER_CELL * dtype.itemsize)
 
-    def network_demand(self, dtype: torch.dtype) -> NetworkDemand:
+    def network_cost(self, dtype: torch.dtype) -> NetworkCost:
         """What it takes of a tile: its attention never leaves a window."""
-        return NetworkDemand(per_cell=self.memory_per_cell(dtype))
+        return NetworkCost(per_cell=self.memory_per_position(dtype))
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass instead of keeping them."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.models.cpu_kernels import attention
-from onestepsr.models.memory_cost import NetworkDemand
+from onestepsr.models.memory_cost import NetworkCost
 
 DISTANCES_AT_ONCE = 2**24
 """How many distances between latent positions and codes are in memory at a time: 64 MiB."""
@@ -293,12 +293,12 @@ class VQAutoencoder(nn.Module):
         widths = self.config.widths
         return float((2 * widths[min(1, len(widths) - 1)] + 3 * widths[0]) * dtype.itemsize)
 
-    def network_demands(self, dtype: torch.dtype) -> tuple[NetworkDemand, NetworkDemand]:
+    def network_costs(self, dtype: torch.dtype) -> tuple[NetworkCost, NetworkCost]:
         """What encoder and decoder take of a tile. Encoding takes 951 bytes per pixel in bfloat16, 1570 in float32."""
         cell, encoder, decoder = self.factor**2, 4.0 * self.config.widths[0], self.memory_per_pixel(dtype)
         return (
-            NetworkDemand(per_cell=encoder * dtype.itemsize * cell, balance=ENCODER_BALANCE),
-            NetworkDemand(per_cell=decoder * cell, balance=DECODER_BALANCE),
+            NetworkCost(per_cell=encoder * dtype.itemsize * cell, balance=ENCODER_BALANCE),
+            NetworkCost(per_cell=decoder * cell, balance=DECODER_BALANCE),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ class SDXLConditioning:
     diffusion process assume; ``rescaled`` multiplies the raw latents with SDXL's own factor (0.13025) instead, which
     leaves them 0.715 times as large. Both spaces differ anyway; only the adapters can bridge that."""
     size: Literal["actual", "fixed"] = "actual"
-    """Size ids: those of the picture that the latents stand for (8 pixels per cell), or always ``fixed_side``."""
+    """Size ids: those of the image that the latents stand for (8 pixels per cell), or always ``fixed_side``."""
     fixed_side: int = 1024
     """Side that is told with ``size: fixed``; SDXL was trained at 1024."""
     prompt_tokens: int = 77

@@ -143,7 +143,7 @@ class LeanTransformer(nn.Module):
 class LeanCoder(nn.Module):
     """Encoder or decoder of diffusers' autoencoder, its layers and their names, that forgets what has been read.
 
-    The original keeps the input of a block until the block is done, which at the resolution of the picture is as much
+    The original keeps the input of a block until the block is done, which at the resolution of the image is as much
     as the widest of the feature maps.
     """
 
@@ -154,7 +154,7 @@ class LeanCoder(nn.Module):
         self.train(coder.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Latent of a picture, or picture of a latent: one layer after the other, (N, C, H, W)."""
+        """Latent of an image, or image of a latent: one layer after the other, (N, C, H, W)."""
         for layer in _layers(self):
             x = layer(x)
         return x

@@ -11,7 +11,7 @@ from typing import Any
 
 from onestepsr.core.errors import UserError
 from onestepsr.models.stable_diffusion.config import SD21_BASE, SDXL_BASE, SDXL_SCALING, AutoencoderConfig, UNetConfig
-from onestepsr.weights.foreign import LazyTensors, given, open_weights
+from onestepsr.weights.foreign import LazyTensors, materialize, open_weights
 
 UNET = "model.diffusion_model."
 AUTOENCODER = "first_stage_model."
@@ -66,7 +66,7 @@ def autoencoder_weights(path: Path, tensors: LazyTensors, config: AutoencoderCon
         raise UserError(f"{path}: holds no autoencoder (no weights '{AUTOENCODER}*')")
     levels = [None] * len(config.block_out_channels)
     converted = convert_ldm_vae_checkpoint(own, {"down_block_types": levels, "up_block_types": levels})
-    return {key: partial(given, value) for key, value in converted.items()}
+    return {key: partial(materialize, value) for key, value in converted.items()}
 
 
 def _as_settings(config: UNetConfig) -> dict[str, Any]:

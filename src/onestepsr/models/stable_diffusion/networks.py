@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from onestepsr.diffusion.schedule import DiffusionSchedule
 from onestepsr.models.generators import NoisedLatentGenerator, OneStepLatentGenerator
-from onestepsr.models.memory_cost import NetworkDemand
+from onestepsr.models.memory_cost import NetworkCost
 from onestepsr.models.stable_diffusion.config import (
     SD_SCALING,
     SDXL_SCALING,
@@ -52,7 +52,7 @@ whole generator, of encoding, of decoding.
 
 Measured once as growth of the peak resident size at 512 x 512 with random weights on a CPU, the second number for
 inference: encoding 2640, 1617; decoding 3614, 2937, which with a UNet after an encoder is 3276; in bfloat16 encoding
-1370, 847; decoding 1866, 1543. Its attention over all positions adds nothing that grows faster than the picture,
+1370, 847; decoding 1866, 1543. Its attention over all positions adds nothing that grows faster than the image,
 because neither way of computing it ever holds the matrix of all pairs.
 """
 MEMORY_PER_CELL = 75_000.0
@@ -95,14 +95,14 @@ class StableDiffusionAutoencoder(nn.Module):
         """Peak bytes per image pixel without gradients, in proportion to the widest feature maps."""
         return (LEAN_MEMORY_PER_PIXEL if self._is_lean else MEMORY_PER_PIXEL) * self._published_share(dtype)
 
-    def network_demands(self, dtype: torch.dtype) -> tuple[NetworkDemand, NetworkDemand]:
+    def network_costs(self, dtype: torch.dtype) -> tuple[NetworkCost, NetworkCost]:
         """What encoder and decoder take of a tile."""
         share = self.factor**2 * self._published_share(dtype)
         return (
-            NetworkDemand(
+            NetworkCost(
                 per_cell=share * (LEAN_ENCODER_MEMORY if self._is_lean else ENCODER_MEMORY), balance=ENCODER_BALANCE
             ),
-            NetworkDemand(
+            NetworkCost(
                 per_cell=share * (LEAN_DECODER_MEMORY if self._is_lean else DECODER_MEMORY), balance=DECODER_BALANCE
             ),
         )
@@ -138,14 +138,14 @@ class StableDiffusionUNet(nn.Module):
         prompt = prompt.expand(z_t.shape[0], -1, -1)
         return cast(Tensor, self.unet(z_t, t, encoder_hidden_states=prompt, return_dict=False)[0])
 
-    def memory_per_cell(self, dtype: torch.dtype) -> float:
+    def memory_per_position(self, dtype: torch.dtype) -> float:
         """Peak bytes per latent position without gradients, in proportion to the widest feature maps."""
         widths = self.config.block_out_channels[0] / UNetConfig().block_out_channels[0]
         return MEMORY_PER_CELL * widths * dtype.itemsize / 4
 
-    def network_demand(self, dtype: torch.dtype) -> NetworkDemand:
+    def network_cost(self, dtype: torch.dtype) -> NetworkCost:
         """What it takes of a tile."""
-        return NetworkDemand(per_cell=self.memory_per_cell(dtype), balance=UNET_BALANCE)
+        return NetworkCost(per_cell=self.memory_per_position(dtype), balance=UNET_BALANCE)
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass instead of keeping them."""

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 FACTOR = 4
 """Pixels per latent cell along each axis."""
 DETAIL = ((1, 3), (3, 1), (5, 5))
-"""Height and width of the local means whose differences from the picture :class:`EvenContrast` evens, one after the
+"""Height and width of the local means whose differences from the image :class:`EvenContrast` evens, one after the
 other: the finest detail across and down, then all that is fine."""
 WINDOW = 9
 """Cells along each side of the surroundings over which the strength of detail is measured."""
 NO_DETAIL = 0.004
-"""Half a grey level of 255, in [-1, 1]: surroundings with much less detail than that are left as they are."""
+"""Half a gray level of 255, in [-1, 1]: surroundings with much less detail than that are left as they are."""
 LARGEST_FACTOR = 1.3
 """Detail is scaled by at most this, and at least its inverse."""
 
@@ -75,7 +75,7 @@ class TinyDecoder(nn.Module):
 
 
 class Refinement(nn.Module):
-    """Convolutions at the picture's resolution over the picture and features of half that resolution."""
+    """Convolutions at the image's resolution over the image and features of half that resolution."""
 
     def __init__(self, channels: int, width: int, blocks: int = 0) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class EvenContrast(nn.Module):
 
     A decoder of shuffled pixels draws detail a little stronger at some positions of its cells than at others, which
     shows as faint dots along edges and as a weave in texture. Which positions those are differs with the degradation
-    and with what is in the picture, so they are measured in the output itself: for every filter of :data:`DETAIL`, the
+    and with what is in the image, so they are measured in the output itself: for every filter of :data:`DETAIL`, the
     mean absolute detail at each position over the :data:`WINDOW` x :data:`WINDOW` cells around is brought to that of
     all sixteen positions. Nothing is learnt, and no pixel's detail changes by more than :data:`LARGEST_FACTOR`.
     """

@@ -2,7 +2,7 @@
 the latents of :class:`onestepsr.models.tiny.networks.TinyAutoencoder`.
 
 It is called like that UNet, ``net(x, timesteps, lq)``, and predicts the clean latent. As the other tiny networks it has
-no normalisation and nothing in it mixes distant positions, so a tile means the same as the whole picture.
+no normalisation and nothing in it mixes distant positions, so a tile means the same as the whole image.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class TinyDenoiser(nn.Module):
         """Type of the weights."""
         return self.conv_in.weight.dtype
 
-    def memory_per_cell(self, dtype: torch.dtype) -> float:
+    def memory_per_position(self, dtype: torch.dtype) -> float:
         """Peak bytes per latent position; what the autoencoder says was measured over both, so this adds nothing."""
         return FACTOR**2 * MEMORY_PER_PIXEL * dtype.itemsize / 4
 
@@ -120,7 +120,7 @@ class TinyDenoiser(nn.Module):
         [-1, 1]. Raises ValueError for other sides.
 
         Two short paths carry what a linear estimate of z_0 needs: a gain per step and channel for ``x``, and a
-        convolution of ``lq``, from which the latent of the bicubic picture follows almost linearly.
+        convolution of ``lq``, from which the latent of the bicubic image follows almost linearly.
         """
         h, skips, emb = self.encode(x, timesteps, lq)
         for level in reversed(range(len(skips))):

@@ -31,11 +31,11 @@ class Depth:
     decoder_blocks: int | None = None
     """In the decoder, at twice the latent's resolution."""
     refine_blocks: int | None = None
-    """In the decoder, at the resolution of the picture; for models whose decoder has convolutions there."""
+    """In the decoder, at the resolution of the image; for models whose decoder has convolutions there."""
 
 
 def deepened(generator: OneStepLatentGenerator, depth: Depth) -> OneStepLatentGenerator:
-    """A generator of that depth with the weights, and so exactly the pictures, of a shallower one.
+    """A generator of that depth with the weights, and so exactly the images, of a shallower one.
 
     Raises UserError for a generator that is not on the tiny backbone and for a depth that would take blocks away.
     """
@@ -64,7 +64,7 @@ def _check_grows(name: str, now: int | tuple[int, ...], wanted: int | tuple[int,
 # Switch the even contrast of generators on the tiny backbone on -------------------------------------------------------
 
 
-def with_even_contrast(generator: nn.Module) -> OneStepLatentGenerator:
+def equalize_subpixel_contrast(generator: nn.Module) -> OneStepLatentGenerator:
     """A tiny generator of the same weights whose output passes :class:`onestepsr.models.tiny.decoder.EvenContrast`.
 
     Raises UserError for a generator of another kind.
@@ -77,11 +77,13 @@ def with_even_contrast(generator: nn.Module) -> OneStepLatentGenerator:
     return result.train(generator.training)
 
 
-def alike(first: nn.Module, second: nn.Module) -> tuple[nn.Module, nn.Module]:
+def match_architecture(first: nn.Module, second: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Both generators, with even contrast if one of them has it: their weights can be set side by side."""
     if not (_is_tiny(first) and _is_tiny(second)) or _is_even(first) == _is_even(second):
         return first, second
-    return (first, with_even_contrast(second)) if _is_even(first) else (with_even_contrast(first), second)
+    return (
+        (first, equalize_subpixel_contrast(second)) if _is_even(first) else (equalize_subpixel_contrast(first), second)
+    )
 
 
 def _is_tiny(generator: nn.Module) -> bool:

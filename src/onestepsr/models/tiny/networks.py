@@ -51,10 +51,10 @@ class TinyConfig:
     decoder_blocks: int = 0
     """Residual blocks of the decoder at twice the latent's resolution, beside the one at the latent's own."""
     refine_width: int = 0
-    """Channels of the decoder's last convolutions, at the resolution of the picture, which see across the borders of
+    """Channels of the decoder's last convolutions, at the resolution of the image, which see across the borders of
     latent cells; 0 leaves them out."""
     refine_blocks: int = 0
-    """Residual blocks of the decoder at the resolution of the picture, used with a ``refine_width``."""
+    """Residual blocks of the decoder at the resolution of the image, used with a ``refine_width``."""
     even_contrast: bool = False
     """Make fine contrast equally strong at all positions in a latent cell; meant for after training."""
     widths: tuple[int, ...] = (48, 64, 128)
@@ -113,7 +113,7 @@ def block_dct(luma: int, chroma: int) -> Tensor:
     order = sorted(((u, v) for u in range(FACTOR) for v in range(FACTOR)), key=lambda uv: (uv[0] + uv[1], max(uv), uv))
     basis = torch.stack([torch.outer(one_dim[u], one_dim[v]).flatten() for u, v in order])  # (16, 16)
     colors = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 2.0, -1.0]], dtype=torch.float64)
-    colors = colors / colors.norm(dim=1, keepdim=True)  # grey, red-blue, green-magenta
+    colors = colors / colors.norm(dim=1, keepdim=True)  # gray, red-blue, green-magenta
     rows = [torch.kron(colors[0:1], basis[:luma])] + [torch.kron(colors[c : c + 1], basis[:chroma]) for c in (1, 2)]
     return torch.cat(rows).float()
 
@@ -236,7 +236,7 @@ def over_processes(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, 
 class PromptAttention(nn.Module):
     """Cross-attention of every latent position to the prompt tokens, with a residual connection.
 
-    It mixes no positions, so the network means the same on a tile as on the whole picture.
+    It mixes no positions, so the network means the same on a tile as on the whole image.
     """
 
     def __init__(self, channels: int, prompt_width: int, heads: int = 4) -> None:
@@ -342,7 +342,7 @@ class TinyUNet(nn.Module):
         """Latent height and width must be multiples of this."""
         return int(2 ** (len(self.config.widths) - 1))
 
-    def memory_per_cell(self, dtype: torch.dtype) -> float:
+    def memory_per_position(self, dtype: torch.dtype) -> float:
         """Peak bytes per latent position; what the autoencoder says was measured over both, so this adds nothing."""
         return FACTOR**2 * MEMORY_PER_PIXEL * dtype.itemsize / 4
 

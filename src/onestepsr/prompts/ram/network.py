@@ -1,7 +1,7 @@
 """The tagging network of RAM (Zhang et al., "Recognize Anything", 2023), without its captioning half.
 
-A Swin transformer (Liu et al., ICCV 2021) sees the picture. A decoder then asks it about every tag at once: each tag is
-a query, made from a text embedding of its name, that attends to the picture in two layers and ends in one logit. Names
+A Swin transformer (Liu et al., ICCV 2021) sees the image. A decoder then asks it about every tag at once: each tag is
+a query, made from a text embedding of its name, that attends to the image in two layers and ends in one logit. Names
 of parameters are the published ones.
 """
 
@@ -26,7 +26,7 @@ class RamConfig:
     tags: int = 4585
     """Number of tags."""
     side: int = 384
-    """Side of the picture in pixels."""
+    """Side of the image in pixels."""
     patch: int = 4
     """Side of the patches that become the first tokens."""
     width: int = 192
@@ -38,7 +38,7 @@ class RamConfig:
     window: int = 12
     """Side of the windows in tokens."""
     text_width: int = 512
-    """Channels in which tags and picture meet."""
+    """Channels in which tags and image meet."""
     head_width: int = 768
     """Channels of the decoder."""
     head_heads: int = 4
@@ -47,19 +47,19 @@ class RamConfig:
     """Its layers."""
 
     @property
-    def picture_width(self) -> int:
+    def image_width(self) -> int:
         """Channels of the last level."""
         return self.width << (len(self.depths) - 1)
 
 
 class RamNetwork(nn.Module):
-    """Picture to one logit per tag."""
+    """Image to one logit per tag."""
 
     def __init__(self, config: RamConfig) -> None:
         super().__init__()
         self.config = config
         self.visual_encoder = SwinEncoder(config)
-        self.image_proj = nn.Linear(config.picture_width, config.text_width)
+        self.image_proj = nn.Linear(config.image_width, config.text_width)
         self.label_embed = nn.Parameter(torch.zeros(config.tags, config.text_width))
         self.wordvec_proj = nn.Linear(config.text_width, config.head_width)
         layers = nn.ModuleList(_TagLayer(config) for _ in range(config.head_layers))
@@ -84,7 +84,7 @@ class SwinEncoder(nn.Module):
         projection = nn.Conv2d(3, config.width, config.patch, stride=config.patch)
         self.patch_embed = nn.ModuleDict({"proj": projection, "norm": nn.LayerNorm(config.width)})
         self.layers = nn.ModuleList(_SwinLevel(config, level) for level in range(len(config.depths)))
-        self.norm = nn.LayerNorm(config.picture_width)
+        self.norm = nn.LayerNorm(config.image_width)
 
     def forward(self, image: Tensor) -> Tensor:
         """Tokens of ``image``."""
@@ -163,7 +163,7 @@ class _WindowAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Tokens (N * M, L, C) of the M windows of N pictures to the same shape; ``mask`` is (M, L, L)."""
+        """Tokens (N * M, L, C) of the M windows of N images to the same shape; ``mask`` is (M, L, L)."""
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         positions = relative_positions(self.window).to(tokens.device)
         bias = self.relative_position_bias_table[positions].permute(2, 0, 1)[None]
@@ -175,7 +175,7 @@ class _WindowAttention(nn.Module):
 
 
 class _TagLayer(nn.Module):
-    """Queries look at the picture, not at each other; norms come after the sums, as in BERT."""
+    """Queries look at the image, not at each other; norms come after the sums, as in BERT."""
 
     def __init__(self, config: RamConfig) -> None:
         super().__init__()

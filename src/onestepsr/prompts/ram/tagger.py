@@ -1,7 +1,7 @@
 """RAM and DAPE as an extractor: the tags that OSEDiff's published results were made with.
 
 The files are the published ones, in one folder: ``ram_swin_large_14m.pth``, ``DAPE.pth`` (adapters that OSEDiff and
-SeeSR trained for degraded pictures; without it, plain RAM), ``ram_tag_list.txt`` and ``ram_tag_list_threshold.txt``.
+SeeSR trained for degraded images; without it, plain RAM), ``ram_tag_list.txt`` and ``ram_tag_list_threshold.txt``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OLD_NAME, _NAME = "vision_multi.", "tagging_head."
 
 
 class RamTagger:
-    """The tags of a picture, by RAM with DAPE's adapters where they are there."""
+    """The tags of an image, by RAM with DAPE's adapters where they are there."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class RamTagger:
     ) -> None:
         """The lists are read, the weights not yet; :class:`UserError` if a file is missing.
 
-        The network sees the picture as OSEDiff's script prepares it, enlarged by ``scale`` first. ``antialias`` belongs
+        The network sees the image as OSEDiff's script prepares it, enlarged by ``scale`` first. ``antialias`` belongs
         to newer versions of torchvision than the published code asks for (:func:`tagger_input`).
         """
         self.folder, self.device, self.scale, self.antialias = folder, device, scale, antialias
@@ -68,7 +68,7 @@ class RamTagger:
         return ", ".join(select_tags(probabilities, self.thresholds, self.names))
 
     def release(self) -> None:
-        """Drop the network until the next picture."""
+        """Drop the network until the next image."""
         self._network = None
 
     def _load(self) -> RamNetwork:

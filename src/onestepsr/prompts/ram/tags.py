@@ -16,7 +16,7 @@ from onestepsr.core.files import read_text
 from onestepsr.models.perceptual_features import IMAGENET_MEAN, IMAGENET_STD
 
 TAGGER_SIDE = 384
-"""Side of the picture that RAM's networks see, whatever its proportions were."""
+"""Side of the image that RAM's networks see, whatever its proportions were."""
 MAX_LIST_BYTES = 4_000_000
 
 
@@ -37,7 +37,7 @@ def select_tags(probabilities: Tensor, thresholds: Tensor | float, names: Sequen
 
 
 def tagger_input(picture: Image.Image, *, antialias: bool = False, side: int = TAGGER_SIDE) -> Tensor:
-    """``picture`` as RAM's network takes it: (1, 3, side, side), stretched to a square, in ImageNet's statistics.
+    """``image`` as RAM's network takes it: (1, 3, side, side), stretched to a square, in ImageNet's statistics.
 
     Whether OSEDiff's resizing widens its filter depends on the version of torchvision: 0.15, which its requirements
     name, does not, those since 0.17 do (``antialias``).
@@ -50,7 +50,7 @@ def tagger_input(picture: Image.Image, *, antialias: bool = False, side: int = T
 
 
 def published_input(picture: Image.Image, scale: int = 4, process_side: int = 512) -> Image.Image:
-    """``picture`` as OSEDiff's script prepares it for tagger and network alike, 8 bit.
+    """``image`` as OSEDiff's script prepares it for tagger and network alike, 8 bit.
 
     A short side below ``process_side / scale`` is raised to that; then all is enlarged ``scale`` times, both bicubic;
     then shrunk by Lanczos to whole multiples of 8, which loses up to 7 pixels of either side.

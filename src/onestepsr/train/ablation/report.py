@@ -1,4 +1,4 @@
-"""The results of a suite as JSON with every single value, as a Markdown table, and as a sheet of pictures.
+"""The results of a suite as JSON with every single value, as a Markdown table, and as a sheet of images.
 
 Tables are made from the JSON alone: whatever they show can be computed again, or otherwise, from it.
 """
@@ -49,7 +49,7 @@ def measure(
     failures: Mapping[str, str],
     track: Track = untracked,
 ) -> Results:
-    """Measure every trained model of the suite, bicubic enlargement and the HR pictures themselves."""
+    """Measure every trained model of the suite, bicubic enlargement and the HR images themselves."""
     suite, rows = ablation.suite, []
     trained = [item for item in ablation.planned if item.run.name not in failures]
     if not trained:
@@ -107,7 +107,7 @@ def write_report(results: Results, rows: Sequence[Mapping[str, Tensor]], folder:
 
 
 def sheet(rows: Sequence[Mapping[str, Tensor]], limit: int = MAX_PICTURE_BYTES) -> bytes:
-    """PNG of titled columns of pictures (3, h, w); the last rows are left out until it fits into ``limit`` bytes."""
+    """PNG of titled columns of images (3, h, w); the last rows are left out until it fits into ``limit`` bytes."""
     shown = [{_fitting(title, image.shape[-1]): image for title, image in row.items()} for row in rows]
     while True:
         buffer = io.BytesIO()
@@ -118,7 +118,7 @@ def sheet(rows: Sequence[Mapping[str, Tensor]], limit: int = MAX_PICTURE_BYTES) 
 
 
 def markdown(results: Results, picture: str) -> str:
-    """The report as Markdown: table, pictures, the paper's table, and how to repeat it."""
+    """The report as Markdown: table, images, the paper's table, and how to repeat it."""
     runs = sum(len(row["runs"]) for row in _trained(results))
     lines = [
         f"# {results['title']}",

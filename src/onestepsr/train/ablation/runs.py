@@ -19,7 +19,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from onestepsr.core.config import read_mapping, to_mapping
-from onestepsr.core.errors import UserError, concerning
+from onestepsr.core.errors import UserError, error_context
 from onestepsr.core.files import write_text
 from onestepsr.core.signals import Interruption
 from onestepsr.train.ablation.scoring import Candidate, refuse_training_photos
@@ -272,11 +272,11 @@ def _is_finished(folder: Path, config: RunConfig) -> bool:
 
 
 def _check_model(name: str, model: Candidate) -> None:
-    with concerning(f"variant '{name}'"):
+    with error_context(f"variant '{name}'"):
         model.load()
 
 
 def _check_run(run: VariantRun) -> None:
     """Find now what the run would refuse later: absent photos and backbones, sizes, networks that do not exist."""
-    with concerning(f"variant '{run.variant}'"):
+    with error_context(f"variant '{run.variant}'"):
         prepare(run.config, resume=True, dry=True)

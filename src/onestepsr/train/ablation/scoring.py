@@ -28,7 +28,7 @@ OPTIONAL = "niqe"
 """Left out, with a note, where the statistics it needs are not at hand."""
 
 Values = dict[str, list[float | None]]
-"""By metric, one value for each held-out pair; none where a picture cannot be measured (NIQE of a flat one)."""
+"""By metric, one value for each held-out pair; none where an image cannot be measured (NIQE of a flat one)."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class HeldOut:
 
     @property
     def indices(self) -> range:
-        """Numbers of the pairs; whole pictures are each used once."""
+        """Numbers of the pairs; whole images are each used once."""
         whole = self.config.data.crop == 0
         return range(min(self.config.images, len(self.pairs)) if whole else self.config.images)
 
@@ -86,18 +86,18 @@ class HeldOut:
         return self._collect(lambda pair: self.restore(generator, pair["lr"]), self.metrics, track, title)
 
     def measure_references(self, track: Track = untracked) -> Values:
-        """Values of the HR pictures themselves, for the metrics that compare with nothing."""
+        """Values of the HR images themselves, for the metrics that compare with nothing."""
         alone = [metric for metric in self.metrics if not metric.needs_reference]
         return self._collect(lambda pair: pair["hr"][None], alone, track, "HR")
 
     def restore(self, generator: nn.Module, lr: Tensor) -> Tensor:
-        """SR picture (1, 3, s h, s w) of one LR picture (3, h, w), in [0, 1] on the levels of 8 bits, on the CPU."""
+        """SR image (1, 3, s h, s w) of one LR image (3, h, w), in [0, 1] on the levels of 8 bits, on the CPU."""
         with torch.no_grad():
             return as_eight_bit(generator(lr[None].to(self.device)).float().cpu())
 
-    def pictures(self, candidates: Mapping[str, Candidate]) -> list[dict[str, Tensor]]:
-        """Rows of the picture sheet: centre parts (3, side, side) by title, bicubic first and HR last."""
-        count = min(self.config.pictures, len(self.indices))
+    def images(self, candidates: Mapping[str, Candidate]) -> list[dict[str, Tensor]]:
+        """Rows of the image sheet: centre parts (3, side, side) by title, bicubic first and HR last."""
+        count = min(self.config.shown, len(self.indices))
         rows: list[dict[str, Tensor]] = [{} for _ in range(count)]
         for title, candidate in {"bicubic": Candidate(BICUBIC), **candidates}.items():
             generator = candidate.load(self.device)
@@ -108,7 +108,7 @@ class HeldOut:
         return rows
 
     def _centre(self, image: Tensor) -> Tensor:
-        side = self.config.picture_side
+        side = self.config.shown_side
         height, width = image.shape[-2:]
         top, left = max(0, height - side) // 2, max(0, width - side) // 2
         return image[:, top : top + side, left : left + side]
@@ -131,7 +131,7 @@ class HeldOut:
         except UserError:
             if name != OPTIONAL:
                 raise
-            return None  # a flat picture has no natural-scene statistics
+            return None  # a flat image has no natural-scene statistics
 
     def _add_metric(self, name: str) -> None:
         try:
@@ -173,7 +173,7 @@ def refuse_training_photos(held_out: DataConfig, training: DataConfig) -> None:
 
 
 def over_seeds(runs: Sequence[Values]) -> dict[str, dict[str, float | None]]:
-    """By metric, ``mean`` and ``std`` (of the sample; none for one run) over runs of each run's mean over pictures."""
+    """By metric, ``mean`` and ``std`` (of the sample; none for one run) over runs of each run's mean over images."""
     found: dict[str, dict[str, float | None]] = {}
     for name in runs[0] if runs else ():
         means = [value for value in (mean(run[name]) for run in runs) if value is not None]

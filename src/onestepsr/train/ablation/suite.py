@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from onestepsr.core.config import apply_overrides, from_mapping, read_mapping, to_mapping
-from onestepsr.core.errors import UserError, concerning, did_you_mean
+from onestepsr.core.errors import UserError, did_you_mean, error_context
 from onestepsr.data.datasets import DataConfig
 from onestepsr.methods.shared.image_loss import PerceptualConfig
 from onestepsr.train.recipes import RunConfig, load_run, read_recipe
@@ -37,7 +37,7 @@ class VariantConfig:
     """One row of the table."""
 
     title: str
-    """What the row is called in tables and pictures."""
+    """What the row is called in tables and images."""
     overrides: Overrides = ()
     """What makes it differ from the suite's recipe."""
     recipe: str | None = None
@@ -99,13 +99,13 @@ class EvaluationConfig:
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     """Features behind the columns ``dists`` and ``lpips``. Without ``features: vgg16`` they are ours, and the
     columns say so; the ``distance`` here has no use."""
-    pictures: int = 4
-    """Rows of the picture sheet: the first pairs, not chosen ones."""
-    picture_side: int = 160
+    shown: int = 4
+    """Rows of the image sheet: the first pairs, not chosen ones."""
+    shown_side: int = 160
     """Side of the centre part that the sheet shows, in output pixels."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "pictures", "picture_side"):
+        for name in ("images", "shown", "shown_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.seed < 0:
@@ -274,7 +274,7 @@ def _require_held_out(values: Mapping[str, Any]) -> None:
 def _plan_run(suite: Suite, name: str, seed: int, out: Path) -> VariantRun:
     variant = suite.config.variants[name]
     recipe = variant.recipe or suite.config.recipe
-    with concerning(f"variant '{name}'"):
+    with error_context(f"variant '{name}'"):
         base = read_recipe(recipe).get("method")
         method = variant.method or base
         if not isinstance(method, str):
@@ -289,7 +289,7 @@ def _plan_run(suite: Suite, name: str, seed: int, out: Path) -> VariantRun:
 
 
 def _previews(data: DataConfig) -> list[str]:
-    """Runs show the held-out photos while they train, unless these are whole pictures, whose sizes need padding."""
+    """Runs show the held-out photos while they train, unless these are whole images, whose sizes need padding."""
     return [f"validation.data={json.dumps(to_mapping(data))}"] if data.crop else []
 
 

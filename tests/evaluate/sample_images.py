@@ -1,4 +1,4 @@
-"""Small pictures for tests of evaluation."""
+"""Small images for tests of evaluation."""
 
 import io
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""The pictures of a report: found where the evaluation had them, written as PNG that any browser shows alike.
+"""The images of a report: found where the evaluation had them, written as PNG that any browser shows alike.
 
 Pixels are those that were measured (orientation applied, colour profiles and transparency left aside); nothing else of
-a file goes into the report, neither its name nor its metadata. A large picture is represented by its centre, because a
+a file goes into the report, neither its name nor its metadata. A large image is represented by its centre, because a
 reduced one would hide what is to be seen.
 """
 
@@ -28,7 +28,7 @@ _COMPRESSION = 4
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One picture of the report."""
+    """One image of the report."""
 
     name: str
     """Its name in the results."""
@@ -36,7 +36,7 @@ class View:
     """Width of what is shown, in pixels of the output."""
     height: int
     whole: tuple[int, int]
-    """Width and height of the whole picture; more than is shown if only the centre is."""
+    """Width and height of the whole image; more than is shown if only the centre is."""
     files: dict[str, str]
     """By role (``lr``, ``hr``, ``sr0``, ``sr1``, ...) the path in the report."""
 
@@ -47,7 +47,7 @@ def roles(comparison: Comparison) -> dict[str, str]:
 
 
 def locate(comparison: Comparison) -> dict[str, dict[str, Path]]:
-    """By picture and role, the files that exist; pictures without any super-resolved file are left out."""
+    """By image and role, the files that exist; images without any super-resolved file are left out."""
     found: dict[str, dict[str, Path]] = {}
     for number, result in enumerate(comparison.results):
         for role, key in (("lr", "lr"), (f"sr{number}", "sr"), ("hr", "hr")):
@@ -59,7 +59,7 @@ def locate(comparison: Comparison) -> dict[str, dict[str, Path]]:
 def write_views(
     folder: Path, names: Iterable[str], located: Mapping[str, Mapping[str, Path]], side: int
 ) -> tuple[list[View], list[str]]:
-    """Write the pictures called ``names``, at most ``side`` pixels wide and high; also one line for each that fails.
+    """Write the images called ``names``, at most ``side`` pixels wide and high; also one line for each that fails.
 
     Files of an earlier report in the same folder that are no longer used are removed.
     """
@@ -77,7 +77,7 @@ def write_views(
             if _OURS.fullmatch(path.name) and path.name not in used:
                 path.unlink()
     except OSError as error:
-        raise UserError(f"{target}: pictures of the report cannot be written ({error.strerror})") from error
+        raise UserError(f"{target}: images of the report cannot be written ({error.strerror})") from error
     return views, problems
 
 
@@ -156,7 +156,7 @@ def choose(comparison: Comparison, names: Sequence[str], extremes: int, limit: i
 
 
 def ranking(comparison: Comparison, metric: str, method: int) -> list[str]:
-    """Pictures of one method from the worst to the best value of ``metric``."""
+    """Images of one method from the worst to the best value of ``metric``."""
     values = comparison.results[method].values(metric)
     return sorted(values, key=lambda name: values[name], reverse=not comparison.metrics[metric].higher_is_better)
 
