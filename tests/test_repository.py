@@ -1,9 +1,11 @@
-"""Guards of the house: cheap import, one version, recipes that parse, commands that exist, files that stay small."""
+"""Checks on the repository itself: cheap import, one version, recipes that parse, documented commands and limits."""
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,6 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "src" / "onestepsr"
 COMMANDS = ("upscale", "train", "ablate", "evaluate", "benchmark", "degrade", "models", "doctor")
 HEAVY = ("torch", "diffusers", "peft", "accelerate", "transformers", "PIL", "numpy")
-MAX_LINES = 420
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -68,15 +69,34 @@ def test_packaged_recipes_parse(name: str) -> None:
     assert load_run(method, name, []).method == method
 
 
-def test_source_files_stay_readable_in_one_sitting() -> None:
-    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES.rglob("*.py")}
-    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of every docstring of a file, those below fields and constants included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for statement in getattr(node, "body", []) if isinstance(getattr(node, "body", None), list) else []:
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                if isinstance(statement.value.value, str):
+                    yield statement.lineno, statement.value.value.strip()
 
 
-def test_every_module_is_on_the_map() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    modules = [path.stem for path in SOURCES.rglob("*.py") if not path.stem.startswith("__")]
-    assert sorted(name for name in modules if not re.search(rf"\b{name}\b", page)) == []
+def test_docstrings_are_noun_phrases_or_imperatives() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text[:60]}"
+        for path in sorted(SOURCES.rglob("*.py"))
+        for line, text in docstrings(path)
+        if re.match(r"(What|How|Whether|Who|Which)\b", text)
+    ]
+    assert found == []
+
+
+def test_sources_use_the_terms_of_the_glossary() -> None:
+    unwanted = re.compile(r"number format|\blonely|\bDemand|settle\(|getattr\(generator|\bgrey\b|\bpictures?\b")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
+        for path in sorted(SOURCES.rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if unwanted.search(line)
+    ]
+    assert found == []
 
 
 def test_every_environment_variable_is_on_its_page() -> None:
