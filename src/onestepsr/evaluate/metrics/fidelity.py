@@ -21,7 +21,7 @@ from onestepsr.imaging.color import gray, luma
 Metric = Callable[[Tensor, Tensor], Tensor]
 """A full-reference metric: (SR, HR) -> (N,)."""
 Planes = Literal["studio", "yiq", "rgb"]
-"""What is compared. ``studio``: Y of ITU-R BT.601 in [16, 235]. ``yiq``: its full-range weights, Y in [0, 255].
+"""Planes that are compared. ``studio``: Y of ITU-R BT.601 in [16, 235]. ``yiq``: its full-range weights, Y in [0, 255].
 ``rgb``: the three channels, whose values are averaged."""
 
 SSIM_WINDOW = 11
