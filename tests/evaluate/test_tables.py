@@ -84,7 +84,7 @@ def test_csv_holds_every_value_exactly() -> None:
     text = values_csv([make_result("x", {"a": 0.1 + 0.2}, {"b,c": 5.0}), make_result("=cmd", {"-a": 1.0})])
     lines = list(csv.reader(io.StringIO(text)))
     assert lines == [
-        ["method", "picture", "psnr", "niqe"],
+        ["method", "image", "psnr", "niqe"],
         ["x", "a", repr(0.1 + 0.2), ""],
         ["x", "b,c", "", "5.0"],
         ["'=cmd", "'-a", "1.0", ""],

@@ -1,4 +1,4 @@
-"""Several results side by side: the images they share, what keeps them from being comparable, and paired tests."""
+"""Several results side by side: the images they share, differences in how they were measured, and paired tests."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from functools import cached_property
 from typing import Any
 
 from onestepsr.core.errors import UserError, join_names
-from onestepsr.evaluate.result import UNKNOWN_PROTOCOL, EvaluationResult, MetricRecord
+from onestepsr.evaluate.result import EvaluationResult, MetricRecord
 from onestepsr.evaluate.statistics import PairedComparison, Summary, compare_paired, holm, summarize
 
 SCHEMA = 1
 SIGNIFICANCE = 0.05
 MAX_METHODS = 20
 LISTED = 3
-"""How many names a warning about images gives as examples."""
+"""Number of names that a warning about images gives as examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Difference:
 
     metric: str
     method: int
-    """Number of the method, counted from 0; the first is what it is compared with."""
+    """Number of the method, counted from 0; it is compared with the first."""
     paired: PairedComparison
     adjusted: float | None
     """Wilcoxon's p value after Holm, over every metric and method of the comparison; none if no image differs."""
@@ -32,7 +32,7 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether chance is an unlikely reason for the difference, by the adjusted p value and the 5 % level."""
+        """True if the adjusted p value is below the 5 % level."""
         return self.adjusted is not None and self.adjusted < SIGNIFICANCE
 
     @property
@@ -45,7 +45,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Results of one or more methods; everything below is over the images that all of them have."""
+    """Results of one or more methods, compared over the images that all of them have."""
 
     results: tuple[EvaluationResult, ...]
 
@@ -64,7 +64,7 @@ class Comparison:
         return found
 
     @cached_property
-    def pictures(self) -> list[str]:
+    def images(self) -> list[str]:
         """Names of the images of any result, sorted as the first results have them."""
         return list(dict.fromkeys(name for result in self.results for name in result.images))
 
@@ -106,20 +106,18 @@ class Comparison:
         found: list[Difference] = []
         for metric, record in self.metrics.items():
             for method in range(1, len(self.results)):
-                if paired := self._paired(metric, method):
-                    found.append(
-                        Difference(
-                            metric=metric,
-                            method=method,
-                            paired=paired,
-                            adjusted=None,
-                            higher_is_better=record.higher_is_better,
-                        )
-                    )
-        tested = [index for index, item in enumerate(found) if item.paired.p_wilcoxon is not None]
-        adjusted = holm([found[index].paired.p_wilcoxon or 0.0 for index in tested])
-        for index, value in zip(tested, adjusted, strict=True):
-            found[index] = replace(found[index], adjusted=value)
+                first, second = self.results[0].values(metric), self.results[method].values(metric)
+                common = [name for name in self.common(metric) if name in first and name in second]
+                if not common:
+                    continue
+                paired = compare_paired([first[name] for name in common], [second[name] for name in common])
+                better = record.higher_is_better
+                found.append(
+                    Difference(metric=metric, method=method, paired=paired, adjusted=None, higher_is_better=better)
+                )
+        p_values = {index: p for index, item in enumerate(found) if (p := item.paired.p_wilcoxon) is not None}
+        for index, adjusted in zip(p_values, holm(list(p_values.values())), strict=True):
+            found[index] = replace(found[index], adjusted=adjusted)
         return found
 
     @cached_property
@@ -134,7 +132,7 @@ class Comparison:
         return lines
 
     def to_mapping(self) -> dict[str, Any]:
-        """What ``evaluate compare --json`` writes."""
+        """Content of the JSON file of ``evaluate compare --json``."""
         methods = [
             {
                 "label": result.label,
@@ -165,11 +163,6 @@ class Comparison:
             "verdict": item.verdict,
         }
 
-    def _paired(self, metric: str, method: int) -> PairedComparison | None:
-        first, second = self.results[0].values(metric), self.results[method].values(metric)
-        common = [name for name in self.common(metric) if name in first and name in second]
-        return compare_paired([first[n] for n in common], [second[n] for n in common]) if common else None
-
 
 def compare(results: Sequence[EvaluationResult]) -> Comparison:
     """Put results side by side; equal labels get numbers. UserError for none, too many, or nothing in common."""
@@ -190,9 +183,7 @@ def protocol_mismatches(first: EvaluationResult, second: EvaluationResult) -> li
     """One line for each way in which two results were measured differently."""
     own, other = first.protocol, second.protocol
     lines = []
-    if UNKNOWN_PROTOCOL in (own.name, other.name):
-        lines.append("protocol not recorded, so nobody knows whether the numbers can be compared")
-    elif own.name != other.name:
+    if own.name != other.name:
         lines.append(f"protocol '{own.name}' against '{other.name}'")
     for key in [key for key in own.settings if key in other.settings]:
         if own.settings[key] != other.settings[key]:

@@ -1,4 +1,4 @@
-"""Named protocols: everything besides the images that decides the numbers of a table."""
+"""Named protocols: the settings besides the images that decide the numbers of a table."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ COLOUR = "stored RGB values, gray repeated, profiles and transparency left aside
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How images are brought into the form that is measured, and what is measured."""
+    """Preparation of images before they are measured, and the metrics."""
 
     name: str
     """Name, also in result files."""
     summary: str
-    """One line: whose protocol it is."""
+    """Origin of the protocol, in one line."""
     metrics: tuple[str, ...]
     """Metrics by name, in the order of the table."""
     crop: int = 0
@@ -35,7 +35,7 @@ class Protocol:
     crop_border: int = 0
     """Rows and columns cut from every side of SR and HR before anything is measured."""
     resize: Resize = "never"
-    """What is done where SR and HR have different sizes.
+    """Treatment of SR and HR of different sizes.
 
     ``never``: the image counts as failed. ``crop``: both are cut to the common size, at the bottom and right, as for
     HR images whose sides are no multiple of the scale. ``sr-to-hr`` and ``hr-to-sr``: one is resized by an
@@ -55,7 +55,7 @@ class Protocol:
         return self._cut(sr), None if hr is None else self._cut(hr)
 
     def record(self, metrics: Sequence[MetricSpec], **settings: Setting) -> ProtocolRecord:
-        """What is saved with the values of ``metrics``; ``settings`` are further ones that decided numbers."""
+        """Description saved with the values of ``metrics``; ``settings`` are further ones that decided numbers."""
         own: dict[str, Setting] = {
             "pictures": "crops" if self.crop else "whole",
             "crop": self.crop,
