@@ -21,9 +21,9 @@ from onestepsr.evaluate.result import EvaluationResult, Files, ModelRecord
 from onestepsr.evaluate.run import (
     Degrader,
     EvaluatedModel,
-    Loader,
     evaluate_images,
     evaluate_model,
+    load_case,
     without_images,
     worker_count,
 )
@@ -167,9 +167,9 @@ def test_crops_are_cut_before_the_model_runs(data: Path) -> None:
     saved = evaluate_images(pair_by_name(data / "kept" / "SR", data / "kept" / "HR"), scorer(crop=16), label="saved")
     assert result.images == saved.images
     with pytest.raises(UserError, match="the LR image is 10 x 8, the protocol needs 9 x 9"):
-        Loader(scale=4, crop=36)(find_cases(data).cases[0])
+        load_case(find_cases(data).cases[0], scale=4, crop=36)
     with pytest.raises(UserError, match="multiple of the model's factor"):
-        Loader(scale=4, crop=18)
+        evaluate_saved(data, crop=18)
 
 
 @pytest.mark.parametrize("recipe", ["real_esrgan", "bicubic"])
@@ -220,6 +220,6 @@ def test_without_references_only_the_rest_is_measured(data: Path) -> None:
 
 
 def test_labels_of_loaded_images_name_both_files(data: Path) -> None:
-    loaded = Loader(scale=4)(find_cases(data).cases[0])
+    loaded = load_case(find_cases(data).cases[0], scale=4)
     assert loaded.label.endswith(f"against {data / 'HR' / 'a.png'}")
     assert loaded.lr.pixels.shape == (8, 10, 3)

@@ -27,18 +27,13 @@ class Difference:
     """Number of the method, counted from 0; it is compared with the first."""
     paired: PairedComparison
     adjusted: float | None
-    """Wilcoxon's p value after Holm, over every metric and method of the comparison; none if no image differs."""
+    """Wilcoxon's p value after Holm, over every metric and method of the comparison; None if no image differs."""
     higher_is_better: bool
 
     @property
-    def significant(self) -> bool:
-        """True if the adjusted p value is below the 5 % level."""
-        return self.adjusted is not None and self.adjusted < SIGNIFICANCE
-
-    @property
     def verdict(self) -> str:
-        """``better``, ``worse`` or ``undecided``, of the method against the first one."""
-        if not self.significant or self.paired.difference.mean == 0:
+        """``better``, ``worse`` or ``undecided`` than the first method, by the adjusted p value and the 5 % level."""
+        if self.adjusted is None or self.adjusted >= SIGNIFICANCE or self.paired.difference.mean == 0:
             return "undecided"
         return "better" if (self.paired.difference.mean > 0) == self.higher_is_better else "worse"
 
@@ -51,7 +46,7 @@ class Comparison:
 
     @property
     def labels(self) -> list[str]:
-        """One name for each method, all different."""
+        """Name of each method, all different."""
         return [result.label for result in self.results]
 
     @cached_property
@@ -65,34 +60,32 @@ class Comparison:
 
     @cached_property
     def images(self) -> list[str]:
-        """Names of the images of any result, sorted as the first results have them."""
+        """Names of the images of all results, in the order of the first result that has them."""
         return list(dict.fromkeys(name for result in self.results for name in result.images))
 
     def common(self, metric: str) -> list[str]:
-        """Images with a value of ``metric`` in every result that has the metric at all."""
+        """Images with a value of ``metric`` in every result that has the metric."""
         having = [values for result in self.results if (values := result.values(metric))]
         return [name for name in having[0] if all(name in values for values in having)] if having else []
 
-    def summary(self, method: int, metric: str) -> Summary | None:
-        """Mean over the common images (of a metric of whole sets: its value); none where there is no value."""
-        result = self.results[method]
-        if metric in result.whole:
-            return result.summaries()[metric]
-        values = result.values(metric)
-        common = self.common(metric)
-        return summarize([values[name] for name in common]) if values and common else None
-
     @cached_property
     def summaries(self) -> list[dict[str, Summary]]:
-        """By method and metric, the summary where there is one."""
-        found = []
-        for method in range(len(self.results)):
-            row = {metric: self.summary(method, metric) for metric in self.metrics}
-            found.append({metric: summary for metric, summary in row.items() if summary is not None})
+        """By method and metric, the mean over the common images, or the value of a metric of whole sets."""
+        common = {metric: self.common(metric) for metric in self.metrics}
+        found: list[dict[str, Summary]] = []
+        for result in self.results:
+            row, own = {}, result.summaries()
+            for metric in [metric for metric in self.metrics if metric in own]:
+                values = result.values(metric)
+                if metric in result.whole:
+                    row[metric] = own[metric]
+                elif common[metric]:
+                    row[metric] = summarize([values[name] for name in common[metric]])
+            found.append(row)
         return found
 
     def best(self, metric: str) -> frozenset[int]:
-        """Numbers of the methods with the best mean; empty where there are not two to choose from."""
+        """Numbers of the methods with the best mean; empty if fewer than two have the metric."""
         means = {number: row[metric].mean for number, row in enumerate(self.summaries) if metric in row}
         if len(means) < 2:
             return frozenset()
@@ -122,7 +115,7 @@ class Comparison:
 
     @cached_property
     def warnings(self) -> list[str]:
-        """One line for each thing that keeps the numbers from being comparable."""
+        """Reasons for which the numbers are not comparable, one line each."""
         first = self.results[0]
         lines: list[str] = []
         for result in self.results[1:]:
@@ -143,29 +136,28 @@ class Comparison:
             }
             for result, row in zip(self.results, self.summaries, strict=True)
         ]
-        differences = [self._difference_mapping(item) for item in self.differences]
+        differences = [
+            {
+                "metric": item.metric,
+                "first": self.labels[0],
+                "second": self.labels[item.method],
+                "difference": item.paired.difference.mean,
+                "interval95": item.paired.difference.interval95,
+                "count": item.paired.difference.count,
+                "p_student": item.paired.p_student,
+                "p_wilcoxon": item.paired.p_wilcoxon,
+                "p_holm": item.adjusted,
+                "higher": item.paired.higher,
+                "lower": item.paired.lower,
+                "verdict": item.verdict,
+            }
+            for item in self.differences
+        ]
         return {"schema": SCHEMA, "methods": methods, "differences": differences, "warnings": self.warnings}
-
-    def _difference_mapping(self, item: Difference) -> dict[str, Any]:
-        paired = item.paired
-        return {
-            "metric": item.metric,
-            "first": self.labels[0],
-            "second": self.labels[item.method],
-            "difference": paired.difference.mean,
-            "interval95": paired.difference.interval95,
-            "count": paired.difference.count,
-            "p_student": paired.p_student,
-            "p_wilcoxon": paired.p_wilcoxon,
-            "p_holm": item.adjusted,
-            "higher": paired.higher,
-            "lower": paired.lower,
-            "verdict": item.verdict,
-        }
 
 
 def compare(results: Sequence[EvaluationResult]) -> Comparison:
-    """Put results side by side; equal labels get numbers. UserError for none, too many, or nothing in common."""
+    """Put results side by side, with numbers added to equal labels; UserError if they have nothing in common."""
     if not 1 <= len(results) <= MAX_METHODS:
         raise UserError(f"{len(results)} results to compare, expected 1 to {MAX_METHODS}")
     if not all(result.images or result.whole for result in results):
@@ -180,7 +172,7 @@ def compare(results: Sequence[EvaluationResult]) -> Comparison:
 
 
 def protocol_mismatches(first: EvaluationResult, second: EvaluationResult) -> list[str]:
-    """One line for each way in which two results were measured differently."""
+    """Differences between the protocols of two results, one line each."""
     own, other = first.protocol, second.protocol
     lines = []
     if own.name != other.name:

@@ -1,4 +1,4 @@
-"""Images that belong together: always by name, never by the order in which a folder lists them."""
+"""Pairing of images with their references by name, never by the order in which a folder lists them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from onestepsr.data.photos import find_images
 LR_ENDING = re.compile(r"[_-]LR(?:x?\d+)?$", re.IGNORECASE)
 HR_ENDING = re.compile(r"[_-]HR$", re.IGNORECASE)
 MADE_ENDING = re.compile(r"(?:[_-](?:LR(?:x?\d+)?|SR|HR))?(?:_x\d+(?:\.\d+)?)?$", re.IGNORECASE)
-"""Ending of SR names beyond the name of the scene: that of their LR image or, where all folders use the same names, of
-their reference; then a factor."""
+"""Ending that SR names have after the name of the scene: that of their LR image or, if all folders use the same names,
+of their reference; then a factor."""
 LR_FOLDERS = ("LR", "test_LR")
 HR_FOLDERS = ("HR", "test_HR")
-"""Names, in any case, of the folders inside a dataset that has its images in two."""
+"""Names, in any case, of the two folders in which a dataset may have its images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,11 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class CaseSet:
-    """Images of one evaluation, and the files that found no counterpart."""
+    """Images of one evaluation, and the files without a counterpart."""
 
     cases: list[Case]
     layout: str
-    """Description of the way in which the folder was understood."""
+    """Description of how the folder was understood."""
     folder: Path | None
     """Folder of the images."""
     hr: Path | None = None
@@ -57,11 +57,11 @@ class CaseSet:
 def pair_by_name(sr: Path, hr: Path | None = None, *, suffix: str = "") -> CaseSet:
     """Match SR images with references by file name without ending, never by order.
 
-    ``suffix`` is what SR names have beyond HR names (``-mine``: ``bird-mine.png`` belongs to ``bird.jpg``). What finds
-    no counterpart so is tried without the endings that datasets and upscalers add: ``bird_LR_x4.png`` belongs to
-    ``bird_HR.png``. In a folder of references where names end in ``_HR``, only those are references. Two files are a
-    pair whatever their names. Folders are searched with their sub-folders. UserError if nothing matches, and if two
-    files claim the same name.
+    ``suffix`` is the ending that SR names have and HR names do not (``-mine``: ``bird-mine.png`` belongs to
+    ``bird.jpg``). Images without a match are tried again without the endings that datasets and upscalers add:
+    ``bird_LR_x4.png`` belongs to ``bird_HR.png``. In a folder of references where names end in ``_HR``, only those are
+    references. Two files are a pair whatever their names. Folders are searched recursively. UserError if nothing
+    matches, and if two files have the same name.
     """
     if hr is not None and hr.is_file():
         if not sr.is_file():
@@ -75,7 +75,7 @@ def pair_by_name(sr: Path, hr: Path | None = None, *, suffix: str = "") -> CaseS
 
 
 def find_cases(data: Path, hr: Path | None = None) -> CaseSet:
-    """The LR images of ``data`` with their references, where there are any.
+    """Find the LR images of ``data`` and their references, if there are any.
 
     References are those of the folder ``hr`` if it is given; else of ``data/HR`` beside ``data/LR``; else the images
     whose name ends in ``_HR`` beside ``_LR`` (or ``_LR4``). A folder without any of these holds LR images alone.
@@ -96,7 +96,7 @@ def find_cases(data: Path, hr: Path | None = None) -> CaseSet:
 
 
 def find_photos(data: Path) -> CaseSet:
-    """The HR photos of ``data``, to be degraded: those of its folder ``HR`` or whose name ends in ``_HR``, else all."""
+    """Find the HR photos of ``data`` to degrade: those in its folder ``HR``, else named ``_HR``, else all."""
     folder = _subfolder(data, HR_FOLDERS) or data
     cases = [Case(name=name, hr=path) for name, path in _references(folder).items()]
     return CaseSet(cases=cases, layout="HR photos, degraded", folder=None, hr=folder)
@@ -134,7 +134,7 @@ def _matched(
 
 
 def _partners(images: Mapping[str, Path], references: Mapping[str, Path]) -> dict[str, str]:
-    """By name of an image, the name of its reference: the same, or else the same without known endings."""
+    """Name of the reference of each image: the same name, or else the same without known endings."""
     found = {name: name for name in images if name in references}
     takers = {name: name for name in found}
     for name in [name for name in images if name not in found]:
@@ -161,7 +161,7 @@ def _listed(source: Path) -> list[Path]:
 def _named(
     files: Sequence[Path], source: Path, *, suffix: str = "", ending: re.Pattern[str] | None = None
 ) -> dict[str, Path]:
-    """Files by path in ``source`` without suffix and ending; two of one name are an error."""
+    """Files by path in ``source`` without suffix and ending; UserError if two have the same name."""
     named: dict[str, Path] = {}
     for path in files:
         relative = path.relative_to(source) if path != source else Path(path.name)

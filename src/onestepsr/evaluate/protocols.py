@@ -30,7 +30,7 @@ class Protocol:
     crop: int = 0
     """Side of the central square of HR and SR that is measured; 0 measures whole images.
 
-    Where the evaluation runs the model, the input is cut to the square that belongs to it first.
+    If the evaluation runs the model, its input is cut to the matching square first.
     """
     crop_border: int = 0
     """Rows and columns cut from every side of SR and HR before anything is measured."""
@@ -49,7 +49,7 @@ class Protocol:
             raise UserError(f"resize '{self.resize}': accepted: {', '.join(get_args(Resize))}")
 
     def fitted(self, sr: Tensor, hr: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """SR and HR (1, 3, H, W) in the form that is measured, of equal size; UserError where they cannot be."""
+        """SR and HR (1, 3, H, W) cropped and resized for measuring, of equal size; UserError if that is impossible."""
         if hr is not None:
             sr, hr = _equal(sr, hr, self.resize)
         return self._cut(sr), None if hr is None else self._cut(hr)
@@ -111,7 +111,7 @@ def get_protocol(name: str) -> Protocol:
 
 
 def applicable(protocol: Protocol, *, with_reference: bool) -> list[MetricSpec]:
-    """The metrics of a protocol, without references those that need none."""
+    """The metrics of a protocol; without references, only those that need none."""
     chosen = [METRICS[name] for name in protocol.metrics]
     return [metric for metric in chosen if with_reference or not metric.needs_reference]
 

@@ -1,7 +1,7 @@
 """The HTML report: one page and a folder of images. The page carries its style and script and may load nothing else.
 
 A content security policy allows the one script and the one style sheet by their checksums, and images beside the page.
-File names and labels can neither run nor call anywhere, whatever they hold. ``templates/report.html`` is the page;
+No file name or label can run as a script or load anything. ``templates/report.html`` is the page;
 this module prepares its numbers, plots and images.
 """
 
@@ -81,7 +81,7 @@ def write_report(
 
 
 def refuse_foreign(page: Path) -> None:
-    """UserError if ``page`` exists and is no report of ours."""
+    """Raise UserError if ``page`` exists and was not written by this command."""
     if not page.exists():
         return
     try:
@@ -148,7 +148,7 @@ def _by_name(root: Path, result: EvaluationResult) -> dict[str, Path]:
 
 
 def choose(comparison: Comparison, names: Sequence[str], config: ReportConfig) -> list[str]:
-    """The images of ``names`` to show: worst and best of every metric and method first, then in their own order."""
+    """Select the images to show: worst and best of every metric and method first, then others in order."""
     methods = range(len(comparison.results))
     ranked = [ranking(comparison, metric, method) for metric in comparison.metrics for method in methods]
     wanted: dict[str, None] = {}
@@ -199,7 +199,7 @@ def _write_view(target: Path, number: int, files: Mapping[str, Path], side: int)
 
     pixels: dict[str, Samples] = {role: read_pixels(path) for role, path in files.items()}
     height, width = next(pixels[role] for role in sorted(pixels, reverse=True) if role != "lr").shape[:2]
-    # Output pixels of one input pixel: the part shown begins at the border of one.
+    # The part shown begins at the border of an LR pixel.
     factor = max(1, round(width / pixels["lr"].shape[1])) if "lr" in pixels else 1
     box = centre(width, height, side, factor)
     written = {}

@@ -26,9 +26,9 @@ from onestepsr.evaluate.statistics import Summary, summarize
 SCHEMA = 2
 MAX_RESULT_BYTES = 64 * 2**20
 DERIVED = ("mean", "std", "interval95", "count")
-"""Keys of the file that follow from the others."""
+"""Keys of the file that are computed from the others."""
 REQUIRED = ("label", "protocol", "images", "mean")
-"""Keys without which a file is none of ours."""
+"""Keys that every file has."""
 
 Setting = str | bool | int | float | None
 LARGEST_VALUE = 1e100
@@ -74,7 +74,7 @@ class ModelRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """The folders of an evaluation, or the files of one image relative to them; none where there is none."""
+    """The folders of an evaluation, or the files of one image relative to them; None if there is no such file."""
 
     lr: str | None = None
     """Low-resolution input."""
@@ -91,12 +91,12 @@ class WholeValue:
     value: float
     """The value."""
     count: int
-    """Over how many images it was taken."""
+    """Number of images that it was computed over."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """Values of one method on one set of images. ValueError for values beyond all measure and unknown metrics."""
+    """Values of one method on one set of images; ValueError for unknown metrics and values that are not finite."""
 
     label: str
     """Name of the method in tables."""
@@ -226,7 +226,7 @@ def machine_entries() -> dict[str, Setting]:
 
 
 def safe_text(text: str) -> str:
-    """``text`` without control characters and lone surrogates, which a file name may hold and a terminal may obey."""
+    """``text`` without control characters and lone surrogates, which file names may hold and terminals interpret."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
 
 

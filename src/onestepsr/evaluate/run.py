@@ -26,7 +26,7 @@ from onestepsr.inference.devices import oom_as_user_error
 from onestepsr.inference.pipeline import Limits, bounded_map
 
 MAX_WORKERS = 8
-"""Beyond, images in memory cost more than threads bring."""
+"""More threads would cost more in memory than they gain in time."""
 READ_AHEAD = 2
 
 
@@ -53,7 +53,7 @@ class Degrader:
         return {"degradation": self.name, "degradation_seed": self.seed}
 
     def __call__(self, path: Path) -> tuple[Samples, Samples]:
-        """LR samples (h, w, 3) and HR samples (h * scale, w * scale, 3), which are cut at the bottom and right."""
+        """LR samples (h, w, 3) and HR samples (h * scale, w * scale, 3), cropped at the bottom and right."""
         name = path.relative_to(self.folder).as_posix() if path != self.folder else path.name
         drawn = draw_for(self.recipe, self.seed, name)
         return make_pair(path, drawn, seed=self.seed, name=name, scale=self.scale, multiple=self.scale)
@@ -69,41 +69,29 @@ class Loaded:
     """The files, for messages."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loader:
-    """Reads cases for a model of factor ``scale``."""
+def load_case(case: Case, *, scale: int, crop: int = 0, degrader: Degrader | None = None) -> Loaded:
+    """Read one case for a model of factor ``scale``; UserError that names the file.
 
-    scale: int
-    crop: int = 0
-    """Side of the central square of HR that is measured; 0 for whole images."""
-    degrade: Degrader | None = None
-    """Makes the LR images; None where they are in files."""
-
-    def __post_init__(self) -> None:
-        if self.crop % self.scale:
-            raise UserError(f"crop {self.crop}: expected a multiple of the model's factor, {self.scale}")
-
-    def __call__(self, case: Case) -> Loaded:
-        """Read one case; UserError that names the file if it cannot be read or is too small."""
-        if self.degrade is not None and case.hr is not None:
-            lr, hr = self.degrade(case.hr)
-            return self._cut(from_array(lr), hr, str(case.hr))
-        image = read_image(case.path)
-        if case.hr is None:
-            return self._cut(image, None, str(case.path))
-        return self._cut(image, read_image(case.hr).pixels, f"{case.path} enlarged, against {case.hr}")
-
-    def _cut(self, lr: LoadedImage, hr: Samples | None, label: str) -> Loaded:
-        if not self.crop:
-            return Loaded(lr=lr, hr=hr, label=label)
-        side = self.crop // self.scale
-        if min(lr.height, lr.width) < side:
-            raise UserError(f"{label}: the LR image is {lr.width} x {lr.height}, the protocol needs {side} x {side}")
-        top, left = (lr.height - side) // 2, (lr.width - side) // 2
-        if hr is not None:
-            hr = _window(hr, top * self.scale, left * self.scale, self.crop)
-        alpha = None if lr.alpha is None else _window(lr.alpha, top, left, side)
-        return Loaded(lr=replace(lr, pixels=_window(lr.pixels, top, left, side), alpha=alpha), hr=hr, label=label)
+    ``crop`` is the side of the central square of HR that is measured, or 0 for whole images; ``degrader`` makes the LR
+    image of a case that has none.
+    """
+    if degrader is not None and case.hr is not None:
+        samples, hr = degrader(case.hr)
+        lr, label = from_array(samples), str(case.hr)
+    else:
+        lr, hr, label = read_image(case.path), None, str(case.path)
+        if case.hr is not None:
+            hr, label = read_image(case.hr).pixels, f"{case.path} enlarged, against {case.hr}"
+    if not crop:
+        return Loaded(lr=lr, hr=hr, label=label)
+    side = crop // scale
+    if min(lr.height, lr.width) < side:
+        raise UserError(f"{label}: the LR image is {lr.width} x {lr.height}, the protocol needs {side} x {side}")
+    top, left = (lr.height - side) // 2, (lr.width - side) // 2
+    if hr is not None:
+        hr = _window(hr, top * scale, left * scale, crop)
+    alpha = None if lr.alpha is None else _window(lr.alpha, top, left, side)
+    return Loaded(lr=replace(lr, pixels=_window(lr.pixels, top, left, side), alpha=alpha), hr=hr, label=label)
 
 
 def _window(samples: Samples, top: int, left: int, side: int) -> Samples:
@@ -115,14 +103,14 @@ def _window(samples: Samples, top: int, left: int, side: int) -> Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputWriter:
-    """Saves the images of an evaluation as PNG: in ``SR`` of a folder, and in ``LR`` and ``HR`` those in no file."""
+    """Saves the images of an evaluation as PNG: SR images, and LR and HR images that are in no other file."""
 
     folder: Path
     made: bool
-    """True if LR and HR as measured are in no file of their own, because they were made or cut."""
+    """True if LR and HR images were degraded or cropped, and so are in no other file."""
 
     def sweep(self, cases: Iterable[Case]) -> None:
-        """Delete unfinished files of a killed run of these cases: once, for it looks through whole folders."""
+        """Delete unfinished files of a killed run of these cases; call once, for it lists whole folders."""
         names = ("SR", "LR", "HR") if self.made else ("SR",)
         remove_leftovers(*(self._path(name, case) for case in cases for name in names))
 
@@ -145,7 +133,7 @@ class OutputWriter:
         return self.folder / name / f"{case.name}.png"
 
     def recorded(self, folders: Files, files: Mapping[str, Files]) -> tuple[Files, dict[str, Files]]:
-        """Folders, and the files of each case relative to them, with the saved images in place of none."""
+        """Folders, and the files of each case relative to them, with the saved images filled in."""
         sr = str(self.folder / "SR")
         if not self.made:
             return replace(folders, sr=sr), {name: replace(own, sr=f"{name}.png") for name, own in files.items()}
@@ -166,8 +154,8 @@ class EvaluatedModel:
     """A model to run and measure."""
 
     enlarge: Callable[[LoadedImage, Path], LoadedImage]
-    """Enlarges one image by ``scale``. Its file, or that of the photo it was made from, comes along for settings that
-    belong to it by name, such as a prompt."""
+    """Enlarges one image by ``scale``. Its path, or that of the photo it was made from, is the key for
+    its prompt."""
     scale: int
     """Output side / input side."""
     record: ModelRecord
@@ -252,7 +240,8 @@ def evaluate_model(
     runs in this thread, in the order of the cases, while others read and measure.
     """
     clock, crop = Clock(), scorer.protocol.crop
-    load = Loader(scale=model.scale, crop=crop, degrade=degrader)
+    if crop % model.scale:
+        raise UserError(f"crop {crop}: expected a multiple of the model's factor, {model.scale}")
     writer = None if keep is None else OutputWriter(folder=keep, made=degrader is not None or crop > 0)
     if writer is not None:
         writer.sweep(data.cases)
@@ -260,7 +249,7 @@ def evaluate_model(
     def read(case: Case) -> _Step:
         try:
             with clock.part("reading"), oom_as_user_error(f"{case.path}: not enough memory"):
-                return _Step(case=case, loaded=load(case))
+                return _Step(case=case, loaded=load_case(case, scale=model.scale, crop=crop, degrader=degrader))
         except OneStepSRError as error:
             return _Step(case=case, problem=Problem(reason=str(error)))
 
@@ -346,7 +335,7 @@ def _result(
 
 @contextmanager
 def _one_core_each(workers: int) -> Iterator[None]:
-    """Keep several threads from each starting as many of PyTorch's."""
+    """Share PyTorch's threads among the threads that measure."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // workers))
     try:

@@ -50,7 +50,7 @@ class Scorer:
     """
 
     def __init__(self, metrics: Sequence[MetricSpec], protocol: Protocol, device: str | torch.device = "cpu") -> None:
-        """``device`` is where metrics that are networks measure."""
+        """``device`` is that of metrics which are networks."""
         self.metrics, self.protocol, self.device = list(metrics), protocol, torch.device(device)
         self.unavailable: dict[str, str] = {}
         self._measures: dict[str, Reference] = {}
@@ -86,7 +86,7 @@ class Scorer:
         return score
 
     def whole(self) -> tuple[dict[str, WholeValue], dict[str, str]]:
-        """Metrics of all images scored so far together, and the reason for each that cannot be had."""
+        """Metrics of all images scored so far together, and the reason for each that cannot be computed."""
         values: dict[str, WholeValue] = {}
         unavailable: dict[str, str] = {}
         for metric, measure in self._sets.items():
@@ -124,7 +124,7 @@ class Scorer:
         score.values[metric.name] = value
 
     def _on_device(self, metric: MetricSpec, measure: Callable[..., Tensor], *images: Tensor) -> Tensor:
-        """On a GPU one metric at a time, so that its memory is that of one."""
+        """Run one metric at a time on a GPU, so that the memory is that of one."""
         if not metric.network or self.device.type == "cpu":
             return measure(*images)
         with self._device_lock:

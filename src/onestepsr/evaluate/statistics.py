@@ -27,9 +27,9 @@ class Summary:
 
     mean: float
     std: float | None
-    """Standard deviation of the sample (divisor n - 1); none for fewer than two values."""
+    """Standard deviation of the sample (divisor n - 1); None for fewer than two values."""
     interval95: float | None
-    """Half width of the 95 % confidence interval of the mean, from Student's t; none where ``std`` is none."""
+    """Half width of the 95 % confidence interval of the mean, from Student's t; None if ``std`` is None."""
     count: int
 
 
@@ -40,9 +40,9 @@ class PairedComparison:
     difference: Summary
     """Second minus first, image by image."""
     p_student: float | None
-    """Two-sided p value of the paired t-test that the mean difference is 0; none for fewer than two images."""
+    """Two-sided p value of the paired t-test that the mean difference is 0; None for fewer than two images."""
     p_wilcoxon: float | None
-    """Two-sided p value of Wilcoxon's signed-rank test; none where no image differs."""
+    """Two-sided p value of Wilcoxon's signed-rank test; None if no image differs."""
     higher: int
     """Images on which the second has the higher value."""
     lower: int
@@ -78,17 +78,17 @@ def compare_paired(first: Sequence[float], second: Sequence[float]) -> PairedCom
 
 
 def student_test(differences: Sequence[float]) -> float | None:
-    """Two-sided p value of the paired t-test; none for fewer than two values, 0 or 1 where all are the same."""
+    """Two-sided p value of the paired t-test; None for fewer than two values, 0 or 1 if all are the same."""
     if len(differences) < 2:
         return None
-    # Values that are equal but for rounding have no spread to speak of: a ratio of two rounding errors means nothing.
+    # If all values are equal but for rounding, t would be a ratio of two rounding errors.
     if statistics.stdev(differences) <= 1e-12 * max(abs(value) for value in differences):
         return 1.0 if statistics.fmean(differences) == 0 else 0.0
     return float(stats.ttest_1samp(differences, 0).pvalue)
 
 
 def wilcoxon_test(differences: Sequence[float]) -> float | None:
-    """Two-sided p value of Wilcoxon's signed-rank test; zeros are left out, none where nothing else is there."""
+    """Two-sided p value of Wilcoxon's signed-rank test; zeros are left out, None if all are zero."""
     kept = np.asarray([value for value in differences if value != 0])
     if not kept.size:
         return None
@@ -113,7 +113,7 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def _exact_with_ties(differences: NDArray[np.float64]) -> float:
-    """Exact signed-rank test with mean ranks, which SciPy has for distinct sizes only.
+    """Exact signed-rank test with ties; SciPy's is exact for distinct absolute values only.
 
     Counts the sums of ranks over all 2^n signs; doubled ranks are whole numbers.
     """

@@ -9,16 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from onestepsr.core.config import from_mapping, read_mapping
 from onestepsr.core.errors import UserError, did_you_mean
 from onestepsr.evaluate.comparison import Comparison
 from onestepsr.evaluate.result import EvaluationResult, MetricRecord, Setting, safe_text
 from onestepsr.evaluate.statistics import Summary
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 NOTHING = "-"
 UP, DOWN = "↑", "↓"
@@ -57,38 +54,31 @@ class Grid:
     notes: tuple[str, ...] = ()
     """Lines below the table."""
 
-    def rich(self) -> Table:
-        """For the terminal; names are shown as they are, whatever markup they hold."""
+    def show(self) -> None:
+        """Print the table and its notes on stdout; where it is too wide for the terminal, no digits are cut off.
+
+        Names are shown as they are, whatever markup they hold.
+        """
+        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
         table = Table(title=Text(safe_text(self.title)) if self.title else None, title_justify="left")
-        for index, heading in enumerate(self.columns):
+        for index, text in enumerate(self.columns):
             word = index < self.words
-            table.add_column(
-                Text(safe_text(heading)), justify="left" if word else "right", overflow="fold", no_wrap=not word
-            )
+            justify: Literal["left", "right"] = "left" if word else "right"
+            table.add_column(Text(safe_text(text)), justify=justify, overflow="fold", no_wrap=not word)
         for number, row in enumerate(self.rows):
             styles = ["bold" if (number, column) in self.best else "" for column in range(len(row))]
-            table.add_row(*(Text(safe_text(cell), style) for cell, style in zip(row, styles, strict=True)))
-        return table
-
-    def show(self) -> None:
-        """Print the table and its notes on stdout; where it is too wide for the terminal, no digits are cut off."""
-        from rich.console import Console
-        from rich.text import Text
-
-        width = max(Console().width, self._narrowest())
-        console = Console(width=width)
-        console.print(self.rich())
-        for note in self.notes:
-            console.print(Text(safe_text(note)))
-
-    def _narrowest(self) -> int:
-        """Width of the table when words are folded and numbers are not."""
+            table.add_row(*(Text(safe_text(text), style) for text, style in zip(row, styles, strict=True)))
+        # Width of the table when words are folded and numbers are not.
         widths = [max(map(len, cells)) for cells in zip(self.columns, *self.rows, strict=True)]
         words = [min(width, FOLDED) for width in widths[: self.words]]
-        return sum(words) + sum(widths[self.words :]) + 3 * len(widths) + 1
+        narrowest = sum(words) + sum(widths[self.words :]) + 3 * len(widths) + 1
+        console = Console(width=max(Console().width, narrowest))
+        console.print(table)
+        for note in self.notes:
+            console.print(Text(safe_text(note)))
 
     def markdown(self) -> str:
         """Rows of Markdown, the heading first; no final line break."""
@@ -126,7 +116,7 @@ def _latex(text: str) -> str:
 
 DIFFERENCE_NOTE = (
     "Difference: mean over the common images with its 95 % interval. p (t): paired t-test; p (W): Wilcoxon's "
-    "signed-rank test; Holm: adjusted for the number of comparisons, and what the verdict goes by (5 %). w/d/l: "
+    "signed-rank test; Holm: adjusted for the number of comparisons, the verdict uses it at 5 %. w/d/l: "
     "images on which the method is better, equal, worse."
 )
 
@@ -137,18 +127,18 @@ def heading(record: MetricRecord) -> str:
     return f"{record.title}{unit} {UP if record.higher_is_better else DOWN}"
 
 
-def digits(record: MetricRecord, means: Sequence[float]) -> int:
-    """Decimals that the field prints: two for decibels and for values of 20 and more, four for the others."""
-    return 2 if record.unit == "dB" or max((abs(value) for value in means), default=0) >= 20 else 4
+def decimals_of(comparison: Comparison, metric: str) -> int:
+    """Decimals as usual in papers: two for decibels and for means of 20 and more, four for others."""
+    means = [abs(row[metric].mean) for row in comparison.summaries if metric in row]
+    return 2 if comparison.metrics[metric].unit == "dB" or max(means, default=0) >= 20 else 4
 
 
-def cell(summary: Summary | None, decimals: int, *, interval: bool = True) -> str:
-    """``mean ± half width``, or the mean alone where there is no interval or none is wanted."""
+def cell(summary: Summary | None, decimals: int, sign: str = "") -> str:
+    """``mean ± half width``, or the mean alone where there is no interval."""
     if summary is None:
         return NOTHING
-    text = f"{summary.mean:.{decimals}f}"
-    wanted = interval and summary.interval95 is not None
-    return f"{text} ± {summary.interval95:.{decimals}f}" if wanted else text
+    half = "" if summary.interval95 is None else f" ± {summary.interval95:.{decimals}f}"
+    return f"{summary.mean:{sign}.{decimals}f}{half}"
 
 
 def result_grid(result: EvaluationResult) -> Grid:
@@ -159,20 +149,26 @@ def result_grid(result: EvaluationResult) -> Grid:
         better = "higher" if record.higher_is_better else "lower"
         title = f"{record.title} {record.unit}".strip()
         summary = summaries.get(name)
-        numbers = _numbers(summary) if summary else (NOTHING, NOTHING, NOTHING, "0")
-        rows.append((title, better, *numbers))
+        if summary is None:
+            rows.append((title, better, NOTHING, NOTHING, NOTHING, "0"))
+            continue
+        mean, std, half = summary.mean, summary.std, summary.interval95
+        interval = NOTHING if half is None else f"{mean - half:.4f} to {mean + half:.4f}"
+        rows.append(
+            (title, better, f"{mean:.4f}", NOTHING if std is None else f"{std:.4f}", interval, str(summary.count))
+        )
     columns = ("metric", "better", "mean", "std", "95 % interval", "images")
     notes = tuple(f"{name}: {reason}" for name, reason in result.unavailable.items())
     title = f"{result.label}, protocol {result.protocol.name}"
     return Grid(title=title, columns=columns, rows=tuple(rows), words=2, notes=notes)
 
 
-def method_grid(comparison: Comparison, *, interval: bool = True) -> Grid:
+def method_grid(comparison: Comparison) -> Grid:
     """A row for each method, a column for each metric: mean and 95 % interval over the common images."""
     rows, best = [], set()
     decimals = {name: decimals_of(comparison, name) for name in comparison.metrics}
     for number, (label, summaries) in enumerate(zip(comparison.labels, comparison.summaries, strict=True)):
-        cells = [cell(summaries.get(name), decimals[name], interval=interval) for name in comparison.metrics]
+        cells = [cell(summaries.get(name), decimals[name]) for name in comparison.metrics]
         counts = sorted({summary.count for summary in summaries.values()}) or [0]
         rows.append((label, *cells, "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))))
         best |= {(number, 1 + i) for i, name in enumerate(comparison.metrics) if number in comparison.best(name)}
@@ -185,9 +181,7 @@ def difference_grid(comparison: Comparison) -> Grid:
     rows = []
     for item in comparison.differences:
         record, paired = comparison.metrics[item.metric], item.paired
-        decimals = decimals_of(comparison, item.metric)
-        half = paired.difference.interval95
-        difference = f"{paired.difference.mean:+.{decimals}f}" + (f" ± {half:.{decimals}f}" if half is not None else "")
+        difference = cell(paired.difference, decimals_of(comparison, item.metric), "+")
         wins, losses = (paired.higher, paired.lower) if item.higher_is_better else (paired.lower, paired.higher)
         p_values = [p_value(value) for value in (paired.p_student, paired.p_wilcoxon, item.adjusted)]
         score = f"{wins}/{paired.difference.count - wins - losses}/{losses}"
@@ -195,12 +189,6 @@ def difference_grid(comparison: Comparison) -> Grid:
     tests = ("p (t)", "p (W)", "p (W, Holm)")
     columns = ("method", "metric", f"against {comparison.labels[0]}", "difference", *tests, "w/d/l")
     return Grid(title="", columns=columns, rows=tuple(rows), words=3, notes=(DIFFERENCE_NOTE,) if rows else ())
-
-
-def decimals_of(comparison: Comparison, metric: str) -> int:
-    """Decimals of ``metric``, the same for all methods."""
-    means = [row[metric].mean for row in comparison.summaries if metric in row]
-    return digits(comparison.metrics[metric], means)
 
 
 def p_value(value: float | None) -> str:
@@ -226,14 +214,6 @@ def values_csv(results: Sequence[EvaluationResult]) -> str:
     return buffer.getvalue()
 
 
-def _numbers(summary: Summary) -> tuple[str, str, str, str]:
-    spread = NOTHING if summary.std is None else f"{summary.std:.4f}"
-    if summary.interval95 is None:
-        return f"{summary.mean:.4f}", spread, NOTHING, str(summary.count)
-    ends = summary.mean - summary.interval95, summary.mean + summary.interval95
-    return f"{summary.mean:.4f}", spread, f"{ends[0]:.4f} to {ends[1]:.4f}", str(summary.count)
-
-
 def _plain(name: str) -> str:
     name = safe_text(name)
     return f"'{name}" if name.startswith(("=", "+", "-", "@")) else name
@@ -242,17 +222,17 @@ def _plain(name: str) -> str:
 # ---- published tables: results beside the numbers of papers ----
 
 PAPERS = Path(__file__).parent / "papers"
-"""Each file is one table as printed, with its source and what the paper says of how it was measured."""
+"""Folder of the tables as printed, one file each, with source and protocol as far as the paper states it."""
 MARK = "†"
-"""Beside a column whose numbers may not be compared as they stand."""
+"""Mark of columns whose numbers are not directly comparable."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedProtocol:
-    """Measurement of published numbers, as far as the paper describes it."""
+    """Protocol of published numbers, as far as the paper states it."""
 
     name: str
-    """Name of the protocol; results measured under one of this name may stand beside the table."""
+    """Name of the protocol; results of the same protocol are comparable."""
     settings: Mapping[str, Setting] = field(default_factory=dict)
     """Settings that are known, under the keys that results have."""
     note: str
@@ -270,7 +250,7 @@ class PublishedSet:
     rows: Mapping[str, tuple[float, ...]]
     """By method, its numbers as printed."""
     images: int | None = None
-    """Number of images of the set, where that is known."""
+    """Number of images of the set, if known."""
 
     def __post_init__(self) -> None:
         for name, row in self.rows.items():
@@ -313,7 +293,7 @@ def find_published(name: str) -> list[tuple[PublishedTable, PublishedSet]]:
 
 
 def beside(results: Sequence[EvaluationResult], name: str) -> list[Grid]:
-    """Results in one table with each published one of the dataset ``name``; notes say what differs.
+    """Results in one table with each published one of the dataset ``name``; notes list the differences.
 
     Tables that share no metric with any result are left out; UserError if there is no other.
     """
@@ -328,7 +308,7 @@ def beside(results: Sequence[EvaluationResult], name: str) -> list[Grid]:
 def _joined(results: Sequence[EvaluationResult], table: PublishedTable, data: PublishedSet) -> Grid | None:
     """Results and published rows under the published columns; None if they share no metric."""
     records = [table.metrics[metric] for metric in data.columns]
-    # Digits as printed; trailing zeros, which a number in YAML loses, are brought back by the others of the column.
+    # Digits as printed; YAML drops trailing zeros, so the longest number of a column decides.
     decimals = [max(len(repr(v).partition(".")[2]) for v in column) for column in zip(*data.rows.values(), strict=True)]
     rows, labels, marked = [], dict[str, list[str]](), set[str]()
     for result in results:
@@ -373,7 +353,7 @@ def mismatches(result: EvaluationResult, table: PublishedTable, data: PublishedS
 
 
 def counterpart(result: EvaluationResult, metric: str, variant: str) -> str | None:
-    """The metric of ``result`` nearest to a published one: its variant, its name, or another of its family."""
+    """The metric of ``result`` closest to a published one: the same variant, else name, else family."""
     known = {name: record for name, record in result.metrics.items() if _family(name) == _family(metric)}
     same = [name for name, record in known.items() if variant and record.variant == variant]
     named = [metric] if metric in known else []

@@ -55,7 +55,7 @@ class OutputOptions:
     ] = None
 
     def check(self, json_file: Path | None) -> None:
-        """UserError for outputs that would fail after everything is measured."""
+        """Raise UserError now for outputs that could not be written after measuring."""
         from onestepsr.evaluate.report import PAGE, refuse_foreign
         from onestepsr.evaluate.tables import find_published
 

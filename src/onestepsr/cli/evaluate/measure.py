@@ -1,4 +1,4 @@
-"""Options of ``onestepsr evaluate``, and measuring by them: images in folders, or a model that is run first."""
+"""Options of ``onestepsr evaluate``, and the evaluation itself: of images in folders, or of a model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ class MeasureOptions:
         str | None, typer.Option(help="Where SR and HR differ in size: never, crop, sr-to-hr or hr-to-sr.")
     ] = None
     label: Annotated[str | None, typer.Option(help="Name of the method in tables.")] = None
-    device: Annotated[str, typer.Option(help="Of networks: auto, cpu, cuda, cuda:1, mps.")] = "auto"
+    device: Annotated[
+        str, typer.Option(help="Device of the model and of metrics that are networks: auto, cpu, cuda, cuda:1, mps.")
+    ] = "auto"
 
     def scorer(self, *, with_reference: bool) -> Scorer:
         """The metrics, loaded; those that cannot be are reported on stderr, before the work and in one line each."""
@@ -83,7 +85,7 @@ class ModelOptions:
         str | None,
         typer.Option(help="--data holds HR photos: make LR images by this recipe, as 'onestepsr degrade' does."),
     ] = None
-    seed: Annotated[int, typer.Option(help="Of --degradation, and of models that draw noise.")] = 0
+    seed: Annotated[int, typer.Option(help="Seed of --degradation, and of models that draw noise.")] = 0
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the images of --model in this folder.")] = None
     tile: Annotated[str, typer.Option(help="For --model: tile side in input pixels, auto or off.")] = "auto"
     dtype: Annotated[str, typer.Option(help="For --model: auto, float32, bfloat16 or float16.")] = "auto"
@@ -160,7 +162,7 @@ class CasePrompts:
     paths: Sequence[Path]
     """The files of all images."""
     changed: bool
-    """True if the model gets other images than those in the files, which are made or cut."""
+    """True if the model gets degraded or cropped images instead of those in the files."""
     _waiting: Iterator[tuple[Path, PreparedPrompt]] = field(init=False, default_factory=lambda: iter(()))
     _prompts: Prompts | None = field(init=False, default=None)
 
@@ -250,7 +252,7 @@ def _tracked(scores: Iterable[Score], total: int) -> Iterable[Score]:
 
 
 def _checksum(model: str) -> str | None:
-    """SHA-256 of a model's weights, of named ones as in the catalogue; None where there is no such file."""
+    """SHA-256 of a model's weights, from the catalogue for aliases; None if there is no file."""
     from onestepsr.core.files import file_sha256
     from onestepsr.weights.catalog import get_model
 

@@ -19,7 +19,6 @@ from onestepsr.cli.upscale.jobs import (
     Job,
     Naming,
     Result,
-    check_format,
     existing,
     plan_jobs,
     result_of,
@@ -47,7 +46,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """Where results go, and in which format."""
+    """Destination and format of the results."""
 
     out: Annotated[
         str | None,
@@ -67,7 +66,8 @@ class OutputOptions:
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document about all files on stdout.")] = False
 
     def __post_init__(self) -> None:
-        check_format(self.file_format)
+        if self.file_format != "keep" and self.file_format not in FORMATS:
+            raise UserError(f"format '{self.file_format}': accepted: keep, {', '.join(FORMATS)}")
 
     def naming(self, suffix: str) -> Naming:
         """The names of outputs; ``suffix`` is for those beside their input."""
@@ -113,7 +113,7 @@ class ImageOptions:
             raise UserError("--scale and --width/--height exclude each other")
 
     def checked(self) -> UpscaleOptions:
-        """The same as the upscaler takes them; UserError for what it does not accept."""
+        """Options for the upscaler; UserError for values out of range."""
         from onestepsr.inference.options import UpscaleOptions, tile_of
 
         return UpscaleOptions(**{**asdict(self), "tile": tile_of(self.tile)})
@@ -130,7 +130,7 @@ class ImageOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """The model, and what runs it."""
+    """The model, its device and its dtype."""
 
     model: Annotated[str, typer.Option(help="Model alias or file.")] = "d3sr-tiny"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto"
@@ -185,7 +185,7 @@ def upscale(
     model: ModelOptions,
     image: ImageOptions,
     prompt: PromptOptions,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log what is decided and why.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log decisions and their reasons.")] = False,
 ) -> None:
     """Enlarge images: JPEG, PNG, WebP, TIFF, BMP.
 

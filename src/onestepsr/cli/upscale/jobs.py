@@ -1,4 +1,4 @@
-"""Jobs of the ``upscale`` command: which files are read, where each result goes, and running them."""
+"""Jobs of the ``upscale`` command: input and output files, and running them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import glob
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,18 +53,12 @@ class Naming:
     """True if ``-o`` was written with a slash at its end, which a path does not keep."""
 
 
-def check_format(file_format: str) -> None:
-    """UserError unless this is a value of ``--format``."""
-    if file_format != "keep" and file_format not in FORMATS:
-        raise UserError(f"format '{file_format}': accepted: keep, {', '.join(FORMATS)}")
-
-
 def plan_jobs(inputs: Sequence[str], naming: Naming, recursive: bool, *, skip_existing: bool = False) -> list[Job]:
     """Expand files, folders and glob patterns into jobs, in a fixed order, each input once.
 
     With ``skip_existing``, an input that is the output of another one is left out: ``*.jpg`` matches the outputs of its
-    first run in the second. Raises UserError for what does not exist, an empty folder, two inputs with one output and
-    an output that is an input.
+    first run in the second. Raises UserError for missing files, an empty folder, two inputs with one output and an
+    output that is an input.
     """
     jobs: dict[Path, Job] = {}
     single = len(inputs) == 1 and os.path.isfile(inputs[0])
@@ -77,12 +71,20 @@ def plan_jobs(inputs: Sequence[str], naming: Naming, recursive: bool, *, skip_ex
     if skip_existing:
         made = {job.target.resolve() for source, job in jobs.items() if job.target.resolve() != source}
         jobs = {source: job for source, job in jobs.items() if source not in made}
-    _check_distinct(jobs)
+    seen: dict[Path, Path] = {}
+    for job in jobs.values():
+        target = job.target.resolve()
+        if target in jobs:
+            hint = "--skip-existing leaves it out, -o chooses another name"
+            raise UserError(f"{job.target}: this output is also an input; {hint}")
+        if target in seen:
+            raise UserError(f"{job.target}: both {seen[target]} and {job.source} would be written there")
+        seen[target] = job.source
     return list(jobs.values())
 
 
 def existing(jobs: Sequence[Job], skip_existing: bool, overwrite: bool) -> set[Path]:
-    """Targets to leave alone; raises UserError when some exist and nothing is said about them."""
+    """Targets to skip; UserError if some exist and neither option is given."""
     if skip_existing and overwrite:
         raise UserError("--skip-existing and --overwrite exclude each other")
     present = [job.target for job in jobs if _is_there(job.target)]
@@ -123,9 +125,9 @@ def _expand_folder(folder: Path, naming: Naming, recursive: bool) -> Iterator[Jo
     root = naming.out or folder.resolve().with_name(folder.resolve().name + naming.suffix)
     _check_folder(root)
     files = list(_walk(folder, recursive))
-    if not _is_within(folder, root):  # else the inputs themselves lie there
-        whole = root.resolve()
-        files = [path for path in files if not path.resolve().is_relative_to(whole)]
+    outputs = root.resolve()
+    if not folder.resolve().is_relative_to(outputs):  # else the inputs themselves lie there
+        files = [path for path in files if not path.resolve().is_relative_to(outputs)]
     if not files:
         hint = "" if recursive else " (subfolders are read with --recursive)"
         raise UserError(f"{folder}: the folder holds no images{hint}; accepted: JPEG, PNG, WebP, TIFF and BMP")
@@ -165,7 +167,7 @@ def _target_of_file(path: Path, naming: Naming, single: bool) -> Path:
 
 
 def target_file(naming: Naming) -> Path:
-    """``-o`` as the one file that is written; UserError where its ending is no format, or not that of ``--format``."""
+    """``-o`` as the output file; UserError if its ending is not a format, or not that of ``--format``."""
     from onestepsr.imaging.write import format_of
 
     assert naming.out is not None
@@ -189,24 +191,6 @@ def _ending(path: Path, file_format: str) -> str:
     if file_format != "keep":
         return FORMATS[file_format]
     return path.suffix if path.suffix.lower() in EXTENSIONS else ".png"
-
-
-def _is_within(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
-
-
-def _check_distinct(jobs: Mapping[Path, Job]) -> None:
-    """``jobs`` by the resolved path of their source."""
-    seen: dict[Path, Path] = {}
-    for job in jobs.values():
-        target = job.target.resolve()
-        if target in jobs:
-            raise UserError(
-                f"{job.target}: this output is also an input; --skip-existing leaves it out, -o chooses another name"
-            )
-        if target in seen:
-            raise UserError(f"{job.target}: both {seen[target]} and {job.source} would be written there")
-        seen[target] = job.source
 
 
 # ---- running: files through one upscaler, or one image from stdin or to stdout ----

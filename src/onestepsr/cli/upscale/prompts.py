@@ -24,13 +24,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GROUP = 32
-"""Images that get their prompts at once: extractor and text encoder are in memory once for them, not beside the
-upscaling."""
+"""Images whose prompts are made together, so that extractor and text encoder are not in memory during upscaling."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """Options about prompts, of every command that runs a model."""
+    """Prompt options of every command that runs a model."""
 
     prompt: Annotated[
         str | None, typer.Option(help="For models that read text: what the image shows; '' is the empty prompt.")
@@ -97,13 +96,13 @@ class Prompts:
         from onestepsr.prompts.embedder import PromptEmbedder
 
         upscaler.require_prompt_width(upscaler.prompt_width or 0)
-        # The words of an extractor are cut off as in the published code: nobody could shorten them.
+        # Extracted words are truncated as in the published code: the user cannot shorten them.
         truncate = options.truncate_prompt or options.prompt_from is not None
         self.embedder = PromptEmbedder(options.text_encoder, device=upscaler.device, truncate=truncate)
         upscaler.require_prompt_width(self.embedder.width)
         self.source = _source(options, upscaler)
         if options.prompt is not None and options.prompt_from is None:
-            self.embedder.embed([options.prompt])  # too long a text for all is an error before any work
+            self.embedder.embed([options.prompt])  # a text that is too long is an error before any work
 
     def of_files(self, paths: Sequence[Path]) -> list[PreparedPrompt]:
         """The prompts of images in files."""
@@ -134,7 +133,7 @@ class Prompts:
 
 
 def prompted(paths: Sequence[Path], prompts: Prompts | None) -> Iterator[PreparedPrompt]:
-    """The prompt of each image in turn, made a group at a time; without prompts, nothing for each."""
+    """The prompt of each image in turn, made a group at a time; empty ones if there are no prompts."""
     if prompts is None:
         yield from (PreparedPrompt() for _ in paths)
         return

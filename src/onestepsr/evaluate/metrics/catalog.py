@@ -34,11 +34,11 @@ class MetricSpec:
     network: bool = False
     """True if a network measures, which a GPU makes faster."""
     against: Callable[[], Reference] | None = None
-    """Returns the function (SR, HR) -> (N,); whatever has to be loaded is loaded here, once."""
+    """Loads the metric and returns the function (SR, HR) -> (N,)."""
     alone: Callable[[], NoReference] | None = None
-    """Returns the function SR -> (N,)."""
+    """Loads the metric and returns the function SR -> (N,)."""
     of_sets: Callable[[], fid.SetDistance] | None = None
-    """Returns a metric that has one value for all images together."""
+    """Loads a metric that has one value for all images together."""
 
     @property
     def needs_reference(self) -> bool:
@@ -53,7 +53,7 @@ class MetricSpec:
         )
 
     def load(self) -> Reference:
-        """The function (SR, HR) -> (N,); without need of a reference, HR is ignored. Not for metrics of sets."""
+        """The function (SR, HR) -> (N,), which ignores HR if no reference is needed. Not for metrics of sets."""
         if self.against is not None:
             return self.against()
         assert self.alone is not None

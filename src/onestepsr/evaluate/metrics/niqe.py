@@ -1,4 +1,4 @@
-"""NIQE, the natural image quality evaluator: how far an image's local statistics are from those of pristine photos.
+"""NIQE, the natural image quality evaluator: distance of local image statistics from those of pristine photos.
 
 Mittal, Soundararajan and Bovik, "Making a completely blind image quality analyzer", IEEE Signal Processing Letters,
 2013. No reference image is needed; lower is better. The statistics of pristine photos are other people's data and are
@@ -179,7 +179,7 @@ def _mirrored(size: int, margin: int = 3) -> Tensor:
 def _block_features(coefficients: Tensor, block: int) -> Tensor:
     """18 features of every block of (1, 1, H, W) -> (blocks, 18)."""
     blocks = F.unfold(coefficients, block, stride=block)[0].T.reshape(-1, block, block)
-    # What rounding leaves of a flat block must not pass for structure.
+    # Rounding errors of a flat block must not count as structure.
     blocks = blocks * (blocks.abs().amax(dim=(1, 2), keepdim=True) > NO_STRUCTURE)
     alpha, left, right, _ = _asymmetric_gaussian(blocks.flatten(1))
     features = [alpha, (left + right) / 2]

@@ -1,9 +1,8 @@
 """Metrics of IQA-PyTorch (pyiqa): learned quality without references, from an optional package.
 
-pyiqa is under the PolyForm Noncommercial licence, hence an extra that nobody has to install and a notice when it is
-used. Some of its metrics draw random crops from global generators, and creating one sets their seeds: here every
-image starts from the same seed, so that a value does not depend on the images before it, and the generators are put
-back afterwards.
+pyiqa is under the PolyForm Noncommercial licence, hence an optional extra and a notice when it is used. Some of its
+metrics draw random crops from global generators, and creating one sets their seeds: here every image starts from the
+same seed, so that a value does not depend on the images before it, and the generators are restored afterwards.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def load_iqa(name: str) -> Callable[[Tensor], Tensor]:
 
     try:
         on(torch.device("cpu"))
-    except Exception as error:  # whatever stops one metric of another package must not stop the others
+    except Exception as error:  # an error of one metric must not stop the others
         raise UserError(f"pyiqa {_version(package)} cannot create '{name}': {first_line(error)}") from error
 
     def measure(image: Tensor) -> Tensor:
