@@ -208,7 +208,7 @@ def test_photos_below_the_scale_are_told(tmp_path: Path) -> None:
 def test_an_image_that_cannot_be_kept_is_a_problem(data: Path) -> None:
     (data / "kept").write_text("a file where a folder should be")
     result = evaluate_saved(data)
-    assert "cannot be made" in result.failed["a"]
+    assert "cannot be written" in result.failed["a"]
     assert set(result.images) == set("abcde")
 
 

@@ -103,44 +103,30 @@ def _window(samples: Samples, top: int, left: int, side: int) -> Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputWriter:
-    """Saves the images of an evaluation as PNG: SR images, and LR and HR images that are in no other file."""
+    """Saves the images of an evaluation as PNG."""
 
     folder: Path
-    made: bool
-    """True if LR and HR images were degraded or cropped, and so are in no other file."""
+    sides: tuple[str, ...]
+    """Subfolders to write: ``SR``; also ``LR`` and ``HR`` if these were degraded or cropped, and are in no file yet."""
 
-    def sweep(self, cases: Iterable[Case]) -> None:
-        """Delete unfinished files of a killed run of these cases; call once, for it lists whole folders."""
-        names = ("SR", "LR", "HR") if self.made else ("SR",)
-        remove_leftovers(*(self._path(name, case) for case in cases for name in names))
+    def path(self, side: str, case: Case) -> Path:
+        """File of one image."""
+        return self.folder / side / f"{case.name}.png"
 
-    def __call__(self, case: Case, loaded: Loaded, sr: LoadedImage) -> None:
+    def save(self, case: Case, loaded: Loaded, sr: LoadedImage) -> None:
         """Write the images of one case; UserError if that fails."""
-        images = {"SR": sr}
-        if self.made:
-            images["LR"] = loaded.lr
-            if loaded.hr is not None:
-                images["HR"] = from_array(loaded.hr)
-        for name, image in images.items():
-            path = self._path(name, case)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"{path.parent}: cannot be made ({error.strerror})") from error
-            write_image(image, path, sweep=False)
-
-    def _path(self, name: str, case: Case) -> Path:
-        return self.folder / name / f"{case.name}.png"
+        images = {"SR": sr, "LR": loaded.lr}
+        if loaded.hr is not None:
+            images["HR"] = from_array(loaded.hr)
+        for side in self.sides:
+            write_image(images[side], self.path(side, case), sweep=False)
 
     def recorded(self, folders: Files, files: Mapping[str, Files]) -> tuple[Files, dict[str, Files]]:
         """Folders, and the files of each case relative to them, with the saved images filled in."""
-        sr = str(self.folder / "SR")
-        if not self.made:
-            return replace(folders, sr=sr), {name: replace(own, sr=f"{name}.png") for name, own in files.items()}
-        has_hr = folders.hr is not None
-        saved = Files(lr=str(self.folder / "LR"), sr=sr, hr=str(self.folder / "HR") if has_hr else None)
-        names = {name: f"{name}.png" for name in files}
-        return saved, {name: Files(lr=own, sr=own, hr=own if has_hr else None) for name, own in names.items()}
+        keys = [side.lower() for side in self.sides]
+        saved = {key: str(self.folder / side) for key, side in zip(keys, self.sides, strict=True)}
+        named = {name: replace(own, **dict.fromkeys(keys, f"{name}.png")) for name, own in files.items()}
+        return replace(folders, **saved), named
 
 
 # ---- evaluations ----
@@ -154,8 +140,7 @@ class EvaluatedModel:
     """A model to run and measure."""
 
     enlarge: Callable[[LoadedImage, Path], LoadedImage]
-    """Enlarges one image by ``scale``. Its path, or that of the photo it was made from, is the key for
-    its prompt."""
+    """Enlarges one image by ``scale``; its path, or that of the photo it was made from, leads to its prompt."""
     scale: int
     """Output side / input side."""
     record: ModelRecord
@@ -186,12 +171,9 @@ class Clock:
         return {name: round(value, 3) for name, value in parts.items()}
 
 
-def untracked(scores: Iterable[Score], total: int) -> Iterable[Score]:
-    """Show no progress bar."""
-    return scores
-
-
-def evaluate_images(data: CaseSet, scorer: Scorer, *, label: str, track: Track = untracked) -> EvaluationResult:
+def evaluate_images(
+    data: CaseSet, scorer: Scorer, *, label: str, track: Track = lambda scores, _: scores
+) -> EvaluationResult:
     """Measure super-resolved images that are in files; several are read and measured at a time, each by one thread."""
     clock, count = Clock(), worker_count()
 
@@ -207,7 +189,10 @@ def evaluate_images(data: CaseSet, scorer: Scorer, *, label: str, track: Track =
             return Score(name=case.name, problems=[Problem(reason=str(error))])
 
     limits = Limits(images=2 * count, readers=count, writers=1)
-    with _one_core_each(count), closing(bounded_map(data.cases, score, _same, _same, limits=limits)) as scores:
+    with (
+        _one_core_each(count),
+        closing(bounded_map(data.cases, score, lambda one: one, lambda one: one, limits=limits)) as scores,
+    ):
         measured = list(track(scores, len(data.cases)))
     folders, files = _recorded(data, "sr")
     return _result(measured, scorer, clock, label=label, folders=folders, files=files)
@@ -231,7 +216,7 @@ def evaluate_model(
     label: str,
     degrader: Degrader | None = None,
     keep: Path | None = None,
-    track: Track = untracked,
+    track: Track = lambda scores, _: scores,
 ) -> EvaluationResult:
     """Enlarge the images of ``data`` with ``model`` and measure the result as 8-bit or 16-bit files would hold it.
 
@@ -242,9 +227,12 @@ def evaluate_model(
     clock, crop = Clock(), scorer.protocol.crop
     if crop % model.scale:
         raise UserError(f"crop {crop}: expected a multiple of the model's factor, {model.scale}")
-    writer = None if keep is None else OutputWriter(folder=keep, made=degrader is not None or crop > 0)
-    if writer is not None:
-        writer.sweep(data.cases)
+    writer: OutputWriter | None = None
+    if keep is not None:
+        changed = ("LR", *(("HR",) if data.hr is not None else ())) if degrader is not None or crop else ()
+        writer = OutputWriter(folder=keep, sides=("SR", *changed))
+        # All at once, for it lists whole folders.
+        remove_leftovers(*(writer.path(side, case) for case in data.cases for side in writer.sides))
 
     def read(case: Case) -> _Step:
         try:
@@ -269,7 +257,7 @@ def evaluate_model(
             score = scorer.score(step.case.name, step.sr.pixels, step.loaded.hr, step.loaded.label)
         if writer is not None:
             try:
-                writer(step.case, step.loaded, step.sr)
+                writer.save(step.case, step.loaded, step.sr)
             except OneStepSRError as error:
                 score.problems.append(Problem(reason=str(error)))
         return score
@@ -342,10 +330,6 @@ def _one_core_each(workers: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _same(score: Score) -> Score:
-    return score
 
 
 def _recorded(data: CaseSet, role: Literal["lr", "sr"]) -> tuple[Files, dict[str, Files]]:
