@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -160,9 +160,8 @@ def compare(results: Sequence[EvaluationResult]) -> Comparison:
     """Put results side by side, with numbers added to equal labels; UserError if they have nothing in common."""
     if not 1 <= len(results) <= MAX_METHODS:
         raise UserError(f"{len(results)} results to compare, expected 1 to {MAX_METHODS}")
-    if not all(result.images or result.whole for result in results):
-        empty = next(result.label for result in results if not (result.images or result.whole))
-        raise UserError(f"'{empty}' has no values to compare")
+    if empty := [result.label for result in results if not (result.images or result.whole)]:
+        raise UserError(f"'{empty[0]}' has no values to compare")
     comparison = Comparison(tuple(_distinct(results)))
     if len(results) > 1 and comparison.metrics and not any(comparison.common(name) for name in comparison.metrics):
         names = [next(iter(result.images), "none") for result in results[:2]]
@@ -186,12 +185,9 @@ def protocol_mismatches(first: EvaluationResult, second: EvaluationResult) -> li
             lines.append(f"{mine.title} is '{mine.variant}' against '{theirs.variant}'")
         if mine.higher_is_better != theirs.higher_is_better:
             lines.append(f"{mine.title} is better when higher in one and lower in the other")
-    only = [*_absent(first.metrics, second.metrics), *_absent(second.metrics, first.metrics)]
+    sides = ((first.metrics, second.metrics), (second.metrics, first.metrics))
+    only = [record.title for ours, theirs in sides for name, record in ours.items() if name not in theirs]
     return [*lines, f"only one has {', '.join(only)}"] if only else lines
-
-
-def _absent(ours: Mapping[str, MetricRecord], theirs: Mapping[str, MetricRecord]) -> list[str]:
-    return [record.title for name, record in ours.items() if name not in theirs]
 
 
 def _image_mismatches(first: EvaluationResult, second: EvaluationResult) -> list[str]:

@@ -30,8 +30,6 @@ from onestepsr.cli.upscale.prompts import PromptOptions
 from onestepsr.core.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from onestepsr.inference.options import UpscaleOptions
     from onestepsr.inference.upscaler import Upscaler
 
@@ -209,6 +207,9 @@ def upscale(
 
 
 def _run_jobs(jobs: list[Job], options: UpscaleOptions, model: ModelOptions, prompt: PromptOptions) -> list[Result]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     from onestepsr.core.files import remove_leftovers
     from onestepsr.imaging.write import check_writable
 
@@ -219,7 +220,9 @@ def _run_jobs(jobs: list[Job], options: UpscaleOptions, model: ModelOptions, pro
     remove_leftovers(*(job.target for job in jobs))
     upscaler = model.load()
     prompts = prompt.load(upscaler)
-    with _progress() as progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         files = progress.add_task("files", total=len(jobs), visible=len(jobs) > 1)
         with closing(upscale_jobs(jobs, upscaler, options, prompts, progress)) as made:
             results = []
@@ -247,15 +250,6 @@ def _run_stream(
     upscaler = model.load()
     prompts = prompt.load(upscaler)
     return upscale_stream(inputs[0], target, output.file_format, upscaler=upscaler, options=options, prompts=prompts)
-
-
-def _progress() -> Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _report(results: list[Result], model: str, as_json: bool) -> None:

@@ -129,7 +129,15 @@ class Prompts:
     def _embedded(self, texts: list[str | UserError]) -> list[PreparedPrompt]:
         self.source.release()
         found = iter(self.embedder.try_embed([text for text in texts if isinstance(text, str)]))
-        return [_prepared(text, None if isinstance(text, UserError) else next(found)) for text in texts]
+        prepared = []
+        for text in texts:
+            if isinstance(text, UserError):
+                prepared.append(PreparedPrompt(error=text))
+            elif isinstance(embedding := next(found), UserError):
+                prepared.append(PreparedPrompt(text=text, error=embedding))
+            else:
+                prepared.append(PreparedPrompt(text=text, embedding=embedding[None]))
+        return prepared
 
 
 def prompted(paths: Sequence[Path], prompts: Prompts | None) -> Iterator[PreparedPrompt]:
@@ -150,11 +158,3 @@ def _source(options: PromptOptions, upscaler: Upscaler) -> PromptSource:
     if options.prompt_from is not None:
         return ExtractedPrompts(load_extractor(options.prompt_from, upscaler.device), options.prompt or "")
     return FixedPrompt(options.prompt or "")
-
-
-def _prepared(text: str | UserError, embedding: Tensor | UserError | None) -> PreparedPrompt:
-    if isinstance(text, UserError):
-        return PreparedPrompt(error=text)
-    if isinstance(embedding, UserError):
-        return PreparedPrompt(text=text, error=embedding)
-    return PreparedPrompt(text=text, embedding=None if embedding is None else embedding[None])

@@ -51,7 +51,8 @@ def load_iqa(name: str) -> Callable[[Tensor], Tensor]:
     try:
         on(torch.device("cpu"))
     except Exception as error:  # an error of one metric must not stop the others
-        raise UserError(f"pyiqa {_version(package)} cannot create '{name}': {first_line(error)}") from error
+        version = getattr(package, "__version__", "of unknown version")
+        raise UserError(f"pyiqa {version} cannot create '{name}': {first_line(error)}") from error
 
     def measure(image: Tensor) -> Tensor:
         check_image(image)
@@ -84,10 +85,6 @@ def _package() -> Any:
         raise UserError(f"pyiqa is installed but cannot be imported: {first_line(error)}") from error
     logger.warning("%s", NOTICE)
     return package
-
-
-def _version(package: Any) -> str:
-    return str(getattr(package, "__version__", "of unknown version"))
 
 
 @contextmanager
