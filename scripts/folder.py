@@ -1,11 +1,10 @@
 """A folder of small photos through the product's own pipeline, against the time that the network alone takes for them.
 
-    python scripts/folder.py [PHOTO_DIR] [--photos 200] [--size 128] [--counts 10,100,1000] [--workers 2] [--json F]
+    python scripts/folder.py [PHOTO_DIR] [--photos 200] [--size 128] [--counts 10,100,1000] [--json F]
 
-The photos are crops of those in PHOTO_DIR, or made up, and are written as JPEG into a temporary folder. In one process:
-`upscale_picture` of images in memory, warm (median); the whole folder from listing it to the last file written; the
-same one after the other; and folders of several sizes. `--workers` adds the folder through several processes, the time
-they take to start included. Rounds of all of them take turns, so that other work on the machine hits each alike.
+The photos are crops of those in PHOTO_DIR, or made up, and are written as JPEG into a temporary folder. Measured are
+`upscale_image` of images in memory, warm (median); the whole folder from listing it to the last file written; the same
+one after the other; and folders of several sizes. Rounds take turns, so that other work on the machine hits each alike.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,10 +27,7 @@ import torch
 from PIL import Image
 
 from onestepsr.benchmark.ceiling import OtherWork
-from onestepsr.cli.upscale.jobs import Job, Naming, existing, plan_jobs
-from onestepsr.cli.upscale.pipeline import Pipeline
-from onestepsr.cli.upscale.prompts import Setup
-from onestepsr.cli.upscale.workers import enlarge_in_processes
+from onestepsr.cli.upscale.jobs import Job, Naming, existing, plan_jobs, upscale_jobs
 from onestepsr.core.files import remove_leftovers
 from onestepsr.core.machine import cores, describe_machine
 from onestepsr.imaging.read import read_image
@@ -77,7 +72,7 @@ class Bench:
     """What is measured with."""
 
     upscaler: Upscaler
-    setup: Setup
+    options: UpscaleOptions
     place: Path
     """A folder to write in."""
 
@@ -96,24 +91,19 @@ class Bench:
 
     def pipelined(self, folder: Path) -> None:
         """The folder as ``upscale`` does it."""
-        with closing(Pipeline(self.upscaler, self.setup.options).run([self.plan(folder)])) as results:
-            require({result.status for result in results} == {"written"})
+        results = list(upscale_jobs(self.plan(folder), self.upscaler, self.options))
+        require({result.status for result in results} == {"written"})
 
     def one_after_the_other(self, folder: Path) -> None:
         """The folder without any overlap."""
         for job in self.plan(folder):
-            enlarged = self.upscaler.upscale_image(read_image(job.source), self.setup.options)
+            enlarged = self.upscaler.upscale_image(read_image(job.source), self.options)
             write_image(enlarged, job.target, sweep=False)
 
-    def in_processes(self, folder: Path, processes: int) -> None:
-        """The folder as ``upscale --workers`` does it."""
-        with closing(enlarge_in_processes(self.plan(folder), self.setup, processes)) as results:
-            require({result.status for _, result in results} == {"written"})
-
     def singles(self, photos: list[Path]) -> list[Spent]:
-        """Time of ``upscale_picture`` for images in memory, each by itself."""
+        """Time of ``upscale_image`` for images in memory, each by itself."""
         images = [read_image(path) for path in photos[: WARM_UP + SINGLES]]
-        return [spent(partial(self.upscaler.upscale_image, each, self.setup.options)) for each in images][WARM_UP:]
+        return [spent(partial(self.upscaler.upscale_image, each, self.options)) for each in images][WARM_UP:]
 
 
 def require(condition: bool) -> None:
@@ -162,8 +152,6 @@ def measure(bench: Bench, photos: list[Path], options: argparse.Namespace) -> di
         "pipeline": lambda: bench.pipelined(folder),
         "one after the other": lambda: bench.one_after_the_other(folder),
     }
-    if options.workers > 1:
-        ways[f"{options.workers} processes"] = lambda: bench.in_processes(folder, options.workers)
     times: dict[str, list[Spent]] = {way: [] for way in ways}
     bench.singles(photos)
     for _ in range(options.rounds):
@@ -201,20 +189,18 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--counts", default="10,100,1000", help="sizes of folders, or nothing")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--model", default="d3sr-tiny")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sources = plan_photos(options.sources)
-    setup = Setup(model=options.model, options=UpscaleOptions(), device=options.device, dtype=options.dtype)
-    upscaler, _ = setup.load()
+    upscaler = Upscaler.from_pretrained(options.model, options.device, options.dtype)
     other = OtherWork()
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         photos = make_photos(place / "photos", options.photos, options.size, sources)
-        bench = Bench(upscaler=upscaler, setup=setup, place=place)
+        bench = Bench(upscaler=upscaler, options=UpscaleOptions(), place=place)
         found = measure(bench, photos, options)
         per_image = measure_counts(bench, photos, [int(count) for count in options.counts.split(",") if count])
     report = {

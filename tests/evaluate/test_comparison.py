@@ -61,7 +61,6 @@ def test_few_images_decide_nothing() -> None:
         ({"settings": {"crop_border": 4}}, "crop_border 0 against 4"),
         ({"psnr_record": replace(PSNR, variant="RGB")}, "against 'RGB'"),
         ({"psnr_record": replace(PSNR, higher_is_better=False)}, "better when higher in one and lower in the other"),
-        ({"protocol": "unknown"}, "protocol not recorded"),
         ({"niqe": BASE}, "only one has NIQE"),
     ],
 )

@@ -20,11 +20,11 @@ def test_pairs_follow_names_and_not_order(tmp_path: Path) -> None:
     hr = touch(tmp_path / "hr", "a.png", "b.png", "sub/c.png")
     sr = touch(tmp_path / "sr", "b_mine.bmp", "z_mine.png", "sub/c_mine.png")
     pairing = pair_by_name(sr, hr, suffix="_mine")
-    assert [(pair.name, pair.sr.name, pair.hr and pair.hr.name) for pair in pairing.pairs] == [
+    assert [(pair.name, pair.image and pair.image.name, pair.hr and pair.hr.name) for pair in pairing.cases] == [
         ("b", "b_mine.bmp", "b.png"),
         ("sub/c", "c_mine.png", "c.png"),
     ]
-    assert [path.name for path in pairing.unmatched_sr] == ["z_mine.png"]
+    assert [path.name for path in pairing.unmatched] == ["z_mine.png"]
     assert [path.name for path in pairing.unmatched_hr] == ["a.png"]
 
 
@@ -35,14 +35,14 @@ MADE = ("a_x4.png", "a_LR_x4.png", "a_LR4.png", "a_SR.png", "a-LR_x2.5.png", "a.
 def test_usual_endings_need_no_suffix(tmp_path: Path, made: str) -> None:
     hr = touch(tmp_path / "hr", "a_HR.png", "a_LR4.png", "b_HR.png")
     pairing = pair_by_name(touch(tmp_path / "sr", made), hr)
-    assert [(pair.name, pair.hr and pair.hr.name) for pair in pairing.pairs] == [("a", "a_HR.png")]
+    assert [(pair.name, pair.hr and pair.hr.name) for pair in pairing.cases] == [("a", "a_HR.png")]
     assert [path.name for path in pairing.unmatched_hr] == ["b_HR.png"]
 
 
 def test_an_equal_name_wins_over_a_similar_one(tmp_path: Path) -> None:
     hr = touch(tmp_path / "hr", "a.png", "a_x4.png")
     pairing = pair_by_name(touch(tmp_path / "sr", "a.png", "a_x4.png"), hr)
-    assert [(pair.sr.name, pair.hr and pair.hr.name) for pair in pairing.pairs] == [
+    assert [(pair.image and pair.image.name, pair.hr and pair.hr.name) for pair in pairing.cases] == [
         ("a.png", "a.png"),
         ("a_x4.png", "a_x4.png"),
     ]
@@ -53,13 +53,15 @@ def test_an_equal_name_wins_over_a_similar_one(tmp_path: Path) -> None:
 def test_two_files_are_a_pair_whatever_their_names(tmp_path: Path) -> None:
     touch(tmp_path, "made.png", "truth.bmp")
     pairing = pair_by_name(tmp_path / "made.png", tmp_path / "truth.bmp")
-    assert [(pair.sr.name, pair.hr and pair.hr.name) for pair in pairing.pairs] == [("made.png", "truth.bmp")]
+    assert [(pair.image and pair.image.name, pair.hr and pair.hr.name) for pair in pairing.cases] == [
+        ("made.png", "truth.bmp")
+    ]
 
 
 def test_a_file_finds_its_reference_in_a_folder(tmp_path: Path) -> None:
     pairing = pair_by_name(touch(tmp_path, "b.jpg") / "b.jpg", touch(tmp_path / "hr", "a.png", "b.png"))
-    assert [pair.name for pair in pairing.pairs] == ["b"]
-    assert pairing.unmatched_hr == []
+    assert [pair.name for pair in pairing.cases] == ["b"]
+    assert pairing.unmatched_hr == ()
 
 
 def test_impossible_pairings_end_in_one_line(tmp_path: Path) -> None:
@@ -81,12 +83,12 @@ def test_impossible_pairings_end_in_one_line(tmp_path: Path) -> None:
 def test_a_data_set_of_two_folders(tmp_path: Path) -> None:
     touch(tmp_path, "lr/a.png", "lr/b_LR4.png", "lr/c.png", "HR/a.jpg", "HR/b.png", "HR/d.png", "notes.txt")
     data = find_cases(tmp_path)
-    assert (data.lr, data.hr) == (tmp_path / "lr", tmp_path / "HR")
-    assert [(case.name, case.lr and case.lr.name, case.hr and case.hr.name) for case in data.cases] == [
+    assert (data.folder, data.hr) == (tmp_path / "lr", tmp_path / "HR")
+    assert [(case.name, case.image and case.image.name, case.hr and case.hr.name) for case in data.cases] == [
         ("a", "a.png", "a.jpg"),
         ("b", "b_LR4.png", "b.png"),
     ]
-    assert [path.name for path in (*data.unmatched_lr, *data.unmatched_hr)] == ["c.png", "d.png"]
+    assert [path.name for path in (*data.unmatched, *data.unmatched_hr)] == ["c.png", "d.png"]
     assert find_cases(tmp_path / "lr", tmp_path / "HR").cases == data.cases
 
 
@@ -94,10 +96,10 @@ def test_a_data_set_in_one_folder(tmp_path: Path) -> None:
     touch(tmp_path, "x_HR.png", "x_LR.png", "y_LR4.png", "y_HR.png", "z_HR.png", "other.png")
     data = find_cases(tmp_path)
     assert data.cases == [
-        Case(name="x", lr=tmp_path / "x_LR.png", hr=tmp_path / "x_HR.png"),
-        Case(name="y", lr=tmp_path / "y_LR4.png", hr=tmp_path / "y_HR.png"),
+        Case(name="x", image=tmp_path / "x_LR.png", hr=tmp_path / "x_HR.png"),
+        Case(name="y", image=tmp_path / "y_LR4.png", hr=tmp_path / "y_HR.png"),
     ]
-    assert data.unmatched_lr == [tmp_path / "other.png"]
+    assert data.unmatched == [tmp_path / "other.png"]
     assert data.unmatched_hr == [tmp_path / "z_HR.png"]
 
 
@@ -106,7 +108,7 @@ def test_lr_images_alone(tmp_path: Path) -> None:
     assert [(case.name, case.hr) for case in data.cases] == [("b_LR4", None), ("sub/a", None)]
     assert data.hr is None
     touch(tmp_path / "half", "LR/a.png", "other/a.png")
-    assert find_cases(tmp_path / "half").lr == tmp_path / "half" / "LR"
+    assert find_cases(tmp_path / "half").folder == tmp_path / "half" / "LR"
 
 
 def test_photos_to_degrade(tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_photos_to_degrade(tmp_path: Path) -> None:
 
 def test_data_sets_without_a_pair_end_in_one_line(tmp_path: Path) -> None:
     touch(tmp_path, "LR/a.png", "HR/b.png")
-    with pytest.raises(UserError, match=r"no LR image in .*'a' and 'b'"):
+    with pytest.raises(UserError, match=r"no image in .*'a' and 'b'"):
         find_cases(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         find_cases(tmp_path / "absent")

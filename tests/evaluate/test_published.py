@@ -8,8 +8,10 @@ import pytest
 from evaluation_results import NIQE, PSNR, make_result
 from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
-from onestepsr.evaluate.published import (
+from onestepsr.evaluate.result import EvaluationResult, ProtocolRecord
+from onestepsr.evaluate.tables import (
     MARK,
+    Grid,
     PublishedSet,
     beside,
     counterpart,
@@ -17,8 +19,6 @@ from onestepsr.evaluate.published import (
     mismatches,
     published_tables,
 )
-from onestepsr.evaluate.result import EvaluationResult, ProtocolRecord
-from onestepsr.evaluate.tables import Grid
 
 HUNDRED = {f"p{number}": 25.0 + number / 100 for number in range(100)}
 
@@ -66,7 +66,7 @@ def test_numbers_have_the_digits_that_were_printed() -> None:
 
 def test_the_same_protocol_has_nothing_to_flag() -> None:
     table, rows = find_published("osediff/realsr")[0]
-    assert mismatches(make_result("x", HUNDRED, HUNDRED), table, rows) == {}
+    assert mismatches(make_result("x", HUNDRED, HUNDRED), table, rows) == []
     grid = grid_of(make_result("x", HUNDRED, HUNDRED), "osediff/realsr")
     assert grid.notes == ()
     assert grid.rows[0][:2] == ("x", "25.50")
@@ -77,7 +77,7 @@ def test_the_same_protocol_has_nothing_to_flag() -> None:
     ("other", "message"),
     [
         ({"protocol": "d3sr"}, "protocol 'd3sr'; theirs: crops of 128 to 512"),
-        ({"protocol": "unknown"}, "protocol not recorded"),
+        ({"settings": {"pictures": "whole"}}, "pictures whole against crops"),
         ({"settings": {"crop_border": 4}}, "crop_border 4 against 0"),
         ({"psnr_record": replace(PSNR, variant="RGB")}, "PSNR: 'RGB' against 'Y of BT.601 studio range, not rounded'"),
     ],
@@ -133,7 +133,8 @@ def test_our_protocols_are_the_papers(name: str, place: str) -> None:
     ((table, rows),) = find_published(place)
     images = {f"p{number}": {"niqe": 5.0} for number in range(rows.images or 1)}
     result = EvaluationResult(label="x", protocol=PROTOCOLS[name].record(specs), images=images)
-    assert "" not in mismatches(result, table, rows)
+    assert "" not in dict(mismatches(result, table, rows))
+    assert table.protocol.settings.items() <= result.protocol.settings.items()
 
 
 def test_tables_without_a_common_metric_are_left_out() -> None:

@@ -9,9 +9,9 @@ from browser import Browser, find_browser
 
 from evaluation_results import make_result, write_images
 from onestepsr.evaluate.comparison import compare
-from onestepsr.evaluate.published import beside
-from onestepsr.evaluate.report.page import write_report
+from onestepsr.evaluate.report import write_report
 from onestepsr.evaluate.result import Files
+from onestepsr.evaluate.tables import beside
 
 PATH = find_browser()
 pytestmark = pytest.mark.skipif(PATH is None, reason="no Chromium here; ONESTEPSR_TEST_BROWSER may name one")
@@ -125,7 +125,7 @@ def test_zoom_and_pan_move_every_image_alike(browser: Browser) -> None:
     assert browser.run("getComputedStyle(document.querySelector('.stage img')).transform") == "matrix(1, 0, 0, 1, 0, 0)"
 
 
-def test_a_image_of_the_table_opens_in_the_viewer(browser: Browser) -> None:
+def test_an_image_of_the_table_opens_in_the_viewer(browser: Browser) -> None:
     browser.run("[...document.querySelectorAll('#all button.link')].find(b => b.textContent === 'p2').click()")
     assert browser.run("document.getElementById('image-name').textContent") == "p2"
     assert browser.run("document.activeElement.id") == "stage"

@@ -14,14 +14,12 @@ from PIL import Image
 from evaluation_results import make_result, write_images
 from onestepsr.core.errors import UserError
 from onestepsr.evaluate.comparison import Comparison, compare
-from onestepsr.evaluate.published import beside
-from onestepsr.evaluate.report.images import centre, choose, locate
-from onestepsr.evaluate.report.page import PAGE, ReportConfig, write_report
-from onestepsr.evaluate.report.plots import VOID, data_block, element, escape, histograms
+from onestepsr.evaluate.report import PAGE, ReportConfig, bin_edges, centre, choose, locate, write_report
 from onestepsr.evaluate.result import Files
-from onestepsr.evaluate.statistics import summarize
+from onestepsr.evaluate.tables import beside
 
 NAMES = [f"p{number}" for number in range(6)]
+VOID = ("img", "input", "link", "meta")
 EVIL = '"><img src=x onerror=alert(1)><script>alert(2)</script>&amp;</script><!--'
 
 
@@ -108,7 +106,7 @@ def test_nothing_is_asked_for_outside_the_folder(page: Page, report: Path) -> No
     assert "url(" not in text
     assert "@import" not in text
     sources = [attributes.get("src") for _, attributes in page.tags if attributes.get("src")]
-    files = [path for image in page.data()["pictures"] for path in image["files"].values()]
+    files = [path for image in page.data()["images"] for path in image["files"].values()]
     for path in [*sources, *files]:
         assert (report / path).is_file()
         assert re.fullmatch(r"images/\d{5}-(lr|hr|sr\d)\.png", path)
@@ -125,7 +123,7 @@ def test_the_policy_allows_this_script_and_style_only(page: Page) -> None:
 
 def test_images_are_the_measured_pixels(page: Page, report: Path, tmp_path: Path) -> None:
     write_images(tmp_path, NAMES)
-    image = page.data()["pictures"][2]
+    image = page.data()["images"][2]
     assert image["name"] == "p2"
     assert (image["width"], image["height"]) == (32, 32)
     for role, folder in (("lr", "lr"), ("sr0", "sr0"), ("sr1", "sr1"), ("hr", "hr")):
@@ -156,7 +154,7 @@ def test_names_cannot_become_markup(tmp_path: Path) -> None:
     ]
     write_report(tmp_path / "out", compare(results))
     evil = Page((tmp_path / "out" / PAGE).read_text(encoding="utf-8"))
-    assert evil.data()["pictures"][0]["name"] == name
+    assert evil.data()["images"][0]["name"] == name
     assert len(evil.of("script")) == 2
     assert not any("onerror" in attributes for _, attributes in evil.tags)
     assert name in evil.texts["button"]
@@ -167,13 +165,13 @@ def test_a_report_without_images_has_its_values(tmp_path: Path) -> None:
     empty = Page((tmp_path / "out" / PAGE).read_text(encoding="utf-8"))
     assert "viewer" not in [attributes["id"] for attributes in empty.of("section")]
     assert any("2 of 2 images cannot be looked at" in text for text in empty.texts["li"])
-    assert empty.data()["pictures"] == []
+    assert empty.data()["images"] == []
 
 
 def test_large_images_show_their_centre_on_the_lr_grid(tmp_path: Path) -> None:
     comparison = comparison_of(tmp_path, ["a"], side=52)
     write_report(tmp_path / "out", comparison, config=ReportConfig(side=16))
-    image = Page((tmp_path / "out" / PAGE).read_text(encoding="utf-8")).data()["pictures"][0]
+    image = Page((tmp_path / "out" / PAGE).read_text(encoding="utf-8")).data()["images"][0]
     assert (image["width"], image["height"]) == (16, 16)
     assert image["part"] == "The centre, 16 x 16 of 52 x 52 pixels."
     shown = np.asarray(Image.open(tmp_path / "out" / image["files"]["lr"]))
@@ -187,16 +185,16 @@ def test_the_part_shown_begins_on_the_grid() -> None:
 
 def test_extremes_come_first_when_there_is_a_limit(tmp_path: Path) -> None:
     comparison = comparison_of(tmp_path, [f"p{number:02d}" for number in range(30)], methods=1)
-    kept = choose(comparison, comparison.images, extremes=2, limit=5)
+    kept = choose(comparison, comparison.images, ReportConfig(extremes=2, images=5))
     assert kept == ["p00", "p01", "p02", "p28", "p29"]
 
 
 def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write_report(out, comparison_of(tmp_path))
-    (out / "pictures" / "mine.png").write_bytes(b"x")
+    (out / "images" / "mine.png").write_bytes(b"x")
     write_report(out, comparison_of(tmp_path, NAMES[:1], methods=1))
-    kept = sorted(path.name for path in (out / "pictures").iterdir())
+    kept = sorted(path.name for path in (out / "images").iterdir())
     assert kept == ["00000-hr.png", "00000-lr.png", "00000-sr0.png", "mine.png"]
     (out / PAGE).write_text("<html>my home page</html>")
     with pytest.raises(UserError, match="is not a report of this command"):
@@ -210,7 +208,7 @@ def test_a_damaged_image_is_told_and_the_others_shown(tmp_path: Path) -> None:
     assert len(problems) == 1
     assert "p3.png" in problems[0]
     found = Page((tmp_path / "out" / PAGE).read_text(encoding="utf-8"))
-    assert [image["name"] for image in found.data()["pictures"]] == ["p0", "p1", "p2", "p4", "p5"]
+    assert [image["name"] for image in found.data()["images"]] == ["p0", "p1", "p2", "p4", "p5"]
 
 
 def test_recorded_files_cannot_lead_out_of_their_folder(tmp_path: Path) -> None:
@@ -223,25 +221,31 @@ def test_recorded_files_cannot_lead_out_of_their_folder(tmp_path: Path) -> None:
     assert locate(compare([result])) == {}
 
 
-def test_histograms_hold_every_image() -> None:
-    values = {"x": [1.0, 2.0, 3.0], "y": [2.5]}
-    summaries = {label: summarize(column) for label, column in values.items()}
-    svg = Page(histograms("t", values, summaries, bins=4, places=2))
-    counts = [text for text in svg.texts["title"] if " to " in text]
-    assert sum(int(text.rpartition(" ")[2]) for text in counts) == 4
-    assert "mean 2.00" in svg.texts["title"]
-    for flat in ([0.0, 0.0], [1e9, 1e9], [5.0]):
-        Page(histograms("t", {"x": flat}, {"x": summarize(flat)}, bins=24, places=4))
+def test_histograms_hold_every_image(page: Page) -> None:
+    counts = [text for text in page.texts["title"] if re.fullmatch(r"[\d.]+ to [\d.]+: \d+", text)]
+    assert sum(int(text.rpartition(" ")[2]) for text in counts) == len(NAMES) * 2 * 2
+    assert "mean 22.50" in page.texts["title"]
+    assert "mean 22.75" in page.texts["title"]
 
 
-def test_markup_escapes_everything_but_markup() -> None:
-    assert element("p", "<b>", element("i", "&"), title='"x"') == '<p title="&quot;x&quot;">&lt;b&gt;<i>&amp;</i></p>'
-    assert element("input", hidden=True, value=None, checked=False, data_x=1) == '<input hidden data-x="1">'
-    assert escape("a\x00b") == "a\ufffdb"
-    assert "</script>" not in data_block("d", {"x": "</script><!--"})[:-9]
+@pytest.mark.parametrize("flat", [[0.0, 0.0], [1e9, 1e9], [5.0]])
+def test_equal_values_have_bins_around_them(flat: list[float], tmp_path: Path) -> None:
+    edges = bin_edges(flat, 24)
+    assert edges == sorted(set(edges))
+    assert edges[0] < flat[0] < edges[-1]
+    values = {f"p{number}": value for number, value in enumerate(flat)}
+    write_report(tmp_path, compare([make_result("x", values)]))
+    Page((tmp_path / PAGE).read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("setting", [{"pictures": -1}, {"side": 8}, {"extremes": 0}, {"bins": 0}])
+def test_control_characters_and_lone_surrogates_do_not_reach_the_page(tmp_path: Path) -> None:
+    write_report(tmp_path, compare([make_result("a\x00b", {"x\udc80": 1.0, "y": 2.0})]))
+    text = (tmp_path / PAGE).read_text(encoding="utf-8")
+    assert "Evaluation of a\ufffdb" in text
+    assert "\x00" not in text
+
+
+@pytest.mark.parametrize("setting", [{"images": -1}, {"side": 8}, {"extremes": 0}, {"bins": 0}])
 def test_settings_out_of_range_are_refused(setting: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(setting))} is"):
         ReportConfig(**setting)

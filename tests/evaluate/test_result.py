@@ -70,18 +70,6 @@ def test_only_what_was_measured_is_a_metric() -> None:
     assert empty.summaries() == {}
 
 
-def test_results_of_the_first_schema_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "old.json"
-    path.write_text(
-        json.dumps({"schema": 1, "mean": {"psnr": 2.0}, "images": {"a": {"psnr": 1.0}, "b": {"psnr": 3.0}}})
-    )
-    found = read_result(path)
-    assert found.label == "old"
-    assert found.protocol.name == module.UNKNOWN_PROTOCOL
-    assert found.summaries()["psnr"].mean == 2.0
-    assert found.metrics["psnr"].higher_is_better
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -93,8 +81,7 @@ def test_results_of_the_first_schema_are_read(tmp_path: Path) -> None:
         ('{"schema": true}', "schema True is not"),
         ('{"schema": 9}', "schema 9 is not"),
         ('{"schema": 2, "label": "x"}', "'protocol' is missing"),
-        ('{"schema": 1, "mean": {}, "images": {"a": 1}}', "images: expected a mapping"),
-        ('{"schema": 1, "mean": {"magic": 1}, "images": {"a": {"magic": 1}}}', "unknown metric 'magic'"),
+        ('{"schema": 1, "mean": {}, "images": {}}', "schema 1 is not"),
     ],
 )
 def test_a_bad_file_is_one_line(text: str, message: str, tmp_path: Path) -> None:
@@ -111,15 +98,14 @@ def test_a_bad_file_is_one_line(text: str, message: str, tmp_path: Path) -> None
     [
         ({"surprise": 1}, "unknown setting 'surprise'"),
         ({"label": 3}, "label: expected str"),
-        ({"label": ""}, "label has 0 characters"),
+        ({"label": ""}, "label is empty"),
         ({"images": {"a": {"psnr": "high"}}}, "images.a.psnr: expected float"),
         ({"images": {"a": {"psnr": "inf"}}}, "expected a finite number"),
         ({"images": {"a": {"magic": 1.0}}}, "which the protocol does not describe"),
-        ({"images": {"x" * 2000: {"psnr": 1.0}}}, "has 2000 characters"),
         ({"images": {"a": {"psnr": 1e308}, "b": {"psnr": 1e308}}}, r"bad\.json: .* the psnr 1e\+308, expected"),
         ({"images": {"a": {"psnr": 10**400}}}, r"bad\.json: images\.a\.psnr: expected float"),
         ({"mean": {"psnr": 99.0}}, "changed by hand"),
-        ({"mean": {"psnr": 10**400}}, r"bad\.json: mean\.psnr is 10{39}… but the images give 1\.5: the file was"),
+        ({"mean": {"psnr": 10**400}}, r"bad\.json: mean\.psnr is 10{39} but the images give 1\.5: the file was"),
         ({"mean": {}}, "changed by hand"),
         ({"mean": None}, "mean: expected a mapping"),
         ({"protocol": {"name": "p", "metrics": {}, "list": [1]}}, "protocol.settings.list"),

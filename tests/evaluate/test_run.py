@@ -1,43 +1,39 @@
 """Folders and models: order, overlap, failures that stay with their image, LR images that are made."""
 
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from sample_images import samples, save, scene
+from sample_images import save, scene
 
 from onestepsr.cli import degrade
 from onestepsr.core.errors import OneStepSRError, UserError
 from onestepsr.core.files import partial_path
 from onestepsr.data.degradation.presets import get_preset
-from onestepsr.evaluate.inputs import Degrader, Loaded, Loader
 from onestepsr.evaluate.metrics.catalog import METRICS
-from onestepsr.evaluate.pairing import Case, Pair, find_cases, find_photos, pair_by_name
+from onestepsr.evaluate.pairing import Case, find_cases, find_photos, pair_by_name
 from onestepsr.evaluate.protocols import Protocol
 from onestepsr.evaluate.result import EvaluationResult, Files, ModelRecord
 from onestepsr.evaluate.run import (
-    Degradation,
+    Degrader,
     EvaluatedModel,
-    ModelRun,
     evaluate_images,
     evaluate_model,
-    in_order,
-    score_pairs,
+    load_case,
     without_images,
     worker_count,
 )
-from onestepsr.evaluate.scoring import Scorer
-from onestepsr.imaging.read import LoadedImage, from_array, read_image
+from onestepsr.evaluate.scoring import Score, Scorer
+from onestepsr.imaging.read import LoadedImage, read_image
 
 PLAIN = Protocol(name="test", summary="", metrics=("psnr",))
 
 
-def measurer(**changes: int) -> Scorer:
+def scorer(**changes: int) -> Scorer:
     return Scorer([METRICS["psnr"]], replace(PLAIN, **changes))
 
 
@@ -58,46 +54,40 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_results_keep_their_order_and_few_are_begun() -> None:
-    begun: list[int] = []
-    first_may_end = threading.Event()
+def evaluate_lr(
+    data: Path, enlarge: Callable[[LoadedImage, Path], LoadedImage]
+) -> tuple[EvaluationResult, list[Score]]:
+    """The result of a model on ``data``, and the scores as they came."""
+    scores: list[Score] = []
 
-    def task(number: int) -> int:
-        begun.append(number)
-        if number == 0:
-            first_may_end.wait(5)
-        return number
+    def kept(found: Iterable[Score], total: int) -> Iterator[Score]:
+        for score in found:
+            scores.append(score)
+            yield score
 
-    with ThreadPoolExecutor(2) as pool:
-        results = in_order(pool, ((lambda n=n: task(n)) for n in range(20)), 4)
-        threading.Timer(0.05, first_may_end.set).start()
-        assert next(results) == 0
-        assert len(begun) <= 5
-        assert list(results) == list(range(1, 20))
+    model = replace(MODEL, enlarge=enlarge)
+    return evaluate_model(model, find_cases(data), scorer(), label="m", track=kept), scores
 
 
 def test_one_bad_image_leaves_the_others(data: Path) -> None:
     (data / "LR" / "b.png").write_bytes(b"no image")
     save(data / "LR" / "d.png", scene(5, 10))
-    pairs = [Pair(name=p.stem, sr=p, hr=data / "HR" / p.name) for p in sorted((data / "LR").iterdir())]
-    scores = list(score_pairs([*pairs, Pair(name="gone", sr=data / "gone.png")], measurer(), workers=3))
-    assert [score.name for score in scores] == ["a", "b", "c", "d", "e", "gone"]
-    assert "b.png: not an image" in scores[1].problems[0]
-    assert "d.png: SR is 10 x 5 but HR is 40 x 32" in scores[3].problems[0]
-    assert "No such file" in scores[5].problems[0]
-    assert torch.get_num_threads() >= 1
+    save(data / "LR" / "e.png", scene(32, 40))
+    cases = pair_by_name(data / "LR", data / "HR")
+    gone = Case(name="gone", image=data / "LR" / "gone.png")
+    result = evaluate_images(replace(cases, cases=[*cases.cases, gone]), scorer(), label="x")
+    assert list(result.failed) == ["a", "b", "c", "d", "gone"]
+    assert list(result.images) == ["e"]
+    assert "b.png: not an image" in result.failed["b"]
+    assert "d.png: SR is 10 x 5 but HR is 40 x 32" in result.failed["d"]
+    assert "No such file" in result.failed["gone"]
 
 
-def test_threads_are_as_many_as_before() -> None:
+def test_threads_are_as_many_as_before(data: Path) -> None:
     before = torch.get_num_threads()
-    list(score_pairs([], measurer(), workers=2))
+    evaluate_images(pair_by_name(data / "HR", data / "HR"), scorer(), label="x")
     assert torch.get_num_threads() == before
     assert 1 <= worker_count() <= 8
-
-
-def model_run(data: Path, enlarge: object = repeated) -> tuple[ModelRun, list[Case]]:
-    cases = find_cases(data).cases
-    return ModelRun(load=Loader(scale=4), enlarge=enlarge, measurer=measurer()), cases  # type: ignore[arg-type]
 
 
 def test_the_network_stays_in_its_thread_while_others_read_and_measure(data: Path) -> None:
@@ -107,11 +97,10 @@ def test_the_network_stays_in_its_thread_while_others_read_and_measure(data: Pat
         threads.add(threading.get_ident())
         return repeated(image, path)
 
-    run, cases = model_run(data, enlarge)
-    scores = list(run.scores(cases, workers=2))
+    result, scores = evaluate_lr(data, enlarge)
     assert [score.name for score in scores] == list("abcde")
     assert threads == {threading.get_ident()}
-    assert set(run.clock.seconds) == {"reading", "model", "metrics"}
+    assert set(result.seconds) == {"reading", "model", "metrics", "total"}
 
 
 @pytest.mark.parametrize(("error", "message"), [(OneStepSRError("overflows"), "overflows"), (MemoryError(), "--tile")])
@@ -123,30 +112,29 @@ def test_a_model_that_fails_on_one_image_goes_on(data: Path, error: Exception, m
             raise error
         return repeated(image, path)
 
-    run, cases = model_run(data, enlarge)
     (data / "LR" / "d.png").write_bytes(b"no image")
-    scores = list(run.scores(cases, workers=2))
+    result, scores = evaluate_lr(data, enlarge)
     assert [bool(score.problems) for score in scores] == [False, True, False, True, False]
-    assert message in scores[1].problems[0]
-    assert "b.png" in scores[1].problems[0]
+    assert (scores[1].problems[0].files, scores[3].problems[0].files) == (str(data / "LR" / "b.png"), "")
+    assert message in scores[1].problems[0].reason
+    assert "b.png" in result.failed["b"]
 
 
-def test_a_defect_is_no_problem_of_a_image(data: Path) -> None:
+def test_a_defect_is_no_problem_of_an_image(data: Path) -> None:
     def enlarge(image: LoadedImage, path: Path) -> LoadedImage:
         raise RuntimeError("a defect")
 
-    run, cases = model_run(data, enlarge)
     with pytest.raises(RuntimeError, match="a defect"):
-        list(run.scores(cases, workers=2))
+        evaluate_lr(data, enlarge)
 
 
 def evaluate_saved(data: Path, **changes: int) -> EvaluationResult:
-    return evaluate_model(MODEL, find_cases(data), measurer(**changes), label="m", keep=data / "kept")
+    return evaluate_model(MODEL, find_cases(data), scorer(**changes), label="m", keep=data / "kept")
 
 
 def test_numbers_are_those_of_the_saved_images(data: Path) -> None:
     result = evaluate_saved(data)
-    again = evaluate_images(pair_by_name(data / "kept" / "SR", data / "HR"), Files(), measurer(), label="again")
+    again = evaluate_images(pair_by_name(data / "kept" / "SR", data / "HR"), scorer(), label="again")
     assert result.images == again.images
     assert result.folders == Files(lr=str(data / "LR"), sr=str(data / "kept" / "SR"), hr=str(data / "HR"))
     assert result.files["b"] == Files(lr="b.png", sr="b.png", hr="b.png")
@@ -176,14 +164,12 @@ def test_crops_are_cut_before_the_model_runs(data: Path) -> None:
     np.testing.assert_array_equal(lr, read_image(data / "LR" / "c.png").pixels[2:6, 3:7])
     hr = read_image(data / "kept" / "HR" / "c.png").pixels
     np.testing.assert_array_equal(hr, read_image(data / "HR" / "c.png").pixels[8:24, 12:28])
-    saved = evaluate_images(
-        pair_by_name(data / "kept" / "SR", data / "kept" / "HR"), Files(), measurer(crop=16), label="saved"
-    )
+    saved = evaluate_images(pair_by_name(data / "kept" / "SR", data / "kept" / "HR"), scorer(crop=16), label="saved")
     assert result.images == saved.images
     with pytest.raises(UserError, match="the LR image is 10 x 8, the protocol needs 9 x 9"):
-        Loader(scale=4, crop=36)(find_cases(data).cases[0])
+        load_case(find_cases(data).cases[0], scale=4, crop=36)
     with pytest.raises(UserError, match="multiple of the model's factor"):
-        Loader(scale=4, crop=18)
+        evaluate_saved(data, crop=18)
 
 
 @pytest.mark.parametrize("recipe", ["real_esrgan", "bicubic"])
@@ -195,13 +181,13 @@ def test_made_lr_images_are_those_of_degrade(tmp_path: Path, recipe: str) -> Non
     degrade.run(jobs, tmp_path / "out", header, skip_existing=False)
     data = find_photos(tmp_path / "photos")
     assert data.hr is not None
-    make = Degrader(recipe=get_preset(recipe), seed=7, folder=data.hr)
+    degrader = Degrader(name=recipe, recipe=get_preset(recipe), seed=7, folder=data.hr)
     result = evaluate_model(
         MODEL,
         data,
-        measurer(),
+        scorer(),
         label="m",
-        degradation=Degradation(name=recipe, make=make),
+        degrader=degrader,
         keep=tmp_path / "kept",
     )
     for name in ("a", "sub/b"):
@@ -214,15 +200,15 @@ def test_made_lr_images_are_those_of_degrade(tmp_path: Path, recipe: str) -> Non
 
 
 def test_photos_below_the_scale_are_told(tmp_path: Path) -> None:
-    make = Degrader(recipe=get_preset("bicubic"), seed=0, folder=tmp_path)
+    make = Degrader(name="bicubic", recipe=get_preset("bicubic"), seed=0, folder=tmp_path)
     with pytest.raises(UserError, match="3 x 9, expected sides of at least 4"):
         make(save(tmp_path / "thin.png", scene(9, 3)))
 
 
-def test_a_image_that_cannot_be_kept_is_a_problem(data: Path) -> None:
+def test_an_image_that_cannot_be_kept_is_a_problem(data: Path) -> None:
     (data / "kept").write_text("a file where a folder should be")
     result = evaluate_saved(data)
-    assert "cannot be made" in result.failed["a"]
+    assert "cannot be written" in result.failed["a"]
     assert set(result.images) == set("abcde")
 
 
@@ -234,7 +220,6 @@ def test_without_references_only_the_rest_is_measured(data: Path) -> None:
 
 
 def test_labels_of_loaded_images_name_both_files(data: Path) -> None:
-    loaded: Loaded = Loader(scale=4)(find_cases(data).cases[0])
+    loaded = load_case(find_cases(data).cases[0], scale=4)
     assert loaded.label.endswith(f"against {data / 'HR' / 'a.png'}")
     assert loaded.lr.pixels.shape == (8, 10, 3)
-    assert from_array(samples(scene(4, 4))).width == 4

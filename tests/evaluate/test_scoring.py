@@ -12,13 +12,13 @@ from onestepsr.core.errors import UserError
 from onestepsr.evaluate.metrics.catalog import METRICS, MetricSpec, select_metrics
 from onestepsr.evaluate.metrics.fidelity import psnr_y, ssim_y
 from onestepsr.evaluate.protocols import PROTOCOLS, Protocol, applicable, get_protocol
-from onestepsr.evaluate.scoring import Scorer
+from onestepsr.evaluate.scoring import Problem, Scorer
 
 BASIC = PROTOCOLS["basic"]
 ALL = Protocol(name="test", summary="", metrics=("psnr", "ssim", "grid"))
 
 
-def measurer(protocol: Protocol = ALL, *extra: MetricSpec) -> Scorer:
+def scorer(protocol: Protocol = ALL, *extra: MetricSpec) -> Scorer:
     return Scorer([*(METRICS[name] for name in protocol.metrics), *extra], protocol)
 
 
@@ -39,7 +39,7 @@ def failing(error: Exception, *, when: str) -> MetricSpec:
 def test_values_are_those_of_the_functions() -> None:
     hr = scene(40, 44)
     sr = (noisy(hr, 0.05) * 255).round() / 255
-    score = measurer().score("a", samples(sr), samples(hr))
+    score = scorer().score("a", samples(sr), samples(hr))
     assert score.values["psnr"] == pytest.approx(psnr_y(sr, hr).item(), abs=1e-9)
     assert score.values["ssim"] == pytest.approx(ssim_y(sr, hr).item(), abs=1e-9)
     assert (list(score.values), score.problems) == (["psnr", "ssim", "grid"], [])
@@ -49,59 +49,61 @@ def test_a_border_and_a_crop_are_cut_from_both() -> None:
     hr = scene(48, 60)
     sr = torch.zeros_like(hr)
     sr[..., 3:-3, 3:-3] = hr[..., 3:-3, 3:-3]
-    border = measurer(replace(ALL, crop_border=3)).score("a", samples(sr), samples(hr))
+    border = scorer(replace(ALL, crop_border=3)).score("a", samples(sr), samples(hr))
     assert border.values["psnr"] == pytest.approx(80.0)
-    centre = measurer(replace(ALL, crop=40)).score("a", samples(sr), samples(hr))
+    centre = scorer(replace(ALL, crop=40)).score("a", samples(sr), samples(hr))
     assert centre.values["psnr"] == pytest.approx(80.0)
-    whole = measurer().score("a", samples(sr), samples(hr))
+    whole = scorer().score("a", samples(sr), samples(hr))
     assert whole.values["psnr"] < 40
 
 
 def test_what_is_too_small_for_a_crop_or_border_is_told() -> None:
     small = samples(scene(20, 30))
-    crop = measurer(replace(ALL, crop=24)).score("a", small, small, "a.png")
-    assert crop.problems == ["a.png: 30 x 20: protocol test measures 24 x 24 pixels"]
-    border = measurer(replace(ALL, crop_border=10)).score("a", small, small, "a.png")
-    assert "border of 10" in border.problems[0]
+    crop = scorer(replace(ALL, crop=24)).score("a", small, small, "a.png")
+    assert list(map(str, crop.problems)) == ["a.png: 30 x 20: protocol test measures 24 x 24 pixels"]
+    border = scorer(replace(ALL, crop_border=10)).score("a", small, small, "a.png")
+    assert "border of 10" in border.problems[0].reason
 
 
 def test_different_sizes_are_told_or_made_equal_as_asked() -> None:
     hr = scene(40, 44)
     shorter = samples(hr[..., :38, :])
-    refused = measurer().score("a", shorter, samples(hr), "sr/a.png against hr/a.png")
+    refused = scorer().score("a", shorter, samples(hr), "sr/a.png against hr/a.png")
     assert refused.values == {}
-    assert refused.problems[0].startswith("sr/a.png against hr/a.png: SR is 44 x 38 but HR is 44 x 40")
-    cut = measurer(replace(ALL, resize="crop")).score("a", shorter, samples(hr))
+    assert str(refused.problems[0]).startswith("sr/a.png against hr/a.png: SR is 44 x 38 but HR is 44 x 40")
+    cut = scorer(replace(ALL, resize="crop")).score("a", shorter, samples(hr))
     assert cut.values["psnr"] == pytest.approx(80.0)
     for resize in ("sr-to-hr", "hr-to-sr"):
-        resized = measurer(replace(ALL, resize=resize)).score("a", shorter, samples(hr))
+        resized = scorer(replace(ALL, resize=resize)).score("a", shorter, samples(hr))
         assert 10 < resized.values["psnr"] < 60
 
 
 def test_gray_is_not_compared_with_colour() -> None:
     hr = samples(scene(24, 24))
     gray = hr[..., :1]
-    one, other = measurer().score("a", gray, hr), measurer().score("a", hr, gray)
-    assert "SR is gray but HR has colour" in one.problems[0]
-    assert "SR has colour but HR is gray" in other.problems[0]
+    one, other = scorer().score("a", gray, hr), scorer().score("a", hr, gray)
+    assert "SR is gray but HR has colour" in one.problems[0].reason
+    assert "SR has colour but HR is gray" in other.problems[0].reason
     in_three = np.repeat(gray, 3, axis=2)
-    assert measurer().score("a", gray, in_three).values["psnr"] == pytest.approx(80.0)
+    assert scorer().score("a", gray, in_three).values["psnr"] == pytest.approx(80.0)
 
 
 def test_one_metric_that_fails_leaves_the_others() -> None:
     small = samples(scene(9, 9))
-    score = measurer().score("a", small, small, "a.png")
+    score = scorer().score("a", small, small, "a.png")
     assert list(score.values) == ["psnr", "grid"]
-    assert score.problems == ["a.png: ssim: SSIM needs at least 11 x 11 pixels, got 9 x 9"]
+    reason = "SSIM needs at least 11 x 11 pixels, got 9 x 9"
+    assert score.problems == [Problem(files="a.png", metric="ssim", reason=reason)]
+    assert str(score.problems[0]) == f"a.png: ssim: {reason}"
     lack = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
     for error, message in (
         (UserError("no good"), "no good"),
         *((e, "not enough memory") for e in (MemoryError(), lack)),
     ):
-        score = measurer(ALL, failing(error, when="using")).score("a", small, small)
-        assert message in score.problems[-1]
+        score = scorer(ALL, failing(error, when="using")).score("a", small, small)
+        assert message in score.problems[-1].reason
         assert "psnr" in score.values
-    defect = measurer(ALL, failing(RuntimeError("a defect"), when="using"))
+    defect = scorer(ALL, failing(RuntimeError("a defect"), when="using"))
     with pytest.raises(RuntimeError, match="a defect"):
         defect.score("a", small, small)
 
@@ -110,14 +112,14 @@ def test_values_that_are_no_numbers_are_problems() -> None:
     nan = MetricSpec(
         name="broken", title="", higher_is_better=True, alone=lambda: lambda sr: torch.tensor([float("nan")])
     )
-    score = measurer(ALL, nan).score("a", *[samples(scene(20, 20))] * 2)
-    assert "gives nan" in score.problems[0]
+    score = scorer(ALL, nan).score("a", *[samples(scene(20, 20))] * 2)
+    assert "gives nan" in score.problems[0].reason
     assert "broken" not in score.values
 
 
 def test_what_cannot_be_loaded_is_kept_with_the_reason() -> None:
     broken = failing(UserError("install it"), when="loading")
-    several = measurer(ALL, broken)
+    several = scorer(ALL, broken)
     assert several.unavailable == {"broken": "install it"}
     assert list(several.score("a", *[samples(scene(20, 20))] * 2).values) == ["psnr", "ssim", "grid"]
     with pytest.raises(UserError, match=r"nothing can be measured here \(broken: install it"):
@@ -138,13 +140,13 @@ class MeanDifference:
 
 def test_metrics_of_sets_have_one_value_for_all_images() -> None:
     spec = MetricSpec(name="sets", title="sets", higher_is_better=False, of_sets=MeanDifference)
-    several = measurer(ALL, spec)
+    several = scorer(ALL, spec)
     first = several.score("a", *[samples(torch.full((1, 3, 16, 16), level)) for level in (0.2, 0.4)])
     assert "sets" not in first.values
-    assert several.whole() == ({}, ["sets: needs two"])
+    assert several.whole() == ({}, {"sets": "needs two"})
     several.score("b", *[samples(torch.full((1, 3, 16, 16), level)) for level in (0.6, 1.0)])
-    values, problems = several.whole()
-    assert (values["sets"].count, problems) == (2, [])
+    values, unavailable = several.whole()
+    assert (values["sets"].count, unavailable) == (2, {})
     assert values["sets"].value == pytest.approx(0.9, abs=1e-6)
 
 

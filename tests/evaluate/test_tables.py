@@ -5,14 +5,14 @@ import io
 
 import pytest
 
-from evaluation_results import NIQE, PSNR, make_result
+from evaluation_results import PSNR, make_result
 from onestepsr.evaluate.comparison import compare
 from onestepsr.evaluate.statistics import summarize
 from onestepsr.evaluate.tables import (
     Grid,
     cell,
+    decimals_of,
     difference_grid,
-    digits,
     heading,
     method_grid,
     p_value,
@@ -73,18 +73,20 @@ def test_p_values(value: float | None, text: str) -> None:
     assert p_value(value) == text
 
 
-def test_decimals_are_those_of_the_field() -> None:
-    assert (digits(PSNR, [9.0]), digits(NIQE, [5.6]), digits(NIQE, [5.6, 69.1]), digits(NIQE, [])) == (2, 4, 2, 4)
+@pytest.mark.parametrize(("values", "decimals"), [({"a": 5.6}, 4), ({"a": 69.1}, 2)])
+def test_decimals_follow_size(values: dict[str, float], decimals: int) -> None:
+    comparison = compare([make_result("x", {"a": 9.0}, values)])
+    assert (decimals_of(comparison, "psnr"), decimals_of(comparison, "niqe")) == (2, decimals)
     assert heading(PSNR) == "PSNR-Y (dB) ↑"
-    assert cell(summarize([1.0, 1.0]), 2, interval=False) == "1.00"
     assert cell(None, 2) == "-"
+    assert cell(summarize([1.0]), 2, "+") == "+1.00"
 
 
 def test_csv_holds_every_value_exactly() -> None:
     text = values_csv([make_result("x", {"a": 0.1 + 0.2}, {"b,c": 5.0}), make_result("=cmd", {"-a": 1.0})])
     lines = list(csv.reader(io.StringIO(text)))
     assert lines == [
-        ["method", "picture", "psnr", "niqe"],
+        ["method", "image", "psnr", "niqe"],
         ["x", "a", repr(0.1 + 0.2), ""],
         ["x", "b,c", "", "5.0"],
         ["'=cmd", "'-a", "1.0", ""],

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from onestepsr.core.errors import UserError
-from onestepsr.evaluate.metrics.inception import BLOCKS, InceptionFeatures, MixedBlock
+from onestepsr.evaluate.metrics.fid import BLOCKS, InceptionFeatures, MixedBlock
 from onestepsr.models.perceptual_features import AlexNetFeatures
 from weights_by_name import fill_by_name
 

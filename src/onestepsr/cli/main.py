@@ -1,4 +1,4 @@
-"""The ``onestepsr`` command: one module per group of commands, one place where errors become lines and exit codes."""
+"""The ``onestepsr`` command: registration of all commands, and errors as one line with an exit code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _root(
     version: bool = typer.Option(
         False, "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
     ),
-    verbose: bool = typer.Option(False, "--verbose", help="Log what is decided and why."),
+    verbose: bool = typer.Option(False, "--verbose", help="Log decisions and their reasons."),
     debug: bool = typer.Option(False, "--debug", help="Show a traceback when something fails."),
 ) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
@@ -69,17 +69,17 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
     except OneStepSRError as error:
         _fail(error, str(error), USAGE_ERROR, debug)
-    except Exception as error:  # noqa: BLE001  (the last resort: whatever it is, it ends in one line)
-        if hasattr(error, "format_message"):  # wrong usage, in the words of the command-line library
+    except Exception as error:  # noqa: BLE001  (last resort: any error ends in one line)
+        if hasattr(error, "format_message"):  # wrong usage, found by the command-line library
             _explain_usage(error)
         _fail(error, f"{type(error).__name__}: {error} (add --debug for the traceback)", 1, debug)
-    if code == INTERRUPTED:  # into which the command-line library turns an interrupt of a command
+    if code == INTERRUPTED:  # the command-line library's code for an interrupt
         typer.echo("interrupted", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _print_all_characters() -> None:
-    """File names may hold what the encoding of a pipe or terminal lacks: that is written as an escape, no error."""
+    """Write characters that the encoding of a pipe or terminal lacks as escapes instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
@@ -93,7 +93,7 @@ def _fail(error: Exception, line: str, code: int, debug: bool) -> NoReturn:
 
 
 def _explain_usage(error: Any) -> NoReturn:
-    """One line; the whole help where a command was called with nothing at all."""
+    """Print one line, or the whole help if a command was called without arguments."""
     message = error.format_message()
     if "\n" in message.strip() or not message:
         error.show()

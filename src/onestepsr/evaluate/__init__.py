@@ -1,1 +1,1 @@
-"""Image quality metrics, as functions of tensors."""
+"""Image quality metrics, evaluations, comparisons and reports."""

@@ -1,21 +1,21 @@
-"""Several results side by side: the images they share, what keeps them from being comparable, and paired tests."""
+"""Several results side by side: the images they share, differences in how they were measured, and paired tests."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from onestepsr.core.errors import UserError, join_names
-from onestepsr.evaluate.result import UNKNOWN_PROTOCOL, EvaluationResult, MetricRecord
+from onestepsr.evaluate.result import EvaluationResult, MetricRecord
 from onestepsr.evaluate.statistics import PairedComparison, Summary, compare_paired, holm, summarize
 
 SCHEMA = 1
 SIGNIFICANCE = 0.05
 MAX_METHODS = 20
 LISTED = 3
-"""How many names a warning about images gives as examples."""
+"""Number of names that a warning about images gives as examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,34 +24,29 @@ class Difference:
 
     metric: str
     method: int
-    """Number of the method, counted from 0; the first is what it is compared with."""
+    """Number of the method, counted from 0; it is compared with the first."""
     paired: PairedComparison
     adjusted: float | None
-    """Wilcoxon's p value after Holm, over every metric and method of the comparison; none if no image differs."""
+    """Wilcoxon's p value after Holm, over every metric and method of the comparison; None if no image differs."""
     higher_is_better: bool
 
     @property
-    def significant(self) -> bool:
-        """Whether chance is an unlikely reason for the difference, by the adjusted p value and the 5 % level."""
-        return self.adjusted is not None and self.adjusted < SIGNIFICANCE
-
-    @property
     def verdict(self) -> str:
-        """``better``, ``worse`` or ``undecided``, of the method against the first one."""
-        if not self.significant or self.paired.difference.mean == 0:
+        """``better``, ``worse`` or ``undecided`` than the first method, by the adjusted p value and the 5 % level."""
+        if self.adjusted is None or self.adjusted >= SIGNIFICANCE or self.paired.difference.mean == 0:
             return "undecided"
         return "better" if (self.paired.difference.mean > 0) == self.higher_is_better else "worse"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Results of one or more methods; everything below is over the images that all of them have."""
+    """Results of one or more methods, compared over the images that all of them have."""
 
     results: tuple[EvaluationResult, ...]
 
     @property
     def labels(self) -> list[str]:
-        """One name for each method, all different."""
+        """Name of each method, all different."""
         return [result.label for result in self.results]
 
     @cached_property
@@ -64,35 +59,33 @@ class Comparison:
         return found
 
     @cached_property
-    def pictures(self) -> list[str]:
-        """Names of the images of any result, sorted as the first results have them."""
+    def images(self) -> list[str]:
+        """Names of the images of all results, in the order of the first result that has them."""
         return list(dict.fromkeys(name for result in self.results for name in result.images))
 
     def common(self, metric: str) -> list[str]:
-        """Images with a value of ``metric`` in every result that has the metric at all."""
+        """Images with a value of ``metric`` in every result that has the metric."""
         having = [values for result in self.results if (values := result.values(metric))]
         return [name for name in having[0] if all(name in values for values in having)] if having else []
 
-    def summary(self, method: int, metric: str) -> Summary | None:
-        """Mean over the common images (of a metric of whole sets: its value); none where there is no value."""
-        result = self.results[method]
-        if metric in result.whole:
-            return result.summaries()[metric]
-        values = result.values(metric)
-        common = self.common(metric)
-        return summarize([values[name] for name in common]) if values and common else None
-
     @cached_property
     def summaries(self) -> list[dict[str, Summary]]:
-        """By method and metric, the summary where there is one."""
-        found = []
-        for method in range(len(self.results)):
-            row = {metric: self.summary(method, metric) for metric in self.metrics}
-            found.append({metric: summary for metric, summary in row.items() if summary is not None})
+        """By method and metric, the mean over the common images, or the value of a metric of whole sets."""
+        common = {metric: self.common(metric) for metric in self.metrics}
+        found: list[dict[str, Summary]] = []
+        for result in self.results:
+            row, own = {}, result.summaries()
+            for metric in [metric for metric in self.metrics if metric in own]:
+                values = result.values(metric)
+                if metric in result.whole:
+                    row[metric] = own[metric]
+                elif common[metric]:
+                    row[metric] = summarize([values[name] for name in common[metric]])
+            found.append(row)
         return found
 
     def best(self, metric: str) -> frozenset[int]:
-        """Numbers of the methods with the best mean; empty where there are not two to choose from."""
+        """Numbers of the methods with the best mean; empty if fewer than two have the metric."""
         means = {number: row[metric].mean for number, row in enumerate(self.summaries) if metric in row}
         if len(means) < 2:
             return frozenset()
@@ -106,25 +99,23 @@ class Comparison:
         found: list[Difference] = []
         for metric, record in self.metrics.items():
             for method in range(1, len(self.results)):
-                if paired := self._paired(metric, method):
-                    found.append(
-                        Difference(
-                            metric=metric,
-                            method=method,
-                            paired=paired,
-                            adjusted=None,
-                            higher_is_better=record.higher_is_better,
-                        )
-                    )
-        tested = [index for index, item in enumerate(found) if item.paired.p_wilcoxon is not None]
-        adjusted = holm([found[index].paired.p_wilcoxon or 0.0 for index in tested])
-        for index, value in zip(tested, adjusted, strict=True):
-            found[index] = replace(found[index], adjusted=value)
+                first, second = self.results[0].values(metric), self.results[method].values(metric)
+                common = [name for name in self.common(metric) if name in first and name in second]
+                if not common:
+                    continue
+                paired = compare_paired([first[name] for name in common], [second[name] for name in common])
+                better = record.higher_is_better
+                found.append(
+                    Difference(metric=metric, method=method, paired=paired, adjusted=None, higher_is_better=better)
+                )
+        p_values = {index: p for index, item in enumerate(found) if (p := item.paired.p_wilcoxon) is not None}
+        for index, adjusted in zip(p_values, holm(list(p_values.values())), strict=True):
+            found[index] = replace(found[index], adjusted=adjusted)
         return found
 
     @cached_property
     def warnings(self) -> list[str]:
-        """One line for each thing that keeps the numbers from being comparable."""
+        """Reasons for which the numbers are not comparable, one line each."""
         first = self.results[0]
         lines: list[str] = []
         for result in self.results[1:]:
@@ -134,7 +125,7 @@ class Comparison:
         return lines
 
     def to_mapping(self) -> dict[str, Any]:
-        """What ``evaluate compare --json`` writes."""
+        """Content of the JSON file of ``evaluate compare --json``."""
         methods = [
             {
                 "label": result.label,
@@ -145,39 +136,32 @@ class Comparison:
             }
             for result, row in zip(self.results, self.summaries, strict=True)
         ]
-        differences = [self._difference_mapping(item) for item in self.differences]
+        differences = [
+            {
+                "metric": item.metric,
+                "first": self.labels[0],
+                "second": self.labels[item.method],
+                "difference": item.paired.difference.mean,
+                "interval95": item.paired.difference.interval95,
+                "count": item.paired.difference.count,
+                "p_student": item.paired.p_student,
+                "p_wilcoxon": item.paired.p_wilcoxon,
+                "p_holm": item.adjusted,
+                "higher": item.paired.higher,
+                "lower": item.paired.lower,
+                "verdict": item.verdict,
+            }
+            for item in self.differences
+        ]
         return {"schema": SCHEMA, "methods": methods, "differences": differences, "warnings": self.warnings}
-
-    def _difference_mapping(self, item: Difference) -> dict[str, Any]:
-        paired = item.paired
-        return {
-            "metric": item.metric,
-            "first": self.labels[0],
-            "second": self.labels[item.method],
-            "difference": paired.difference.mean,
-            "interval95": paired.difference.interval95,
-            "count": paired.difference.count,
-            "p_student": paired.p_student,
-            "p_wilcoxon": paired.p_wilcoxon,
-            "p_holm": item.adjusted,
-            "higher": paired.higher,
-            "lower": paired.lower,
-            "verdict": item.verdict,
-        }
-
-    def _paired(self, metric: str, method: int) -> PairedComparison | None:
-        first, second = self.results[0].values(metric), self.results[method].values(metric)
-        common = [name for name in self.common(metric) if name in first and name in second]
-        return compare_paired([first[n] for n in common], [second[n] for n in common]) if common else None
 
 
 def compare(results: Sequence[EvaluationResult]) -> Comparison:
-    """Put results side by side; equal labels get numbers. UserError for none, too many, or nothing in common."""
+    """Put results side by side, with numbers added to equal labels; UserError if they have nothing in common."""
     if not 1 <= len(results) <= MAX_METHODS:
         raise UserError(f"{len(results)} results to compare, expected 1 to {MAX_METHODS}")
-    if not all(result.images or result.whole for result in results):
-        empty = next(result.label for result in results if not (result.images or result.whole))
-        raise UserError(f"'{empty}' has no values to compare")
+    if empty := [result.label for result in results if not (result.images or result.whole)]:
+        raise UserError(f"'{empty[0]}' has no values to compare")
     comparison = Comparison(tuple(_distinct(results)))
     if len(results) > 1 and comparison.metrics and not any(comparison.common(name) for name in comparison.metrics):
         names = [next(iter(result.images), "none") for result in results[:2]]
@@ -187,12 +171,10 @@ def compare(results: Sequence[EvaluationResult]) -> Comparison:
 
 
 def protocol_mismatches(first: EvaluationResult, second: EvaluationResult) -> list[str]:
-    """One line for each way in which two results were measured differently."""
+    """Differences between the protocols of two results, one line each."""
     own, other = first.protocol, second.protocol
     lines = []
-    if UNKNOWN_PROTOCOL in (own.name, other.name):
-        lines.append("protocol not recorded, so nobody knows whether the numbers can be compared")
-    elif own.name != other.name:
+    if own.name != other.name:
         lines.append(f"protocol '{own.name}' against '{other.name}'")
     for key in [key for key in own.settings if key in other.settings]:
         if own.settings[key] != other.settings[key]:
@@ -203,12 +185,9 @@ def protocol_mismatches(first: EvaluationResult, second: EvaluationResult) -> li
             lines.append(f"{mine.title} is '{mine.variant}' against '{theirs.variant}'")
         if mine.higher_is_better != theirs.higher_is_better:
             lines.append(f"{mine.title} is better when higher in one and lower in the other")
-    only = [*_absent(first.metrics, second.metrics), *_absent(second.metrics, first.metrics)]
+    sides = ((first.metrics, second.metrics), (second.metrics, first.metrics))
+    only = [record.title for ours, theirs in sides for name, record in ours.items() if name not in theirs]
     return [*lines, f"only one has {', '.join(only)}"] if only else lines
-
-
-def _absent(ours: Mapping[str, MetricRecord], theirs: Mapping[str, MetricRecord]) -> list[str]:
-    return [record.title for name, record in ours.items() if name not in theirs]
 
 
 def _image_mismatches(first: EvaluationResult, second: EvaluationResult) -> list[str]:

@@ -1,4 +1,4 @@
-"""Named protocols: everything besides the images that decides the numbers of a table."""
+"""Named protocols: the settings besides the images that decide the numbers of a table."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ COLOUR = "stored RGB values, gray repeated, profiles and transparency left aside
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How images are brought into the form that is measured, and what is measured."""
+    """Preparation of images before they are measured, and the metrics."""
 
     name: str
     """Name, also in result files."""
     summary: str
-    """One line: whose protocol it is."""
+    """Origin of the protocol, in one line."""
     metrics: tuple[str, ...]
     """Metrics by name, in the order of the table."""
     crop: int = 0
     """Side of the central square of HR and SR that is measured; 0 measures whole images.
 
-    Where the evaluation runs the model, the input is cut to the square that belongs to it first.
+    If the evaluation runs the model, its input is cut to the matching square first.
     """
     crop_border: int = 0
     """Rows and columns cut from every side of SR and HR before anything is measured."""
     resize: Resize = "never"
-    """What is done where SR and HR have different sizes.
+    """Treatment of SR and HR of different sizes.
 
     ``never``: the image counts as failed. ``crop``: both are cut to the common size, at the bottom and right, as for
     HR images whose sides are no multiple of the scale. ``sr-to-hr`` and ``hr-to-sr``: one is resized by an
@@ -49,13 +49,13 @@ class Protocol:
             raise UserError(f"resize '{self.resize}': accepted: {', '.join(get_args(Resize))}")
 
     def fitted(self, sr: Tensor, hr: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """SR and HR (1, 3, H, W) in the form that is measured, of equal size; UserError where they cannot be."""
+        """SR and HR (1, 3, H, W) cropped and resized for measuring, of equal size; UserError if that is impossible."""
         if hr is not None:
             sr, hr = _equal(sr, hr, self.resize)
         return self._cut(sr), None if hr is None else self._cut(hr)
 
     def record(self, metrics: Sequence[MetricSpec], **settings: Setting) -> ProtocolRecord:
-        """What is saved with the values of ``metrics``; ``settings`` are further ones that decided numbers."""
+        """Description saved with the values of ``metrics``; ``settings`` are further ones that decided numbers."""
         own: dict[str, Setting] = {
             "pictures": "crops" if self.crop else "whole",
             "crop": self.crop,
@@ -111,7 +111,7 @@ def get_protocol(name: str) -> Protocol:
 
 
 def applicable(protocol: Protocol, *, with_reference: bool) -> list[MetricSpec]:
-    """The metrics of a protocol, without references those that need none."""
+    """The metrics of a protocol; without references, only those that need none."""
     chosen = [METRICS[name] for name in protocol.metrics]
     return [metric for metric in chosen if with_reference or not metric.needs_reference]
 

@@ -1,39 +1,158 @@
-"""Whole folders: images are read, enlarged and measured at the same time, and come out in the order they went in."""
+"""One evaluation from beginning to end: of images in folders, or of a model on a dataset."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal
 
 import torch
 
-from onestepsr.core.errors import OneStepSRError
+from onestepsr.core.errors import OneStepSRError, UserError
+from onestepsr.core.files import remove_leftovers
 from onestepsr.core.machine import cores
-from onestepsr.evaluate.inputs import Degrader, Loaded, Loader, OutputWriter, relative
-from onestepsr.evaluate.pairing import Case, EvaluationData, Pair, Pairing
+from onestepsr.data.degradation.photo_files import draw_for, make_pair
+from onestepsr.data.degradation.pipeline import Recipe
+from onestepsr.evaluate.pairing import Case, CaseSet
 from onestepsr.evaluate.result import EvaluationResult, Files, ModelRecord, Setting, machine_entries, now
-from onestepsr.evaluate.scoring import Score, Scorer
-from onestepsr.imaging.read import LoadedImage, read_image
+from onestepsr.evaluate.scoring import Problem, Score, Scorer
+from onestepsr.imaging.read import LoadedImage, Samples, from_array, read_image
+from onestepsr.imaging.write import write_image
 from onestepsr.inference.devices import oom_as_user_error
+from onestepsr.inference.pipeline import Limits, bounded_map
 
-T = TypeVar("T")
 MAX_WORKERS = 8
-"""Beyond, images in memory cost more than threads bring."""
+"""More threads would cost more in memory than they gain in time."""
 READ_AHEAD = 2
+
+
+# ---- inputs of a model: read as they are, cut to a protocol's crops, or made from HR photos ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Degrader:
+    """Makes LR images from HR photos: with the same recipe, seed and names, those that ``onestepsr degrade`` writes.
+
+    The degradation of a photo depends on the seed and on its path in ``folder`` alone.
+    """
+
+    name: str
+    """Name of the recipe, for the result."""
+    recipe: Recipe
+    seed: int
+    folder: Path
+    scale: int = 4
+
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """Settings that are saved beside those of the protocol."""
+        return {"degradation": self.name, "degradation_seed": self.seed}
+
+    def __call__(self, path: Path) -> tuple[Samples, Samples]:
+        """LR samples (h, w, 3) and HR samples (h * scale, w * scale, 3), cropped at the bottom and right."""
+        name = path.relative_to(self.folder).as_posix() if path != self.folder else path.name
+        drawn = draw_for(self.recipe, self.seed, name)
+        return make_pair(path, drawn, seed=self.seed, name=name, scale=self.scale, multiple=self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """One case with its images read."""
+
+    lr: LoadedImage
+    hr: Samples | None
+    label: str
+    """The files, for messages."""
+
+
+def load_case(case: Case, *, scale: int, crop: int = 0, degrader: Degrader | None = None) -> Loaded:
+    """Read one case for a model of factor ``scale``; UserError that names the file.
+
+    ``crop`` is the side of the central square of HR that is measured, or 0 for whole images; ``degrader`` makes the LR
+    image of a case that has none.
+    """
+    if degrader is not None and case.hr is not None:
+        samples, hr = degrader(case.hr)
+        lr, label = from_array(samples), str(case.hr)
+    else:
+        lr, hr, label = read_image(case.path), None, str(case.path)
+        if case.hr is not None:
+            hr, label = read_image(case.hr).pixels, f"{case.path} enlarged, against {case.hr}"
+    if not crop:
+        return Loaded(lr=lr, hr=hr, label=label)
+    side = crop // scale
+    if min(lr.height, lr.width) < side:
+        raise UserError(f"{label}: the LR image is {lr.width} x {lr.height}, the protocol needs {side} x {side}")
+    top, left = (lr.height - side) // 2, (lr.width - side) // 2
+    if hr is not None:
+        hr = _window(hr, top * scale, left * scale, crop)
+    alpha = None if lr.alpha is None else _window(lr.alpha, top, left, side)
+    return Loaded(lr=replace(lr, pixels=_window(lr.pixels, top, left, side), alpha=alpha), hr=hr, label=label)
+
+
+def _window(samples: Samples, top: int, left: int, side: int) -> Samples:
+    return samples[top : top + side, left : left + side].copy()
+
+
+# ---- outputs of a model ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputWriter:
+    """Saves the images of an evaluation as PNG."""
+
+    folder: Path
+    sides: tuple[str, ...]
+    """Subfolders to write: ``SR``; also ``LR`` and ``HR`` if these were degraded or cropped, and are in no file yet."""
+
+    def path(self, side: str, case: Case) -> Path:
+        """File of one image."""
+        return self.folder / side / f"{case.name}.png"
+
+    def save(self, case: Case, loaded: Loaded, sr: LoadedImage) -> None:
+        """Write the images of one case; UserError if that fails."""
+        images = {"SR": sr, "LR": loaded.lr}
+        if loaded.hr is not None:
+            images["HR"] = from_array(loaded.hr)
+        for side in self.sides:
+            write_image(images[side], self.path(side, case), sweep=False)
+
+    def recorded(self, folders: Files, files: Mapping[str, Files]) -> tuple[Files, dict[str, Files]]:
+        """Folders, and the files of each case relative to them, with the saved images filled in."""
+        keys = [side.lower() for side in self.sides]
+        saved = {key: str(self.folder / side) for key, side in zip(keys, self.sides, strict=True)}
+        named = {name: replace(own, **dict.fromkeys(keys, f"{name}.png")) for name, own in files.items()}
+        return replace(folders, **saved), named
+
+
+# ---- evaluations ----
+
+Track = Callable[[Iterable[Score], int], Iterable[Score]]
+"""A progress bar around scores, whose number is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedModel:
+    """A model to run and measure."""
+
+    enlarge: Callable[[LoadedImage, Path], LoadedImage]
+    """Enlarges one image by ``scale``; its path, or that of the photo it was made from, leads to its prompt."""
+    scale: int
+    """Output side / input side."""
+    record: ModelRecord
+    """Description that is saved with the values."""
 
 
 class Clock:
     """Seconds by part of the work, added up over threads."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+        self._seconds: dict[str, float] = {}
         self._lock = threading.Lock()
 
     @contextmanager
@@ -44,94 +163,128 @@ class Clock:
             yield
         finally:
             with self._lock:
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+                self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by part, and the total since the clock was made."""
+        parts = {**self._seconds, "total": time.perf_counter() - self._started}
+        return {name: round(value, 3) for name, value in parts.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelRun:
-    """What it takes to measure a model on cases."""
+def evaluate_images(
+    data: CaseSet, scorer: Scorer, *, label: str, track: Track = lambda scores, _: scores
+) -> EvaluationResult:
+    """Measure super-resolved images that are in files; several are read and measured at a time, each by one thread."""
+    clock, count = Clock(), worker_count()
 
-    load: Callable[[Case], Loaded]
-    """Reads a case; called by several threads."""
-    enlarge: Callable[[LoadedImage, Path], LoadedImage]
-    """The model, on an image and its file; called by one thread only, in the order of the cases."""
-    measurer: Scorer
-    keep: Callable[[Case, Loaded, LoadedImage], None] = lambda case, loaded, sr: None
-    """Gets every SR image, for example to save it; called by several threads."""
-    clock: Clock = field(default_factory=Clock)
-
-    def scores(self, cases: Iterable[Case], workers: int | None = None) -> Iterator[Score]:
-        """Score the cases in order, the network in this thread, reading and measuring in ``workers`` others."""
-        count = workers or worker_count()
-        with _pool(count) as pool:
-            waiting = iter(cases)
-            loading: deque[tuple[Case, Future[Loaded]]] = deque()
-            scoring: deque[Future[Score]] = deque()
-            while True:
-                while len(loading) < READ_AHEAD and (case := next(waiting, None)) is not None:
-                    loading.append((case, pool.submit(self._load, case)))
-                if not loading:
-                    break
-                scoring.append(pool.submit(self._finish, *self._enlarged(*loading.popleft())))
-                while scoring and (scoring[0].done() or len(scoring) > count):
-                    yield scoring.popleft().result()
-            yield from (future.result() for future in scoring)
-
-    def _load(self, case: Case) -> Loaded:
-        with self.clock.part("reading"):
-            return self.load(case)
-
-    def _enlarged(self, case: Case, loading: Future[Loaded]) -> tuple[Case, Loaded | None, LoadedImage | str]:
-        """The case with its SR image, or with one line of what went wrong."""
+    def score(case: Case) -> Score:
+        files = str(case.path) if case.hr is None else f"{case.path} against {case.hr}"
         try:
-            with oom_as_user_error("not enough memory; try --tile 64"):
-                loaded = loading.result()
-                with self.clock.part("model"):
-                    return case, loaded, self.enlarge(loaded.lr, case.path)
+            with oom_as_user_error(f"{files}: not enough memory"):
+                with clock.part("reading"):
+                    sr, hr = read_image(case.path).pixels, None if case.hr is None else read_image(case.hr).pixels
+                with clock.part("metrics"):
+                    return scorer.score(case.name, sr, hr, files)
         except OneStepSRError as error:
-            return case, None, _named(case, str(error))
+            return Score(name=case.name, problems=[Problem(reason=str(error))])
 
-    def _finish(self, case: Case, loaded: Loaded | None, sr: LoadedImage | str) -> Score:
-        if loaded is None or isinstance(sr, str):
-            return Score(name=case.name, problems=[str(sr)])
-        with self.clock.part("metrics"):
-            score = self.measurer.score(case.name, sr.pixels, loaded.hr, loaded.label)
+    limits = Limits(images=2 * count, readers=count, writers=1)
+    with (
+        _one_core_each(count),
+        closing(bounded_map(data.cases, score, lambda one: one, lambda one: one, limits=limits)) as scores,
+    ):
+        measured = list(track(scores, len(data.cases)))
+    folders, files = _recorded(data, "sr")
+    return _result(measured, scorer, clock, label=label, folders=folders, files=files)
+
+
+@dataclass(kw_only=True)
+class _Step:
+    """One case on its way through the pipeline."""
+
+    case: Case
+    loaded: Loaded | None = None
+    sr: LoadedImage | None = None
+    problem: Problem | None = None
+
+
+def evaluate_model(
+    model: EvaluatedModel,
+    data: CaseSet,
+    scorer: Scorer,
+    *,
+    label: str,
+    degrader: Degrader | None = None,
+    keep: Path | None = None,
+    track: Track = lambda scores, _: scores,
+) -> EvaluationResult:
+    """Enlarge the images of ``data`` with ``model`` and measure the result as 8-bit or 16-bit files would hold it.
+
+    ``degrader`` makes the LR images where ``data`` has HR photos only. ``keep`` is a folder that receives the images
+    as PNG files. The numbers are those of ``onestepsr upscale`` to PNG and an evaluation of its folder. The network
+    runs in this thread, in the order of the cases, while others read and measure.
+    """
+    clock, crop = Clock(), scorer.protocol.crop
+    if crop % model.scale:
+        raise UserError(f"crop {crop}: expected a multiple of the model's factor, {model.scale}")
+    writer: OutputWriter | None = None
+    if keep is not None:
+        changed = ("LR", *(("HR",) if data.hr is not None else ())) if degrader is not None or crop else ()
+        writer = OutputWriter(folder=keep, sides=("SR", *changed))
+        # All at once, for it lists whole folders.
+        remove_leftovers(*(writer.path(side, case) for case in data.cases for side in writer.sides))
+
+    def read(case: Case) -> _Step:
         try:
-            self.keep(case, loaded, sr)
+            with clock.part("reading"), oom_as_user_error(f"{case.path}: not enough memory"):
+                return _Step(case=case, loaded=load_case(case, scale=model.scale, crop=crop, degrader=degrader))
         except OneStepSRError as error:
-            score.problems.append(str(error))
+            return _Step(case=case, problem=Problem(reason=str(error)))
+
+    def enlarge(step: _Step) -> _Step:
+        if step.loaded is not None:
+            try:
+                with clock.part("model"), oom_as_user_error("not enough memory; try --tile 64"):
+                    step.sr = model.enlarge(step.loaded.lr, step.case.path)
+            except OneStepSRError as error:
+                step.problem = Problem(files=str(step.case.path), reason=str(error))
+        return step
+
+    def measure(step: _Step) -> Score:
+        if step.loaded is None or step.sr is None:
+            return Score(name=step.case.name, problems=[] if step.problem is None else [step.problem])
+        with clock.part("metrics"):
+            score = scorer.score(step.case.name, step.sr.pixels, step.loaded.hr, step.loaded.label)
+        if writer is not None:
+            try:
+                writer.save(step.case, step.loaded, step.sr)
+            except OneStepSRError as error:
+                score.problems.append(Problem(reason=str(error)))
         return score
 
+    def nbytes(step: _Step) -> int:
+        if step.loaded is None:
+            return 0
+        hr = 0 if step.loaded.hr is None else int(step.loaded.hr.nbytes)
+        return hr + int(step.loaded.lr.pixels.nbytes) * (1 + model.scale**2)
 
-def score_pairs(
-    pairs: Sequence[Pair], measurer: Scorer, *, workers: int | None = None, clock: Clock | None = None
-) -> Iterator[Score]:
-    """Score pairs in order; several are read and measured at a time, each by one thread."""
-    count, clock = workers or worker_count(), clock or Clock()
-
-    def score(pair: Pair) -> Score:
-        label = str(pair.sr) if pair.hr is None else f"{pair.sr} against {pair.hr}"
-        try:
-            with oom_as_user_error(f"{label}: not enough memory"):
-                with clock.part("reading"):
-                    sr, hr = read_image(pair.sr).pixels, None if pair.hr is None else read_image(pair.hr).pixels
-                with clock.part("metrics"):
-                    return measurer.score(pair.name, sr, hr, label)
-        except OneStepSRError as error:
-            return Score(name=pair.name, problems=[str(error)])
-
-    with _one_core_each(count), _pool(count) as pool:
-        yield from in_order(pool, (lambda pair=pair: score(pair) for pair in pairs), 2 * count)  # type: ignore[misc]
+    count = worker_count()
+    limits = Limits(images=1 + READ_AHEAD + count, readers=READ_AHEAD, writers=count)
+    with closing(bounded_map(data.cases, read, enlarge, measure, nbytes=nbytes, limits=limits)) as scores:
+        measured = list(track(scores, len(data.cases)))
+    folders, files = _recorded(data, "lr")
+    if writer is not None:
+        folders, files = writer.recorded(folders, files)
+    settings: dict[str, Setting] = {"scale": model.scale, **({} if degrader is None else degrader.settings)}
+    return _result(
+        measured, scorer, clock, label=label, folders=folders, files=files, settings=settings, model=model.record
+    )
 
 
-def in_order(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]], ahead: int) -> Iterator[T]:
-    """Results of ``tasks`` in their order, with at most ``ahead`` of them begun or waiting."""
-    running: deque[Future[T]] = deque()
-    for task in tasks:
-        running.append(pool.submit(task))
-        if len(running) >= ahead:
-            yield running.popleft().result()
-    yield from (future.result() for future in running)
+def without_images(result: EvaluationResult) -> EvaluationResult:
+    """``result`` without the paths of SR images, for those that are not kept."""
+    files = {name: replace(own, sr=None) for name, own in result.files.items()}
+    return replace(result, folders=replace(result.folders, sr=None), files=files)
 
 
 def worker_count() -> int:
@@ -139,23 +292,38 @@ def worker_count() -> int:
     return max(1, min(MAX_WORKERS, cores()))
 
 
-def _named(case: Case, problem: str) -> str:
-    return problem if str(case.path) in problem else f"{case.path}: {problem}"
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that, if the block is left early, start nothing that has not begun."""
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="evaluate")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _result(
+    scores: Iterable[Score],
+    scorer: Scorer,
+    clock: Clock,
+    *,
+    label: str,
+    folders: Files,
+    files: Mapping[str, Files],
+    settings: Mapping[str, Setting] | None = None,
+    model: ModelRecord | None = None,
+) -> EvaluationResult:
+    by_name = {score.name: score for score in scores}
+    whole, unavailable = scorer.whole()
+    return EvaluationResult(
+        label=label,
+        protocol=scorer.protocol.record(scorer.metrics, **(settings or {})),
+        images={name: score.values for name, score in by_name.items() if score.values},
+        whole=whole,
+        model=model,
+        folders=folders,
+        files=files,
+        failed={name: "; ".join(map(str, score.problems)) for name, score in by_name.items() if score.problems},
+        unavailable={**scorer.unavailable, **unavailable},
+        seconds=clock.seconds(),
+        machine={**machine_entries(), "torch": str(torch.__version__), "metrics_on": str(scorer.device)},
+        date=now(),
+    )
 
 
 @contextmanager
 def _one_core_each(workers: int) -> Iterator[None]:
-    """Keep several threads from each starting as many of PyTorch's."""
+    """Share PyTorch's threads among the threads that measure."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // workers))
     try:
@@ -164,145 +332,15 @@ def _one_core_each(workers: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# One evaluation from beginning to end: of images in folders, or of a model on a dataset ----------------------------
+def _recorded(data: CaseSet, role: Literal["lr", "sr"]) -> tuple[Files, dict[str, Files]]:
+    """Folders of a set, and the files of each case relative to them, with forward slashes."""
 
-Track = Callable[[Iterable[Score], int], Iterable[Score]]
-"""A progress bar around scores, whose number is given."""
+    def relative(path: Path | None, folder: Path | None) -> str | None:
+        if path is None or folder is None:
+            return None
+        return path.name if path == folder else path.relative_to(folder).as_posix()
 
-
-def untracked(scores: Iterable[Score], total: int) -> Iterable[Score]:
-    """No progress bar."""
-    return scores
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluatedModel:
-    """A model as an evaluation sees it."""
-
-    enlarge: Callable[[LoadedImage, Path], LoadedImage]
-    """Enlarges one image by ``scale``. Its file, or that of the photo it was made of, comes along for what belongs to
-    it by name, such as a prompt."""
-    scale: int
-    """Output side / input side."""
-    record: ModelRecord
-    """What is saved about it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Degradation:
-    """How LR images are made of HR photos."""
-
-    name: str
-    """Name of the recipe."""
-    make: Degrader
-
-    @property
-    def settings(self) -> dict[str, Setting]:
-        """What is saved of it beside the protocol."""
-        return {"degradation": self.name, "degradation_seed": self.make.seed}
-
-
-@dataclass(kw_only=True)
-class _Collected:
-    """Scores as they come, in the form that a result has."""
-
-    measurer: Scorer
-    scores: dict[str, Score] = field(default_factory=dict)
-    clock: Clock = field(default_factory=Clock)
-    started: float = field(default_factory=time.perf_counter)
-
-    def add(self, scores: Iterable[Score]) -> None:
-        """Take ``scores`` in."""
-        for score in scores:
-            self.scores[score.name] = score
-
-    def result(
-        self,
-        *,
-        label: str,
-        folders: Files,
-        files: Mapping[str, Files],
-        settings: Mapping[str, Setting],
-        model: ModelRecord | None = None,
-    ) -> EvaluationResult:
-        """The result of all scores."""
-        whole, problems = self.measurer.whole()
-        unavailable = {**self.measurer.unavailable, **dict(problem.split(": ", 1) for problem in problems)}
-        seconds = {**self.clock.seconds, "total": time.perf_counter() - self.started}
-        return EvaluationResult(
-            label=label,
-            protocol=self.measurer.protocol.record(self.measurer.metrics, **settings),
-            images={name: score.values for name, score in self.scores.items() if score.values},
-            whole=whole,
-            model=model,
-            folders=folders,
-            files=files,
-            failed={name: "; ".join(score.problems) for name, score in self.scores.items() if score.problems},
-            unavailable=unavailable,
-            seconds={name: round(value, 3) for name, value in seconds.items()},
-            machine={**machine_entries(), "torch": str(torch.__version__), "metrics_on": str(self.measurer.device)},
-            date=now(),
-        )
-
-
-def evaluate_images(
-    pairing: Pairing, folders: Files, measurer: Scorer, *, label: str, track: Track = untracked
-) -> EvaluationResult:
-    """Measure super-resolved images that are in files; ``folders`` is where the pairs were found."""
-    collected = _Collected(measurer=measurer)
-    scores = score_pairs(pairing.pairs, measurer, clock=collected.clock)
-    collected.add(track(scores, len(pairing.pairs)))
-    roots = [None if folder is None else Path(folder) for folder in (folders.sr, folders.hr)]
-    files = {p.name: Files(sr=relative(p.sr, roots[0]), hr=relative(p.hr, roots[1])) for p in pairing.pairs}
-    return collected.result(label=label, folders=folders, files=files, settings={})
-
-
-def evaluate_model(
-    model: EvaluatedModel,
-    data: EvaluationData,
-    measurer: Scorer,
-    *,
-    label: str,
-    degradation: Degradation | None = None,
-    keep: Path | None = None,
-    track: Track = untracked,
-) -> EvaluationResult:
-    """Enlarge the images of ``data`` with ``model`` and measure what comes out, as 8-bit or 16-bit files hold it.
-
-    ``degradation`` makes the LR images where ``data`` has HR photos only. ``keep`` is a folder that receives the
-    images as PNG files. The numbers are those of ``onestepsr upscale`` to PNG and an evaluation of its folder.
-    """
-    collected = _Collected(measurer=measurer)
-    crop = measurer.protocol.crop
-    keeper = None if keep is None else OutputWriter(folder=keep, made=degradation is not None or crop > 0)
-    if keeper is not None:
-        keeper.sweep(data.cases)
-    run = ModelRun(
-        load=Loader(scale=model.scale, crop=crop, degrade=None if degradation is None else degradation.make),
-        enlarge=model.enlarge,
-        measurer=measurer,
-        clock=collected.clock,
-        **({} if keeper is None else {"keep": keeper}),
-    )
-    collected.add(track(run.scores(data.cases), len(data.cases)))
-    folders = Files(lr=_text(data.lr), hr=_text(data.hr))
-    files = {case.name: _files(case, data) for case in data.cases}
-    if keeper is not None:
-        files = {case.name: keeper.files(case, files[case.name]) for case in data.cases}
-        folders = keeper.folders(folders)
-    settings = {"scale": model.scale, **({} if degradation is None else degradation.settings)}
-    return collected.result(label=label, folders=folders, files=files, settings=settings, model=model.record)
-
-
-def without_images(result: EvaluationResult) -> EvaluationResult:
-    """``result`` without the places of SR images, for those that are not kept."""
-    files = {name: replace(own, sr=None) for name, own in result.files.items()}
-    return replace(result, folders=replace(result.folders, sr=None), files=files)
-
-
-def _files(case: Case, data: EvaluationData) -> Files:
-    return Files(lr=relative(case.lr, data.lr), hr=relative(case.hr, data.hr))
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+    folders = {role: data.folder, "hr": data.hr}
+    paths = {case.name: {role: case.image, "hr": case.hr} for case in data.cases}
+    files = {name: Files(**{key: relative(own[key], folders[key]) for key in own}) for name, own in paths.items()}
+    return Files(**{key: None if folder is None else str(folder) for key, folder in folders.items()}), files

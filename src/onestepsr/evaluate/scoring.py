@@ -1,4 +1,4 @@
-"""Measuring images with many metrics, some of which may fail on some images or on this machine."""
+"""Scores of images by many metrics, some of which may fail on some images or on this machine."""
 
 from __future__ import annotations
 
@@ -21,22 +21,36 @@ from onestepsr.inference.devices import oom_as_user_error
 
 
 @dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Failure of one image, or of one metric on it."""
+
+    reason: str
+    files: str = ""
+    """The files concerned; empty if the reason names them."""
+    metric: str = ""
+    """The metric that failed; empty if it was the image."""
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.files, self.metric, self.reason) if part)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Score:
-    """The values of one image, and one line for each thing that could not be measured."""
+    """The values of one image, and the metrics or steps that failed."""
 
     name: str
     values: dict[str, float] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
 
 class Scorer:
     """Metrics, loaded once, under a protocol; :meth:`score` may be called by several threads.
 
-    What cannot be loaded is in ``unavailable`` with the reason; UserError if that is everything.
+    ``unavailable`` has the metrics that cannot be loaded, with the reason; UserError if these are all.
     """
 
     def __init__(self, metrics: Sequence[MetricSpec], protocol: Protocol, device: str | torch.device = "cpu") -> None:
-        """``device`` is where metrics that are networks measure."""
+        """``device`` is that of metrics which are networks."""
         self.metrics, self.protocol, self.device = list(metrics), protocol, torch.device(device)
         self.unavailable: dict[str, str] = {}
         self._measures: dict[str, Reference] = {}
@@ -52,29 +66,29 @@ class Scorer:
     def score(self, name: str, sr: Samples, hr: Samples | None = None, label: str | None = None) -> Score:
         """Measure samples (H, W, 1 or 3) of one image; ``label`` names its files in messages.
 
-        A metric that fails leaves a line in the score's problems; nothing is raised for what images can cause.
+        A metric that fails is one of the score's problems; nothing is raised for anything that images can cause.
         """
-        where = name if label is None else label
+        files = name if label is None else label
         try:
             _check_kinds(sr, hr)
-            pictures = self.protocol.fitted(_as_rgb(sr), None if hr is None else _as_rgb(hr))
+            pair = self.protocol.fitted(_as_rgb(sr), None if hr is None else _as_rgb(hr))
         except UserError as error:
-            return Score(name=name, problems=[f"{where}: {error}"])
+            return Score(name=name, problems=[Problem(files=files, reason=str(error))])
         score = Score(name=name)
         for metric in self.metrics:
             if metric.name in self.unavailable:
                 continue
             try:
                 with oom_as_user_error("not enough memory for an image of this size"):
-                    self._measure(metric, pictures, score)
+                    self._measure(metric, pair, score)
             except UserError as error:
-                score.problems.append(f"{where}: {metric.name}: {error}")
+                score.problems.append(Problem(files=files, metric=metric.name, reason=str(error)))
         return score
 
-    def whole(self) -> tuple[dict[str, WholeValue], list[str]]:
-        """Metrics of all images scored so far together, and a line for each that cannot be had."""
+    def whole(self) -> tuple[dict[str, WholeValue], dict[str, str]]:
+        """Metrics of all images scored so far together, and the reason for each that cannot be computed."""
         values: dict[str, WholeValue] = {}
-        problems: list[str] = []
+        unavailable: dict[str, str] = {}
         for metric, measure in self._sets.items():
             known = [features for _, features in sorted(self._features[metric].items())]
             try:
@@ -83,8 +97,8 @@ class Scorer:
                 sr, hr = (torch.cat(side) for side in zip(*known, strict=True))
                 values[metric] = WholeValue(value=measure.distance(sr, hr), count=len(known))
             except UserError as error:
-                problems.append(f"{metric}: {error}")
-        return values, problems
+                unavailable[metric] = str(error)
+        return values, unavailable
 
     def _load(self, metric: MetricSpec) -> None:
         try:
@@ -95,8 +109,8 @@ class Scorer:
         except UserError as error:
             self.unavailable[metric.name] = str(error)
 
-    def _measure(self, metric: MetricSpec, pictures: tuple[Tensor, Tensor | None], score: Score) -> None:
-        sr, hr = pictures[0], pictures[0] if pictures[1] is None else pictures[1]
+    def _measure(self, metric: MetricSpec, pair: tuple[Tensor, Tensor | None], score: Score) -> None:
+        sr, hr = pair[0], pair[0] if pair[1] is None else pair[1]
         if metric.name in self._sets:
             features = self._sets[metric.name].features
             self._features[metric.name][score.name] = (
@@ -110,7 +124,7 @@ class Scorer:
         score.values[metric.name] = value
 
     def _on_device(self, metric: MetricSpec, measure: Callable[..., Tensor], *images: Tensor) -> Tensor:
-        """On a GPU one metric at a time, so that its memory is that of one."""
+        """Run one metric at a time on a GPU, so that the memory is that of one."""
         if not metric.network or self.device.type == "cpu":
             return measure(*images)
         with self._device_lock:

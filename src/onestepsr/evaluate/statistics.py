@@ -1,4 +1,4 @@
-"""Means with intervals, and paired tests of two methods on the same images; no SciPy needed.
+"""Means with confidence intervals, and paired tests of two methods on the same images.
 
 Images are the sample: an interval says how far the mean would move on other images of the same kind. Two methods
 are compared by their differences image by image, because how hard an image is moves both alike and by more than
@@ -11,14 +11,14 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 CONFIDENCE = 0.95
-EXACT_RANKS = 200
-"""Up to so many pairs the signed-rank test counts every assignment of signs; beyond, the normal approximation holds."""
+EXACT_PAIRS = 200
+"""Largest number of pairs for which the signed-rank test is exact; beyond, the normal approximation holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,22 +27,22 @@ class Summary:
 
     mean: float
     std: float | None
-    """Standard deviation of the sample (divisor n - 1); none for fewer than two values."""
+    """Standard deviation of the sample (divisor n - 1); None for fewer than two values."""
     interval95: float | None
-    """Half width of the 95 % confidence interval of the mean, from Student's t; none where ``std`` is none."""
+    """Half width of the 95 % confidence interval of the mean, from Student's t; None if ``std`` is None."""
     count: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairedComparison:
-    """How the second of two methods differs from the first on the images that both have."""
+    """Difference of the second of two methods from the first, on the images that both have."""
 
     difference: Summary
     """Second minus first, image by image."""
     p_student: float | None
-    """Two-sided p value of the paired t-test that the mean difference is 0; none for fewer than two images."""
+    """Two-sided p value of the paired t-test that the mean difference is 0; None for fewer than two images."""
     p_wilcoxon: float | None
-    """Two-sided p value of Wilcoxon's signed-rank test; none where no image differs."""
+    """Two-sided p value of Wilcoxon's signed-rank test; None if no image differs."""
     higher: int
     """Images on which the second has the higher value."""
     lower: int
@@ -50,18 +50,18 @@ class PairedComparison:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of those values that there are."""
+    """Mean of the values that are not None; None if there is none."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Mean, spread and 95 % interval of at least one finite value."""
+    """Mean, standard deviation and 95 % interval of at least one finite value."""
     count = len(values)
     if count < 2:
         return Summary(mean=float(values[0]), std=None, interval95=None, count=count)
     spread = statistics.stdev(values)
-    half = student_quantile(0.5 + CONFIDENCE / 2, count - 1) * spread / math.sqrt(count)
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1)) * spread / math.sqrt(count)
     return Summary(mean=statistics.fmean(values), std=spread, interval95=half, count=count)
 
 
@@ -78,29 +78,24 @@ def compare_paired(first: Sequence[float], second: Sequence[float]) -> PairedCom
 
 
 def student_test(differences: Sequence[float]) -> float | None:
-    """Two-sided p value of the paired t-test; none for fewer than two values, 0 or 1 where all are the same."""
+    """Two-sided p value of the paired t-test; None for fewer than two values, 0 or 1 if all are the same."""
     if len(differences) < 2:
         return None
-    middle, spread = statistics.fmean(differences), statistics.stdev(differences)
-    # Values that are equal but for rounding have no spread to speak of: a ratio of two rounding errors means nothing.
-    if spread <= 1e-12 * max(abs(value) for value in differences):
-        return 1.0 if middle == 0 else 0.0
-    return student_tails(middle / (spread / math.sqrt(len(differences))), len(differences) - 1)
+    # If all values are equal but for rounding, t would be a ratio of two rounding errors.
+    if statistics.stdev(differences) <= 1e-12 * max(abs(value) for value in differences):
+        return 1.0 if statistics.fmean(differences) == 0 else 0.0
+    return float(stats.ttest_1samp(differences, 0).pvalue)
 
 
 def wilcoxon_test(differences: Sequence[float]) -> float | None:
-    """Two-sided p value of Wilcoxon's signed-rank test (Biometrics Bulletin 1, 1945); none if no value differs from 0.
-
-    Zeros are left out, equal sizes share the mean of their ranks. Up to 200 pairs the distribution over all signs is
-    exact, ties included; beyond, the normal approximation has the tie correction and that for continuity.
-    """
-    kept = np.asarray([value for value in differences if value != 0], dtype=np.float64)
-    if not len(kept):
+    """Two-sided p value of Wilcoxon's signed-rank test; zeros are left out, None if all are zero."""
+    kept = np.asarray([value for value in differences if value != 0])
+    if not kept.size:
         return None
-    ranks = _mean_ranks(np.abs(kept))
-    positive = float(ranks[kept > 0].sum())
-    statistic = min(positive, float(ranks.sum()) - positive)
-    return _exact_tails(ranks, statistic) if len(kept) <= EXACT_RANKS else _normal_tails(ranks, statistic)
+    if kept.size <= EXACT_PAIRS and np.unique(np.abs(kept)).size < kept.size:
+        return _exact_with_ties(kept)
+    method = "exact" if kept.size <= EXACT_PAIRS else "asymptotic"
+    return float(stats.wilcoxon(kept, method=method, correction=True).pvalue)
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -111,70 +106,22 @@ def holm(values: Sequence[float]) -> list[float]:
     """
     order = sorted(range(len(values)), key=lambda index: values[index])
     adjusted, largest = [0.0] * len(values), 0.0
-    for place, index in enumerate(order):
-        largest = max(largest, min(1.0, values[index] * (len(values) - place)))
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, values[index] * (len(values) - rank)))
         adjusted[index] = largest
     return adjusted
 
 
-def student_tails(t: float, degrees: int) -> float:
-    """Probability that Student's t with so many degrees of freedom is at least as far from 0 as ``t``."""
-    return _incomplete_beta(degrees / (degrees + t * t), degrees / 2, 0.5)
+def _exact_with_ties(differences: NDArray[np.float64]) -> float:
+    """Exact signed-rank test with ties; SciPy's is exact for distinct absolute values only.
 
-
-@lru_cache(maxsize=256)
-def student_quantile(probability: float, degrees: int) -> float:
-    """The value below which Student's t lies with ``probability`` (0.5 to 1), found by halving intervals."""
-    tails, low, high = 2 * (1 - probability), 0.0, 1.0
-    while student_tails(high, degrees) > tails:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_tails(middle, degrees) > tails else (low, middle)
-    return (low + high) / 2
-
-
-def _mean_ranks(sizes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranks from 1; equal sizes share the mean of their places."""
-    _, places, counts = np.unique(sizes, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return ((2 * last - counts + 1) / 2)[places]
-
-
-def _exact_tails(ranks: NDArray[np.float64], statistic: float) -> float:
-    """Share of all 2^n signs whose rank sum is at least as far out; doubled ranks are whole numbers."""
-    doubled = np.rint(2 * ranks).astype(int)
+    Counts the sums of ranks over all 2^n signs; doubled ranks are whole numbers.
+    """
+    doubled = np.rint(2 * stats.rankdata(np.abs(differences))).astype(int)
     chances = np.zeros(int(doubled.sum()) + 1)
     chances[0] = 1.0
     for rank in doubled:
         chances /= 2
         chances[rank:] += chances[: len(chances) - rank].copy()
-    return min(1.0, 2 * float(chances[: round(2 * statistic) + 1].sum()))
-
-
-def _normal_tails(ranks: NDArray[np.float64], statistic: float) -> float:
-    middle, spread = float(ranks.sum()) / 2, math.sqrt(float((ranks**2).sum()) / 4)
-    return min(1.0, math.erfc((middle - statistic - 0.5) / spread / math.sqrt(2)))
-
-
-def _incomplete_beta(x: float, a: float, b: float) -> float:
-    """Regularised incomplete beta function I_x(a, b) by its continued fraction (Abramowitz and Stegun 26.5.8)."""
-    if x <= 0 or x >= 1:
-        return 0.0 if x <= 0 else 1.0
-    if x > (a + 1) / (a + b + 2):  # the fraction converges fast on the other side
-        return 1 - _incomplete_beta(1 - x, b, a)
-    scale = a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    return math.exp(scale) / (a * _beta_fraction(x, a, b))
-
-
-def _beta_fraction(x: float, a: float, b: float) -> float:
-    """The value of 1 + d_1 / (1 + d_2 / (1 + ...)), from the innermost term outwards."""
-    value = 1.0
-    for index in range(400, 0, -1):
-        half = index // 2
-        if index % 2:
-            term = -(a + half) * (a + b + half) * x / ((a + index - 1) * (a + index))
-        else:
-            term = half * (b - half) * x / ((a + index - 1) * (a + index))
-        value = 1 + term / value
-    return value
+    positive = int(doubled[differences > 0].sum())
+    return min(1.0, 2 * float(chances[: min(positive, int(doubled.sum()) - positive) + 1].sum()))

@@ -1,4 +1,4 @@
-"""Tables of results: on the terminal, as Markdown, LaTeX and CSV."""
+"""Tables of results: on the terminal, as Markdown, LaTeX and CSV, and beside published numbers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
-from onestepsr.core.files import write_text
+from onestepsr.core.config import from_mapping, read_mapping
+from onestepsr.core.errors import UserError, did_you_mean
 from onestepsr.evaluate.comparison import Comparison
-from onestepsr.evaluate.result import EvaluationResult, MetricRecord, safe_text
+from onestepsr.evaluate.result import EvaluationResult, MetricRecord, Setting, safe_text
 from onestepsr.evaluate.statistics import Summary
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 NOTHING = "-"
 UP, DOWN = "↑", "↓"
@@ -35,9 +34,12 @@ _LATEX = {
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|])")
 
 
+# ---- grids of text ----
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Cells of text under headings; what is best in its column is known by its place."""
+    """A table of text cells under headings."""
 
     title: str
     """Caption."""
@@ -48,42 +50,35 @@ class Grid:
     best: frozenset[tuple[int, int]] = frozenset()
     """(row, column) of cells to print bold."""
     words: int = 1
-    """How many columns from the left are words; the others are numbers, aligned right."""
+    """Number of columns of words, from the left; the others are numbers, aligned right."""
     notes: tuple[str, ...] = ()
     """Lines below the table."""
 
-    def rich(self) -> Table:
-        """For the terminal; names are shown as they are, whatever markup they hold."""
+    def show(self) -> None:
+        """Print the table and its notes on stdout; where it is too wide for the terminal, no digits are cut off.
+
+        Names are shown as they are, whatever markup they hold.
+        """
+        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
         table = Table(title=Text(safe_text(self.title)) if self.title else None, title_justify="left")
-        for index, heading in enumerate(self.columns):
+        for index, text in enumerate(self.columns):
             word = index < self.words
-            table.add_column(
-                Text(safe_text(heading)), justify="left" if word else "right", overflow="fold", no_wrap=not word
-            )
+            justify: Literal["left", "right"] = "left" if word else "right"
+            table.add_column(Text(safe_text(text)), justify=justify, overflow="fold", no_wrap=not word)
         for number, row in enumerate(self.rows):
             styles = ["bold" if (number, column) in self.best else "" for column in range(len(row))]
-            table.add_row(*(Text(safe_text(cell), style) for cell, style in zip(row, styles, strict=True)))
-        return table
-
-    def show(self) -> None:
-        """Print the table and its notes on stdout; it is rather too wide for the terminal than that digits are lost."""
-        from rich.console import Console
-        from rich.text import Text
-
-        width = max(Console().width, self._narrowest())
-        console = Console(width=width)
-        console.print(self.rich())
-        for note in self.notes:
-            console.print(Text(safe_text(note)))
-
-    def _narrowest(self) -> int:
-        """Columns of text that the table takes when words are folded and numbers are not."""
+            table.add_row(*(Text(safe_text(text), style) for text, style in zip(row, styles, strict=True)))
+        # Width of the table when words are folded and numbers are not.
         widths = [max(map(len, cells)) for cells in zip(self.columns, *self.rows, strict=True)]
         words = [min(width, FOLDED) for width in widths[: self.words]]
-        return sum(words) + sum(widths[self.words :]) + 3 * len(widths) + 1
+        narrowest = sum(words) + sum(widths[self.words :]) + 3 * len(widths) + 1
+        console = Console(width=max(Console().width, narrowest))
+        console.print(table)
+        for note in self.notes:
+            console.print(Text(safe_text(note)))
 
     def markdown(self) -> str:
         """Rows of Markdown, the heading first; no final line break."""
@@ -109,24 +104,41 @@ class Grid:
         )
 
 
+def _markdown(text: str) -> str:
+    return _MARKDOWN.sub(r"\\\1", safe_text(text))
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in safe_text(text))
+
+
+# ---- tables of results ----
+
+DIFFERENCE_NOTE = (
+    "Difference: mean over the common images with its 95 % interval. p (t): paired t-test; p (W): Wilcoxon's "
+    "signed-rank test; Holm: adjusted for the number of comparisons, the verdict uses it at 5 %. w/d/l: "
+    "images on which the method is better, equal, worse."
+)
+
+
 def heading(record: MetricRecord) -> str:
-    """Title of a metric with its unit and the arrow of what is better."""
+    """Title of a metric with its unit and an arrow: up if higher is better."""
     unit = f" ({record.unit})" if record.unit else ""
     return f"{record.title}{unit} {UP if record.higher_is_better else DOWN}"
 
 
-def digits(record: MetricRecord, means: Sequence[float]) -> int:
-    """Decimals that the field prints: two for decibels and for values of 20 and more, four for the others."""
-    return 2 if record.unit == "dB" or max((abs(value) for value in means), default=0) >= 20 else 4
+def decimals_of(comparison: Comparison, metric: str) -> int:
+    """Decimals as usual in papers: two for decibels and for means of 20 and more, four for others."""
+    means = [abs(row[metric].mean) for row in comparison.summaries if metric in row]
+    return 2 if comparison.metrics[metric].unit == "dB" or max(means, default=0) >= 20 else 4
 
 
-def cell(summary: Summary | None, decimals: int, *, interval: bool = True) -> str:
-    """``mean ± half width``, or the mean alone where there is no interval or none is wanted."""
+def cell(summary: Summary | None, decimals: int, sign: str = "") -> str:
+    """``mean ± half width``, or the mean alone where there is no interval."""
     if summary is None:
         return NOTHING
-    text = f"{summary.mean:.{decimals}f}"
-    wanted = interval and summary.interval95 is not None
-    return f"{text} ± {summary.interval95:.{decimals}f}" if wanted else text
+    half = "" if summary.interval95 is None else f" ± {summary.interval95:.{decimals}f}"
+    return f"{summary.mean:{sign}.{decimals}f}{half}"
 
 
 def result_grid(result: EvaluationResult) -> Grid:
@@ -137,25 +149,29 @@ def result_grid(result: EvaluationResult) -> Grid:
         better = "higher" if record.higher_is_better else "lower"
         title = f"{record.title} {record.unit}".strip()
         summary = summaries.get(name)
-        numbers = _numbers(summary) if summary else (NOTHING, NOTHING, NOTHING, "0")
-        rows.append((title, better, *numbers))
+        if summary is None:
+            rows.append((title, better, NOTHING, NOTHING, NOTHING, "0"))
+            continue
+        mean, std, half = summary.mean, summary.std, summary.interval95
+        interval = NOTHING if half is None else f"{mean - half:.4f} to {mean + half:.4f}"
+        rows.append(
+            (title, better, f"{mean:.4f}", NOTHING if std is None else f"{std:.4f}", interval, str(summary.count))
+        )
     columns = ("metric", "better", "mean", "std", "95 % interval", "images")
     notes = tuple(f"{name}: {reason}" for name, reason in result.unavailable.items())
     title = f"{result.label}, protocol {result.protocol.name}"
     return Grid(title=title, columns=columns, rows=tuple(rows), words=2, notes=notes)
 
 
-def method_grid(comparison: Comparison, *, interval: bool = True) -> Grid:
+def method_grid(comparison: Comparison) -> Grid:
     """A row for each method, a column for each metric: mean and 95 % interval over the common images."""
     rows, best = [], set()
-    places = {name: decimals_of(comparison, name) for name in comparison.metrics}
+    decimals = {name: decimals_of(comparison, name) for name in comparison.metrics}
     for number, (label, summaries) in enumerate(zip(comparison.labels, comparison.summaries, strict=True)):
-        cells = [cell(summaries.get(name), places[name], interval=interval) for name in comparison.metrics]
+        cells = [cell(summaries.get(name), decimals[name]) for name in comparison.metrics]
         counts = sorted({summary.count for summary in summaries.values()}) or [0]
         rows.append((label, *cells, "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))))
-        best |= {
-            (number, 1 + place) for place, name in enumerate(comparison.metrics) if number in comparison.best(name)
-        }
+        best |= {(number, 1 + i) for i, name in enumerate(comparison.metrics) if number in comparison.best(name)}
     columns = ("method", *(heading(record) for record in comparison.metrics.values()), "images")
     return Grid(title="", columns=columns, rows=tuple(rows), best=frozenset(best))
 
@@ -165,41 +181,18 @@ def difference_grid(comparison: Comparison) -> Grid:
     rows = []
     for item in comparison.differences:
         record, paired = comparison.metrics[item.metric], item.paired
-        places = decimals_of(comparison, item.metric)
-        half = paired.difference.interval95
-        difference = f"{paired.difference.mean:+.{places}f}" + (f" ± {half:.{places}f}" if half is not None else "")
+        difference = cell(paired.difference, decimals_of(comparison, item.metric), "+")
         wins, losses = (paired.higher, paired.lower) if item.higher_is_better else (paired.lower, paired.higher)
-        tests = (p_value(paired.p_student), p_value(paired.p_wilcoxon), p_value(item.adjusted))
+        p_values = [p_value(value) for value in (paired.p_student, paired.p_wilcoxon, item.adjusted)]
         score = f"{wins}/{paired.difference.count - wins - losses}/{losses}"
-        rows.append((comparison.labels[item.method], heading(record), item.verdict, difference, *tests, score))
-    columns = (
-        "method",
-        "metric",
-        f"against {comparison.labels[0]}",
-        "difference",
-        "p (t)",
-        "p (W)",
-        "p (W, Holm)",
-        "w/d/l",
-    )
+        rows.append((comparison.labels[item.method], heading(record), item.verdict, difference, *p_values, score))
+    tests = ("p (t)", "p (W)", "p (W, Holm)")
+    columns = ("method", "metric", f"against {comparison.labels[0]}", "difference", *tests, "w/d/l")
     return Grid(title="", columns=columns, rows=tuple(rows), words=3, notes=(DIFFERENCE_NOTE,) if rows else ())
 
 
-DIFFERENCE_NOTE = (
-    "Difference: mean over the common images with its 95 % interval. p (t): paired t-test; p (W): Wilcoxon's "
-    "signed-rank test; Holm: adjusted for the number of comparisons, and what the verdict goes by (5 %). w/d/l: "
-    "images on which the method is better, equal, worse."
-)
-
-
-def decimals_of(comparison: Comparison, metric: str) -> int:
-    """Decimals of ``metric``, the same for all methods."""
-    means = [row[metric].mean for row in comparison.summaries if metric in row]
-    return digits(comparison.metrics[metric], means)
-
-
 def p_value(value: float | None) -> str:
-    """Two significant digits; what is below 0.0001 only as that."""
+    """Two significant digits; values below 0.0001 as ``<0.0001``."""
     if value is None:
         return NOTHING
     return "<0.0001" if value < 1e-4 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
@@ -216,28 +209,9 @@ def values_csv(results: Sequence[EvaluationResult]) -> str:
         for image, values in result.images.items():
             numbers = [repr(values[name]) if name in values else "" for name in metrics]
             lines.append([_plain(result.label), _plain(image), *numbers])
-    return csv_text([["method", "picture", *metrics], *lines])
-
-
-def csv_text(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as RFC 4180 has them, but with plain line feeds."""
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(lines)
+    csv.writer(buffer, lineterminator="\n").writerows([["method", "image", *metrics], *lines])
     return buffer.getvalue()
-
-
-def write_texts(texts: Mapping[Path, str]) -> None:
-    """Write each text under its path in one step, making folders; UserError if that fails."""
-    for path, text in texts.items():
-        write_text(path, text)
-
-
-def _numbers(summary: Summary) -> tuple[str, str, str, str]:
-    spread = NOTHING if summary.std is None else f"{summary.std:.4f}"
-    if summary.interval95 is None:
-        return f"{summary.mean:.4f}", spread, NOTHING, str(summary.count)
-    ends = summary.mean - summary.interval95, summary.mean + summary.interval95
-    return f"{summary.mean:.4f}", spread, f"{ends[0]:.4f} to {ends[1]:.4f}", str(summary.count)
 
 
 def _plain(name: str) -> str:
@@ -245,9 +219,147 @@ def _plain(name: str) -> str:
     return f"'{name}" if name.startswith(("=", "+", "-", "@")) else name
 
 
-def _markdown(text: str) -> str:
-    return _MARKDOWN.sub(r"\\\1", safe_text(text))
+# ---- published tables: results beside the numbers of papers ----
+
+PAPERS = Path(__file__).parent / "papers"
+"""Folder of the tables as printed, one file each, with source and protocol as far as the paper states it."""
+MARK = "†"
+"""Mark of columns whose numbers are not directly comparable."""
 
 
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in safe_text(text))
+@dataclass(frozen=True, kw_only=True)
+class PublishedProtocol:
+    """Protocol of published numbers, as far as the paper states it."""
+
+    name: str
+    """Name of the protocol; results of the same protocol are comparable."""
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    """Settings that are known, under the keys that results have."""
+    note: str
+    """The same in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedSet:
+    """The rows of a table that belong to one dataset."""
+
+    title: str
+    """The dataset as the paper writes it."""
+    columns: tuple[str, ...]
+    """Metrics of the columns, by their key."""
+    rows: Mapping[str, tuple[float, ...]]
+    """By method, its numbers as printed."""
+    images: int | None = None
+    """Number of images of the set, if known."""
+
+    def __post_init__(self) -> None:
+        for name, row in self.rows.items():
+            if len(row) != len(self.columns):
+                raise ValueError(f"row '{name}' has {len(row)} numbers for {len(self.columns)} columns")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedTable:
+    """One table of a paper."""
+
+    source: str
+    """Paper and table."""
+    protocol: PublishedProtocol
+    metrics: Mapping[str, MetricRecord]
+    """Its metrics; an empty variant means that the paper does not name it."""
+    sets: Mapping[str, PublishedSet]
+    """Its rows, by dataset."""
+
+
+@cache
+def published_tables() -> dict[str, PublishedTable]:
+    """Every table, by the name of its file."""
+    paths = sorted(PAPERS.glob("*.yaml"))
+    return {path.stem: from_mapping(PublishedTable, read_mapping(path), path.name) for path in paths}
+
+
+def find_published(name: str) -> list[tuple[PublishedTable, PublishedSet]]:
+    """Tables of the dataset ``name``, or of one table and dataset as ``osediff/realsr``; UserError if unknown."""
+    chosen, _, data = name.rpartition("/")
+    tables = published_tables()
+    if chosen and chosen not in tables:
+        raise UserError(f"no published table '{chosen}': {did_you_mean(chosen, tables)}")
+    pool = [tables[chosen]] if chosen else list(tables.values())
+    found = [(table, table.sets[data]) for table in pool if data in table.sets]
+    if not found:
+        known = {key for table in pool for key in table.sets}
+        raise UserError(f"no published numbers on '{data}': {did_you_mean(data, known)}")
+    return found
+
+
+def beside(results: Sequence[EvaluationResult], name: str) -> list[Grid]:
+    """Results in one table with each published one of the dataset ``name``; notes list the differences.
+
+    Tables that share no metric with any result are left out; UserError if there is no other.
+    """
+    found = find_published(name)
+    grids = [grid for table, data in found if (grid := _joined(results, table, data)) is not None]
+    if not grids:
+        known = ", ".join(sorted({metric for _, data in found for metric in data.columns}))
+        raise UserError(f"no metric of these results is among those published on '{name}': {known}")
+    return grids
+
+
+def _joined(results: Sequence[EvaluationResult], table: PublishedTable, data: PublishedSet) -> Grid | None:
+    """Results and published rows under the published columns; None if they share no metric."""
+    records = [table.metrics[metric] for metric in data.columns]
+    # Digits as printed; YAML drops trailing zeros, so the longest number of a column decides.
+    decimals = [max(len(repr(v).partition(".")[2]) for v in column) for column in zip(*data.rows.values(), strict=True)]
+    rows, labels, marked = [], dict[str, list[str]](), set[str]()
+    for result in results:
+        keys = [counterpart(result, metric, table.metrics[metric].variant) for metric in data.columns]
+        means = [None if key is None else result.summaries()[key].mean for key in keys]
+        rows.append(
+            (result.label, *(NOTHING if v is None else f"{v:.{d}f}" for v, d in zip(means, decimals, strict=True)))
+        )
+        for metric, line in mismatches(result, table, data):
+            labels.setdefault(line, []).append(result.label)
+            marked.add(metric)
+    if all(cell == NOTHING for row in rows for cell in row[1:]):
+        return None
+    rows += [(name, *(f"{v:.{d}f}" for v, d in zip(row, decimals, strict=True))) for name, row in data.rows.items()]
+    marks = [MARK if {metric, ""} & marked else "" for metric in data.columns]
+    columns = ("method", *(heading(record) + mark for record, mark in zip(records, marks, strict=True)))
+    notes = tuple(f"{MARK} {', '.join(names)}: {line}" for line, names in labels.items())
+    return Grid(title=f"{data.title}, beside {table.source}", columns=columns, rows=tuple(rows), notes=notes)
+
+
+def mismatches(result: EvaluationResult, table: PublishedTable, data: PublishedSet) -> list[tuple[str, str]]:
+    """Differences that keep ``result`` from being compared with a published table: metric ("" for all) and line."""
+    own, theirs = result.protocol, table.protocol
+    lines = [("", f"protocol '{own.name}'; theirs: {theirs.note}")] if own.name != theirs.name else []
+    for key, value in theirs.settings.items():
+        if key in own.settings and own.settings[key] != value:
+            lines.append(("", f"{key} {own.settings[key]} against {value}"))
+    counts = {summary.count for summary in result.summaries().values()}
+    if data.images is not None and counts - {data.images}:
+        lines.append(("", f"{'-'.join(map(str, sorted(counts)))} images; {data.title} has {data.images}"))
+    for metric in data.columns:
+        record = table.metrics[metric]
+        matching = counterpart(result, metric, record.variant)
+        if matching is None:
+            continue
+        variant = own.metrics[matching].variant or matching
+        if not record.variant:
+            lines.append((metric, f"{record.title}: the paper does not say which variant, here it is '{variant}'"))
+        elif variant != record.variant:
+            lines.append((metric, f"{record.title}: '{variant}' against '{record.variant}'"))
+    return lines
+
+
+def counterpart(result: EvaluationResult, metric: str, variant: str) -> str | None:
+    """The metric of ``result`` closest to a published one: the same variant, else name, else family."""
+    known = {name: record for name, record in result.metrics.items() if _family(name) == _family(metric)}
+    same = [name for name, record in known.items() if variant and record.variant == variant]
+    named = [metric] if metric in known else []
+    return next(iter([*same, *named, *known]), None)
+
+
+def _family(metric: str) -> str:
+    """``maniqa`` for ``maniqa-pipal``, ``psnr`` for ``psnr_rgb``."""
+    return re.split(r"[-_]", metric)[0]

@@ -1,152 +1,183 @@
-"""``onestepsr evaluate``: metrics of super-resolved images, or of a model that is run first."""
+"""``onestepsr evaluate``: metrics of super-resolved images, or of a model that is run first; and ``compare``."""
 
 from __future__ import annotations
 
+import json
+import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from onestepsr.cli.evaluate.compare import WithCompare
 from onestepsr.cli.evaluate.measure import (
+    LIST_METRICS,
     MeasureOptions,
     ModelOptions,
     Outcome,
-    PromptFileOption,
-    PromptFromOption,
-    PromptOption,
-    TextEncoderOption,
-    TruncateOption,
     measure_images,
     measure_model,
-    show_missing,
+    show_unavailable,
 )
-from onestepsr.cli.evaluate.output import (
-    BesideOption,
-    CsvOption,
-    LatexOption,
-    MarkdownOption,
-    Outputs,
-    ReportOption,
-    check_file,
-)
-from onestepsr.cli.upscale.prompts import PromptChoice
+from onestepsr.cli.options import grouped
+from onestepsr.cli.upscale.prompts import PromptOptions
 from onestepsr.core.errors import UserError
+from onestepsr.core.progress import progress
 
-LIST = "help"
-"""Value of ``--metrics`` that lists them."""
+if TYPE_CHECKING:
+    from onestepsr.evaluate.comparison import Comparison
+    from onestepsr.evaluate.tables import Grid
+
+
+# ---- outputs besides the terminal ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Files to write, and published numbers to print."""
+
+    csv: Annotated[Path | None, typer.Option(help="Write every value to this file: method, image, metrics.")] = None
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file as Markdown.")] = None
+    latex: Annotated[Path | None, typer.Option(help="Write the tables to this file as LaTeX (booktabs).")] = None
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page with images to this folder; it opens offline in any browser.")
+    ] = None
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            help="Print published numbers on this dataset beside the results, such as realsr, or of one table: "
+            "osediff/realsr. Differences in how they were measured are listed.",
+        ),
+    ] = None
+
+    def check(self, json_file: Path | None) -> None:
+        """Raise UserError now for outputs that could not be written after measuring."""
+        from onestepsr.evaluate.report import PAGE, refuse_foreign
+        from onestepsr.evaluate.tables import find_published
+
+        files = {"--json": json_file, "--csv": self.csv, "--markdown": self.markdown, "--latex": self.latex}
+        for option, path in files.items():
+            if path is None:
+                continue
+            if not path.parent.is_dir():
+                raise UserError(f"{option} {path}: the folder {path.parent} does not exist")
+            if not os.access(path.parent, os.W_OK):
+                raise UserError(f"{option} {path}: the folder {path.parent} cannot be written to")
+            if path.is_dir():
+                raise UserError(f"{option} {path}: is a folder, expected a file")
+        if self.report is not None:
+            if self.report.exists() and not self.report.is_dir():
+                raise UserError(f"--report {self.report}: is a file, expected a folder")
+            refuse_foreign(self.report / PAGE)
+        if self.beside is not None:
+            find_published(self.beside)
+
+    def write(self, comparison: Comparison, grids: Sequence[Grid]) -> None:
+        """Print the published numbers and write the files; ``grids`` are the tables that were printed.
+
+        UserError, once everything else is written, if no published table has a metric of the results.
+        """
+        from onestepsr.core.files import write_text
+        from onestepsr.evaluate.report import PAGE, write_report
+        from onestepsr.evaluate.tables import beside, values_csv
+
+        published: list[Grid] = []
+        problem: UserError | None = None
+        try:
+            published = beside(comparison.results, self.beside) if self.beside else []
+        except UserError as error:  # measuring may have taken hours: the files come first
+            problem = error
+        for grid in published:
+            grid.show()
+        tables = [*grids, *published]
+        if self.csv is not None:
+            write_text(self.csv, values_csv(comparison.results))
+        if self.markdown is not None:
+            titles = [f"**{grid.title}**\n\n" if grid.title else "" for grid in tables]
+            parts = [title + grid.markdown() for title, grid in zip(titles, tables, strict=True)]
+            write_text(self.markdown, "\n\n".join(parts) + "\n")
+        if self.latex is not None:
+            write_text(self.latex, "\n\n".join(grid.latex() for grid in tables) + "\n")
+        if self.report is not None:
+            problems = write_report(
+                self.report, comparison, published=published, track=lambda names: progress(names, "Writing images")
+            )
+            for line in problems:
+                typer.echo(f"not in the report: {line}", err=True)
+            typer.echo(f"report: {self.report / PAGE}", err=True)
+        if problem is not None:
+            raise problem
+
+
+# ---- evaluate ----
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("evaluate", no_args_is_help=True, cls=WithCompare)(evaluate_command)
+    app.command("evaluate", no_args_is_help=True, cls=WithCompare)(grouped(evaluate))
 
 
-def evaluate_command(
+def evaluate(
     sr: Annotated[
         Path | None, typer.Argument(help="Super-resolved image, or a folder of them.", show_default=False)
     ] = None,
     *,
     hr: Annotated[Path | None, typer.Option(help="Reference image or folder; matched by file name.")] = None,
-    model: Annotated[str | None, typer.Option(help="Run this model on --data or --lr first: name or file.")] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Data set: folders LR and HR in it, names ending in _LR and _HR, or LR images alone."),
-    ] = None,
-    lr: Annotated[Path | None, typer.Option(help="Folder of LR images; --hr may name their references.")] = None,
-    degradation: Annotated[
-        str | None,
-        typer.Option(help="--data holds HR photos: make LR images by this recipe, as 'onestepsr degrade' does."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of --degradation, and of models that draw noise.")] = 0,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the images of --model in this folder.")] = None,
-    protocol: Annotated[str, typer.Option(help="basic, d3sr or osediff: metrics, crops, borders.")] = "basic",
-    metrics: Annotated[
-        str | None,
-        typer.Option(help=f"Comma-separated, instead of the protocol's; '{LIST}' lists them.", show_default=False),
-    ] = None,
-    crop_border: Annotated[int | None, typer.Option(help="Pixels cut from every side before measuring.")] = None,
-    resize: Annotated[
-        str | None, typer.Option(help="Where SR and HR differ in size: never, crop, sr-to-hr or hr-to-sr.")
-    ] = None,
     suffix: Annotated[str, typer.Option(help="Ending that SR names have beyond HR names, such as -mine.")] = "",
-    label: Annotated[str | None, typer.Option(help="Name of the method in tables.")] = None,
-    tile: Annotated[str, typer.Option(help="For --model: tile side in input pixels, auto or off.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="For --model: auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="Of networks: auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    color_fix: Annotated[str, typer.Option(help="For --model: wavelet, adain or none.")] = "wavelet",
-    steps: Annotated[int | None, typer.Option(help="For --model of ResShift's family: network evaluations.")] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help="For --model of ResShift's family: ancestral or deterministic.")
-    ] = None,
-    prompt: PromptOption = None,
-    prompt_file: PromptFileOption = None,
-    prompt_from: PromptFromOption = None,
-    text_encoder: TextEncoderOption = "sd21-base",
-    truncate_prompt: TruncateOption = False,
+    measuring: MeasureOptions,
+    model: ModelOptions,
+    prompts: PromptOptions,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
-    csv: CsvOption = None,
-    markdown: MarkdownOption = None,
-    latex: LatexOption = None,
-    report: ReportOption = None,
-    beside: BesideOption = None,
+    outputs: OutputOptions,
 ) -> None:
     """Measure super-resolved images, against references where there are any; or run a model and measure it.
 
     'onestepsr evaluate compare A.json B.json' puts results side by side. Ends with exit code 1 if an image could not
     be read, paired or measured, or a metric of --metrics could not; the others are measured all the same.
     """
-    if metrics == LIST:
-        return list_metrics()
-    outputs = Outputs(csv=csv, markdown=markdown, latex=latex, report=report, beside=beside)
-    outputs.check()
-    check_file("--json", json_file)
-    prompts = PromptChoice(
-        text=prompt, file=prompt_file, extractor=prompt_from, text_encoder=text_encoder, truncate=truncate_prompt
-    )
-    measuring = MeasureOptions(
-        protocol=protocol, metrics=metrics, crop_border=crop_border, resize=resize, device=device, label=label
-    )
-    if model is None:
-        given = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompt-from": prompt_from}
-        _refuse_without_model({"--data": data, "--lr": lr, "--degradation": degradation, "--out": out, **given})
-        outcome = measure_images(_required(sr), hr, suffix, measuring)
-        show(outcome, outputs, json_file)
-        return end(outcome, strict=metrics is not None)
-    _refuse_beside_model(sr)
-    options = ModelOptions(
-        model=model,
-        data=data,
-        lr=lr,
-        hr=hr,
-        degradation=degradation,
-        seed=seed,
-        tile=tile,
-        dtype=dtype,
-        device=device,
-        color_fix=color_fix,
-        steps=steps,
-        sampler=sampler,
-        prompts=prompts,
-    )
-    with kept(out, report) as keep:
-        outcome = measure_model(options, measuring, keep)
-        show(outcome, outputs, json_file, images_stay=keep == out)
-    return end(outcome, strict=metrics is not None)
-
-
-def end(outcome: Outcome, *, strict: bool) -> None:
-    """Exit code 1 where something was left out; metrics that are not to be had here count if ``strict``."""
-    if outcome.result.failed or outcome.unmatched or (strict and outcome.result.unavailable):
+    if measuring.metrics == LIST_METRICS:
+        return _list_metrics()
+    outputs.check(json_file)
+    if model.model is None:
+        needing_model = {"--data": model.data, "--lr": model.lr, "--degradation": model.degradation, "--out": model.out}
+        needing_model |= {"--prompt": prompts.prompt, "--prompt-file": prompts.prompt_file}
+        needing_model |= {"--prompt-from": prompts.prompt_from}
+        for option, value in needing_model.items():
+            if value is not None:
+                raise UserError(f"{option} needs --model")
+        if sr is None:
+            raise UserError("nothing to measure: give SR images, or --model with --data")
+        outcome = measure_images(sr, hr, suffix, measuring)
+        _show(outcome, outputs, json_file)
+    else:
+        if sr is not None:
+            raise UserError(f"'{sr}' and --model exclude each other: --data or --lr names the model's input")
+        model.check(hr)
+        with _kept(model.out, outputs.report) as keep:
+            outcome = measure_model(model, hr, prompts, measuring, keep)
+            _show(outcome, outputs, json_file, images_stay=keep == model.out)
+    asked_for_by_name = measuring.metrics is not None
+    if outcome.result.failed or outcome.unmatched or (asked_for_by_name and outcome.result.unavailable):
         raise typer.Exit(1)
+    return None
 
 
-def show(outcome: Outcome, outputs: Outputs, json_file: Path | None, *, images_stay: bool = True) -> None:
-    """Print failures and the table, and write what was asked for."""
+@contextmanager
+def _kept(out: Path | None, report: Path | None) -> Iterator[Path | None]:
+    """The folder for SR images: the one asked for, a temporary one if only a report needs them, or none."""
+    if out is None and report is not None:
+        with tempfile.TemporaryDirectory(prefix="onestepsr-") as folder:
+            yield Path(folder)
+    else:
+        yield out
+
+
+def _show(outcome: Outcome, outputs: OutputOptions, json_file: Path | None, *, images_stay: bool = True) -> None:
+    """Print failures and the table, and write the files."""
     from onestepsr.evaluate.comparison import compare
     from onestepsr.evaluate.result import safe_text, write_result
     from onestepsr.evaluate.run import without_images
@@ -155,9 +186,8 @@ def show(outcome: Outcome, outputs: Outputs, json_file: Path | None, *, images_s
     result = outcome.result
     for reason in result.failed.values():
         typer.echo(f"failed: {safe_text(reason)}", err=True)
-    show_missing(
-        {name: reason for name, reason in result.unavailable.items() if name not in outcome.reported_unavailable}
-    )
+    known = outcome.reported_unavailable
+    show_unavailable({name: reason for name, reason in result.unavailable.items() if name not in known})
     grid = result_grid(result)
     replace(grid, notes=()).show()
     if json_file is not None:
@@ -166,50 +196,70 @@ def show(outcome: Outcome, outputs: Outputs, json_file: Path | None, *, images_s
         outputs.write(compare([result]), [grid])
 
 
-def list_metrics() -> None:
-    """Print the metrics and what their numbers are."""
+def _list_metrics() -> None:
     from onestepsr.evaluate.metrics.catalog import METRICS
     from onestepsr.evaluate.tables import Grid
 
-    rows = [
-        (
-            spec.name,
-            spec.title,
-            "higher" if spec.higher_is_better else "lower",
-            "yes" if spec.needs_reference else "no",
-            spec.variant,
-        )
-        for spec in METRICS.values()
-    ]
+    rows = []
+    for spec in METRICS.values():
+        better, reference = "higher" if spec.higher_is_better else "lower", "yes" if spec.needs_reference else "no"
+        rows.append((spec.name, spec.title, better, reference, spec.variant))
     Grid(title="", columns=("name", "title", "better", "needs HR", "variant"), rows=tuple(rows), words=5).show()
 
 
-@contextmanager
-def kept(out: Path | None, report: Path | None) -> Iterator[Path | None]:
-    """The folder for SR images: the one asked for, a passing one if only a report needs them, or none."""
-    if out is not None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"--out {out}: is there already; name a new or empty folder")
-        yield out
-    elif report is not None:
-        with tempfile.TemporaryDirectory(prefix="onestepsr-") as folder:
-            yield Path(folder)
-    else:
-        yield None
+# ---- evaluate compare ----
+
+COMPARE = "compare"
 
 
-def _required(sr: Path | None) -> Path:
-    if sr is None:
-        raise UserError("nothing to measure: give SR images, or --model with --data")
-    return sr
+class WithCompare(TyperCommand):
+    """The command ``evaluate``, of which ``evaluate compare`` is a command of its own.
+
+    A group would not do: its first argument is the name of a command, and that of ``evaluate`` is a folder.
+    """
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """The context of this command, or of the other if its name is the first argument."""
+        if args[:1] != [COMPARE]:
+            return super().make_context(info_name, args, parent, **extra)
+        app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+        app.command(COMPARE, no_args_is_help=True)(grouped(compare_results))
+        return typer.main.get_command(app).make_context(f"{info_name} {COMPARE}", args[1:], parent, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the context is of."""
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
 
 
-def _refuse_beside_model(sr: Path | None) -> None:
-    if sr is not None:
-        raise UserError(f"'{sr}' and --model exclude each other: --data or --lr names the model's input")
+def compare_results(
+    files: Annotated[
+        list[Path], typer.Argument(help="Files of 'onestepsr evaluate --json'; all are compared with the first.")
+    ],
+    *,
+    outputs: OutputOptions,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write means, differences and warnings to this file.")
+    ] = None,
+) -> None:
+    """Compare results on the images that all have: means, paired differences from the first, significance.
 
+    Reasons for which results are not comparable, such as another protocol, are listed before the tables.
+    """
+    from onestepsr.core.files import write_text
+    from onestepsr.evaluate.comparison import compare
+    from onestepsr.evaluate.result import read_result
+    from onestepsr.evaluate.tables import difference_grid, method_grid
 
-def _refuse_without_model(options: Mapping[str, object]) -> None:
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise UserError(f"{given[0]} needs --model")
+    outputs.check(json_file)
+    for number, path in enumerate(files):
+        if path.resolve() in [earlier.resolve() for earlier in files[:number]]:
+            raise UserError(f"{path}: given twice")
+    comparison = compare([read_result(path) for path in files])
+    for line in comparison.warnings:
+        typer.echo(f"warning: {line}", err=True)
+    grids = [method_grid(comparison)] + ([difference_grid(comparison)] if comparison.differences else [])
+    for grid in grids:
+        grid.show()
+    if json_file is not None:
+        write_text(json_file, json.dumps(comparison.to_mapping(), indent=1, allow_nan=False) + "\n")
+    outputs.write(comparison, grids)

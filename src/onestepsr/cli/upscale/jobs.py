@@ -1,19 +1,34 @@
-"""Which files the ``upscale`` command reads and where each result goes: everything that is decided before any work."""
+"""Jobs of the ``upscale`` command: input and output files, and running them."""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from onestepsr.core.errors import UserError
+from onestepsr.cli.upscale.prompts import Prompts, prompted
+from onestepsr.core.errors import OneStepSRError, UserError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from onestepsr.imaging.read import LoadedImage
+    from onestepsr.inference.options import UpscaleOptions
+    from onestepsr.inference.upscaler import Upscaler
 
 STREAM = "-"
 """The input or output that stands for stdin or stdout."""
 FORMATS = {"jpg": ".jpg", "png": ".png", "webp": ".webp", "tiff": ".tif"}
 """Values of ``--format`` besides "keep", and the file ending of each."""
+
+
+# ---- planning: everything that is decided before any work ----
 
 
 @dataclass(frozen=True)
@@ -26,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Naming:
-    """How outputs are named."""
+    """Options that decide the names of outputs."""
 
     out: Path | None
     """``-o``: a file for one input file, else a folder."""
@@ -35,24 +50,15 @@ class Naming:
     suffix: str
     """Added to the stem of outputs that lie beside their input, such as "_x4"."""
     out_is_folder: bool = False
-    """Whether ``-o`` was written as a folder is, with a slash at its end, which a path does not keep."""
-
-    def __post_init__(self) -> None:
-        check_format(self.file_format)
-
-
-def check_format(file_format: str) -> None:
-    """UserError unless this is a value of ``--format``."""
-    if file_format != "keep" and file_format not in FORMATS:
-        raise UserError(f"format '{file_format}': accepted: keep, {', '.join(FORMATS)}")
+    """True if ``-o`` was written with a slash at its end, which a path does not keep."""
 
 
 def plan_jobs(inputs: Sequence[str], naming: Naming, recursive: bool, *, skip_existing: bool = False) -> list[Job]:
     """Expand files, folders and glob patterns into jobs, in a fixed order, each input once.
 
-    With ``skip_existing``, an input that is what another one becomes is left out: ``*.jpg`` matches the outputs of its
-    first run in the second. Raises UserError for what does not exist, an empty folder, two inputs with one output and
-    an output that is an input.
+    With ``skip_existing``, an input that is the output of another one is left out: ``*.jpg`` matches the outputs of its
+    first run in the second. Raises UserError for missing files, an empty folder, two inputs with one output and an
+    output that is an input.
     """
     jobs: dict[Path, Job] = {}
     single = len(inputs) == 1 and os.path.isfile(inputs[0])
@@ -65,12 +71,20 @@ def plan_jobs(inputs: Sequence[str], naming: Naming, recursive: bool, *, skip_ex
     if skip_existing:
         made = {job.target.resolve() for source, job in jobs.items() if job.target.resolve() != source}
         jobs = {source: job for source, job in jobs.items() if source not in made}
-    _check_distinct(jobs)
+    seen: dict[Path, Path] = {}
+    for job in jobs.values():
+        target = job.target.resolve()
+        if target in jobs:
+            hint = "--skip-existing leaves it out, -o chooses another name"
+            raise UserError(f"{job.target}: this output is also an input; {hint}")
+        if target in seen:
+            raise UserError(f"{job.target}: both {seen[target]} and {job.source} would be written there")
+        seen[target] = job.source
     return list(jobs.values())
 
 
 def existing(jobs: Sequence[Job], skip_existing: bool, overwrite: bool) -> set[Path]:
-    """Targets to leave alone; raises UserError when some exist and nothing is said about them."""
+    """Targets to skip; UserError if some exist and neither option is given."""
     if skip_existing and overwrite:
         raise UserError("--skip-existing and --overwrite exclude each other")
     present = [job.target for job in jobs if _is_there(job.target)]
@@ -111,9 +125,9 @@ def _expand_folder(folder: Path, naming: Naming, recursive: bool) -> Iterator[Jo
     root = naming.out or folder.resolve().with_name(folder.resolve().name + naming.suffix)
     _check_folder(root)
     files = list(_walk(folder, recursive))
-    if not _is_within(folder, root):  # else the inputs themselves lie there
-        whole = root.resolve()
-        files = [path for path in files if not path.resolve().is_relative_to(whole)]
+    outputs = root.resolve()
+    if not folder.resolve().is_relative_to(outputs):  # else the inputs themselves lie there
+        files = [path for path in files if not path.resolve().is_relative_to(outputs)]
     if not files:
         hint = "" if recursive else " (subfolders are read with --recursive)"
         raise UserError(f"{folder}: the folder holds no images{hint}; accepted: JPEG, PNG, WebP, TIFF and BMP")
@@ -153,7 +167,7 @@ def _target_of_file(path: Path, naming: Naming, single: bool) -> Path:
 
 
 def target_file(naming: Naming) -> Path:
-    """``-o`` as the one file that is written; UserError where its ending is no format, or not that of ``--format``."""
+    """``-o`` as the output file; UserError if its ending is not a format, or not that of ``--format``."""
     from onestepsr.imaging.write import format_of
 
     assert naming.out is not None
@@ -179,19 +193,178 @@ def _ending(path: Path, file_format: str) -> str:
     return path.suffix if path.suffix.lower() in EXTENSIONS else ".png"
 
 
-def _is_within(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+# ---- running: files through one upscaler, or one image from stdin or to stdout ----
 
 
-def _check_distinct(jobs: Mapping[Path, Job]) -> None:
-    """``jobs`` by the resolved path of their source."""
-    seen: dict[Path, Path] = {}
-    for job in jobs.values():
-        target = job.target.resolve()
-        if target in jobs:
-            raise UserError(
-                f"{job.target}: this output is also an input; --skip-existing leaves it out, -o chooses another place"
-            )
-        if target in seen:
-            raise UserError(f"{job.target}: both {seen[target]} and {job.source} would be written there")
-        seen[target] = job.source
+@dataclass(kw_only=True)
+class Result:
+    """Outcome for one input; sizes are (width, height)."""
+
+    input: str
+    output: str
+    status: Literal["written", "skipped", "failed"]
+    input_size: tuple[int, int] | None = None
+    output_size: tuple[int, int] | None = None
+    seconds: float = 0.0
+    """Reading, enlarging and writing of this image, without the time it waited for others."""
+    error: str | None = None
+    prompt: str | None = None
+    plan: dict[str, Any] | None = None
+    """How it went through the network: tiles, dtype, expected memory."""
+
+
+def result_of(job: Job, status: Literal["skipped", "failed"]) -> Result:
+    """The result of a job that wrote nothing (yet)."""
+    return Result(input=str(job.source), output=str(job.target), status=status)
+
+
+@dataclass(kw_only=True)
+class _Item:
+    """An image on its way through the pipeline."""
+
+    job: Job
+    result: Result
+    image: LoadedImage | None = None
+    """The input, then the output; None after a failure."""
+    output_size: tuple[int, int] = (0, 0)
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Add the time inside to the result; an error that concerns this image alone becomes the result's error."""
+        import torch
+
+        started = time.perf_counter()
+        try:
+            yield
+        except (OneStepSRError, MemoryError, torch.OutOfMemoryError) as error:
+            own = isinstance(error, OneStepSRError)
+            self.result.error = str(error) if own else f"{self.job.source}: not enough memory; try --tile 64"
+        finally:
+            self.result.seconds += time.perf_counter() - started
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the input and of the output that it will become."""
+        if self.image is None:
+            return 0
+        alpha = 0 if self.image.alpha is None else self.image.alpha.nbytes
+        own = int(self.image.pixels.nbytes) + int(alpha)
+        return own + own * self.output_size[0] * self.output_size[1] // (self.image.width * self.image.height)
+
+
+def upscale_jobs(
+    jobs: Sequence[Job],
+    upscaler: Upscaler,
+    options: UpscaleOptions,
+    prompts: Prompts | None = None,
+    progress: Progress | None = None,
+) -> Generator[Result, None, None]:
+    """Enlarge files into files; results come in the order of the jobs. Close the generator to stop early.
+
+    Reading and writing overlap the network (:func:`~onestepsr.inference.pipeline.bounded_map`); prompts are made for
+    a group of images before its first one is enlarged. An image that cannot be read, enlarged or written is a failed
+    result. ``progress`` gets a bar for the tiles of every image.
+    """
+    from onestepsr.imaging.read import read_image
+    from onestepsr.imaging.write import check_size, format_of, write_image
+    from onestepsr.inference.options import target_size
+    from onestepsr.inference.pipeline import bounded_map
+
+    prepared = prompted([job.source for job in jobs], prompts)
+
+    def read(job: Job) -> _Item:
+        item = _Item(job=job, result=result_of(job, "failed"))
+        with item.measured():
+            image = read_image(job.source)
+            item.result.input_size = (image.width, image.height)
+            item.output_size = target_size(image.width, image.height, options)
+            check_size(format_of(job.target), *item.output_size, str(job.target))
+            item.image = image
+        return item
+
+    def enlarge(item: _Item) -> _Item:
+        prompt = next(prepared)
+        item.result.prompt = prompt.text
+        image, item.image = item.image, None
+        if prompt.error is not None:
+            item.result.error = str(prompt.error)
+        elif image is not None:
+            with item.measured(), _tile_bar(progress, item.job) as tell:
+                item.image = upscaler.upscale_image(image, prompt.applied_to(options), tell)
+                plan = upscaler.last_plan
+                item.result.plan = None if plan is None else plan.as_json()
+        return item
+
+    def write(item: _Item) -> Result:
+        result = item.result
+        if item.image is not None:
+            with item.measured():
+                write_image(item.image, item.job.target, sweep=False)
+                result.output_size, result.status = item.output_size, "written"
+        result.seconds = round(result.seconds, 3)
+        return result
+
+    return bounded_map(jobs, read, enlarge, write, nbytes=lambda item: item.nbytes)
+
+
+@contextmanager
+def _tile_bar(progress: Progress | None, job: Job) -> Iterator[Callable[[int, int], None] | None]:
+    if progress is None:
+        yield None
+        return
+    task = progress.add_task(job.source.name, total=None)
+    try:
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+    finally:
+        progress.remove_task(task)
+
+
+def upscale_stream(
+    source: str,
+    target: Path | None,
+    file_format: str,
+    *,
+    upscaler: Upscaler,
+    options: UpscaleOptions,
+    prompts: Prompts | None = None,
+) -> Result:
+    """Enlarge one image from stdin (``source`` "-") or to stdout (``target`` None); errors are raised."""
+    from onestepsr.imaging.write import check_size, encode_image, format_of, write_image
+    from onestepsr.inference.options import target_size
+
+    started = time.perf_counter()
+    image = _read_stream(source)
+    if target is not None:
+        written_format = format_of(target)
+    elif file_format == "keep":
+        written_format = image.format or "png"
+    else:
+        written_format = format_of(Path("a" + FORMATS[file_format]))
+    size = target_size(image.width, image.height, options)
+    check_size(written_format, *size, "output" if target is None else str(target))
+    result = Result(input=source, output=STREAM if target is None else str(target), status="written")
+    if prompts is not None:
+        prompt = prompts.of_image(Path("stdin" if source == STREAM else source), image)
+        result.prompt, options = prompt.text, prompt.applied_to(options)
+    enlarged = upscaler.upscale_image(image, options)
+    if target is not None:
+        write_image(enlarged, target)
+    else:
+        sys.stdout.buffer.write(encode_image(enlarged, written_format))
+        sys.stdout.buffer.flush()
+    plan = upscaler.last_plan
+    result.plan = None if plan is None else plan.as_json()
+    result.input_size, result.output_size = (image.width, image.height), size
+    result.seconds = round(time.perf_counter() - started, 3)
+    return result
+
+
+def _read_stream(source: str) -> LoadedImage:
+    from onestepsr.imaging.read import MAX_BYTES, read_image
+
+    if source != STREAM:
+        return read_image(Path(source))
+    data = sys.stdin.buffer.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise UserError(f"<stdin>: more than the limit of {MAX_BYTES:,} bytes")
+    return read_image(data, "<stdin>")

@@ -1,4 +1,4 @@
-"""Prompts for ``onestepsr upscale``: from the options to one embedding per image."""
+"""Prompts of ``onestepsr upscale`` and ``onestepsr evaluate``: from the options to one embedding per image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from onestepsr.core.errors import UserError
 from onestepsr.weights.catalog import OSEDIFF_SCALES
@@ -15,61 +17,67 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from onestepsr.imaging.read import LoadedImage
-    from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
-    from onestepsr.prompts.base import PromptSource
-from dataclasses import field
-
-if TYPE_CHECKING:
     from onestepsr.inference.options import UpscaleOptions
     from onestepsr.inference.upscaler import Upscaler
-
+    from onestepsr.prompts.base import PromptSource
 
 logger = logging.getLogger(__name__)
 
 GROUP = 32
-"""So many images get their prompts in one go: extractor and text encoder are in memory once for them, not beside the
-upscaling."""
+"""Images whose prompts are made together, so that extractor and text encoder are not in memory during upscaling."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptChoice:
-    """What the command line says about prompts."""
+class PromptOptions:
+    """Prompt options of every command that runs a model."""
 
-    text: str | None = None
-    """The user's words."""
-    file: Path | None = None
-    """A folder of texts, one text or a table."""
-    extractor: str | None = None
-    """A captioner or tagger."""
-    text_encoder: str = "sd21-base"
-    """Who turns texts into embeddings."""
-    truncate: bool = False
-    """Whether texts that are too long are cut off."""
+    prompt: Annotated[
+        str | None, typer.Option(help="For models that read text: what the image shows; '' is the empty prompt.")
+    ] = None
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help="Folder with NAME.txt for NAME.jpg, one text file for all, or a JSON/YAML table of prompts."),
+    ] = None
+    prompt_from: Annotated[
+        str | None,
+        typer.Option(
+            help="Captioner or tagger that looks at each image: a folder, blip, dape, or owner/name of the hub."
+        ),
+    ] = None
+    text_encoder: Annotated[
+        str, typer.Option(help="Encoder of the prompts: a diffusers folder, sd21-base, or owner/name of the hub.")
+    ] = "sd21-base"
+    truncate_prompt: Annotated[
+        bool, typer.Option("--truncate-prompt", help="Cut prompts off after 75 tokens instead of refusing them.")
+    ] = False
 
     def __post_init__(self) -> None:
-        if self.file is not None and (self.text is not None or self.extractor is not None):
+        if self.prompt_file is not None and (self.prompt is not None or self.prompt_from is not None):
             raise UserError(
                 "--prompt-file: holds whole prompts, so --prompt and --prompt-from cannot be given beside it"
             )
-        if self.truncate and not self.is_given:
+        if self.truncate_prompt and not self.are_given:
             raise UserError("--truncate-prompt: there is no prompt; give --prompt, --prompt-file or --prompt-from")
 
     @property
-    def is_given(self) -> bool:
-        """Whether images get a prompt at all."""
-        return (self.text, self.file, self.extractor) != (None, None, None)
+    def are_given(self) -> bool:
+        """True if images get a prompt at all."""
+        return (self.prompt, self.prompt_file, self.prompt_from) != (None, None, None)
 
-    def warn_if_unused(self, model: str) -> None:
-        """Say so where a published model of OSEDiff goes without the prompts that it was trained with."""
-        if not self.is_given and model in OSEDIFF_SCALES:
+    def load(self, upscaler: Upscaler) -> Prompts | None:
+        """Source and embedder of the prompts, or None; a warning if a published OSEDiff model goes without."""
+        if self.are_given:
+            return Prompts(self, upscaler)
+        if upscaler.name in OSEDIFF_SCALES:
             logger.warning(
-                "%s: reads prompts and is given none; --prompt-from dape makes what it was trained with", model
+                "%s: reads prompts and is given none; --prompt-from dape makes what it was trained with", upscaler.name
             )
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedPrompt:
-    """The prompt of one image, or why there is none."""
+    """The prompt of one image, or the error that left it without one."""
 
     text: str | None = None
     embedding: Tensor | None = None
@@ -83,18 +91,18 @@ class PreparedPrompt:
 class Prompts:
     """Source and embedder of a command's prompts."""
 
-    def __init__(self, choice: PromptChoice, upscaler: Upscaler) -> None:
-        """:class:`UserError` if the model reads no prompts, or others than the text encoder gives."""
+    def __init__(self, options: PromptOptions, upscaler: Upscaler) -> None:
+        """UserError if the model reads no prompts, or others than the text encoder gives."""
         from onestepsr.prompts.embedder import PromptEmbedder
 
         upscaler.require_prompt_width(upscaler.prompt_width or 0)
-        # What an extractor finds is cut off as in the published code: nobody could shorten it.
-        truncate = choice.truncate or choice.extractor is not None
-        self.embedder = PromptEmbedder(choice.text_encoder, device=upscaler.device, truncate=truncate)
+        # Extracted words are truncated as in the published code: the user cannot shorten them.
+        truncate = options.truncate_prompt or options.prompt_from is not None
+        self.embedder = PromptEmbedder(options.text_encoder, device=upscaler.device, truncate=truncate)
         upscaler.require_prompt_width(self.embedder.width)
-        self.source = _source(choice, upscaler)
-        if choice.text is not None and choice.extractor is None:
-            self.embedder.embed([choice.text])  # too long a text for all is an error before any work
+        self.source = _source(options, upscaler)
+        if options.prompt is not None and options.prompt_from is None:
+            self.embedder.embed([options.prompt])  # a text that is too long is an error before any work
 
     def of_files(self, paths: Sequence[Path]) -> list[PreparedPrompt]:
         """The prompts of images in files."""
@@ -121,11 +129,19 @@ class Prompts:
     def _embedded(self, texts: list[str | UserError]) -> list[PreparedPrompt]:
         self.source.release()
         found = iter(self.embedder.try_embed([text for text in texts if isinstance(text, str)]))
-        return [_prepared(text, None if isinstance(text, UserError) else next(found)) for text in texts]
+        prepared = []
+        for text in texts:
+            if isinstance(text, UserError):
+                prepared.append(PreparedPrompt(error=text))
+            elif isinstance(embedding := next(found), UserError):
+                prepared.append(PreparedPrompt(text=text, error=embedding))
+            else:
+                prepared.append(PreparedPrompt(text=text, embedding=embedding[None]))
+        return prepared
 
 
 def prompted(paths: Sequence[Path], prompts: Prompts | None) -> Iterator[PreparedPrompt]:
-    """The prompt of each image in turn, made a group at a time; without prompts, nothing for each."""
+    """The prompt of each image in turn, made a group at a time; empty ones if there are no prompts."""
     if prompts is None:
         yield from (PreparedPrompt() for _ in paths)
         return
@@ -133,64 +149,12 @@ def prompted(paths: Sequence[Path], prompts: Prompts | None) -> Iterator[Prepare
         yield from prompts.of_files(paths[start : start + GROUP])
 
 
-def _source(choice: PromptChoice, upscaler: Upscaler) -> PromptSource:
+def _source(options: PromptOptions, upscaler: Upscaler) -> PromptSource:
     from onestepsr.prompts.extractors import load_extractor
     from onestepsr.prompts.sources import ExtractedPrompts, FilePrompts, FixedPrompt
 
-    if choice.file is not None:
-        return FilePrompts(choice.file)
-    if choice.extractor is not None:
-        return ExtractedPrompts(load_extractor(choice.extractor, upscaler.device), choice.text or "")
-    return FixedPrompt(choice.text or "")
-
-
-def _prepared(text: str | UserError, embedding: Tensor | UserError | None) -> PreparedPrompt:
-    if isinstance(text, UserError):
-        return PreparedPrompt(error=text)
-    if isinstance(embedding, UserError):
-        return PreparedPrompt(text=text, error=embedding)
-    return PreparedPrompt(text=text, embedding=None if embedding is None else embedding[None])
-
-
-# What an ``upscale`` command works with: the model, its options and its prompts, as one value th ----------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """Which model runs, and how."""
-
-    model: str
-    """Alias or file."""
-    options: UpscaleOptions
-    """How every image is upscaled; the memory is for all processes together."""
-    device: str = "auto"
-    """As ``Upscaler`` takes it."""
-    dtype: str = "auto"
-    """As ``Upscaler`` takes it."""
-    steps: int | None = None
-    """Network evaluations of ResShift's family."""
-    sampler: str | None = None
-    """Sampler of ResShift's family."""
-    fidelity: float | None = None
-    """Between ``d3sr-tiny`` and its faithful counterpart."""
-    compiled: bool = False
-    """Whether through ``torch.compile``."""
-    prompts: PromptChoice = field(default_factory=PromptChoice)
-    """What models that read text are told."""
-
-    def load(self) -> tuple[Upscaler, Prompts | None]:
-        """The model, and the source of its prompts if there are any; UserError if they do not go together."""
-        from onestepsr.inference.upscaler import Upscaler
-
-        upscaler = Upscaler.from_pretrained(
-            self.model,
-            self.device,
-            self.dtype,
-            steps=self.steps,
-            sampler=self.sampler,
-            fidelity=self.fidelity,
-            compiled=self.compiled,
-        )
-        self.prompts.warn_if_unused(self.model)
-        logger.info("%s on %s in %s", self.model, upscaler.device, upscaler.dtype)
-        return upscaler, Prompts(self.prompts, upscaler) if self.prompts.is_given else None
+    if options.prompt_file is not None:
+        return FilePrompts(options.prompt_file)
+    if options.prompt_from is not None:
+        return ExtractedPrompts(load_extractor(options.prompt_from, upscaler.device), options.prompt or "")
+    return FixedPrompt(options.prompt or "")

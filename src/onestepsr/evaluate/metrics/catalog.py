@@ -1,4 +1,4 @@
-"""The metrics that have a name, and what a table needs to know of each."""
+"""Table of the named metrics: how each is computed and described."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ class MetricSpec:
     """Column title."""
     higher_is_better: bool
     variant: str = ""
-    """What makes its numbers this one's and not its namesake's."""
+    """Setting that tells it from others of the same title."""
     unit: str = ""
     """Unit of the values; empty for none."""
     network: bool = False
-    """Whether a network measures, which a GPU makes faster."""
+    """True if a network measures, which a GPU makes faster."""
     against: Callable[[], Reference] | None = None
-    """Returns the function (SR, HR) -> (N,); whatever has to be loaded is loaded here, once."""
+    """Loads the metric and returns the function (SR, HR) -> (N,)."""
     alone: Callable[[], NoReference] | None = None
-    """Returns the function SR -> (N,)."""
+    """Loads the metric and returns the function SR -> (N,)."""
     of_sets: Callable[[], fid.SetDistance] | None = None
-    """Returns a metric that has one value for all images together."""
+    """Loads a metric that has one value for all images together."""
 
     @property
     def needs_reference(self) -> bool:
-        """Whether HR images are needed."""
+        """True if HR images are needed."""
         return self.alone is None
 
     @property
     def record(self) -> MetricRecord:
-        """What is saved with its values."""
+        """Description that is saved with its values."""
         return MetricRecord(
             title=self.title, higher_is_better=self.higher_is_better, variant=self.variant, unit=self.unit
         )
 
     def load(self) -> Reference:
-        """The function (SR, HR) -> (N,); without need of a reference, HR is ignored. Not for metrics of sets."""
+        """The function (SR, HR) -> (N,), which ignores HR if no reference is needed. Not for metrics of sets."""
         if self.against is not None:
             return self.against()
         assert self.alone is not None
@@ -83,14 +83,15 @@ def _distance(name: str, title: str, variant: str, load: Callable[[], Reference]
     )
 
 
-def _from_iqa(metric: pyiqa.IqaMetric) -> MetricSpec:
+def _iqa(name: str, title: str, variant: str, *, higher_is_better: bool = True) -> MetricSpec:
+    """A metric of pyiqa without references, under the name that pyiqa gives it."""
     return MetricSpec(
-        name=metric.name,
-        title=metric.title,
-        variant=metric.variant,
-        higher_is_better=metric.higher_is_better,
+        name=name,
+        title=title,
+        variant=variant,
+        higher_is_better=higher_is_better,
         network=True,
-        alone=partial(pyiqa.load_iqa, metric.name),
+        alone=partial(pyiqa.load_iqa, name),
     )
 
 
@@ -124,7 +125,15 @@ METRICS = {
             higher_is_better=False,
             alone=partial(_load_niqe, "studio"),
         ),
-        *map(_from_iqa, pyiqa.IQA_METRICS),
+        _iqa("musiq", "MUSIQ", "koniq10k"),
+        _iqa("maniqa-pipal", "MANIQA", "maniqa-pipal"),
+        _iqa("maniqa", "MANIQA (KonIQ)", "koniq"),
+        _iqa("clipiqa", "CLIPIQA", "RN50"),
+        _iqa("clipiqa+", "CLIPIQA+", "RN50, learned prompts"),
+        _iqa("topiq_nr", "TOPIQ", "koniq10k, without reference"),
+        _iqa("liqe", "LIQE", "koniq10k"),
+        _iqa("ilniqe", "IL-NIQE", "pyiqa", higher_is_better=False),
+        _iqa("pi", "PI", "pyiqa", higher_is_better=False),
         MetricSpec(
             name="overshoot",
             title="overshoot",

@@ -21,7 +21,7 @@ from onestepsr.imaging.color import gray, luma
 Metric = Callable[[Tensor, Tensor], Tensor]
 """A full-reference metric: (SR, HR) -> (N,)."""
 Planes = Literal["studio", "yiq", "rgb"]
-"""What is compared. ``studio``: Y of ITU-R BT.601 in [16, 235]. ``yiq``: its full-range weights, Y in [0, 255].
+"""Planes that are compared. ``studio``: Y of ITU-R BT.601 in [16, 235]. ``yiq``: its full-range weights, Y in [0, 255].
 ``rgb``: the three channels, whose values are averaged."""
 
 SSIM_WINDOW = 11
@@ -34,7 +34,7 @@ MS_SSIM_SIDE = (SSIM_WINDOW - 1) * 2 ** (len(MS_SSIM_WEIGHTS) - 1) + 1
 MSE_FLOOR = 1e-8
 """Added to the mean squared error, so that equal images score 80 dB instead of infinity."""
 LATTICE = 4
-"""Side of the output cell that a x4 network makes from one input pixel."""
+"""Side of the output block that a x4 network makes from one input pixel."""
 EDGE_WINDOW = 7
 STRONG_EDGE = 64 / 255
 
@@ -115,7 +115,7 @@ def ms_ssim(sr: Tensor, hr: Tensor) -> Tensor:
 
 
 def grid_artifact(image: Tensor) -> Tensor:
-    """How strongly fine detail depends on the position inside the 4 x 4 output cell; 0 is best, no reference needed.
+    """Dependence of fine detail on the position inside the 4 x 4 output block; 0 is best, no reference needed.
 
     |Y - 5x5 mean of Y| is averaged for each of the 16 positions of the lattice; the value is the standard deviation of
     the 16 averages over their mean. Photos score about 0.02, plain bicubic x4 enlargements 0.05 to 0.15 (they are
@@ -144,9 +144,9 @@ def lattice_variation(strength: Tensor) -> Tensor:
 def overshoot(sr: Tensor, hr: Tensor) -> Tensor:
     """Ringing and halos beside strong edges, in gray levels of 255; 0 is best.
 
-    By how much Y of the SR image leaves the range that Y of the HR image spans in the 7 x 7 neighbourhood, averaged
-    over the pixels where that range is at least 64 gray levels. 0 where the HR image has no such edge. Unlike PSNR it
-    forgives blur and shifted detail, which stay inside the range, and counts what an observer sees as a halo.
+    The amount by which Y of the SR image leaves the range of Y of the HR image in the 7 x 7 neighbourhood, averaged
+    over the pixels where that range is at least 64 gray levels; 0 if the HR image has no such edge. Unlike PSNR it
+    forgives blur and shifted detail, which stay inside the range, and counts visible halos.
     """
     _check_pair(sr, hr)
     y, reference = studio_luma(sr), studio_luma(hr)
@@ -213,7 +213,7 @@ def _halved(planes: Tensor) -> Tensor:
 
 
 def _float64(image: Tensor) -> Tensor:
-    # Apple's GPU backend has no float64; there the measuring happens on the CPU.
+    # Apple's GPU backend has no float64; metrics run on the CPU there.
     return image.detach().to("cpu" if image.device.type == "mps" else image.device, torch.float64)
 
 

@@ -1,16 +1,14 @@
-"""NIQE, the natural image quality evaluator: how far an image's local statistics are from those of pristine photos.
+"""NIQE, the natural image quality evaluator: distance of local image statistics from those of pristine photos.
 
 Mittal, Soundararajan and Bovik, "Making a completely blind image quality analyzer", IEEE Signal Processing Letters,
-2013. No reference image is needed; lower is better. The pristine statistics are other people's data and are not
-shipped with this package: :meth:`NiqeParameters.find` looks for them.
+2013. No reference image is needed; lower is better. The statistics of pristine photos are other people's data and are
+not shipped with this package: an environment variable names their file.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,22 +19,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from onestepsr.core.errors import MissingExtra, UserError
+from onestepsr.core.errors import UserError
 from onestepsr.evaluate.metrics.fidelity import check_image, studio_luma
 from onestepsr.imaging.color import gray
 
 ENVIRONMENT_VARIABLE = "ONESTEPSR_NIQE_PARAMETERS"
-PACKAGE, PACKAGED_FILE = "basicsr", "metrics/niqe_pris_params.npz"
-HUB_FILE = "pyiqa/niqe_modelparameters.mat"
-"""Where IQA-PyTorch keeps its copy once it has measured NIQE, below PyTorch's hub folder."""
 MAX_PARAMETER_BYTES = 1_000_000
 ARRAYS = {".npz": ("mu_pris_param", "cov_pris_param"), ".mat": ("mu_prisparam", "cov_prisparam")}
 """Names of mean and covariance in BasicSR's file, and in the authors' that IQA-PyTorch fetches; the same numbers."""
 MISSING_PARAMETERS = (
-    f"NIQE needs the statistics of pristine photos, which are not ours to ship. Three ways: (1) set "
-    f"{ENVIRONMENT_VARIABLE} to niqe_pris_params.npz from BasicSR's source archive (https://pypi.org/project/basicsr, "
-    f"folder {PACKAGE}/metrics) or to the authors' niqe_modelparameters.mat; (2) have BasicSR installed beside this "
-    "package; (3) have IQA-PyTorch (pip install 'onestepsr[iqa]') measure NIQE once, which fetches them"
+    f"NIQE needs the statistics of pristine photos, which are not ours to ship: set {ENVIRONMENT_VARIABLE} to "
+    "niqe_pris_params.npz, from the folder basicsr/metrics of BasicSR (https://pypi.org/project/basicsr), or to the "
+    "authors' niqe_modelparameters.mat, which IQA-PyTorch keeps in ~/.cache/torch/hub/pyiqa"
 )
 
 FEATURES = 36
@@ -73,10 +67,9 @@ class NiqeParameters:
     def load(cls, path: Path) -> NiqeParameters:
         """Read mean (1, 36) and covariance (36, 36) from an .npz file as BasicSR's or a .mat file as the authors'.
 
-        UserError for anything else. A .mat file needs SciPy.
+        UserError for anything else.
         """
-        arrays = _read_matlab(path) if path.suffix == ".mat" else _read_arrays(path)
-        mean, covariance = (torch.as_tensor(array, dtype=torch.float64) for array in arrays)
+        mean, covariance = (torch.as_tensor(array, dtype=torch.float64) for array in _read_arrays(path))
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise UserError(f"{path}: NIQE statistics must be finite")
         try:
@@ -86,17 +79,11 @@ class NiqeParameters:
 
     @classmethod
     def find(cls) -> NiqeParameters:
-        """Load from the file that ONESTEPSR_NIQE_PARAMETERS names, else from what other packages have brought.
-
-        These are an installed BasicSR (never imported) and the downloads of IQA-PyTorch. UserError names all ways.
-        """
+        """Load from the file that ONESTEPSR_NIQE_PARAMETERS names; UserError if it is not set."""
         named = os.environ.get(ENVIRONMENT_VARIABLE)
-        if named:
-            return cls.load(Path(named))
-        for path in _known_places():
-            if path.is_file():
-                return cls.load(path)
-        raise UserError(MISSING_PARAMETERS)
+        if not named:
+            raise UserError(MISSING_PARAMETERS)
+        return cls.load(Path(named))
 
 
 def niqe(image: Tensor, parameters: NiqeParameters, luma: Luma = "yiq") -> Tensor:
@@ -192,7 +179,7 @@ def _mirrored(size: int, margin: int = 3) -> Tensor:
 def _block_features(coefficients: Tensor, block: int) -> Tensor:
     """18 features of every block of (1, 1, H, W) -> (blocks, 18)."""
     blocks = F.unfold(coefficients, block, stride=block)[0].T.reshape(-1, block, block)
-    # What rounding leaves of a flat block must not pass for structure.
+    # Rounding errors of a flat block must not count as structure.
     blocks = blocks * (blocks.abs().amax(dim=(1, 2), keepdim=True) > NO_STRUCTURE)
     alpha, left, right, _ = _asymmetric_gaussian(blocks.flatten(1))
     features = [alpha, (left + right) / 2]
@@ -232,41 +219,24 @@ def _root_mean_square(samples: Tensor, chosen: Tensor) -> Tensor:
     return ((samples**2 * chosen).sum(1) / chosen.sum(1)).sqrt()
 
 
-def _known_places() -> Iterator[Path]:
-    package = importlib.util.find_spec(PACKAGE)
-    for folder in (package.submodule_search_locations or []) if package else []:
-        yield Path(folder) / PACKAGED_FILE
-    yield Path(torch.hub.get_dir()) / HUB_FILE
-
-
 def _read_arrays(path: Path) -> list[NDArray[np.float64]]:
-    names = ARRAYS[".npz"]
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    suffix = ".mat" if path.suffix == ".mat" else ".npz"
+    names = ARRAYS[suffix]
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
+        if suffix == ".mat":
+            size = path.stat().st_size
+        else:
+            with zipfile.ZipFile(path) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
         if size > MAX_PARAMETER_BYTES:
             raise UserError(f"{path}: larger than {MAX_PARAMETER_BYTES} bytes, which NIQE statistics are not")
-        with np.load(path, allow_pickle=False) as arrays:
-            return [np.asarray(arrays[name], dtype=np.float64) for name in names]
+        content = loadmat(path, variable_names=names) if suffix == ".mat" else np.load(path, allow_pickle=False)
+        return [np.asarray(content[name], dtype=np.float64) for name in names]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise UserError(f"{path}: no NIQE statistics; expected an .npz file with {' and '.join(names)}") from error
-
-
-def _read_matlab(path: Path) -> list[NDArray[np.float64]]:
-    names = ARRAYS[".mat"]
-    try:
-        from scipy.io import loadmat
-        from scipy.io.matlab import MatReadError
-    except ImportError as error:
-        raise MissingExtra(f"reading {path}", "metrics") from error
-    try:
-        if path.stat().st_size > MAX_PARAMETER_BYTES:
-            raise UserError(f"{path}: larger than {MAX_PARAMETER_BYTES} bytes, which NIQE statistics are not")
-        arrays = loadmat(path, variable_names=names)
-        return [np.asarray(arrays[name], dtype=np.float64) for name in names]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (MatReadError, NotImplementedError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no NIQE statistics; expected a .mat file with {' and '.join(names)}") from error
+    except (zipfile.BadZipFile, MatReadError, NotImplementedError, ValueError, KeyError, TypeError) as error:
+        wanted = f"expected a {suffix} file with {' and '.join(names)}"
+        raise UserError(f"{path}: no NIQE statistics; {wanted}") from error

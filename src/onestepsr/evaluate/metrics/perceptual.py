@@ -1,6 +1,6 @@
 """LPIPS, DISTS and EA-DISTS as metrics: the code of the losses with the published weights.
 
-Weights are taken where they are on this machine; nothing is downloaded in the middle of a measurement.
+Weights have to be on this machine: nothing is downloaded while measuring.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LearnedDistance(nn.Module):
     def __init__(
         self, features: nn.Module, distance: nn.Module, measure: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> None:
-        """``measure`` is (SR, HR) -> (N,) where it is not ``distance(features, SR, HR)``."""
+        """``measure`` is (SR, HR) -> (N,); by default ``distance(features, SR, HR)``."""
         super().__init__()
         self.features, self.distance = features, distance
         self._measure = measure or (lambda sr, hr: distance(features, sr, hr))

@@ -1,9 +1,8 @@
 """Metrics of IQA-PyTorch (pyiqa): learned quality without references, from an optional package.
 
-pyiqa is under the PolyForm Noncommercial licence, hence an extra that nobody has to install and a notice when it is
-used. Some of its metrics draw random crops from global generators, and creating one sets their seeds: here every
-image starts from the same seed, so that a value does not depend on the images before it, and the generators are put
-back afterwards.
+pyiqa is under the PolyForm Noncommercial licence, hence an optional extra and a notice when it is used. Some of its
+metrics draw random crops from global generators, and creating one sets their seeds: here every image starts from the
+same seed, so that a value does not depend on the images before it, and the generators are restored afterwards.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -28,35 +26,12 @@ from onestepsr.evaluate.metrics.fidelity import check_image
 logger = logging.getLogger(__name__)
 
 SEED = 123
-"""What pyiqa sets when it creates a metric."""
+"""Seed that pyiqa sets when it creates a metric."""
 NOTICE = (
     "pyiqa is under the PolyForm Noncommercial License 1.0.0 (https://polyformproject.org/licenses/noncommercial/1.0.0):"
     " commercial use needs its author's permission; its metrics bring weights under licences of their own"
 )
 _lock = threading.Lock()
-
-
-@dataclass(frozen=True, kw_only=True)
-class IqaMetric:
-    """A metric of pyiqa without references, under the name that pyiqa gives it."""
-
-    name: str
-    title: str
-    variant: str
-    higher_is_better: bool = True
-
-
-IQA_METRICS = (
-    IqaMetric(name="musiq", title="MUSIQ", variant="koniq10k"),
-    IqaMetric(name="maniqa-pipal", title="MANIQA", variant="maniqa-pipal"),
-    IqaMetric(name="maniqa", title="MANIQA (KonIQ)", variant="koniq"),
-    IqaMetric(name="clipiqa", title="CLIPIQA", variant="RN50"),
-    IqaMetric(name="clipiqa+", title="CLIPIQA+", variant="RN50, learned prompts"),
-    IqaMetric(name="topiq_nr", title="TOPIQ", variant="koniq10k, without reference"),
-    IqaMetric(name="liqe", title="LIQE", variant="koniq10k"),
-    IqaMetric(name="ilniqe", title="IL-NIQE", variant="pyiqa", higher_is_better=False),
-    IqaMetric(name="pi", title="PI", variant="pyiqa", higher_is_better=False),
-)
 
 
 def load_iqa(name: str) -> Callable[[Tensor], Tensor]:
@@ -75,15 +50,16 @@ def load_iqa(name: str) -> Callable[[Tensor], Tensor]:
 
     try:
         on(torch.device("cpu"))
-    except Exception as error:  # whatever stops one metric of another package must not stop the others
-        raise UserError(f"pyiqa {_version(package)} cannot create '{name}': {first_line(error)}") from error
+    except Exception as error:  # an error of one metric must not stop the others
+        version = getattr(package, "__version__", "of unknown version")
+        raise UserError(f"pyiqa {version} cannot create '{name}': {first_line(error)}") from error
 
     def measure(image: Tensor) -> Tensor:
         check_image(image)
         try:
             metric = on(image.device)
             with _lock, torch.no_grad():
-                values = [_one(metric, picture[None].float()) for picture in image]
+                values = [_one(metric, single[None].float()) for single in image]
         except Exception as error:
             raise UserError(f"pyiqa's {name}: {first_line(error)}") from error
         return torch.tensor(values, dtype=torch.float64)
@@ -91,9 +67,9 @@ def load_iqa(name: str) -> Callable[[Tensor], Tensor]:
     return measure
 
 
-def _one(metric: Any, picture: Tensor) -> float:
+def _one(metric: Any, image: Tensor) -> float:
     with _seeded():
-        return float(metric(picture))
+        return float(metric(image))
 
 
 @cache
@@ -109,10 +85,6 @@ def _package() -> Any:
         raise UserError(f"pyiqa is installed but cannot be imported: {first_line(error)}") from error
     logger.warning("%s", NOTICE)
     return package
-
-
-def _version(package: Any) -> str:
-    return str(getattr(package, "__version__", "of unknown version"))
 
 
 @contextmanager

@@ -56,65 +56,65 @@
         row.hidden = !row.cells[0].textContent.toLowerCase().includes(wanted);
         shown += row.hidden ? 0 : 1;
       }
-      $("shown").textContent = `${shown} of ${rows.length} pictures`;
+      $("shown").textContent = `${shown} of ${rows.length} images`;
     });
   }
 
-  const view = { picture: 0, left: null, right: null, zoom: 1, x: 0, y: 0, split: 50 };
+  const view = { image: 0, left: null, right: null, zoom: 1, x: 0, y: 0, split: 50 };
 
   function show(number) {
-    view.picture = (number + data.pictures.length) % data.pictures.length;
-    const picture = data.pictures[view.picture];
+    view.image = (number + data.images.length) % data.images.length;
+    const image = data.images[view.image];
     const viewer = $("viewer");
-    viewer.style.setProperty("--shape", String(picture.width / picture.height));
-    $("picture-name").textContent = picture.name;
-    $("picture-number").textContent = `${view.picture + 1} of ${data.pictures.length}`;
-    $("picture-part").textContent = picture.part;
+    viewer.style.setProperty("--shape", String(image.width / image.height));
+    $("image-name").textContent = image.name;
+    $("image-number").textContent = `${view.image + 1} of ${data.images.length}`;
+    $("image-part").textContent = image.part;
     for (const side of ["left", "right"]) {
       for (const option of $(side).options) {
-        option.disabled = !(option.value in picture.files);
+        option.disabled = !(option.value in image.files);
       }
-      choose(side, view[side] in picture.files ? view[side] : preferredRole(picture, side));
+      choose(side, view[side] in image.files ? view[side] : preferredRole(image, side));
     }
-    fillPanes(picture);
+    fillPanes(image);
     for (const row of document.querySelectorAll("#all tbody tr")) {
-      row.classList.toggle("current", row.dataset.picture === String(view.picture));
+      row.classList.toggle("current", row.dataset.image === String(view.image));
     }
     place();
   }
 
   // Before and after: on the right what the last method made, on the left the first of the others (LR where there is one).
-  function preferredRole(picture, side) {
-    const there = data.roles.filter((role) => role.key in picture.files);
+  function preferredRole(image, side) {
+    const there = data.roles.filter((role) => role.key in image.files);
     const right = there.filter((role) => role.method !== null).pop();
     return side === "right" ? right.key : (there.find((role) => role !== right) ?? right).key;
   }
 
   function choose(side, role) {
-    const picture = data.pictures[view.picture];
+    const image = data.images[view.image];
     const label = data.roles.find((item) => item.key === role).label;
     view[side] = role;
     $(side).value = role;
-    const image = document.querySelector(`.layer.${side} img`);
-    image.src = picture.files[role];
-    image.alt = `${label} of ${picture.name}`;
-    image.classList.toggle("lr", role === "lr");
+    const img = document.querySelector(`.layer.${side} img`);
+    img.src = image.files[role];
+    img.alt = `${label} of ${image.name}`;
+    img.classList.toggle("lr", role === "lr");
     document.querySelector(`.tag.${side}`).textContent = label;
     describeSplit();
   }
 
-  function fillPanes(picture) {
-    const panes = data.roles.filter((role) => role.key in picture.files).map((role) => {
+  function fillPanes(image) {
+    const panes = data.roles.filter((role) => role.key in image.files).map((role) => {
       const figure = document.createElement("figure");
       const pane = document.createElement("div");
-      const image = document.createElement("img");
+      const img = document.createElement("img");
       const caption = document.createElement("figcaption");
       pane.className = "pane";
-      image.src = picture.files[role.key];
-      image.alt = `${role.label} of ${picture.name}`;
-      image.className = role.key === "lr" ? "lr" : "";
-      pane.append(image);
-      const values = role.method === null ? [] : picture.values[role.method];
+      img.src = image.files[role.key];
+      img.alt = `${role.label} of ${image.name}`;
+      img.className = role.key === "lr" ? "lr" : "";
+      pane.append(img);
+      const values = role.method === null ? [] : image.values[role.method];
       caption.textContent = [role.label, ...values].join("  ·  ");
       figure.append(pane, caption);
       return figure;
@@ -130,8 +130,8 @@
       $("viewer").style.setProperty(name, String(value));
     }
     $("stage").classList.toggle("zoomed", view.zoom > 1);
-    const picture = data.pictures[view.picture];
-    const percent = Math.round((100 * view.zoom * $("stage").clientWidth) / picture.width);
+    const image = data.images[view.image];
+    const percent = Math.round((100 * view.zoom * $("stage").clientWidth) / image.width);
     $("zoom-now").textContent = `${percent} %`;
   }
 
@@ -210,8 +210,8 @@
       "ArrowRight": () => pan(-step, 0),
       "ArrowUp": () => pan(0, step),
       "ArrowDown": () => pan(0, -step),
-      "PageUp": () => show(view.picture - 1),
-      "PageDown": () => show(view.picture + 1),
+      "PageUp": () => show(view.image - 1),
+      "PageDown": () => show(view.image + 1),
     };
     const pan = (x, y) => {
       view.x += x;
@@ -232,20 +232,20 @@
       $(side).addEventListener("change", () => choose(side, $(side).value));
     }
     $("split").addEventListener("input", () => setSplit(Number($("split").value)));
-    $("previous").addEventListener("click", () => show(view.picture - 1));
-    $("next").addEventListener("click", () => show(view.picture + 1));
+    $("previous").addEventListener("click", () => show(view.image - 1));
+    $("next").addEventListener("click", () => show(view.image + 1));
     $("zoom-in").addEventListener("click", () => zoomTo(view.zoom * 1.5));
     $("zoom-out").addEventListener("click", () => zoomTo(view.zoom / 1.5));
     $("zoom-fit").addEventListener("click", () => zoomTo(1));
     $("zoom-exact").addEventListener("click", () => {
-      zoomTo(data.pictures[view.picture].width / $("stage").clientWidth);
+      zoomTo(data.images[view.image].width / $("stage").clientWidth);
     });
     const showPixels = () => $("viewer").classList.toggle("pixels", $("pixels").checked);
     $("pixels").addEventListener("change", showPixels);
     showPixels(); // a browser that goes back to the page may have kept another choice
-    for (const button of document.querySelectorAll("button[data-picture]")) {
+    for (const button of document.querySelectorAll("button[data-image]")) {
       button.addEventListener("click", () => {
-        show(Number(button.dataset.picture));
+        show(Number(button.dataset.image));
         $("viewer").scrollIntoView({ block: "start" });
         $("stage").focus({ preventScroll: true });
       });
@@ -259,7 +259,7 @@
 
   setUpTheme();
   setUpTables();
-  if (data.pictures.length) {
+  if (data.images.length) {
     setUpViewer();
   }
 })();

@@ -1,1 +1,0 @@
-"""Reports of evaluations: a folder with one page and its images, which asks for nothing outside itself."""
