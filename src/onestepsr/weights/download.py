@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ class Download:
     notice: str = ""
     """Licence and terms of use, logged before the first download."""
     alternative: str = "give the path of the file instead of its name"
-    """How to name a file that lies elsewhere."""
+    """Advice for a file that lies elsewhere."""
 
     def __post_init__(self) -> None:
         if not self.urls:
@@ -104,7 +104,7 @@ def cache_folder() -> Path:
 
 
 def is_offline() -> bool:
-    """Whether ``ONESTEPSR_OFFLINE`` forbids every use of the network."""
+    """True if ``ONESTEPSR_OFFLINE`` forbids every use of the network."""
     return os.environ.get(OFFLINE, "").strip().lower() not in ("", "0", "false", "no")
 
 
@@ -180,7 +180,7 @@ def check(download: Download, *, thorough: bool = False) -> str:
 
 
 def _is_cached(download: Download, replace: bool) -> bool:
-    """Whether a good file is cached; a damaged one raises, or counts as absent if it may be replaced."""
+    """True if a good file is cached; a damaged one raises, or counts as absent if it may be replaced."""
     if not download.path.exists():
         return False
     try:
@@ -363,6 +363,24 @@ def _from_hub(url: str, part: Path, size: int | None) -> None:
         raise OSError(first_line(error)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def hub_folder(repository: str, revision: str | None, files: Sequence[str], *, fetch: bool = True) -> Path:
+    """Folder in the cache of the hub's client (``HF_HOME``) with the files of a repository that match patterns.
+
+    Those that the cache lacks are downloaded, unless offline or without ``fetch``. Raises :class:`MissingWeights`.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    local: dict[str, Any] = {"local_files_only": is_offline() or not fetch, "token": False}
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(files), **local))
+    except (OSError, HFValidationError) as error:
+        raise MissingWeights(f"{OFFLINE} is set" if is_offline() else first_line(error)) from error
+    if not fetch and not all(any(folder.glob(pattern)) for pattern in files):
+        raise MissingWeights(f"{folder}: holds other files of the repository")
+    return folder
 
 
 def _from_web(url: str, part: Path, size: int | None) -> None:

@@ -11,8 +11,7 @@ from torch import nn
 from onestepsr.core.errors import UserError
 from onestepsr.prompts.extractors import load_extractor
 from onestepsr.prompts.ram.network import RamConfig, RamNetwork
-from onestepsr.prompts.ram.tagger import RamTagger, adapter_delta, usual_folder
-from onestepsr.prompts.ram.tags import published_input, tagger_input
+from onestepsr.prompts.ram.tagger import RamTagger, adapter_delta, published_input, tagger_input, usual_folder
 
 MICRO = RamConfig(
     tags=5, side=32, width=8, depths=(2, 2), heads=(2, 4), window=4, text_width=12, head_width=16, head_heads=2

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from onestepsr.core.errors import UserError
-from onestepsr.prompts.ram.tags import (
+from onestepsr.prompts.ram.tagger import (
     format_tags,
     published_input,
     read_tag_names,
