@@ -1,4 +1,4 @@
-"""Errors that end in one clear line for the person at the keyboard.
+"""Errors that end in one clear line for the user.
 
 Everything a user can cause derives from :class:`UserError`; the command line turns it into a single line on stderr and
 exit code 2. Anything else that escapes is a defect of the package.

@@ -67,7 +67,7 @@ def accelerators() -> list[dict[str, Any]]:
 
 
 def is_one_of_several() -> bool:
-    """Whether this process belongs to a group that trains together."""
+    """True if this process belongs to a group that trains together."""
     import torch.distributed as dist
 
     return dist.is_available() and dist.is_initialized()

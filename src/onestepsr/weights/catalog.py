@@ -81,7 +81,7 @@ class ModelSpec:
 
     @property
     def is_here(self) -> bool:
-        """Whether all of its files exist on this machine; nothing is read."""
+        """True if all of its files exist on this machine; nothing is read."""
         return all(download.path.exists() for download in self.downloads)
 
     @property
