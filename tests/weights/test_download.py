@@ -63,6 +63,16 @@ def test_a_hub_without_the_file_or_with_another_falls_to_the_next_mirror(server)
         download_file(download_of(server, f"{base}/gone", f"{base}/wrong"))
 
 
+def test_a_dead_hub_is_passed_over_at_once(server):
+    with running() as gone:
+        dead = gone.url("/owner/name/resolve/main/net.bin")
+    server.routes["/net.bin"] = Route(BODY)
+    wanted = download_of(server, "/net.bin")
+    begun = time.monotonic()
+    assert download_file(Download(**{**vars(wanted), "urls": (dead, *wanted.urls)})).read_bytes() == BODY
+    assert time.monotonic() - begun < 10, "its client alone would try for half a minute"
+
+
 def test_a_further_kind_of_address_is_one_entry(monkeypatch):
     kind = Source(r"here:.+", lambda url, part, size: part.write_bytes(url.encode()) and None)
     monkeypatch.setattr(download, "SOURCES", (*download.SOURCES, kind))

@@ -145,13 +145,10 @@ def download_file(download: Download, *, replace: bool = False) -> Path:
 
 def download_all(downloads: Iterable[Download], *, replace: bool = False) -> list[Path]:
     """The files of one model, see :func:`download_file`; its terms are logged once."""
-    paths: list[Path] = []
-    told = False
-    for download in downloads:
-        absent = not download.path.exists()
-        paths.append(download_file(dataclasses.replace(download, notice="") if told else download, replace=replace))
-        told = told or absent
-    return paths
+    files = list(downloads)
+    first = next((file for file in files if not file.path.exists()), None)
+    told = [file if file is first else dataclasses.replace(file, notice="") for file in files]
+    return [download_file(file, replace=replace) for file in told]
 
 
 def check(download: Download, *, thorough: bool = False) -> str:
@@ -181,10 +178,10 @@ def check(download: Download, *, thorough: bool = False) -> str:
 
 def _is_cached(download: Download, replace: bool) -> bool:
     """True if a good file is cached; a damaged one raises, or counts as absent if it may be replaced."""
-    if not download.path.exists():
-        return False
     try:
         check(download, thorough=replace)
+    except MissingWeights:
+        return False
     except DamagedWeights as error:
         if not replace:
             raise
@@ -351,12 +348,14 @@ WEB = r"https?://[^/]+/.*"
 
 def _from_hub(url: str, part: Path, size: int | None) -> None:
     """Download by the Hugging Face hub's client, which knows its storage and looks into its own cache first."""
+    import requests
     from huggingface_hub import hf_hub_download
 
     server, repository, revision, file = re.findall(HUB, url)[0]
     folder = part.with_name(f"{part.name}.hub")
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
     options: dict[str, Any] = {"revision": revision, "endpoint": server, "token": False, "etag_timeout": TIMEOUT}
+    requests.head(url, timeout=TIMEOUT).raise_for_status()  # the client would ask a dead server for half a minute
     try:
         os.replace(hf_hub_download(repository, file, local_dir=folder, **options), part)
     except Exception as error:  # of whatever transport the client uses
