@@ -44,7 +44,7 @@ def test_text_has_one_line_for_each_finding() -> None:
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    for title in ("python", "torch", "cpu", "free memory", "speed", "default", "extra metrics"):
+    for title in ("python", "torch", "cpu", "free memory", "speed", "default", "extra prompts"):
         assert sum(line.startswith(f"{title} ") for line in lines) == 1
 
 

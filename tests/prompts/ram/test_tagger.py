@@ -199,7 +199,7 @@ def test_a_file_of_another_network_is_named(folder):
         RamTagger(folder, config=MICRO).describe(photo())
 
 
-# ---- tags and the tagger's input --------------------------------------------------------------------------------------
+# ---- tags and the tagger's input -----------------------------------------------------------------------------------
 
 
 def test_prompts_have_the_published_form():
