@@ -238,6 +238,8 @@ def _fetch(download: Download) -> None:
             logger.info("%s: %s", place, error)
             failures.append(f"{_label(place)}: {_reason(error)}")
             continue
+        with part.open("r+b") as file:
+            os.fsync(file.fileno())  # a power cut must not leave a record of bytes that are not on the disk
         _write_record(download.path, found)
         os.replace(part, download.path)
         return
