@@ -1,4 +1,4 @@
-"""The doctor command tells what is there, and never fails because something is not."""
+"""The doctor command reports what is there, and never fails because something is missing."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from onestepsr.benchmark import ceiling
 from onestepsr.cli import doctor
 from onestepsr.core import machine
 from onestepsr.inference.upscaler import resolve_dtype
-from onestepsr.models.loading import list_models
+from onestepsr.weights.catalog import list_models
 
 app = typer.Typer()
 app.callback()(lambda: None)
@@ -44,7 +44,7 @@ def test_text_has_one_line_for_each_finding() -> None:
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    for title in ("python", "torch", "cpu", "free memory", "speed", "default", "extra metrics"):
+    for title in ("python", "torch", "cpu", "free memory", "speed", "default", "extra prompts"):
         assert sum(line.startswith(f"{title} ") for line in lines) == 1
 
 
@@ -76,7 +76,7 @@ def test_instructions_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.examine_cpu()["model"] == "Some CPU"
 
 
-def test_the_measured_speeds_decide_the_number_format(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_measured_speeds_decide_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     for bfloat16, chosen in ((2.0, "bfloat16"), (1.1, "float32")):
         speeds = {torch.float32: 1.0, torch.bfloat16: bfloat16}
@@ -100,7 +100,7 @@ def test_a_folder_that_cannot_be_written_is_no_failure(monkeypatch: pytest.Monke
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
 
 
-def test_a_number_format_that_the_device_lacks_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dtype_that_the_device_lacks_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def speed(device: torch.device, dtype: torch.dtype, *_: object, **__: object) -> float:
         if dtype == torch.bfloat16:
             raise RuntimeError("GET was unable to find an engine to execute this computation")

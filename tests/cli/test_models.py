@@ -24,15 +24,10 @@ def _cache(tmp_path, monkeypatch):
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """An alias whose file lies in a mirror folder."""
-    source = download.Source(url="https://localhost/x", sha256=hashlib.sha256(WEIGHTS).hexdigest(), bytes=len(WEIGHTS))
+    sha256 = hashlib.sha256(WEIGHTS).hexdigest()
+    file = download.Download(file="s.bin", urls=("https://localhost/x",), sha256=sha256, bytes=len(WEIGHTS))
     spec = catalog.ModelSpec(
-        id="small",
-        kind="loss network",
-        summary="s",
-        licence="MIT",
-        licence_url="https://l",
-        file="s.bin",
-        sources=(source,),
+        id="small", kind="loss network", summary="s", licence="MIT", licence_url="https://l", files=(file,)
     )
     monkeypatch.setitem(catalog._MODELS, "small", spec)
     monkeypatch.setenv(download.MIRROR, str(tmp_path))

@@ -1,8 +1,8 @@
-"""What messages are put together from."""
+"""Parts of error messages."""
 
 import pytest
 
-from onestepsr.core.errors import MissingExtra, UserError, error_context, first_line, join_names
+from onestepsr.core.errors import MissingExtra, error_context, first_line, join_names
 
 
 def test_names_are_shortened_beyond_a_limit() -> None:
@@ -15,12 +15,12 @@ def test_an_error_of_another_library_gives_one_line() -> None:
     assert first_line(KeyError()) == "KeyError"
 
 
-def test_a_line_says_what_it_is_about() -> None:
+def test_a_line_says_what_it_is_about_and_the_error_keeps_its_type() -> None:
     def fails() -> None:
         with error_context("config.steps"):
             raise MissingExtra("this", "extra")
 
-    with pytest.raises(UserError, match=r"^config\.steps: this needs"):
+    with pytest.raises(MissingExtra, match=r"^config\.steps: this needs"):
         fails()
     with pytest.raises(ValueError, match=r"^defect$"), error_context("config.steps"):
         raise ValueError("defect")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +16,13 @@ from onestepsr.core.errors import UserError
 from onestepsr.core.files import locked
 from onestepsr.train import run
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks there")
-HOLDER = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+HOLDER = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
 
 
 @contextmanager
 def held(path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process has the lock; it leaves when its input ends."""
-    command = [sys.executable, "-S", "-c", HOLDER, str(path)]
+    command = [sys.executable, "-c", HOLDER, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -41,14 +42,36 @@ def test_a_lock_is_free_refused_and_free_again(tmp_path: Path) -> None:
         assert mine
 
 
-def test_waiting_ends_when_the_other_process_is_killed(tmp_path: Path) -> None:
+def test_waiting_is_told_and_ends_when_the_other_process_is_killed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "lock"
     with held(path) as process:
-        killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -9 {process.pid}"])
-        with locked(path, wait=True) as mine:
+        killer = threading.Timer(0.3, process.kill)
+        killer.start()
+        with locked(path, wait=True, waiting="somebody else") as mine:
             assert mine
             assert process.wait(timeout=10) != 0
-        killer.wait(timeout=10)
+        assert caplog.messages == ["somebody else"]
+        killer.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked there")
+def test_a_forked_child_does_not_keep_the_lock_of_a_killed_parent(tmp_path: Path) -> None:
+    """Workers of a killed training live on for seconds, and --resume must not wait for them."""
+    path = tmp_path / "lock"
+    holder = (
+        "import os, sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire()\n"
+        "if os.fork() == 0: time.sleep(5); os._exit(0)\n"
+        "print(flush=True); time.sleep(30)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder, str(path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        process.kill()
+        process.wait()
+        with locked(path, wait=False) as mine:
+            assert mine
 
 
 def test_what_cannot_be_locked_is_no_obstacle(tmp_path: Path) -> None:
@@ -57,7 +80,7 @@ def test_what_cannot_be_locked_is_no_obstacle(tmp_path: Path) -> None:
 
 
 def test_a_folder_has_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is begun beside a run at work ends before it touches its files."""
+    """A second run in a folder ends before it touches the files there."""
 
     class Planned:
         class run:  # noqa: N801

@@ -1,7 +1,6 @@
-"""Downloads in tests: an empty cache, no mirror and no proxy; a server that can be told to misbehave."""
+"""An empty cache, no mirror and no proxy."""
 
 import pytest
-from weight_mirror import running
 
 from onestepsr.weights import download
 
@@ -11,9 +10,3 @@ def _empty_cache(tmp_path, monkeypatch):
     for name in (download.MIRROR, download.OFFLINE, "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(download.CACHE, str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def server():
-    with running() as mirror:
-        yield mirror

@@ -120,7 +120,7 @@ def test_bundled_models_are_whole():
     for spec in loading.list_models("upscaler"):
         if spec.downloads:
             continue
-        assert loading.verify(spec.id) == spec.sha256
+        assert catalog.verify(spec.id) == spec.sha256
         assert not spec.bundled or spec.path.stat().st_size < 40 * 2**20
         assert loading.load_generator(spec.id).scale == spec.scale
 
@@ -165,8 +165,7 @@ def small_alias(tmp_path, monkeypatch):
         summary="s",
         licence="MIT",
         use="train with it",
-        file="small.bin",
-        sources=(download.Source(url="http://127.0.0.1:9/small.bin", sha256=sha, bytes=7),),
+        files=(download.Download(file="small.bin", urls=("http://127.0.0.1:9/small.bin",), sha256=sha, bytes=7),),
     )
     monkeypatch.setitem(catalog._MODELS, "small", spec)
     return spec
@@ -176,15 +175,15 @@ def test_an_alias_resolves_to_its_file_in_the_cache(small_alias, tmp_path, monke
     with pytest.raises(UserError, match=r"single-file checkpoint instead of 'small'"):
         loading.resolve("small")
     with pytest.raises(UserError, match="'onestepsr models download small' fetches it"):
-        loading.verify("small")
+        catalog.verify("small")
     assert small_alias.state == "not downloaded (7 bytes)"
     (tmp_path / "small.bin").write_bytes(b"weights")
     monkeypatch.setenv(download.MIRROR, str(tmp_path))
     assert loading.resolve("small") == tmp_path / "cache" / "small" / "small.bin" == small_alias.path
-    assert loading.verify("small") == hashlib.sha256(b"weights").hexdigest()
+    assert catalog.verify("small") == hashlib.sha256(b"weights").hexdigest()
     small_alias.path.write_bytes(b"changed")
     with pytest.raises(UserError, match="fetches it again"):
-        loading.verify("small")
+        catalog.verify("small")
 
 
 def test_what_is_no_upscaler_is_refused_before_any_download(small_alias, tmp_path, monkeypatch):

@@ -7,8 +7,7 @@ from safetensors.torch import load_file, save_file
 from small_text_model import WIDTH, write_text_encoder
 
 from onestepsr.core.errors import UserError
-from onestepsr.prompts.embedder import EmbeddingCache, PromptEmbedder
-from onestepsr.prompts.text_encoder import TextEncoder, TextEncoderFolder
+from onestepsr.prompts.embedder import EmbeddingCache, PromptEmbedder, TextEncoder, TextEncoderFolder
 from onestepsr.weights.download import OFFLINE
 
 LONG = "cat " * 76

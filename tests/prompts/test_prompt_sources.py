@@ -7,7 +7,7 @@ from PIL import Image
 from onestepsr.core.errors import UserError
 from onestepsr.prompts.sources import ExtractedPrompts, FilePrompts, FixedPrompt
 
-PICTURE = Image.new("RGB", (8, 8))
+IMAGE = Image.new("RGB", (8, 8))
 
 
 class Namer:
@@ -57,9 +57,9 @@ def test_one_file_holds_the_prompt_of_all_or_a_table(tmp_path):
 
 def test_what_is_seen_comes_before_the_words_of_the_user():
     extractor = Namer()
-    assert ExtractedPrompts(extractor).text(Path("x.png"), PICTURE) == "8 wide, ,"
+    assert ExtractedPrompts(extractor).text(Path("x.png"), IMAGE) == "8 wide, ,"
     prompts = ExtractedPrompts(extractor, "sharp")
-    assert prompts.text(Path("x.png"), PICTURE) == "8 wide, sharp,"
+    assert prompts.text(Path("x.png"), IMAGE) == "8 wide, sharp,"
     prompts.release()
     assert extractor.released == 1
     with pytest.raises(ValueError, match="needs the image"):

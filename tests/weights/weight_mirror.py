@@ -1,4 +1,4 @@
-"""A web server for tests of downloads: answers well, or fails in a chosen way, and remembers what it was asked."""
+"""An HTTP server that serves, cuts, stalls or alters files as it is told, and remembers what it was asked."""
 
 import hashlib
 import threading
@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
-from onestepsr.weights.download import Download, Source
+from onestepsr.weights.download import Download
 
 BODY = bytes(range(256)) * 4096
 """The file that is wanted, 1 MiB."""
@@ -19,20 +20,20 @@ OTHER = BODY[:-1] + b"x"
 
 
 @dataclass
-class TiledRun:
-    """How one address behaves."""
+class Route:
+    """Behaviour of one address."""
 
     body: bytes = b""
     status: int = 200
     ranges: bool = True
     """Whether Range is honoured."""
-    content_range: str = ""
-    """Sent instead of the true one."""
     length: bool = True
     """Whether Content-Length is sent."""
     cuts: list[int] = field(default_factory=list)
     """Bytes after which the connection drops, one number for each answer to come."""
     location: str = ""
+    commit: str = ""
+    """Commit hash that a hub reports; without it the server is none."""
     pause: float = 0.0
     """Seconds of silence in the middle of the body."""
     hold: threading.Event | None = None
@@ -40,13 +41,13 @@ class TiledRun:
 
 
 class Mirror(ThreadingHTTPServer):
-    """Routes by path; ``asked`` lists (path, Range header) of every request."""
+    """Routes by path; ``asked`` lists (path, Range header) of every GET request."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.routes: dict[str, TiledRun] = {}
+        self.routes: dict[str, Route] = {}
         self.asked: list[tuple[str, str]] = []
         self.halfway = threading.Event()
 
@@ -58,24 +59,34 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Mirror
 
+    def do_HEAD(self) -> None:
+        self._begin(self.server.routes.get(self.path, Route(status=404)), 0)
+
     def do_GET(self) -> None:
         asked = self.headers.get("Range", "")
         self.server.asked.append((self.path, asked))
-        self.close_connection = True
-        route = self.server.routes.get(self.path, TiledRun(status=404))
+        route = self.server.routes.get(self.path, Route(status=404))
         start = int(asked[6:-1]) if asked and route.ranges else 0
-        self.send_response(206 if start and route.status == 200 else route.status)
-        if start:
-            whole = len(route.body)
-            self.send_header("Content-Range", route.content_range or f"bytes {start}-{whole - 1}/{whole}")
+        self._begin(route, start)
+        self._send(route, start)
+
+    def _begin(self, route: Route, start: int) -> None:
+        self.close_connection = True
+        past = start >= len(route.body) > 0
+        self.send_response(416 if past else 206 if start and route.status == 200 else route.status)
+        self.send_header("Connection", "close")
+        if start and not past:
+            self.send_header("Content-Range", f"bytes {start}-{len(route.body) - 1}/{len(route.body)}")
         if route.location:
             self.send_header("Location", route.location)
         if route.length:
-            self.send_header("Content-Length", str(len(route.body) - start))
+            self.send_header("Content-Length", str(max(0, len(route.body) - start)))
+        if route.commit:
+            self.send_header("X-Repo-Commit", route.commit)
+            self.send_header("ETag", f'"{hashlib.sha1(route.body).hexdigest()}"')
         self.end_headers()
-        self._send(route, start)
 
-    def _send(self, route: TiledRun, start: int) -> None:
+    def _send(self, route: Route, start: int) -> None:
         end = route.cuts.pop(0) if route.cuts else len(route.body)
         middle = (start + end) // 2
         try:
@@ -104,10 +115,10 @@ def running() -> Iterator[Mirror]:
         thread.join()
 
 
-def download_of(server: Mirror, *paths: str, sha256: str = SHA, size: int | None = SIZE, **others: str) -> Download:
+def download_of(server: Mirror, *paths: str, **others: Any) -> Download:
     """The wanted file as model ``net``, from addresses of the server in order."""
-    found = tuple(Source(url=server.url(path), sha256=sha256, bytes=size) for path in paths)
-    return Download(model="net", file="net.bin", sources=found, **others)
+    values = {"model": "net", "file": "net.bin", "sha256": SHA, "bytes": SIZE} | others
+    return Download(urls=tuple(server.url(path) for path in paths), **values)
 
 
 def present(download: Download) -> list[str]:

@@ -1,4 +1,4 @@
-"""``onestepsr doctor``: what this machine and this installation can do, for bug reports and for choosing options."""
+"""``onestepsr doctor``: report of this machine and installation, for bug reports and for choosing options."""
 
 from __future__ import annotations
 
@@ -24,11 +24,8 @@ SCHEMA = 1
 PACKAGES = ("onestepsr", "torch", "diffusers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 """Names in /proc/cpuinfo of the instructions that matter for speed, x86 and ARM."""
-DEVELOPMENT_EXTRAS = ("test",)
 PROBE_SECONDS = 0.15
 """Time given to each dtype."""
-PROBES = {"cpu": ((1, 64, 64),), "cuda": ((1, 64, 1024),)}
-"""Samples, channels and side of the images that are convolved, by device type: those of "cuda" for all others."""
 
 
 def register(app: typer.Typer) -> None:
@@ -41,10 +38,7 @@ def doctor_command(
 ) -> None:
     """Show versions, hardware, measured speed, models and optional parts of this installation."""
     findings = examine()
-    if as_json:
-        typer.echo(json.dumps(findings, indent=1))
-    else:
-        show(findings)
+    typer.echo(json.dumps(findings, indent=1) if as_json else as_text(findings))
 
 
 def examine() -> dict[str, Any]:
@@ -83,29 +77,31 @@ def examine_cpu() -> dict[str, Any]:
 
 
 def measure_speeds(device: torch.device) -> dict[str, float]:
-    """TFLOP/s of a 3 x 3 convolution, the operation that our networks mostly are, by dtype.
+    """TFLOP/s by dtype of a 3 x 3 convolution, which takes most of the time of our networks.
 
-    Formats that the device does not compute with are left out; all are where it does not work at all. Those of a
-    processor are kept in the cache folder, where ``--dtype auto`` finds them.
+    Dtypes that the device cannot compute with are left out. The speeds of a processor are kept in the cache folder,
+    where ``--dtype auto`` finds them.
     """
+    import torch
+
     from onestepsr.benchmark.ceiling import convolution_speed
     from onestepsr.weights.download import cache_folder
 
-    shapes, speeds = PROBES.get(device.type, PROBES["cuda"]), dict[str, float]()
-    for dtype in _probed(device):
+    on_cpu = device.type == "cpu"
+    speeds: dict[str, float] = {}
+    for dtype in (torch.float32, torch.bfloat16, *(() if on_cpu else (torch.float16,))):
         try:
-            speed = convolution_speed(device, dtype, shapes, seconds=PROBE_SECONDS)
+            shapes = ((1, 64, 64 if on_cpu else 1024),)  # samples, channels, side
+            speeds[_name(dtype)] = float(f"{convolution_speed(device, dtype, shapes, seconds=PROBE_SECONDS):.3g}")
         except RuntimeError as error:  # bfloat16 on an older GPU, a GPU that this PyTorch has no code for, no memory
             logger.warning("%s: no convolution in %s (%s)", device, _name(dtype), first_line(error))
-            continue
-        speeds[_name(dtype)] = float(f"{speed:.3g}")
-    if device.type == "cpu":
+    if on_cpu:
         remember_speeds(cache_folder(), speeds)
     return speeds
 
 
 def examine_models() -> list[dict[str, str]]:
-    """Every named model and where its weights stand; only bundled ones are read, for downloads may be gigabytes."""
+    """Every named model and the state of its weights; only bundled ones are read, for downloads may be gigabytes."""
     from onestepsr.weights.catalog import list_models, verify
 
     found = []
@@ -119,59 +115,41 @@ def examine_models() -> list[dict[str, str]]:
 
 
 def examine_extras() -> dict[str, dict[str, Any]]:
-    """The optional parts that the package declares: which distributions are missing and what installs them."""
+    """The optional parts that the package declares: missing distributions, and the command that installs them."""
     found: dict[str, dict[str, Any]] = {}
     for requirement in importlib.metadata.requires("onestepsr") or []:
-        name = re.match(r"[\w.-]+", requirement)
-        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
-        if name is None or extra is None or extra[1] in DEVELOPMENT_EXTRAS:
-            continue
-        entry = found.setdefault(extra[1], {"missing": [], "install": f"pip install 'onestepsr[{extra[1]}]'"})
-        if _version(name[0]) is None:
-            entry["missing"].append(name[0])
+        match = re.match(r"([\w.-]+).*extra == ['\"](?!test)([\w-]+)['\"]", requirement)  # "test" is for development
+        if match is not None:
+            name, extra = match.groups()
+            entry = found.setdefault(extra, {"missing": [], "install": f"pip install 'onestepsr[{extra}]'"})
+            entry["missing"] += [name] if _version(name) is None else []
     return found
 
 
-def show(findings: Mapping[str, Any]) -> None:
-    """Print the findings, one aligned line each: to be pasted into bug reports, so never wrapped."""
-    rows = _rows(findings)
-    width = max(len(title) for title, _ in rows)
-    for title, text in rows:
-        typer.echo(f"{title:<{width}}  {text}")
-
-
-def _rows(findings: Mapping[str, Any]) -> list[tuple[str, str]]:
+def as_text(findings: Mapping[str, Any]) -> str:
+    """The findings as aligned lines; to be pasted into bug reports, so never wrapped."""
     cpu, chosen = findings["cpu"], findings["chosen"]
+    features = ", ".join(cpu["features"]) or "no known vector instructions"
+    speeds = ", ".join(f"{dtype} {speed:.3g}" for dtype, speed in findings["tflops"].items()) or "no"
     rows = [(name, version or "missing") for name, version in findings["versions"].items()]
     rows += [
         ("platform", findings["platform"]),
-        (
-            "cpu",
-            f"{cpu['model']}, {cpu['cores']} cores, {', '.join(cpu['features']) or 'no known vector instructions'}",
-        ),
+        ("cpu", f"{cpu['model']}, {cpu['cores']} cores, {features}"),
         ("free memory", f"{cpu['free_memory_gb']} GB"),
     ]
-    rows += [(entry["device"], _device_text(entry)) for entry in findings["devices"]]
-    speeds = ", ".join(f"{dtype} {speed:.3g}" for dtype, speed in findings["tflops"].items()) or "no"
+    for entry in findings["devices"]:
+        memory = "" if entry["memory_gb"] is None else f", {entry['memory_gb']} GB"
+        rows.append((entry["device"], f"{entry['model']}{memory}"))
     rows += [
         ("speed", f"{speeds} TFLOP/s (3 x 3 convolution on {chosen['device']}, {findings['threads']} threads)"),
         ("default", f"--device {chosen['device']} --dtype {chosen['dtype']}"),
+        *((f"model {model['id']}", f"{model['state']} ({model['licence']})") for model in findings["models"]),
     ]
-    rows += [(f"model {model['id']}", f"{model['state']} ({model['licence']})") for model in findings["models"]]
     for name, entry in findings["extras"].items():
         missing = f"{', '.join(entry['missing'])} missing: {entry['install']}"
         rows.append((f"extra {name}", missing if entry["missing"] else "present"))
-    return rows
-
-
-def _device_text(entry: Mapping[str, Any]) -> str:
-    return entry["model"] if entry["memory_gb"] is None else f"{entry['model']}, {entry['memory_gb']} GB"
-
-
-def _probed(device: torch.device) -> list[torch.dtype]:
-    import torch
-
-    return [torch.float32, torch.bfloat16] + ([] if device.type == "cpu" else [torch.float16])
+    width = max(len(title) for title, _ in rows)
+    return "\n".join(f"{title:<{width}}  {text}" for title, text in rows)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""``onestepsr models``: which models there are, where their weights come from, and whether a file is unaltered."""
+"""``onestepsr models``: list, describe, download, verify and convert models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def register(app: typer.Typer) -> None:
 
 @models.command(name="list")
 def list_command(as_json: JsonFlag = False) -> None:
-    """Name every model by kind, the default upscaler first, and say where its weights stand."""
+    """List every model by kind, the default upscaler first, with the state of its weights."""
     from onestepsr.weights.catalog import list_models
 
     specs = list_models()
@@ -70,8 +70,9 @@ def info(
 def download(names: Annotated[list[str], typer.Argument(help="Models to fetch, for example sd21-base vgg16.")]) -> None:
     """Bring the weights of models into the cache; what is there is read through, and replaced if damaged.
 
-    A download that was interrupted goes on where it stopped. ONESTEPSR_CACHE names the cache, ONESTEPSR_MIRROR a folder
-    or an address to ask first, and ONESTEPSR_OFFLINE=1 forbids the network.
+    A download that was interrupted goes on where it stopped if its server allows that; one from the Hugging Face hub
+    begins again. ONESTEPSR_CACHE names the cache, ONESTEPSR_MIRROR a folder or an address to ask first, and
+    ONESTEPSR_OFFLINE=1 forbids the network.
     """
     from onestepsr.weights.catalog import get_model
 
@@ -138,11 +139,11 @@ def convert(
         bool,
         typer.Option(
             "--even-contrast",
-            help="For a generator on the tiny backbone: make detail equally strong at all positions of its 4x4 cells, "
-            "measured in every image anew.",
+            help="For a generator on the tiny backbone: make detail equally strong at all 4x4 pixels of a latent "
+            "position, measured in every image anew.",
         ),
     ] = False,
-    dtype: Annotated[str, typer.Option(help="Number format: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET if it exists.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -191,7 +192,7 @@ def _show_converted(done: Converted, as_json: bool) -> None:
 
 
 def _for_each(specs: list[ModelSpec], action: Callable[[ModelSpec], str]) -> None:
-    """Act on every model and print what comes; one that fails leaves the others, a lone one is the command's error."""
+    """Act on every model and print the result; the failure of one of several is reported, and the rest is done."""
     failed = 0
     for spec in specs:
         try:
@@ -209,7 +210,7 @@ def _for_each(specs: list[ModelSpec], action: Callable[[ModelSpec], str]) -> Non
 def _download(spec: ModelSpec) -> str:
     from onestepsr.weights.download import download_all
 
-    if not spec.downloads:
+    if not spec.files:
         return f"{spec.state}, nothing to download"
     return ", ".join(map(str, download_all(spec.downloads, replace=True)))
 
@@ -235,25 +236,21 @@ def _describe(model: str) -> dict[str, Any]:
 
     described: dict[str, Any] = {"model": model}
     spec = {spec.id: spec for spec in list_models()}.get(model)
-    if spec is not None:
-        described |= {"kind": spec.kind, "summary": spec.summary, "licence": spec.licence}
-        described |= {"licence_url": spec.licence_url, "notice": spec.notice} if spec.licence_url else {}
-        described |= {"use": spec.use} if spec.use else {}
-        described |= {"state": spec.state}
-    if spec is not None and not spec.bundled:
-        return described | _describe_download(spec)
-    return described | _describe_weights(model)
-
-
-def _describe_download(spec: ModelSpec) -> dict[str, Any]:
-    if len(spec.downloads) < 2:
-        return _describe_file(spec.downloads[0]) if spec.downloads else {}
-    return {"files": [_describe_file(wanted) for wanted in spec.downloads]}
+    if spec is None:
+        return described | _describe_weights(model)
+    described |= {"kind": spec.kind, "summary": spec.summary, "licence": spec.licence}
+    described |= {"licence_url": spec.licence_url, "notice": spec.notice} if spec.licence_url else {}
+    described |= {"use": spec.use} if spec.use else {}
+    described |= {"state": spec.state}
+    if spec.bundled:
+        return described | _describe_weights(model)
+    files = [_describe_file(wanted) for wanted in spec.downloads]
+    return described | ({"files": files} if len(files) > 1 else dict(*files))
 
 
 def _describe_file(wanted: Download) -> dict[str, Any]:
     file = {"file": str(wanted.path), "bytes": wanted.bytes, "sha256": wanted.sha256}
-    return file | {"sources": [source.url for source in wanted.sources]}
+    return file | {"sources": list(wanted.urls)}
 
 
 def _describe_weights(model: str) -> dict[str, Any]:
@@ -274,7 +271,7 @@ def _describe_weights(model: str) -> dict[str, Any]:
 
 
 def _count(architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> int:
-    """Numbers in the parameters of the network, without its tables; of one that is not known here, all numbers."""
+    """Parameters of the network without its buffers; of an unknown architecture, all values in the file."""
     import torch
 
     from onestepsr.models.architectures import ARCHITECTURES

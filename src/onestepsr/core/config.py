@@ -23,14 +23,14 @@ from onestepsr.core.files import read_text
 T = TypeVar("T")
 MAX_CONFIG_BYTES = 1_000_000
 YAML_WORDS = {False: ("no", "off", "false"), True: ("yes", "on", "true")}
-"""What YAML 1.1 reads as a truth value when it stands without quotes: ``mixed_precision: no`` means the word."""
+"""Words that YAML 1.1 reads as a truth value without quotes: ``mixed_precision: no`` means the word."""
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass ``cls`` from ``values``; ``where`` is the dotted path shown in errors.
 
-    What ``values`` leave out has its default, in groups too: a group of which they give a part is the default of its
-    field with that part changed.
+    Settings left out have their defaults, in groups too: of a group given in part, the other settings are those of the
+    field's default.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{where or cls.__name__}: expected a mapping, got {values!r}")
@@ -110,7 +110,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
 
 
 def _on_one_line(error: Exception) -> str:
-    """What is wrong and where; a YAML error would show the place in a drawing of several lines."""
+    """The problem and its line and column, which a YAML error shows in several lines."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return " ".join(str(error).split())
@@ -122,7 +122,7 @@ def _join(where: str, key: str) -> str:
 
 
 def _completed(value: Any, field: dataclasses.Field[Any], hint: Any) -> Any:
-    """A part of a group on top of the group that is the field's default, if it can be a part of no other."""
+    """A group given in part, merged with the group that is the field's default if the field takes no other kind."""
     factory = field.default_factory
     default = field.default if factory is dataclasses.MISSING else factory()
     groups = {choice for choice in (hint, *get_args(hint)) if dataclasses.is_dataclass(choice)}
@@ -151,7 +151,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _convert_choice(value: Any, choices: tuple[Any, ...], where: str) -> Any:
-    """One of ``choices``; the words that YAML takes for a truth value are still the words."""
+    """One of ``choices``; a truth value stands for the word that YAML made it from."""
     words = YAML_WORDS.get(value, ()) if isinstance(value, bool) and value not in choices else (value,)
     for word in words:
         if word in choices:
@@ -193,7 +193,7 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
 
 
 def _finite(value: float, where: str) -> float:
-    """``value``, unless it is nan, which passes most checks of a range, or infinite."""
+    """``value`` if it is finite: nan would pass most checks of a range."""
     if not math.isfinite(value):
         raise UserError(f"{where}: expected a finite number, got {value}")
     return value

@@ -1,4 +1,4 @@
-"""Errors that end in one clear line for the person at the keyboard.
+"""Errors that end in one clear line for the user.
 
 Everything a user can cause derives from :class:`UserError`; the command line turns it into a single line on stderr and
 exit code 2. Anything else that escapes is a defect of the package.
@@ -23,6 +23,14 @@ class UnknownModel(UserError):
     """A model name that is neither an alias nor an existing path."""
 
 
+class MissingWeights(UserError):
+    """Weights that are not on this machine and could not be, or were not to be, downloaded."""
+
+
+class DamagedWeights(UserError):
+    """A weights file whose size or checksum is not the expected one."""
+
+
 class MissingExtra(UserError):
     """An optional dependency is not installed; the message says which ``pip install`` brings it."""
 
@@ -44,14 +52,15 @@ def join_names(names: Sequence[str], limit: int) -> str:
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """What an error of another library says in at most ``limit`` characters of its first line, else its kind."""
+    """The first line of an error's message, at most ``limit`` characters; its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
 
 
 @contextmanager
-def error_context(what: str) -> Iterator[None]:
-    """Inside, the line of a :class:`UserError` begins with ``what``: the setting, file or variant that it is about."""
+def error_context(prefix: str) -> Iterator[None]:
+    """Put ``prefix`` (a setting, file or variant) before the message of a :class:`UserError` raised in the block."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{what}: {error}") from error
+        error.args = (f"{prefix}: {error}",)  # it keeps its type, by which callers tell what is wrong
+        raise

@@ -1,17 +1,18 @@
-"""Files that appear under their name only when they are complete, reading within a limit, and checksums."""
+"""Atomic writes, reads within a size limit, checksums, and locks between processes."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from onestepsr.core.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 PARTIAL_PREFIX = ".onestepsr-partial-"
 """Names of unfinished files begin with this; they are never read as inputs."""
@@ -19,7 +20,7 @@ PARTIAL_PREFIX = ".onestepsr-partial-"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A hidden path beside ``path`` to write to: it takes that name when the block ends well, and is removed if not."""
+    """Yield a hidden path beside ``path`` to write to: renamed to ``path`` if the block succeeds, else deleted."""
     temporary = partial_path(path)
     try:
         yield temporary
@@ -29,13 +30,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def partial_path(path: Path) -> Path:
-    """A name beside ``path`` that no other process takes, and from which :func:`remove_leftovers` knows ``path``."""
+    """A hidden path beside ``path`` that no other process uses; :func:`remove_leftovers` recognises it."""
     # A process number is not enough: on a shared disk, two machines may have the same.
     return path.with_name(f"{PARTIAL_PREFIX}{_digest(path)}-{secrets.token_hex(6)}")
 
 
 def remove_leftovers(*targets: Path) -> None:
-    """Delete unfinished files that a killed run left for these very targets; every folder is looked through once."""
+    """Delete unfinished files that a killed run left for these targets; every folder is listed once."""
     names: dict[Path, set[str]] = {}
     for path in targets:
         names.setdefault(path.parent, set()).add(_digest(path))
@@ -47,7 +48,7 @@ def remove_leftovers(*targets: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Whatever the system refuses while the block writes ``path`` becomes a UserError of one line."""
+    """Turn an OSError raised while the block writes ``path`` into a :class:`UserError` of one line."""
     try:
         yield
     except OSError as error:
@@ -64,8 +65,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_limited(path: Path, limit: int, kind: str) -> bytes:
-    """The content of a file of at most ``limit`` bytes; UserError if it cannot be read or is larger, and so no
-    ``kind``."""
+    """The content of a file of at most ``limit`` bytes; :class:`UserError` if it is unreadable or larger.
+
+    ``kind`` names in the message what was expected.
+    """
     try:
         with path.open("rb") as handle:
             content = handle.read(limit + 1)
@@ -84,15 +87,17 @@ def read_text(path: Path, limit: int, kind: str) -> str:
         raise UserError(f"{path}: not UTF-8 text") from error
 
 
-def file_sha256(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
-    """SHA-256 of a file, in hexadecimal; ``progress`` is told the bytes read so far. Raises UserError if unreadable."""
-    digest, done = hashlib.sha256(), 0
+def file_sha256(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:
+    """SHA-256 of a file, in hexadecimal; ``advance`` is called with the size of each block that was read.
+
+    Raises :class:`UserError` if the file cannot be read.
+    """
+    digest = hashlib.sha256()
     try:
         with path.open("rb") as handle:
             while block := handle.read(2**20):
                 digest.update(block)
-                done += len(block)
-                progress(done)
+                advance(len(block))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     return digest.hexdigest()
@@ -103,35 +108,33 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.name.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-# Locks between processes: what several of them share is made by one, and a run has one writer -------------------------
-
-HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN)
+# ---- locks between processes -------------------------------------------------------------------------------------
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the file ``path``, made if absent, in a folder that exists, against other processes.
+def locked(path: Path, *, wait: bool, waiting: str = "") -> Iterator[bool]:
+    """Hold the lock file ``path``, made if absent, in a folder that exists, against other processes.
 
-    With ``wait`` until it is free; without, yields False if another process holds it. A file that cannot be opened or
-    locked for any other reason is no obstacle.
+    With ``wait`` until it is free, after a warning ``waiting`` if it is not; without, yields False if another process
+    holds it. A file that cannot be opened or locked for any other reason is no obstacle.
     """
-    if os.name != "posix":
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not wait:
+                yield False
+                return
+            if waiting:
+                logger.warning(waiting)
+            lock.acquire()
+    except (OSError, NotImplementedError):  # a read-only folder, a file system without locks
         yield True
         return
     try:
-        file = path.open("a")
-    except OSError:
         yield True
-        return
-    with file:
-        yield _take(file, wait)
-
-
-def _take(file: IO[str], wait: bool) -> bool:
-    import fcntl
-
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in HELD_BY_ANOTHER
-    return True
+    finally:
+        lock.release()

@@ -1,64 +1,55 @@
-"""A progress bar for what may take a moment or an hour."""
+"""Progress bars on stderr: on a terminal only, and only in the first process of a run."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 T = TypeVar("T")
 PATIENCE_S = 1.0
+"""Seconds after which the bar of :func:`progress` appears."""
 
 
-def tracked(items: Sequence[T], what: str) -> Iterator[T]:
-    """Yield ``items``; on a terminal, in the first process of a run, a bar appears once that takes over a second."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    wanted = console.is_terminal and os.environ.get("RANK", "0") == "0"
-    progress = Progress(*columns, console=console, transient=True, disable=not wanted)
-    task = progress.add_task(what, total=len(items))
+def progress(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
+    """Yield ``items``; a bar appears once that takes over a second. ``total``: their number, if they have no length."""
+    bar = _bar(MofNCompleteColumn())
+    task = bar.add_task(title, total=len(items) if total is None and isinstance(items, Sized) else total)
     begin = time.monotonic()
     try:
         for item in items:
-            if wanted and not progress.live.is_started and time.monotonic() - begin > PATIENCE_S:
-                progress.start()
+            if not bar.disable and not bar.live.is_started and time.monotonic() - begin > PATIENCE_S:
+                bar.start()
             yield item
-            progress.advance(task)
+            bar.advance(task)
     finally:
-        progress.stop()
-
-
-ProgressCallback = Callable[[int, int | None], None]
-"""Called with the bytes that are here and, where it is known, their final number."""
+        bar.stop()
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[ProgressCallback]:
-    """A bar of bytes on stderr; nothing when stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
+def byte_progress(title: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show a bar of bytes that begins at ``done``; yields a function that is called with the size of each block."""
+    with _bar(DownloadColumn(), TransferSpeedColumn()) as bar:
+        task = bar.add_task(title, total=total, completed=done)
+        yield lambda count: bar.advance(task, count)
 
+
+def _bar(*columns: ProgressColumn) -> Progress:
     console = Console(stderr=True)
-    text = TextColumn("{task.description}", markup=False)
-    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-# The progress bar of the commands -------------------------------------------------------------------------------------
-
-
-def progress(items: Iterable[T], title: str, total: int | None = None) -> Iterable[T]:
-    """``items`` under a bar on stderr, where that is a terminal; ``total`` is their number if they do not know it."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(items, title, total=total, console=console, transient=True, disable=not console.is_terminal)
+    shown = console.is_terminal and os.environ.get("RANK", "0") == "0"
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *columns, TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not shown)

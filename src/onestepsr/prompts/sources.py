@@ -1,4 +1,4 @@
-"""The text of every image: fixed, from files, or from what an extractor sees."""
+"""Sources of prompts: a fixed text, files, or an extractor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onestepsr.core.config import read_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.core.files import read_text
 from onestepsr.prompts.base import PromptExtractor
-from onestepsr.prompts.ram.tags import format_tags
+from onestepsr.prompts.ram.tagger import format_tags
 
 MAX_PROMPT_BYTES = 16_384
 """Larger files are no prompts."""
@@ -63,7 +63,7 @@ class FilePrompts:
 
 
 class ExtractedPrompts:
-    """What an extractor sees in each image, and the user's words behind it, in the format of OSEDiff."""
+    """The description of each image by an extractor, followed by the user's words, in the format of OSEDiff."""
 
     needs_image = True
 

@@ -41,8 +41,8 @@ def open_weights(path: Path, *, limit: int = MAX_BYTES) -> LazyTensors:
 
 
 def describe_read_error(error: Exception) -> str:
-    """The reason for which a file was refused, on one line. Of PyTorch's own words on pickles that is what they would
-    call, not the advice to load them all the same."""
+    """The reason for which a file was refused, on one line: of a pickle, the function it would call (PyTorch's own
+    message advises to load it all the same)."""
     text = str(error)
     called = re.search(r"\bGLOBAL (\S+)", text)
     if called is not None:
@@ -68,13 +68,13 @@ def _open_pickle(path: Path) -> LazyTensors:
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether the pickle is of PyTorch's present format, which alone can be mapped."""
+    """True for PyTorch's present format, the only one that can be mapped into memory."""
     with path.open("rb") as handle:
         return handle.read(4) == b"PK\x03\x04"
 
 
 def materialize(value: Tensor) -> Tensor:
-    """A tensor that is already there, as ``partial(given, tensor)``."""
+    """A tensor in memory as a reader of :data:`LazyTensors`: ``partial(materialize, tensor)``."""
     return value
 
 
@@ -87,8 +87,8 @@ def read_tensors(path: Path, *, limit: int = MAX_BYTES) -> dict[str, Tensor]:
 
 
 def read_wanted(path: Path, wanted: Iterable[str], *, limit: int, kind: str) -> dict[str, Tensor]:
-    """The tensors called ``wanted`` of a file that may hold more, such as a classifier; UserError if one is missing, in
-    words of which ``kind`` says what was expected."""
+    """The tensors called ``wanted`` of a file that may hold more, such as a classifier; :class:`UserError` if one is
+    missing. ``kind`` names in the message what was expected."""
     names = list(wanted)
     tensors = read_tensors(path, limit=limit)
     missing = sorted(set(names) - tensors.keys())
@@ -115,10 +115,10 @@ def _without_wrappers(key: str) -> str:
     return key
 
 
-# Networks filled from weights that are read one tensor at a time, so that half a network costs h ----------------------
+# ---- filling networks one tensor at a time, so that loading half a file costs half the memory ------------------------
 
 LISTED = 10
-"""How many missing and unexpected keys a message names."""
+"""Most missing and unexpected keys that a message names."""
 
 
 def fill(network: nn.Module, tensors: LazyTensors, where: str, ignored: Iterable[str] = ()) -> None:

@@ -1,8 +1,4 @@
-"""Writing safetensors files one tensor at a time, and the same bytes for the same tensors every time.
-
-The library's own writer needs all tensors and their serialised copy in memory, which for a model of several gigabytes
-is too much, and orders the metadata at random.
-"""
+"""Our own weight files: safetensors with the architecture and its configuration in the metadata."""
 
 from __future__ import annotations
 
@@ -33,10 +29,17 @@ DTYPES = {
 """Names of dtypes in the header."""
 ALIGNMENT = 8
 """Tensors start at a multiple of this many bytes."""
+FORMAT = "onestepsr"
+MAX_WEIGHT_BYTES = 20 * 2**30
+PICKLES = (".pth", ".pt", ".ckpt")
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write ``tensors`` and ``metadata``; a tensor is copied to the CPU only while it is written."""
+    """Write ``tensors`` and ``metadata``, the same bytes for the same content every time.
+
+    The library's own writer orders the metadata at random, and needs all tensors and their serialised copy in memory,
+    which is too much for a model of several gigabytes; here a tensor is copied to the CPU only while it is written.
+    """
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # so that all of them are aligned
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
@@ -52,15 +55,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         for key in order:
             flat = tensors[key].detach().cpu().contiguous().reshape(-1)
             handle.write(flat.view(torch.uint8).numpy().data)
-
-
-FORMAT = "onestepsr"
-
-
-MAX_WEIGHT_BYTES = 20 * 2**30
-
-
-PICKLES = (".pth", ".pt", ".ckpt")
 
 
 def read_weights(

@@ -130,7 +130,7 @@ def test_weights_of_another_backbone_are_one_line(folder, capsys, tmp_path):
 def test_a_name_stands_for_both_files(folder, monkeypatch):
     spec = get_model("osediff")
     assert (spec.scale, get_model("osediff-face").scale) == (4, 1)
-    assert [download.file for download in spec.downloads] == ["osediff.pkl", get_model("sd21-base").file]
+    assert [download.file for download in spec.downloads] == ["osediff.pkl", get_model("sd21-base").files[0].file]
     assert spec.downloads[1].path == get_model("sd21-base").path, "the backbone is kept once"
     monkeypatch.setenv(download.OFFLINE, "1")
     with pytest.raises(UserError, match=r"osediff\.pkl") as refusal:

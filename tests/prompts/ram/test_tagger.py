@@ -1,5 +1,6 @@
 import re
 from functools import reduce
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,22 @@ from torch import nn
 from onestepsr.core.errors import UserError
 from onestepsr.prompts.extractors import load_extractor
 from onestepsr.prompts.ram.network import RamConfig, RamNetwork
-from onestepsr.prompts.ram.tagger import RamTagger, adapter_delta, usual_folder
-from onestepsr.prompts.ram.tags import published_input, tagger_input
+from onestepsr.prompts.ram.tagger import (
+    RamTagger,
+    adapter_delta,
+    format_tags,
+    published_input,
+    read_tag_names,
+    read_thresholds,
+    select_tags,
+    tagger_input,
+    usual_folder,
+)
 
 MICRO = RamConfig(
     tags=5, side=32, width=8, depths=(2, 2), heads=(2, 4), window=4, text_width=12, head_width=16, head_heads=2
 )
+GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "osediff_input.npz")
 NAMES = ["cat", "dog", "sea lion", "tree", "sky"]
 SWIN_NAMES = (
     (r"patch_embed\.proj", "embeddings.patch_embeddings.projection"),
@@ -53,7 +64,7 @@ def folder(tmp_path):
     return path
 
 
-def picture(seed=1):
+def photo(seed=1):
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((90, 60))
 
@@ -113,20 +124,20 @@ def test_the_published_sizes():
     assert "tagging_head.encoder.layer.0.intermediate.dense.weight" in names
 
 
-def test_a_image_becomes_the_tags_above_their_thresholds(folder):
+def test_an_image_becomes_the_tags_above_their_thresholds(folder):
     with torch.no_grad():
-        probabilities = random_network()(tagger_input(published_input(picture()), side=32))[0].sigmoid()
+        probabilities = random_network()(tagger_input(published_input(photo()), side=32))[0].sigmoid()
     middle = float(probabilities.median())
     (folder / "ram_tag_list_threshold.txt").write_text(f"{middle}\n" * 5)
     expected = [name for name, probability in zip(NAMES, probabilities, strict=True) if probability > middle]
-    assert RamTagger(folder, config=MICRO).describe(picture()) == ", ".join(expected)
+    assert RamTagger(folder, config=MICRO).describe(photo()) == ", ".join(expected)
     assert len(expected) == 2
     (folder / "ram_tag_list_threshold.txt").write_text("".join(f"{float(p) - 1e-3}\n" for p in probabilities))
     tagger = RamTagger(folder, config=MICRO)
-    assert tagger.describe(picture()) == ", ".join(NAMES)
+    assert tagger.describe(photo()) == ", ".join(NAMES)
     tagger.release()
     assert tagger._network is None
-    assert tagger.describe(picture()) == ", ".join(NAMES)
+    assert tagger.describe(photo()) == ", ".join(NAMES)
 
 
 def test_adapters_are_merged_with_the_scale_of_loralib(folder):
@@ -160,7 +171,7 @@ def test_adapters_that_do_not_fit_are_named(folder):
     ):
         save_file(adapters, folder / "DAPE.safetensors")
         with pytest.raises(UserError, match=message):
-            RamTagger(folder, config=MICRO).describe(picture())
+            RamTagger(folder, config=MICRO).describe(photo())
     with pytest.raises(UserError, match=r"adapter: \(3, 4\) and \(5, 3\) do not fit a weight of \(6, 4\)"):
         adapter_delta(torch.zeros(3, 4), torch.zeros(5, 3), torch.Size((6, 4)))
 
@@ -185,4 +196,63 @@ def test_missing_files_and_how_to_do_without(folder, tmp_path):
 def test_a_file_of_another_network_is_named(folder):
     torch.save({"model": {"label_embed": torch.zeros(5, 12)}}, folder / "ram_swin_large_14m.pth")
     with pytest.raises(UserError, match=r"ram_swin_large_14m.pth: no weight 'fc.bias'"):
-        RamTagger(folder, config=MICRO).describe(picture())
+        RamTagger(folder, config=MICRO).describe(photo())
+
+
+# ---- tags and the tagger's input -----------------------------------------------------------------------------------
+
+
+def test_prompts_have_the_published_form():
+    assert format_tags(["cat", "tree"]) == "cat, tree, ,"
+    assert format_tags(["cat", "tree"], "a photo") == "cat, tree, a photo,"
+    assert format_tags([]) == ", ,"
+
+
+def test_tags_above_their_own_threshold_in_the_order_of_the_list():
+    names = ["cat", "dog", "tree", "sky"]
+    probabilities = torch.tensor([0.7, 0.7, 0.9, 0.2])
+    assert select_tags(probabilities, torch.tensor([0.6, 0.8, 0.9, 0.1]), names) == ["cat", "sky"]
+    assert select_tags(probabilities, 0.5, names) == ["cat", "dog", "tree"]
+    with pytest.raises(ValueError, match="expected \\(3,\\)"):
+        select_tags(probabilities, 0.5, names[:3])
+
+
+@pytest.mark.parametrize("name", ["small", "mid"])
+def test_images_are_prepared_as_published(name):
+    prepared = published_input(Image.fromarray(GOLDEN[f"{name}.in"]))
+    assert prepared.size == tuple(GOLDEN[f"{name}.out_size_wh"])
+    pixels = np.asarray(prepared).astype(int)
+    assert (
+        np.abs(pixels[:64, :64] - GOLDEN[f"{name}.out_corner"]).max() <= 1
+    )  # other versions of Pillow round otherwise
+    np.testing.assert_allclose(pixels.mean((0, 1)), GOLDEN[f"{name}.out_mean"], atol=0.05)
+
+
+def test_faces_are_prepared_at_their_own_size():
+    assert published_input(Image.new("RGB", (515, 530)), scale=1).size == (512, 528)
+
+
+def test_the_tagger_sees_a_square_in_the_statistics_of_imagenet():
+    flat = Image.new("RGB", (50, 20), (255, 0, 51))
+    square = tagger_input(flat)
+    assert square.shape == (1, 3, 384, 384)
+    expected = torch.tensor([(1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225]).view(1, 3, 1, 1)
+    torch.testing.assert_close(square, expected.expand_as(square))
+    fine = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8))
+    assert tagger_input(fine, antialias=True).std() < 0.6 * tagger_input(fine).std()
+
+
+def test_lists_of_tags_and_thresholds(tmp_path):
+    (tmp_path / "tags.txt").write_text("cat\nsea lion \n")
+    (tmp_path / "numbers.txt").write_text("0.5\n0.75\n")
+    assert read_tag_names(tmp_path / "tags.txt") == ["cat", "sea lion"]
+    assert read_thresholds(tmp_path / "numbers.txt", 2).tolist() == [0.5, 0.75]
+    with pytest.raises(UserError, match="2 thresholds for 3 tags"):
+        read_thresholds(tmp_path / "numbers.txt", 3)
+    with pytest.raises(UserError, match="expected one number per line"):
+        read_thresholds(tmp_path / "tags.txt", 2)
+    (tmp_path / "numbers.txt").write_text("0.5\n7\n")
+    with pytest.raises(UserError, match="outside 0 to 1"):
+        read_thresholds(tmp_path / "numbers.txt", 2)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_tag_names(tmp_path / "none.txt")

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from onestepsr.core.errors import UserError
 from onestepsr.core.files import replacing
-from onestepsr.core.progress import tracked
+from onestepsr.core.progress import progress
 from onestepsr.data.photos import is_image_name, read_size
 from onestepsr.imaging.read import MAX_BYTES
 
@@ -82,7 +82,7 @@ def open_indexes(paths: Sequence[Path], cache_dir: Path) -> list[TarIndex]:
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     begin = len(paths) * rank // max(processes, 1) % max(len(paths), 1)
     rotated = [*paths[begin:], *paths[:begin]]
-    indexes = [open_index(path, cache_dir) for path in tracked(rotated, "indexing tar files")]
+    indexes = [open_index(path, cache_dir) for path in progress(rotated, "indexing tar files")]
     return [*indexes[len(paths) - begin :], *indexes[: len(paths) - begin]]
 
 

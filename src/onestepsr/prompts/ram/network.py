@@ -217,13 +217,13 @@ def _windows(x: Tensor, side: int) -> Tensor:
 
 
 def _shift_mask(height: int, width: int, window: int, shift: int) -> Tensor:
-    """What is added to the logits (M, L, L) of a shifted map: tokens from opposite borders do not see each other."""
+    """Mask to add to the logits (M, L, L) of a shifted map: tokens from opposite borders do not see each other."""
     rows, columns = (_regions(length, window, shift) for length in (height, width))
     regions = _windows((3 * rows[:, None] + columns)[None, :, :, None], window)[..., 0]
     return torch.where(regions[:, :, None] == regions[:, None, :], 0.0, MASKED)
 
 
 def _regions(length: int, window: int, shift: int) -> Tensor:
-    """Which part of an axis each token of a shifted map belongs to: 0 inside, 1 and 2 before and behind the seam."""
+    """Part of an axis to which each token of a shifted map belongs: 0 inside, 1 and 2 before and behind the seam."""
     position = torch.arange(length)
     return (position >= length - window).long() + (position >= length - shift).long()

@@ -7,17 +7,20 @@ SeeSR trained for degraded images; without it, plain RAM), ``ram_tag_list.txt`` 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from onestepsr.core.errors import UserError
+from onestepsr.core.files import read_text
+from onestepsr.models.perceptual_features import IMAGENET_MEAN, IMAGENET_STD
 from onestepsr.prompts.ram.network import RamConfig, RamNetwork
-from onestepsr.prompts.ram.tags import published_input, read_tag_names, read_thresholds, select_tags, tagger_input
 from onestepsr.weights.download import cache_folder
 from onestepsr.weights.foreign import LazyTensors, fill, open_weights, read_tensors
 
@@ -27,6 +30,9 @@ WEIGHTS = ("ram_swin_large_14m.safetensors", "ram_swin_large_14m.pth")
 ADAPTERS = ("DAPE.safetensors", "DAPE.pth")
 TAGS, THRESHOLDS = "ram_tag_list.txt", "ram_tag_list_threshold.txt"
 _OLD_NAME, _NAME = "vision_multi.", "tagging_head."
+TAGGER_SIDE = 384
+"""Side of the image that RAM's networks see, whatever its proportions were."""
+MAX_LIST_BYTES = 4_000_000
 
 
 class RamTagger:
@@ -58,13 +64,13 @@ class RamTagger:
             raise UserError(f"{folder / TAGS}: {len(self.names)} tags, the network has {self.config.tags}")
         self._network: RamNetwork | None = None
 
-    def describe(self, picture: Image.Image) -> str:
+    def describe(self, image: Image.Image) -> str:
         """Tags joined with ", " in the order of the list; nothing if none is above its threshold."""
         if self._network is None:
             self._network = self._load()
-        image = tagger_input(published_input(picture, self.scale), antialias=self.antialias, side=self.config.side)
+        pixels = tagger_input(published_input(image, self.scale), antialias=self.antialias, side=self.config.side)
         with torch.no_grad():
-            probabilities = self._network(image.to(self.device))[0].sigmoid().cpu()
+            probabilities = self._network(pixels.to(self.device))[0].sigmoid().cpu()
         return ", ".join(select_tags(probabilities, self.thresholds, self.names))
 
     def release(self) -> None:
@@ -110,7 +116,7 @@ def _adapted(read: Callable[[], Tensor], down: Tensor, up: Tensor, label: str) -
 
 
 def adapter_delta(down: Tensor, up: Tensor, shape: torch.Size, label: str = "adapter") -> Tensor:
-    """What an adapter adds to a weight of ``shape`` (out, in): ``up @ down / rank``, as loralib scales it unasked.
+    """The change of a weight of ``shape`` (out, in) by an adapter: ``up @ down / rank``, loralib's default scale.
 
     ``down`` is (rank, in) and ``up`` (out, rank). On a layer that makes query, key and value at once, with twice the
     rank in ``down`` (one half each) and ``up`` (2/3 out, rank), query and value are adapted.
@@ -126,12 +132,12 @@ def adapter_delta(down: Tensor, up: Tensor, shape: torch.Size, label: str = "ada
 
 
 def usual_folder() -> Path:
-    """Where the extractor called ``dape`` looks for its files: beside the downloaded weights."""
+    """Folder of the files of the extractor called ``dape``: beside the downloaded weights."""
     return cache_folder() / "dape"
 
 
 def missing_files(folder: Path) -> UserError:
-    """What to say when the tagger's files are not there."""
+    """The error of a folder that lacks the tagger's files."""
     return UserError(
         f"DAPE: {folder} must hold {WEIGHTS[1]}, {ADAPTERS[1]}, {TAGS} and {THRESHOLDS} (from the repositories "
         "recognize-anything and OSEDiff or SeeSR); or write the tags to NAME.txt and give --prompt-file"
@@ -139,9 +145,80 @@ def missing_files(folder: Path) -> UserError:
 
 
 def is_tagger(folder: Path) -> bool:
-    """Whether ``folder`` holds RAM's files rather than those of transformers."""
+    """True if ``folder`` holds RAM's files rather than those of transformers."""
     return (folder / TAGS).is_file() or _first_of(folder, WEIGHTS) is not None
 
 
 def _first_of(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+# ---- from the tagger's numbers to a prompt, as OSEDiff does it -----------------------------------------------------
+
+
+def format_tags(tags: Sequence[str], user_prompt: str = "") -> str:
+    """OSEDiff's prompt at inference: the tags, the user's words, and a comma after either.
+
+    Without words of the user it ends in ", ,": the published models were measured with that.
+    """
+    return f"{', '.join(tags)}, {user_prompt},"
+
+
+def select_tags(probabilities: Tensor, thresholds: Tensor | float, names: Sequence[str]) -> list[str]:
+    """The ``names`` whose probability (K,) lies above the threshold of their class (K,), in the order of the list."""
+    if probabilities.shape != (len(names),):
+        raise ValueError(f"probabilities {tuple(probabilities.shape)}: expected ({len(names)},), one for each name")
+    chosen = torch.nonzero(probabilities.cpu() > thresholds).flatten().tolist()
+    return [names[index] for index in chosen]
+
+
+def tagger_input(image: Image.Image, *, antialias: bool = False, side: int = TAGGER_SIDE) -> Tensor:
+    """``image`` as RAM's network takes it: (1, 3, side, side), stretched to a square, in ImageNet's statistics.
+
+    OSEDiff's resizing filters against aliasing (``antialias``) since torchvision 0.17; not with 0.15, which its
+    requirements name.
+    """
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    tensor = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
+    square = F.interpolate(tensor, (side, side), mode="bilinear", antialias=antialias)
+    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (square - mean) / deviation
+
+
+def published_input(image: Image.Image, scale: int = 4, process_side: int = 512) -> Image.Image:
+    """``image`` as OSEDiff's script prepares it for tagger and network alike, 8 bit.
+
+    A short side below ``process_side / scale`` is raised to that; then all is enlarged ``scale`` times, both bicubic;
+    then shrunk by Lanczos to whole multiples of 8, which loses up to 7 pixels of either side.
+    """
+    image = image.convert("RGB")
+    shortest = process_side // scale
+    if min(image.size) < shortest:
+        factor = shortest / min(image.size)
+        image = image.resize((int(factor * image.width), int(factor * image.height)))
+    image = image.resize((image.width * scale, image.height * scale))
+    even = (image.width - image.width % 8, image.height - image.height % 8)
+    return image.resize(even, Image.Resampling.LANCZOS)
+
+
+def read_tag_names(path: Path) -> list[str]:
+    """One tag per line."""
+    return [line.strip() for line in _read_lines(path)]
+
+
+def read_thresholds(path: Path, count: int) -> Tensor:
+    """One number from 0 to 1 per line, ``count`` of them, as (count,) float32."""
+    lines = _read_lines(path)
+    try:
+        values = [float(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path}: expected one number per line ({error})") from error
+    if len(values) != count:
+        raise UserError(f"{path}: {len(values)} thresholds for {count} tags")
+    if not all(0 <= value <= 1 for value in values):
+        raise UserError(f"{path}: a threshold outside 0 to 1")
+    return torch.tensor(values)
+
+
+def _read_lines(path: Path) -> list[str]:
+    return read_text(path, MAX_LIST_BYTES, "list of tags").splitlines()
