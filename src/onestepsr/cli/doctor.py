@@ -88,7 +88,7 @@ def measure_speeds(device: torch.device) -> dict[str, float]:
     Formats that the device does not compute with are left out; all are where it does not work at all. Those of a
     processor are kept in the cache folder, where ``--dtype auto`` finds them.
     """
-    from onestepsr.benchmark.ceiling import convolution_speed
+    from onestepsr.benchmark.probes import convolution_speed
     from onestepsr.weights.download import cache_folder
 
     shapes, speeds = PROBES.get(device.type, PROBES["cuda"]), dict[str, float]()
