@@ -149,7 +149,7 @@ class Bench:
 
 
 def jobs_of(folder: Path) -> list[Job]:
-    """What ``upscale`` makes of a folder before any work; results of an earlier run are removed."""
+    """Jobs of ``upscale`` for a folder; results of an earlier run are removed."""
     out = folder.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
     return plan_jobs([str(folder)], Naming(out=out, file_format="keep", suffix=""), False)
