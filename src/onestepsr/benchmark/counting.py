@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from onestepsr.inference.compiling import without_compiling
@@ -103,22 +103,23 @@ def size_of(parameters: Iterable[Tensor], *, trainable: bool = False) -> int:
     return sum(parameter.numel() for parameter in parameters if parameter.requires_grad or not trainable)
 
 
-class _ParameterUse(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Record which of ``parameters`` are given to any operation inside."""
+class _ParameterUse(TorchFunctionMode):
+    """Record which of ``parameters`` are given to any PyTorch function inside."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._known = {id(parameter): parameter for parameter in parameters}
         self.used: dict[int, Tensor] = {}
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        for argument in (*args, *(kwargs or {}).values()):
-            for item in argument if isinstance(argument, (list, tuple)) else (argument,):
-                if id(item) in self._known:
-                    self.used[id(item)] = self._known[id(item)]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") != "__get__":  # reading a shape or dtype is no use
+            for argument in (*args, *kwargs.values()):
+                items = argument if isinstance(argument, (list, tuple)) else (argument,)
+                self.used.update((id(item), item) for item in items if id(item) in self._known)
+        return func(*args, **kwargs)
 
 
 def _attention_operations(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
@@ -127,9 +128,7 @@ def _attention_operations(query: Shape, key: Shape, value: Shape, *_: Any, **__:
     return 2 * batch * heads * queries * key[2] * (channels + value[3])
 
 
-_UNREGISTERED: dict[Any, Any] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations,
-}
+_UNREGISTERED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations}
 """PyTorch's counter does not know the attention kernel of the CPU and takes it for free."""
 
 # ---- the stages of a generator ----
