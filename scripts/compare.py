@@ -1,4 +1,4 @@
-"""Side-by-side image of several models on the same inputs: one row per image, one column per model.
+"""Side-by-side comparison of several models on the same inputs: one row per image, one column per model.
 
     python scripts/compare.py FOLDER OUT.png --models bicubic d3sr-tiny --count 6 --seed 0
 

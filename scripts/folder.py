@@ -1,10 +1,11 @@
-"""A folder of small photos through the product's own pipeline, against the time that the network alone takes for them.
+"""Time of a folder of small photos through the pipeline of ``upscale``, beside that of the network alone for them.
 
-    python scripts/folder.py [PHOTO_DIR] [--photos 200] [--size 128] [--counts 10,100,1000] [--json F]
+    python scripts/folder.py [PHOTO_DIR] [--photos 200] [--size 128] [--counts 10,100,1000] [--json FILE]
 
-The photos are crops of those in PHOTO_DIR, or made up, and are written as JPEG into a temporary folder. Measured are
+The photos are crops of those in PHOTO_DIR, or synthetic, and are written as JPEG into a temporary folder. Measured are
 `upscale_image` of images in memory, warm (median); the whole folder from listing it to the last file written; the same
-one after the other; and folders of several sizes. Rounds take turns, so that other work on the machine hits each alike.
+one image after the other; and folders of several sizes. Rounds of all take turns, so that other work on the machine
+disturbs each alike.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,159 +27,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from onestepsr.benchmark.ceiling import OtherWork
-from onestepsr.cli.upscale.jobs import Job, Naming, existing, plan_jobs, upscale_jobs
-from onestepsr.core.files import remove_leftovers
+from onestepsr.benchmark.probes import other_work, wait
+from onestepsr.benchmark.speed import SpeedConfig, write_sources
+from onestepsr.cli.upscale.jobs import Job, Naming, plan_jobs, upscale_jobs
 from onestepsr.core.machine import cores, describe_machine
+from onestepsr.data.photos import find_images
 from onestepsr.imaging.read import read_image
-from onestepsr.imaging.write import check_writable, write_image
-from onestepsr.inference.options import UpscaleOptions
-from onestepsr.inference.upscaler import Upscaler
+from onestepsr.imaging.write import write_image
+from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
 
 WARM_UP, SINGLES = 3, 20
-
-
-def made_up(rng: np.random.Generator, side: int) -> Image.Image:
-    """Soft shapes of several sizes with some grain: about as many bytes in a JPEG as a photo of this size."""
-    fields = np.zeros((side, side, 3), np.float32)
-    for cells in (2, 5, 12, 40):
-        coarse = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
-        resized = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
-        fields += np.asarray(resized, np.float32) / (4 if cells < 40 else 8)
-    fields += rng.normal(0, 4, fields.shape)
-    return Image.fromarray(fields.clip(0, 255).astype(np.uint8))
-
-
-def crop(rng: np.random.Generator, paths: list[Path], side: int) -> Image.Image:
-    """A random square of a random photo that is large enough."""
-    with Image.open(paths[int(rng.integers(len(paths)))]) as photo:
-        left, top = (int(rng.integers(max(1, length - side + 1))) for length in photo.size)
-        return photo.convert("RGB").crop((left, top, left + side, top + side))
-
-
-def make_photos(folder: Path, count: int, side: int, sources: list[Path]) -> list[Path]:
-    """Write ``count`` JPEG files of side x side pixels, the same ones at every call."""
-    rng, made = np.random.default_rng(0), []
-    folder.mkdir()
-    for number in range(count):
-        image = crop(rng, sources, side) if sources else made_up(rng, side)
-        made.append(folder / f"{number:06d}.jpg")
-        image.save(made[-1], quality=90)
-    return made
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """What is measured with."""
-
-    upscaler: Upscaler
-    options: UpscaleOptions
-    place: Path
-    """A folder to write in."""
-
-    def plan(self, folder: Path) -> list[Job]:
-        """What the command does before any work."""
-        naming = Naming(out=self.place / "out", file_format="keep", suffix="")
-        jobs = plan_jobs([str(folder)], naming, False)
-        existing(jobs, False, False)
-        check_writable(jobs[0].target)
-        remove_leftovers(*(job.target for job in jobs))
-        return jobs
-
-    def clear(self) -> None:
-        """Remove what was written."""
-        shutil.rmtree(self.place / "out", ignore_errors=True)
-
-    def pipelined(self, folder: Path) -> None:
-        """The folder as ``upscale`` does it."""
-        results = list(upscale_jobs(self.plan(folder), self.upscaler, self.options))
-        require({result.status for result in results} == {"written"})
-
-    def one_after_the_other(self, folder: Path) -> None:
-        """The folder without any overlap."""
-        for job in self.plan(folder):
-            enlarged = self.upscaler.upscale_image(read_image(job.source), self.options)
-            write_image(enlarged, job.target, sweep=False)
-
-    def singles(self, photos: list[Path]) -> list[Spent]:
-        """Time of ``upscale_image`` for images in memory, each by itself."""
-        images = [read_image(path) for path in photos[: WARM_UP + SINGLES]]
-        return [spent(partial(self.upscaler.upscale_image, each, self.options)) for each in images][WARM_UP:]
-
-
-def require(condition: bool) -> None:
-    """Stop unless all images were written."""
-    if not condition:
-        raise SystemExit("some images were not written")
-
-
-class Spent(NamedTuple):
-    """What a call took."""
-
-    seconds: float
-    """By the clock."""
-    processor: float
-    """Of all cores, for this process: what remains comparable while other work runs."""
-
-
-def spent(run: Callable[[], Any]) -> Spent:
-    """Time of one call."""
-    begun, used = time.perf_counter(), time.process_time()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return Spent(time.perf_counter() - begun, time.process_time() - used)
-
-
-def median(values: list[Spent]) -> Spent:
-    """Of either time by itself."""
-    return Spent(*(statistics.median(column) for column in zip(*values, strict=True)))
-
-
-def folder_of(place: Path, photos: list[Path], count: int) -> Path:
-    """A folder of ``count`` links to the photos, over and over."""
-    folder = place / f"{count}"
-    folder.mkdir()
-    for number in range(count):
-        os.link(photos[number % len(photos)], folder / f"{number:06d}.jpg")
-    return folder
-
-
-def measure(bench: Bench, photos: list[Path], options: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of everything, and the medians."""
-    folder, count = photos[0].parent, len(photos)
-    singles: list[Spent] = []
-    ways: dict[str, Callable[[], None]] = {
-        "pipeline": lambda: bench.pipelined(folder),
-        "one after the other": lambda: bench.one_after_the_other(folder),
-    }
-    times: dict[str, list[Spent]] = {way: [] for way in ways}
-    bench.singles(photos)
-    for _ in range(options.rounds):
-        for way, run in ways.items():
-            singles += bench.singles(photos)
-            bench.clear()
-            times[way].append(spent(run))
-    single, totals = median(singles), {way: median(values) for way, values in times.items()}
-    return {
-        "single_image_s": single.seconds,
-        "single_image_quartiles_s": statistics.quantiles([each.seconds for each in singles], n=4),
-        "single_image_processor_s": single.processor,
-        "folder_s": {way: total.seconds for way, total in totals.items()},
-        "folder_processor_s": {way: total.processor for way, total in totals.items()},
-        "ratio": {way: total.seconds / (count * single.seconds) for way, total in totals.items()},
-        "processor_ratio": {way: total.processor / (count * single.processor) for way, total in totals.items()},
-    }
-
-
-def measure_counts(bench: Bench, photos: list[Path], counts: list[int]) -> dict[str, Spent]:
-    """Time per image for folders of several sizes, through the pipeline."""
-    found = {}
-    for count in counts:
-        folder = folder_of(bench.place, photos, count)
-        bench.clear()
-        found[str(count)] = Spent(*(total / count for total in spent(partial(bench.pipelined, folder))))
-    return found
 
 
 def main() -> None:
@@ -194,24 +52,23 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    sources = plan_photos(options.sources)
-    upscaler = Upscaler.from_pretrained(options.model, options.device, options.dtype)
-    other = OtherWork()
+    bench = Bench(Upscaler.from_pretrained(options.model, options.device, options.dtype))
+    begun, before = time.perf_counter(), other_work()
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary)
-        photos = make_photos(place / "photos", options.photos, options.size, sources)
-        bench = Bench(upscaler=upscaler, options=UpscaleOptions(), place=place)
-        found = measure(bench, photos, options)
-        per_image = measure_counts(bench, photos, [int(count) for count in options.counts.split(",") if count])
+        photos = make_photos(Path(temporary) / "photos", options)
+        found = measure(bench, photos, options.rounds)
+        counts = [int(count) for count in options.counts.split(",") if count]
+        per_image = {str(count): bench.per_image(photos, count) for count in counts}
+    after, elapsed = other_work(), time.perf_counter() - begun
     report = {
         "schema": 1,
         "machine": describe_machine(["torch"]),
         "cores": cores(),
         "threads": torch.get_num_threads(),
-        "cores_busy_with_other_work": other.cores(),
+        "cores_busy_with_other_work": None if before is None or after is None else (after - before) / elapsed,
         "model": options.model,
-        "device": str(upscaler.device),
-        "dtype": str(upscaler.dtype).removeprefix("torch."),
+        "device": str(bench.upscaler.device),
+        "dtype": str(bench.upscaler.dtype).removeprefix("torch."),
         "photos": options.photos,
         "size": options.size,
         **found,
@@ -224,15 +81,104 @@ def main() -> None:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def plan_photos(folder: Path | None) -> list[Path]:
-    """The photos to cut from; none if they are to be made up."""
-    if folder is None:
-        return []
-    return [job.source for job in plan_jobs([str(folder)], Naming(out=None, file_format="keep", suffix="_"), True)]
+def make_photos(folder: Path, options: argparse.Namespace) -> list[Path]:
+    """Write JPEG files, the same ones at every call: random squares of photos, or synthetic images."""
+    folder.mkdir()
+    if options.sources is None:
+        return write_sources(folder, SpeedConfig(width=options.size, height=options.size, batch=options.photos))
+    rng, sources, side = np.random.default_rng(0), find_images(options.sources), options.size
+    made = [folder / f"{number:06d}.jpg" for number in range(options.photos)]
+    for path in made:
+        with Image.open(sources[int(rng.integers(len(sources)))]) as photo:
+            left, top = (int(rng.integers(max(1, length - side + 1))) for length in photo.size)
+            photo.convert("RGB").crop((left, top, left + side, top + side)).save(path, quality=90)
+    return made
+
+
+class Spent(NamedTuple):
+    """Time of a call."""
+
+    seconds: float
+    """By the clock."""
+    processor: float
+    """Of all cores, for this process: it remains comparable while other work runs."""
+
+
+def median(values: list[Spent]) -> Spent:
+    """Median of either time by itself."""
+    return Spent(*(statistics.median(column) for column in zip(*values, strict=True)))
+
+
+class Bench:
+    """An upscaler, and ways of giving it the photos of a folder."""
+
+    def __init__(self, upscaler: Upscaler) -> None:
+        self.upscaler = upscaler
+
+    def pipelined(self, folder: Path) -> None:
+        """Enlarge the folder as ``upscale`` does."""
+        with closing(upscale_jobs(jobs_of(folder), self.upscaler, UpscaleOptions())) as results:
+            if {result.status for result in results} != {"written"}:
+                raise SystemExit("some images were not written")
+
+    def one_after_the_other(self, folder: Path) -> None:
+        """Enlarge the folder without any overlap."""
+        for job in jobs_of(folder):
+            write_image(self.upscaler.upscale_image(read_image(job.source)), job.target, sweep=False)
+
+    def singles(self, photos: list[Path]) -> list[Spent]:
+        """Time of ``upscale_image`` for images in memory, each by itself."""
+        images = [read_image(path) for path in photos[: WARM_UP + SINGLES]]
+        return [self.spent(partial(self.upscaler.upscale_image, image)) for image in images][WARM_UP:]
+
+    def per_image(self, photos: list[Path], count: int) -> Spent:
+        """Time per image of a folder of ``count`` links to the photos, over and over, through the pipeline."""
+        folder = photos[0].parent.parent / f"{count}"
+        folder.mkdir()
+        for number in range(count):
+            os.link(photos[number % len(photos)], folder / f"{number:06d}.jpg")
+        return Spent(*(total / count for total in self.spent(partial(self.pipelined, folder))))
+
+    def spent(self, run: Callable[[], Any]) -> Spent:
+        """Time of one call."""
+        begun, used = time.perf_counter(), time.process_time()
+        run()
+        wait(self.upscaler.device)
+        return Spent(time.perf_counter() - begun, time.process_time() - used)
+
+
+def jobs_of(folder: Path) -> list[Job]:
+    """Jobs of ``upscale`` for a folder; results of an earlier run are removed."""
+    out = folder.parent / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    return plan_jobs([str(folder)], Naming(out=out, file_format="keep", suffix=""), False)
+
+
+def measure(bench: Bench, photos: list[Path], rounds: int) -> dict[str, Any]:
+    """Rounds of everything, and the medians."""
+    folder, count = photos[0].parent, len(photos)
+    ways = {"pipeline": bench.pipelined, "one after the other": bench.one_after_the_other}
+    singles: list[Spent] = []
+    times: dict[str, list[Spent]] = {way: [] for way in ways}
+    bench.singles(photos)
+    for _ in range(rounds):
+        for way, run in ways.items():
+            singles += bench.singles(photos)
+            times[way].append(bench.spent(partial(run, folder)))
+    single, totals = median(singles), {way: median(values) for way, values in times.items()}
+    return {
+        "single_image_s": single.seconds,
+        "single_image_quartiles_s": statistics.quantiles([each.seconds for each in singles], n=4),
+        "single_image_processor_s": single.processor,
+        "folder_s": {way: total.seconds for way, total in totals.items()},
+        "folder_processor_s": {way: total.processor for way, total in totals.items()},
+        "ratio": {way: total.seconds / (count * single.seconds) for way, total in totals.items()},
+        "processor_ratio": {way: total.processor / (count * single.processor) for way, total in totals.items()},
+    }
 
 
 def show(report: dict[str, Any]) -> None:
-    """The table."""
+    """Print the table."""
     print(f"{'':24} {'clock':>12} {'processor':>12}   x images x one image, by either")
     print(row("one image, network path", report["single_image_s"], report["single_image_processor_s"]))
     for way, total in report["folder_s"].items():

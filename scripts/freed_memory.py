@@ -1,4 +1,4 @@
-"""What it costs to hand large freed blocks back to the system: CPU time of one block of Stable Diffusion's autoencoder.
+"""CPU time lost by handing large freed blocks back to the system, in one block of Stable Diffusion's autoencoder.
 
     python scripts/freed_memory.py [--channels 128] [--side 512] [--runs 3] [--json FILE]
 

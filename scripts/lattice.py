@@ -1,4 +1,4 @@
-"""How strongly detail depends on the position in the 4x4 output cell, seen by several filters.
+"""Dependence of detail on the position within 4x4 output pixels, seen by several filters.
 
     python scripts/lattice.py PHOTOS sr/ other_sr/ --count 40
 

@@ -1,4 +1,4 @@
-"""What single layers gain on a CPU from the ways in which inference computes them.
+"""Time of single layers on a CPU: as PyTorch computes them, and as inference does.
 
     python scripts/layers.py [--runs 5]
 
@@ -75,23 +75,23 @@ def report(name: str, runs: int, plain: Callable[[], Any], fast: Callable[[], An
 
 
 def attentions(heads: int, positions: int, channels: int, spread: float) -> tuple[Any, Any, str]:
-    """The fused one, ours, and how well each agrees with float32."""
+    """The fused one, ours, and the agreement of each with float32."""
     query, key, value = (spread * torch.randn(1, positions, heads, channels).transpose(1, 2) for _ in range(3))
     value = value / spread
     exact = F.scaled_dot_product_attention(*(x.bfloat16().float() for x in (query, key, value)))
-    materialize = [x.bfloat16() for x in (query, key, value)]
-    ways = (lambda: F.scaled_dot_product_attention(*materialize), lambda: attention_by_blocks(*materialize))
+    inputs = [x.bfloat16() for x in (query, key, value)]
+    ways = (lambda: F.scaled_dot_product_attention(*inputs), lambda: attention_by_blocks(*inputs))
     found = [10 * math.log10(exact.square().mean() / (way().float() - exact).square().mean()) for way in ways]
     return *ways, f"; against float32 {found[0]:.1f} dB, ours {found[1]:.1f} dB"
 
 
 def packed(layer: nn.Module, x: Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """A layer on ``x`` as it is, and with packed weights."""
+    """A layer on ``x`` with its own weights, and with packed ones."""
     plain = layer.bfloat16().to(memory_format=torch.channels_last).requires_grad_(False)
     ours = nn.Sequential(plain)
     pack_weights(ours)
-    materialize = x.bfloat16()
-    return (lambda: plain(materialize)), (lambda: ours(materialize))
+    inputs = x.bfloat16()
+    return (lambda: plain(inputs)), (lambda: ours(inputs))
 
 
 def linears() -> tuple[Callable[[], Any], Callable[[], Any]]:

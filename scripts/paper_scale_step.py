@@ -1,21 +1,19 @@
-"""Real training steps of a recipe with random weights: what gets a gradient, what stays, memory, speed.
+"""Memory, speed and gradients of real training steps of a recipe, with random weights.
 
     python scripts/paper_scale_step.py --crop 128 --json step.json
     python scripts/paper_scale_step.py --recipe osediff-sd21 --crop 128
 
-By default D3SR's: Stable Diffusion 2.1-base under adapters, judged by half of SDXL-base, exactly as ``--recipe
-d3sr-sd21-sdxl`` trains them, but for the weights (random: nothing is downloaded), the photos (noise) and the features
-of the perceptual distance (ours). OSEDiff's prompts are random embeddings too, a negative one among them, so that its
-teacher is guided. Recipes of other methods run with what ``KEY=VALUE`` says of their weights; settings given so come
-last. On a GPU: ``--crop 512 --batch 4 --steps 5``.
+By default D3SR's: Stable Diffusion 2.1-base under adapters, half of SDXL-base as the discriminator, exactly as
+``--recipe d3sr-sd21-sdxl`` trains them, but for the weights (random: nothing is downloaded), the photos (noise) and the
+features of the perceptual distance (ours). OSEDiff's prompts are random embeddings too, a negative one among them, so
+that its teacher is guided. Recipes of other methods run with the weights that ``KEY=VALUE`` names; settings given so
+come last. On a GPU: ``--crop 512 --batch 4 --steps 5``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from onestepsr.core.machine import processor
+from onestepsr.core.machine import processor_name, resident_memory
 from onestepsr.methods.base import get_method
 from onestepsr.train.recipes import load_run, read_recipe
 from onestepsr.train.trainer import Trainer
@@ -53,7 +51,7 @@ class Noise:
 
 
 def main() -> None:
-    """Run the steps and print or write what was seen."""
+    """Run the steps; print the report or write it."""
     options = parse()
     with tempfile.TemporaryDirectory() as folder:
         name = str(read_recipe(options.recipe)["method"])
@@ -115,8 +113,8 @@ def measure(trainer: Trainer, source: Noise, options: argparse.Namespace) -> dic
     """
     networks = trainer.networks.modules
     before = {name: frozen_sums(network) for name, network in networks.items()}
-    judges = trainer.method.frozen
-    judges_before = {name: frozen_sums(network) for name, network in judges.items()}
+    frozen = trainer.method.frozen
+    frozen_before = {name: frozen_sums(network) for name, network in frozen.items()}
     device = trainer.accelerator.device
     batches = [batch(source, options, step, device) for step in range(options.steps)]
     seconds = []
@@ -139,7 +137,7 @@ def measure(trainer: Trainer, source: Noise, options: argparse.Namespace) -> dic
         "batch": options.batch,
         "losses": record.losses,
         "networks": {name: summary(networks[name], seen[name], before[name]) for name in networks},
-        "frozen_networks": {name: frozen_summary(network, judges_before[name]) for name, network in judges.items()},
+        "frozen_networks": {name: frozen_summary(network, frozen_before[name]) for name, network in frozen.items()},
         "seconds_first": round(seconds[0], 2),
         "seconds_best": round(steady, 3),
         "images_per_second": round(options.batch / steady, 3),
@@ -157,7 +155,7 @@ def batch(source: Noise, options: argparse.Namespace, step: int, device: torch.d
 
 @contextmanager
 def watched(networks: dict[str, nn.Module]) -> Iterator[dict[str, dict[str, tuple[bool, bool]]]]:
-    """For every parameter that gets a gradient: whether it was finite always, and whether it was not zero once."""
+    """For every parameter that gets a gradient: always finite, and not zero at least once."""
     seen: dict[str, dict[str, tuple[bool, bool]]] = {name: {} for name in networks}
     handles = []
     for name, network in networks.items():
@@ -203,7 +201,7 @@ def summary(network: nn.Module, gradients: dict[str, tuple[bool, bool]], before:
 
 
 def frozen_summary(network: nn.Module, before: dict[str, int]) -> dict[str, Any]:
-    """Counts of parameters of a network that is never trained, and what moved or got a gradient all the same."""
+    """Size of a network that is never trained, and its tensors that changed or got a gradient all the same."""
     after = frozen_sums(network)
     return {
         "parameters": sum(p.numel() for p in network.parameters()),
@@ -213,14 +211,14 @@ def frozen_summary(network: nn.Module, before: dict[str, int]) -> dict[str, Any]
 
 
 def machine(device: torch.device) -> str:
-    """What the numbers were made on."""
+    """Device of the steps."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor().get('model name', platform.machine())}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
 def held_bytes(trainer: Trainer) -> int:
-    """What all networks hold between two steps: weights, buffers, optimisers, averages; shared tensors once."""
+    """Bytes that all networks hold between two steps: weights, buffers, optimisers, averages; shared tensors once."""
     networks = [*trainer.networks.modules.values(), *trainer.method.frozen.values()]
     tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
     for state in trainer.networks.states.values():
@@ -231,7 +229,7 @@ def held_bytes(trainer: Trainer) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let the peak start again from what is held now: building networks takes more than training them."""
+    """Reset the peak to the present memory: building networks takes more than training them."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -243,7 +241,7 @@ def peak_memory(device: torch.device) -> float:
     """GB: of the GPU's allocator, or of the whole process with Python and the libraries."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return resident_memory()["peak"] / 1e9
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def photos_per_second(config: DataConfig, photos: int, workers: int) -> float:
 
 
 def seconds_to_open(config: DataConfig) -> float:
-    """What starting costs: reading headers of files, or building or loading the indexes."""
+    """Time to start: reading headers of files, or building or loading the indexes."""
     start = time.perf_counter()
     build_dataset(config, seed=0, with_lr=False)
     return time.perf_counter() - start

@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onestepsr.core.machine import resident_memory
 from onestepsr.inference.allocator import no_malloc_trim
 from onestepsr.inference.devices import DTYPES
 from onestepsr.models.loading import load_generator
 
 STAGES = ("encode", "unet", "decode")
-CELLS = 1000
+POSITIONS = 1000
 
 
 def main() -> None:
@@ -66,9 +67,9 @@ def measure_times(options: argparse.Namespace) -> None:
                 run()
                 seconds[stage].append(statistics.median(timed(run) for _ in range(options.runs)))
         found = {stage: times[-1] for stage, times in seconds.items()}
-        per_cell = ", ".join(f"{stage} {CELLS * s / side**2:.3f} s" for stage, s in found.items())
+        each = ", ".join(f"{stage} {POSITIONS * s / side**2:.3f} s" for stage, s in found.items())
         whole = ", ".join(f"{stage} {s:.2f} s" for stage, s in found.items())
-        sys.stdout.write(f"{side} x {side}: {whole}; per {CELLS} positions: {per_cell}\n")
+        sys.stdout.write(f"{side} x {side}: {whole}; per {POSITIONS} positions: {each}\n")
         sys.stdout.flush()
     if len(options.sides) > 1:
         for stage, times in seconds.items():
@@ -115,29 +116,23 @@ def stage_of(generator: Any, stage: str, side: int) -> Callable[[], Tensor]:
 
 
 def in_own_interpreter(options: argparse.Namespace, side: int, stage: str) -> int:
-    """Peak bytes of one evaluation over what was resident before it."""
+    """The result of :func:`memory_of` in a fresh interpreter."""
     command = [sys.executable, __file__, options.model, str(side), "--dtype", options.dtype, "--stage", stage]
     command += ["--plain"] if options.plain else []
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def memory_of(options: argparse.Namespace) -> int:
-    """The same, in this interpreter; Linux only."""
+    """Peak bytes of one evaluation over what was resident before it, in this interpreter; Linux only."""
     generator = load(options)
     run = stage_of(generator, options.stage, options.sides[0])
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
-    before = resident("VmRSS")
+    before = resident_memory()["now"]
     with torch.inference_mode():
         run()
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    """Bytes of a line of the process's status."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return resident_memory()["peak"] - before
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How close tiles come to the whole image when group norms see one tile each, or know the image.
+"""Agreement of tiles with the whole image when group norms see one tile each, or know the image.
 
     python scripts/tile_norms.py TRAIN_PHOTOS TEST_PHOTOS --minutes 10
 
@@ -56,10 +56,9 @@ class Reconstruction(nn.Module):
         return self.autoencoder.memory_per_pixel(dtype)
 
     def stage_costs(self, dtype: torch.dtype) -> dict[Stage, StageCost] | None:
-        """Whether latents are joined decides if there are stages; their UNet does nothing."""
-        factor = self.autoencoder.factor
-        demand = StageCost(per_pixel=self.memory_per_pixel(dtype), multiple=factor)
-        return {"encode": demand, "unet": demand, "decode": demand} if self.joins_latents else None
+        """Stages of their own if latents are joined; the UNet does nothing."""
+        cost = StageCost(per_pixel=self.memory_per_pixel(dtype), multiple=self.autoencoder.factor)
+        return {"encode": cost, "unet": cost, "decode": cost} if self.joins_latents else None
 
     def encode_lr(self, rgb: Tensor) -> Tensor:
         """Latent (N, C, h / 8, w / 8) of ``rgb`` (N, 3, h, w) in [0, 1]."""
@@ -133,16 +132,16 @@ def doubled(path: Path) -> LoadedImage:
 
 
 def compared(upscaler: Upscaler, images: list[LoadedImage], tile: int) -> str:
-    """What is said of one size of tile."""
-    ways = {"norms of the tile": (False, "tile"), "norms of the image": (False, "image")}
-    ways["and joined latents"] = (True, "image")
+    """Figures for one size of tile."""
+    ways: dict[str, tuple[bool, dict[str, Any]]] = {"norms of the tile": (False, {"tile_norms": "tile"})}
+    ways |= {"norms of the image": (False, {}), "and joined latents": (True, {})}
     levels: dict[str, list[float]] = {name: [] for name in ways}
     seconds = dict.fromkeys(levels, 0.0)
     for image in images:
         whole, _ = enlarged(upscaler, image, tile="off")
         for name, (joins_latents, norms) in ways.items():
             cast(Any, upscaler.generator).joins_latents = joins_latents
-            pixels, taken = enlarged(upscaler, image, tile=tile, tile_norms=norms)
+            pixels, taken = enlarged(upscaler, image, tile=tile, **norms)
             levels[name].append(10 * math.log10(255**2 / np.square(pixels - whole).mean()))
             seconds[name] += taken
     return ", ".join(f"{name} {np.mean(levels[name]):.1f} dB in {seconds[name]:.1f} s" for name in ways)

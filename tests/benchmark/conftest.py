@@ -2,8 +2,8 @@
 
 import pytest
 
+from onestepsr.benchmark.complexity import compare_adapters, default_names, measure
 from onestepsr.benchmark.complexity_report import Report
-from onestepsr.benchmark.networks import compare_adapters, default_names, measure
 
 
 @pytest.fixture(scope="session")

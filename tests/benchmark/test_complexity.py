@@ -1,15 +1,24 @@
 """Complexity of the models the package knows, against formulas, profilers, the paper and the training methods."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from onestepsr.benchmark.complexity import Complexity
-from onestepsr.benchmark.complexity_report import Report, reproduced
-from onestepsr.benchmark.counting import number_of
-from onestepsr.benchmark.networks import default_names, measure
+from onestepsr.benchmark.complexity import Complexity, default_names, measure
+from onestepsr.benchmark.complexity_report import (
+    Report,
+    as_document,
+    as_markdown,
+    billions,
+    millions,
+    reproduced,
+    tables,
+)
+from onestepsr.benchmark.counting import size_of
 from onestepsr.core.errors import UnknownModel, UserError
+from onestepsr.core.tables import Table
 from onestepsr.methods.base import Method
 from onestepsr.methods.d3sr import D3SRConfig, DiscriminatorConfig
 from onestepsr.methods.d3sr import build as build_d3sr
@@ -64,7 +73,7 @@ def test_what_layers_miss_is_exactly_the_products_of_attention(report: Report) -
 
 
 def test_half_unets_miss_only_attention_too(report: Report) -> None:
-    """SDXL: two resolutions with attention on the way down, and the middle; 64 x 64 latent cells."""
+    """SDXL: two resolutions with attention on the way down, and the middle; 64 x 64 latent positions."""
     (stage,) = of(report, "sdxl-discriminator").stages
     blocks = {(1024, 640): 2 * 2, (256, 1280): 2 * 10 + 10}
     expected = sum(n * 2 * tokens * (tokens + 77) * width for (tokens, width), n in blocks.items())
@@ -136,12 +145,12 @@ def test_adapter_sets_agree_with_the_profiler_itself(report: Report) -> None:
         "every layer inside the blocks (default)": (2_132_270_384_128, 966_343_595),
         "every layer": (2_132_482_787_328, 966_461_995),
     }
-    found = {row.layers: (row.thop_macs, row.thop_parameters) for row in report.adapters}
+    found = {row.name: (row.thop_macs, row.thop_parameters) for row in report.adapters}
     assert {name: found[name] for name in printed} == printed
 
 
 def test_one_set_gives_every_figure_of_the_papers_table(report: Report) -> None:
-    figures = {row.layers: reproduced(row) for row in report.adapters}
+    figures = {row.name: reproduced(row) for row in report.adapters}
     assert figures["none, or merged"] == "2,120 G"
     whole = [name for name, text in figures.items() if text == "966.3 M, 2,132 G"]
     assert whole == ["every layer inside the blocks (default)"]
@@ -158,11 +167,11 @@ def test_tiny_model_is_counted_as_it_is_bundled(report: Report) -> None:
     from onestepsr.models.loading import load_generator
 
     loaded = load_generator("d3sr-tiny")
-    assert of(report, "d3sr-tiny").parameters == number_of(loaded.parameters())
+    assert of(report, "d3sr-tiny").parameters == size_of(loaded.parameters())
 
 
 def trained(method: Method) -> dict[str, int]:
-    return {name: number_of(network.parameters(), trainable=True) for name, network in method.networks.items()}
+    return {name: size_of(network.parameters(), trainable=True) for name, network in method.networks.items()}
 
 
 def test_trainable_parameters_are_those_that_the_tiny_recipe_trains(report: Report) -> None:
@@ -216,3 +225,64 @@ def test_bad_names_and_sizes_are_one_line(name: str, side: int, error: type[User
     with pytest.raises(error, match=words) as caught:
         measure(name, side)
     assert "\n" not in str(caught.value)
+
+
+# ---- report ----
+
+PAGE = Path(__file__).parents[2] / "docs" / "results" / "complexity.md"
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Report:
+    return Report(side=64, networks=[measure("d3sr-tiny", 64)])
+
+
+def test_document_is_plain_data_whose_totals_add_up(report: Report) -> None:
+    document = json.loads(json.dumps(as_document(report), allow_nan=False))
+    assert (document["schema"], document["size"]) == (1, 512)
+    assert document["published"]["methods"][-1] == {
+        "method": "D3SR",
+        "steps": 1,
+        "seconds": 0.11,
+        "parameters_millions": 966.3,
+        "macs_billions": 2132,
+    }
+    for network in document["networks"]:
+        assert network["macs"] == sum(stage["times"] * stage["macs"] for stage in network["stages"])
+        assert network["parameters"] == sum(network["parts"].values())
+
+
+def test_published_figures_stand_beside_ours_only_at_their_size(report: Report, tiny: Report) -> None:
+    assert [table.title.split(",")[0] for table in tables(tiny)] == ["Stages", "Parts"]
+    methods = [row[0] for row in tables(report)[2].rows]
+    assert methods[:2] == ["StableSR", "DiffBIR"]
+    assert "d3sr-sd21, counted here" in methods
+    steps = {row[0].partition(",")[0]: row[1] for row in tables(report)[2].rows}
+    assert [steps[name] for name in ("resshift-realsr-v1", "resshift-realsr-v3", "sinsr")] == ["15", "4", "1"]
+    assert "15 x unet" in {row[1] for row in tables(report)[0].rows}
+
+
+def test_every_row_has_a_cell_for_every_column(report: Report) -> None:
+    for table in tables(report):
+        assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
+def test_page_in_the_documentation_is_what_the_command_prints(report: Report) -> None:
+    """All but the line that names the machine; what is written below the tables by hand may follow."""
+    command = "onestepsr benchmark complexity --markdown"
+    fresh = as_markdown(report, command=command, machine="MACHINE")
+    kept = PAGE.read_text(encoding="utf-8")
+
+    def without_machine(page: str) -> list[str]:
+        return [line for line in page.strip().splitlines() if not line.startswith("Made by")]
+
+    expected = without_machine(fresh)
+    assert without_machine(kept)[: len(expected)] == expected
+    assert f"Made by `{command}` on " in kept
+
+
+def test_numbers_read_well() -> None:
+    assert millions(865_910_724) == "865.911"
+    assert (billions(2_132_343_339_008), billions(638_582_784)) == ("2,132.3", "0.639")
+    table = Table(title="T", columns=("a", "b"), rows=(("x", "1"),))
+    assert table.markdown() == "## T\n\n| a | b |\n| --- | ---: |\n| x | 1 |"

@@ -1,11 +1,14 @@
-"""The counter, on toy networks whose operations can be counted by hand."""
+"""The counter: toy networks whose operations can be counted by hand, and the stages of generators."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestepsr.benchmark.counting import Cost, count
+from onestepsr.benchmark.complexity import measure
+from onestepsr.benchmark.counting import Call, Cost, count, count_stages, stages_of, without_contents
+from onestepsr.inference.compiling import compile_networks
+from onestepsr.models.loading import load_generator
 
 
 def cost_of(network: nn.Module, *shape: int, device: str = "meta") -> Cost:
@@ -38,11 +41,6 @@ def test_convolution_with_groups_and_stride(device: str) -> None:
     cost = cost_of(nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=False), 1, 4, 8, 10, device=device)
     assert cost.macs == cost.layer_macs == (6 * 4 * 5) * (4 // 2 * 3 * 3)
     assert cost.parameters == 6 * 2 * 3 * 3
-
-
-def test_transposed_convolution() -> None:
-    cost = cost_of(nn.ConvTranspose2d(4, 6, 2, stride=2), 1, 4, 8, 8)
-    assert cost.macs == cost.layer_macs == (4 * 8 * 8) * (6 * 2 * 2)
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
@@ -98,11 +96,59 @@ def test_only_parameters_in_use_are_counted_and_each_once() -> None:
     assert cost.trainable == 4 * 4
 
 
-def test_counting_leaves_no_hooks_behind_even_when_it_fails() -> None:
+def test_counting_leaves_the_network_as_it_was_even_when_it_fails() -> None:
     network = nn.Linear(4, 4, device="meta")
     with pytest.raises(RuntimeError):
         count(network, lambda: network(torch.zeros(1, 5, device="meta")))
-    assert not network._forward_hooks
+    assert network.weight.requires_grad
+    assert not torch.nn.modules.module._global_forward_hooks
     with torch.no_grad():  # whatever mode the caller is in
         assert cost_of(network, 1, 4).macs == 16
-    assert not network._forward_hooks
+
+
+# ---- the stages of a generator ----
+
+
+def evaluation(*shape: int) -> Call:
+    return "forward", (shape,)
+
+
+def test_operations_are_those_of_the_complexity_command() -> None:
+    generator = load_generator("random:d3sr-tiny", dtype=torch.bfloat16)
+    expected = {stage.name: stage.cost.macs for stage in measure("random:d3sr-tiny", 128).stages}
+    assert count_stages(generator, [evaluation(1, 3, 32, 32)]) == expected
+    mixed = count_stages(generator, [evaluation(n, 3, 32, 32) for n in (1, 1, 2)])
+    assert mixed == {stage: 4 * macs for stage, macs in expected.items()}
+    assert all(parameter.device.type == "cpu" for parameter in generator.parameters())
+    assert not set(vars(generator)) & {"forward", *stages_of(generator)}
+
+
+def test_every_step_of_a_sampler_counts() -> None:
+    one, four = (
+        count_stages(load_generator("random:resshift-micro", steps=steps), [evaluation(1, 3, 16, 16)])
+        for steps in (1, 4)
+    )
+    assert list(one) == ["encode", "steps", "decode"]
+    assert four == {**one, "steps": 4 * one["steps"]}
+
+
+def test_a_network_without_stages_counts_nothing() -> None:
+    assert count_stages(load_generator("bicubic"), [evaluation(1, 3, 16, 16)]) == {}
+
+
+def test_a_copy_without_contents_leaves_the_original() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    network[1].shared = network[0].weight
+    empty = without_contents(network)
+    assert {tensor.device.type for tensor in empty.state_dict().values()} == {"meta"}
+    assert empty[1].shared is empty[0].weight
+    assert {tensor.device.type for tensor in network.state_dict().values()} == {"cpu"}
+
+
+def test_a_compiled_generator_is_counted_by_a_plain_copy() -> None:
+    generator = load_generator("random:resshift-micro")
+    compile_networks(generator)
+    macs = count_stages(generator, [evaluation(1, 3, 16, 16)])
+    assert min(macs.values()) > 0
+    assert "encode" not in vars(without_contents(generator).autoencoder)
+    assert "encode" in vars(generator.autoencoder)

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from onestepsr import __version__
-from onestepsr.benchmark import ceiling
+from onestepsr.benchmark import probes
 from onestepsr.cli import doctor
 from onestepsr.core import machine
 from onestepsr.inference.upscaler import resolve_dtype
@@ -80,7 +80,7 @@ def test_the_measured_speeds_decide_the_dtype(monkeypatch: pytest.MonkeyPatch) -
     cpu = torch.device("cpu")
     for bfloat16, chosen in ((2.0, "bfloat16"), (1.1, "float32")):
         speeds = {torch.float32: 1.0, torch.bfloat16: bfloat16}
-        monkeypatch.setattr(ceiling, "convolution_speed", lambda device, dtype, *_, speeds=speeds, **__: speeds[dtype])
+        monkeypatch.setattr(probes, "convolution_speed", lambda device, dtype, *_, speeds=speeds, **__: speeds[dtype])
         findings = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
         assert findings["tflops"] == {"float32": 1.0, "bfloat16": bfloat16}
         assert findings["chosen"]["dtype"] == chosen
@@ -106,8 +106,8 @@ def test_a_dtype_that_the_device_lacks_is_left_out(monkeypatch: pytest.MonkeyPat
             raise RuntimeError("GET was unable to find an engine to execute this computation")
         return 1.0
 
-    monkeypatch.setattr(ceiling, "convolution_speed", speed)
+    monkeypatch.setattr(probes, "convolution_speed", speed)
     assert doctor.measure_speeds(torch.device("cpu")) == {"float32": 1.0}
-    monkeypatch.setattr(ceiling, "convolution_speed", lambda *_, **__: speed(torch.device("cpu"), torch.bfloat16))
+    monkeypatch.setattr(probes, "convolution_speed", lambda *_, **__: speed(torch.device("cpu"), torch.bfloat16))
     assert doctor.measure_speeds(torch.device("cpu")) == {}
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 0

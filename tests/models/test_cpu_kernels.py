@@ -8,7 +8,7 @@ import torch
 from agreement import decibels
 from torch import nn
 
-from onestepsr.benchmark.stages import without_contents
+from onestepsr.benchmark.counting import without_contents
 from onestepsr.models import cpu_kernels
 from onestepsr.models.cpu_kernels import PackedConvolution, PackedLinear, as_kind
 

@@ -1,1 +1,1 @@
-"""What the models cost: parameters and operations, counted without running anything."""
+"""Cost of the models: parameters, operations, time and memory."""

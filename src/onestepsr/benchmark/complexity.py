@@ -1,27 +1,43 @@
-"""Complexity of a generator stage by stage, and of a discriminator: parameters and multiply-accumulate operations."""
+"""Complexity of the networks that have a name here, stage by stage: parameters and multiply-accumulate operations.
+
+Networks are built on the meta device, without weights and memory, and counted as :mod:`onestepsr.benchmark.counting`
+says.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from onestepsr.benchmark.counting import Cost, count, number_of
-from onestepsr.core.errors import UserError
+from onestepsr.benchmark.counting import Cost, count, size_of
+from onestepsr.core.errors import UnknownModel, UserError, did_you_mean
+from onestepsr.models.architectures import ARCHITECTURES, RANDOM, is_random, random_backbone, random_generator
+from onestepsr.models.backbones import load_discriminator_backbone
 from onestepsr.models.discriminators import DiffusionEncoder, NoiseAwareDiscriminator
 from onestepsr.models.generators import OneStepLatentGenerator
+from onestepsr.models.lora import LoraConfig, add_lora
+from onestepsr.models.osediff.generator import ENCODER_LAYERS, FIRST_LAYER, UNET_LAYERS, OSEDiffGenerator
+from onestepsr.models.resshift.checkpoints import is_published
+from onestepsr.models.resshift.config import PUBLISHED, residual_shift_generator
 from onestepsr.models.resshift.generator import ResidualShiftGenerator
-from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet
+from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet, StableDiffusionUNetEncoder
+from onestepsr.models.tiny.decoder import FACTOR as TINY_FACTOR
+from onestepsr.weights import catalog
+from onestepsr.weights.native import read_weights
 
-Generator = OneStepLatentGenerator | ResidualShiftGenerator
 SD_FACTOR = 8
-"""Pixels per cell of Stable Diffusion's latents."""
+"""Pixels per latent position of Stable Diffusion."""
 TOKENS = 77
 """Length of its prompts."""
+
+# ---- results ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,27 +47,25 @@ class Stage:
     name: str
     """``encode``, ``unet``, ``decode``, ``discriminator``, or ``denoiser``."""
     cost: Cost
-    """What one evaluation costs."""
+    """Cost of one evaluation."""
     times: int = 1
-    """How often it is evaluated for one image."""
+    """Evaluations for one image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Complexity:
-    """A network and what its evaluation costs."""
+    """A network and the cost of its evaluation."""
 
     name: str
     """Name of the network in the tables."""
     summary: str
-    """What it is, in one line."""
-    side: int
-    """Side of the square image that is put out, in pixels."""
+    """Description in one line."""
     parameters: int
-    """All numbers in its parameters, those that the evaluation does not touch included."""
+    """Size of all its parameters, those that the evaluation does not touch included."""
     trainable: int
-    """Those of them that training changes."""
+    """Size of those that training changes."""
     parts: Mapping[str, int]
-    """Numbers by part of the network; adapters apart from what they adapt."""
+    """Size of the parameters by part of the network; adapters apart from the layers that they adapt."""
     stages: tuple[Stage, ...]
     """The parts of one evaluation, in order."""
 
@@ -70,86 +84,243 @@ class Complexity:
         """MACs of all stages in convolution and linear layers."""
         return sum(stage.times * stage.cost.layer_macs for stage in self.stages)
 
+    @property
+    def thop_macs(self) -> int:
+        """MACs of one evaluation of every stage as the profiler thop reports them."""
+        return sum(stage.cost.thop_macs for stage in self.stages)
 
-def measure_generator(generator: Generator, side: int, *, name: str, summary: str) -> Complexity:
-    """Complexity of encoding, every UNet evaluation and decoding for one image of ``side`` x ``side`` pixels.
+    @property
+    def thop_parameters(self) -> int:
+        """Parameters as the profiler thop reports them."""
+        return sum(stage.cost.thop_parameters for stage in self.stages)
 
-    ``generator`` must be on the meta device. Bicubic enlargement and the formulas around the UNet count nothing: they
-    have no products of matrices. Raises :class:`UserError` for a side that the network would pad.
+
+# ---- networks by name, with ``requires_grad`` as training sets it ----
+
+D3SR_SD21, D3SR_SD21_MERGED = "d3sr-sd21", "d3sr-sd21-merged"
+
+
+def _d3sr(targets: str | None = None, *, adapters: bool = True) -> nn.Module:
+    """The generator of D3SR on Stable Diffusion 2.1, with adapters on the layers that ``targets`` matches (None: the
+    backbone's own choice), or without; only adapters and prompt are trainable."""
+    generator = random_backbone(f"{RANDOM}sd21-base").requires_grad_(False)
+    if adapters:
+        add_lora(generator.unet, LoraConfig(targets=targets))
+        generator.prompt.requires_grad_(True)
+    return generator
+
+
+def _d3sr_tiny() -> nn.Module:
+    """UNet, prompt and decoder are trained, as the packaged recipe says."""
+    generator = _from_weights("d3sr-tiny")
+    for name, parameter in generator.named_parameters():
+        parameter.requires_grad_(name.startswith(("unet.", "prompt", "autoencoder.decoder")))
+    return generator
+
+
+def _resshift(alias: str) -> nn.Module:
+    return residual_shift_generator(PUBLISHED[alias]).requires_grad_(False)
+
+
+def _osediff(scale: int = 4, *, adapters: bool = False) -> OSEDiffGenerator:
+    """OSEDiff's generator; with ``adapters`` as it trains: on UNet and encoder, and the first convolution whole."""
+    generator = OSEDiffGenerator.of(random_backbone(f"{RANDOM}sd21-base"), scale=scale).requires_grad_(False)
+    if adapters:
+        add_lora(generator.autoencoder, LoraConfig(rank=4, alpha=8.0, targets=ENCODER_LAYERS))
+        add_lora(generator.unet, LoraConfig(rank=4, alpha=8.0, targets=UNET_LAYERS))
+        for name, parameter in generator.unet.named_parameters():
+            if re.fullmatch(rf"{FIRST_LAYER}\.base_layer\.\w+", name):
+                parameter.requires_grad_(True)
+    return generator
+
+
+def _osediff_regularizer(*, adapters: bool) -> nn.Module:
+    """The UNet of OSEDiff's regulariser, or without adapters that of its teacher."""
+    unet = _osediff().unet
+    if adapters:
+        add_lora(unet, LoraConfig(rank=4, alpha=8.0, targets=UNET_LAYERS))
+    return unet
+
+
+def _discriminator(backbone: str, *, adapters: bool = True) -> nn.Module:
+    encoder, prompt = load_discriminator_backbone(backbone)
+    discriminator = NoiseAwareDiscriminator(encoder, prompt)
+    if adapters:
+        add_lora(encoder, LoraConfig())
+    return discriminator
+
+
+NETWORKS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "d3sr-tiny": ("the bundled model, of which all but the encoder is trained", _d3sr_tiny),
+    D3SR_SD21: ("D3SR on Stable Diffusion 2.1-base as it trains: rank-16 adapters beside their layers", _d3sr),
+    D3SR_SD21_MERGED: (
+        "the same as it runs: adapters merged into their layers, nothing left to train",
+        lambda: _d3sr(adapters=False),
+    ),
+    "resshift-realsr-v1": ("ResShift in 15 steps, nothing trained", lambda: _resshift("resshift-realsr-v1")),
+    "resshift-realsr-v3": ("ResShift in 4 steps, nothing trained", lambda: _resshift("resshift-realsr-v3")),
+    "sinsr": ("SinSR, the same networks in one step, as TAD-SR's", lambda: _resshift("sinsr")),
+    "osediff-sd21": (
+        "OSEDiff on Stable Diffusion 2.1-base as it trains: rank-4 adapters on UNet and encoder, first convolution",
+        lambda: _osediff(adapters=True),
+    ),
+    "osediff": ("the same as it runs: adapters merged; without the text encoder and the prompt extractor", _osediff),
+    "osediff-regularizer": (
+        "its second UNet, which follows the generator under rank-4 adapters; training only",
+        lambda: _osediff_regularizer(adapters=True),
+    ),
+    "osediff-teacher": ("its third UNet, frozen; training only", lambda: _osediff_regularizer(adapters=False)),
+    "tiny-discriminator": (
+        "half of the tiny UNet, all of it trained; training only",
+        lambda: _discriminator("random:d3sr-tiny", adapters=False),
+    ),
+    "sd21-discriminator": (
+        "half of the Stable Diffusion 2.1-base UNet, rank-16 adapters; training only",
+        lambda: _discriminator("random:sd21-base"),
+    ),
+    "sdxl-discriminator": (
+        "half of the SDXL-base UNet, rank-16 adapters; training only",
+        lambda: _discriminator("random:sdxl-base"),
+    ),
+}
+"""Description and builder of each."""
+
+
+def default_names() -> list[str]:
+    """Every network that has a name here, and every bundled model besides."""
+    bundled = (spec.id for spec in catalog.list_models("upscaler") if spec.bundled)
+    return list(dict.fromkeys([*NETWORKS, *bundled]))
+
+
+def _build(name_or_path: str) -> tuple[str, nn.Module]:
+    """Description and network."""
+    if name_or_path in NETWORKS:
+        summary, build = NETWORKS[name_or_path]
+        return summary, build()
+    kinds = {spec.id: spec.kind for spec in catalog.list_models()}
+    if is_random(name_or_path) or kinds.get(name_or_path) == "backbone":
+        network = random_generator(name_or_path if is_random(name_or_path) else f"{RANDOM}{name_or_path}")
+        return "a backbone as it comes, nothing trained", network.requires_grad_(False)
+    if is_published(name_or_path):
+        return "a published model as it runs, nothing trained", _resshift(name_or_path)
+    if name_or_path in catalog.OSEDIFF_SCALES:
+        return "a published model as it runs, nothing trained", _osediff(catalog.OSEDIFF_SCALES[name_or_path])
+    if kinds.get(name_or_path) != "upscaler" and not Path(name_or_path).is_file():
+        raise UnknownModel(
+            f"unknown network '{name_or_path}', and no weights file of ours: {did_you_mean(name_or_path, NETWORKS)}"
+        )
+    return "a model as it runs, nothing trained", _from_weights(name_or_path)
+
+
+def _from_weights(name_or_path: str) -> nn.Module:
+    """The network that a weights file of ours describes, without its weights."""
+    path = catalog.resolve(name_or_path)
+    architecture, config, _ = read_weights(path, lambda key: False)
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"{path}: unknown architecture '{architecture}': {did_you_mean(architecture, ARCHITECTURES)}")
+    return ARCHITECTURES[architecture](config).requires_grad_(False)
+
+
+# ---- counting ----
+
+
+def measure(name_or_path: str, side: int) -> Complexity:
+    """Complexity of a network named in :data:`NETWORKS`, of another model or backbone, of ``random:ALIAS``, or of a
+    weights file of ours, for one image of ``side`` x ``side`` pixels.
+
+    No weights are read. Raises :class:`UnknownModel` for other names and :class:`UserError` for a network that is no
+    generator, a file that cannot be read, or a side that does not suit the network.
     """
-    multiple = generator.scale * generator.lr_multiple
-    if side < 1 or side % multiple:
-        near = max(multiple, round(side / multiple) * multiple)
-        raise UserError(f"size {side}: '{name}' counts images whose side is a multiple of {multiple}, such as {near}")
-    stages, value = [], torch.empty(1, 3, side, side, device="meta")
-    parts: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
-        ("encode", generator.encode),
-        ("unet", _step(generator, side // generator.scale)),
-        ("decode", generator.decode),
-    )
-    steps = generator.schedule.steps if isinstance(generator, ResidualShiftGenerator) else 1
-    with torch.device("meta"):  # tables of a schedule built on this device stay there
-        for part, evaluate in parts:
-            value, cost = count(generator, lambda evaluate=evaluate, value=value: evaluate(value))  # type: ignore[misc]
-            stages.append(Stage(name=part, cost=cost, times=steps if part == "unet" else 1))
-    return _complexity(generator, stages, side, name=name, summary=summary)
-
-
-def _step(generator: Generator, side: int) -> Callable[[Tensor], Tensor]:
-    """One evaluation of the UNet on a latent, for an LR image of ``side`` pixels."""
-    if isinstance(generator, OneStepLatentGenerator):
-        return generator.step
-    t, lr = torch.empty(1, dtype=torch.long, device="meta"), torch.empty(1, 3, side, side, device="meta")
-    return lambda z: cast(Tensor, generator.unet(z, t, lr))
-
-
-def measure_discriminator(
-    discriminator: NoiseAwareDiscriminator, side: int, factor: int, *, name: str, summary: str
-) -> Complexity:
-    """Complexity of judging the latent of one image of ``side`` pixels, ``factor`` pixels per latent cell.
-
-    Training evaluates it three times for every pair: on the generator's latent for each of the two updates, and on the
-    photo's. Inference does not use it. ``discriminator`` must be on the meta device.
-    """
-    if side < 1 or side % factor:
-        raise UserError(f"size {side}: '{name}' counts images whose side is a multiple of {factor}")
-    channels = cast(DiffusionEncoder, discriminator.encoder).latent_channels
     with torch.device("meta"):
-        z_t, t = torch.empty(1, channels, side // factor, side // factor), torch.empty(1, dtype=torch.long)
-        _, cost = count(discriminator, lambda: discriminator(z_t, t))
-    return _complexity(discriminator, [Stage(name="discriminator", cost=cost)], side, name=name, summary=summary)
+        summary, network = _build(name_or_path)
+        return _complexity(network, side, name=name_or_path, summary=summary)
 
 
-def measure_denoiser(unet: StableDiffusionUNet, side: int, *, name: str, summary: str) -> Complexity:
-    """Complexity of one evaluation of ``unet`` on the latent of one image of ``side`` pixels, under a prompt of 77
-    tokens: of what stands beside a generator while it learns, such as OSEDiff's regulariser and its teacher.
-
-    ``unet`` must be on the meta device.
-    """
-    if side < 1 or side % SD_FACTOR:
-        raise UserError(f"size {side}: '{name}' counts images whose side is a multiple of {SD_FACTOR}")
-    cells, config = side // SD_FACTOR, unet.config
-    with torch.device("meta"):
-        z_t, t = torch.empty(1, config.in_channels, cells, cells), torch.empty(1, dtype=torch.long)
-        prompt = torch.empty(1, TOKENS, config.cross_attention_dim)
-        _, cost = count(unet, lambda: unet(z_t, t, prompt))
-    return _complexity(unet, [Stage(name="denoiser", cost=cost)], side, name=name, summary=summary)
-
-
-def _complexity(network: nn.Module, stages: Iterable[Stage], side: int, *, name: str, summary: str) -> Complexity:
+def _complexity(network: nn.Module, side: int, *, name: str, summary: str = "") -> Complexity:
+    """Complexity of ``network``; the default device must be "meta", so that tables of a schedule stay there."""
+    network.eval()
+    if isinstance(network, (OneStepLatentGenerator, ResidualShiftGenerator)):
+        _require_multiple(side, network.scale * network.lr_multiple, name)
+        stages = _generator_stages(network, side)
+    elif isinstance(network, NoiseAwareDiscriminator):
+        factor = SD_FACTOR if isinstance(network.encoder, StableDiffusionUNetEncoder) else TINY_FACTOR
+        _require_multiple(side, factor, name)
+        z_t, t = _latent(cast(DiffusionEncoder, network.encoder).latent_channels, side // factor)
+        stages = [Stage(name="discriminator", cost=count(network, lambda: network(z_t, t))[1])]
+    elif isinstance(network, StableDiffusionUNet):
+        _require_multiple(side, SD_FACTOR, name)
+        z_t, t = _latent(network.config.in_channels, side // SD_FACTOR)
+        prompt = torch.empty(1, TOKENS, network.config.cross_attention_dim)
+        stages = [Stage(name="denoiser", cost=count(network, lambda: network(z_t, t, prompt))[1])]
+    else:
+        raise UserError(f"{name}: a {type(network).__name__} has no stages to count, expected a generator")
+    parts: Counter[str] = Counter()
+    for key, parameter in network.named_parameters():
+        parts["adapters" if ".lora_" in key else key.partition(".")[0]] += parameter.numel()
     return Complexity(
         name=name,
         summary=summary,
-        side=side,
-        parameters=number_of(network.parameters()),
-        trainable=number_of(network.parameters(), trainable=True),
-        parts=_parts(network),
+        parameters=size_of(network.parameters()),
+        trainable=size_of(network.parameters(), trainable=True),
+        parts=parts,
         stages=tuple(stages),
     )
 
 
-def _parts(network: nn.Module) -> Mapping[str, int]:
-    parts: Counter[str] = Counter()
-    for name, parameter in network.named_parameters():
-        parts["adapters" if ".lora_" in name else name.partition(".")[0]] += parameter.numel()
-    return parts
+def _require_multiple(side: int, multiple: int, name: str) -> None:
+    if side < 1 or side % multiple:
+        near = max(multiple, round(side / multiple) * multiple)
+        raise UserError(f"size {side}: '{name}' counts images whose side is a multiple of {multiple}, such as {near}")
+
+
+def _latent(channels: int, side: int) -> tuple[Tensor, Tensor]:
+    """A latent and its diffusion step."""
+    return torch.empty(1, channels, side, side), torch.empty(1, dtype=torch.long)
+
+
+def _generator_stages(generator: OneStepLatentGenerator | ResidualShiftGenerator, side: int) -> list[Stage]:
+    """Encoding, every UNet evaluation and decoding. Bicubic enlargement and the formulas around the UNet count nothing:
+    they have no matrix products."""
+    z, encode = count(generator, lambda: generator.encode(torch.empty(1, 3, side, side)))
+    if isinstance(generator, OneStepLatentGenerator):
+        steps, (z, unet) = 1, count(generator, lambda: generator.step(z))
+    else:
+        t, lr = torch.empty(1, dtype=torch.long), torch.empty(1, 3, *[side // generator.scale] * 2)
+        steps, (z, unet) = generator.schedule.steps, count(generator, lambda: generator.unet(z, t, lr))
+    _, decode = count(generator, lambda: generator.decode(z))
+    return [
+        Stage(name="encode", cost=encode),
+        Stage(name="unet", cost=unet, times=steps),
+        Stage(name="decode", cost=decode),
+    ]
+
+
+# ---- which adapters reproduce the paper's figures for D3SR ----
+
+ATTENTION = r"to_q|to_k|to_v|to_out\.0"
+TRANSFORMER = rf"{ATTENTION}|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2"
+ADAPTER_SETS = {
+    "none, or merged": D3SR_SD21_MERGED,
+    "attention": rf".*\.({ATTENTION})",
+    "attention, projections, feed-forward": rf".*\.({TRANSFORMER})",
+    "these and every convolution": rf".*({TRANSFORMER}|conv\w*)",
+    "every layer inside the blocks (default)": D3SR_SD21,
+    "every layer": r".*",
+}
+"""Sets of layers, each with the name of the network or the regular expression of the layers' names."""
+
+
+def compare_adapters(side: int, counted: Sequence[Complexity] = ()) -> list[Complexity]:
+    """D3SR on Stable Diffusion 2.1-base with every set of adapters of :data:`ADAPTER_SETS`, named like the set.
+
+    Networks that have been ``counted`` for that side already are not counted again.
+    """
+    known, found = {network.name: network for network in counted}, []
+    for layers, which in ADAPTER_SETS.items():
+        if which in NETWORKS:
+            complexity = known.get(which) or measure(which, side)
+        else:
+            with torch.device("meta"):
+                complexity = _complexity(_d3sr(which), side, name=layers)
+        found.append(replace(complexity, name=layers))
+    return found

@@ -84,7 +84,7 @@ def measure_speeds(device: torch.device) -> dict[str, float]:
     """
     import torch
 
-    from onestepsr.benchmark.ceiling import convolution_speed
+    from onestepsr.benchmark.probes import convolution_speed
     from onestepsr.weights.download import cache_folder
 
     on_cpu = device.type == "cpu"

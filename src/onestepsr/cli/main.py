@@ -44,8 +44,7 @@ def _root(
 
 
 def _register_commands() -> None:
-    from onestepsr.cli import ablate, degrade, doctor, models, train
-    from onestepsr.cli.benchmark import command as benchmark
+    from onestepsr.cli import ablate, benchmark, degrade, doctor, models, train
     from onestepsr.cli.evaluate import command as evaluate
     from onestepsr.cli.upscale import command as upscale
 

@@ -19,8 +19,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from onestepsr.benchmark.tables import Table
 from onestepsr.core.config import to_mapping
+from onestepsr.core.tables import Table
 from onestepsr.data.config import DataConfig
 from onestepsr.methods.base import get_method, method_names
 from onestepsr.train.config import TrainConfig
