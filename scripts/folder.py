@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from onestepsr.cli.upscale.workers import enlarge_in_processes
 from PIL import Image
 
 from onestepsr.benchmark.ceiling import OtherWork
 from onestepsr.cli.upscale.jobs import Job, Naming, existing, plan_jobs
 from onestepsr.cli.upscale.pipeline import Pipeline
 from onestepsr.cli.upscale.prompts import Setup
-from onestepsr.cli.upscale.workers import enlarge_in_processes
 from onestepsr.core.files import remove_leftovers
 from onestepsr.core.machine import cores, describe_machine
 from onestepsr.imaging.read import read_image

@@ -15,7 +15,8 @@ from small_text_model import write_text_encoder
 
 from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
-from onestepsr.data.datasets import DataConfig, build_dataset
+from onestepsr.data.config import DataConfig
+from onestepsr.data.datasets import build_dataset
 from onestepsr.methods.base import Method
 from onestepsr.prompts.embedder import EmbeddingCache
 from onestepsr.train.prompted import with_prompts
@@ -160,9 +161,8 @@ def test_what_has_no_texts_says_so(photos: Path) -> None:
     plain = config_of(photos, prompts=None)
     source = build_dataset(plain, 0)
     assert with_prompts(source, plain, Method(networks={}, phases=()), "data", dry=False) is source
-    for changes in ({"pool_size": 2}, {"kind": "shards"}):
-        with pytest.raises(UserError, match="prompts: for photos in folders and without a pool"):
-            config_of(photos, **changes)
+    with pytest.raises(UserError, match="prompts with a pool_size of 2: expected pool_size 0"):
+        config_of(photos, pool_size=2)
 
 
 def test_recipes_read_texts_unless_they_learn_their_prompt(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from onestepsr.core.errors import UserError
 from onestepsr.core.files import locked
 from onestepsr.data.config import DataConfig
-from onestepsr.data.photo_dataset import PHOTO, Sample
+from onestepsr.data.datasets import PHOTO, Sample
 from onestepsr.methods.base import Method
 
 if TYPE_CHECKING:

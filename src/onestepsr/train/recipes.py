@@ -9,7 +9,7 @@ from typing import Any
 
 from onestepsr.core.config import apply_overrides, from_mapping, merged, read_mapping, to_mapping
 from onestepsr.core.errors import UserError, did_you_mean
-from onestepsr.data.datasets import DataConfig
+from onestepsr.data.config import DataConfig
 from onestepsr.methods.base import get_method
 from onestepsr.train.config import OptimizerConfig, PreviewConfig, TrainConfig
 

@@ -16,8 +16,8 @@ from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.core.files import locked, write_text, writing
 from onestepsr.core.rng import derived_seed
-from onestepsr.data.datasets import DataConfig, Pool, build_dataset
-from onestepsr.data.pool import fingerprint
+from onestepsr.data.config import DataConfig
+from onestepsr.data.datasets import Pool, build_dataset, fingerprint
 from onestepsr.methods.base import Exported, Method, get_method
 from onestepsr.train.checkpoint import Checkpoint, Checkpoints
 from onestepsr.train.memory_estimate import Estimate, estimate

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError, did_you_mean
 from onestepsr.core.rng import derived_seed
-from onestepsr.data.datasets import DataConfig, build_dataset
+from onestepsr.data.config import DataConfig
+from onestepsr.data.datasets import build_dataset
 from onestepsr.evaluate.metrics.catalog import METRICS, MetricSpec, Reference
 from onestepsr.evaluate.metrics.fidelity import as_eight_bit
 from onestepsr.evaluate.statistics import mean, summarize

@@ -19,7 +19,7 @@ import yaml
 
 from onestepsr.core.config import apply_overrides, from_mapping, read_mapping, to_mapping
 from onestepsr.core.errors import UserError, did_you_mean, error_context
-from onestepsr.data.datasets import DataConfig
+from onestepsr.data.config import DataConfig
 from onestepsr.methods.shared.image_loss import PerceptualConfig
 from onestepsr.train.recipes import RunConfig, load_run, read_recipe
 
