@@ -439,6 +439,10 @@ def test_the_tiny_recipe_differs_from_d3srs_in_the_losses_alone():
     assert replace(ours.train, optimizers={}) == replace(theirs.train, optimizers={})
     assert ours.train.optimizer_of("generator") == theirs.train.optimizer_of("generator")
     assert ours.config.vsd.start == theirs.config.discriminator.start
-    same = ("backbone", "timestep", "tuning", "mse_weight", "lattice_weight")
+    same = ("backbone", "timestep", "tuning", "mse_weight")
     assert all(getattr(ours.config, key) == getattr(theirs.config, key) for key in same)
-    assert ("decoder" in ours.config.parts, "encoder" in ours.config.parts) == (theirs.config.train_decoder, False)
+    assert ("decoder" in ours.config.parts, "encoder" in ours.config.parts) == (
+        theirs.config.extras.train_decoder,
+        False,
+    )
+    assert ours.config.lattice_weight == theirs.config.extras.lattice_weight

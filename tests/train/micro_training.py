@@ -58,8 +58,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "backbone": "diffusion",
             "tuning": "full",
-            "train_decoder": True,
-            "lattice_weight": 1.0,
+            "extras": {"train_decoder": True, "lattice_weight": 1.0},
             "discriminator": {"kind": "diffusion_gan", "tuning": "full", "hidden": [8], "adaptive": {"images": 50}},
         },
     ),

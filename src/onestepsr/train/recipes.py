@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onestepsr import methods
 from onestepsr.core.config import apply_overrides, from_mapping, merged, read_mapping, to_mapping
 from onestepsr.core.errors import UserError, did_you_mean
 from onestepsr.data.config import DataConfig
 from onestepsr.methods.base import get_method
 from onestepsr.train.config import OptimizerConfig, PreviewConfig, TrainConfig
 
-# Every method of the package; importing a method's module registers it ------------------------------------------------
-
 
 def load_methods() -> None:
-    """Import the modules of all methods."""
-    from onestepsr.methods import tadsr  # noqa: F401
+    """Import every module of ``onestepsr.methods``, which registers its methods."""
+    for module in pkgutil.iter_modules(methods.__path__, f"{methods.__name__}."):
+        importlib.import_module(module.name)
 
 
 @dataclass(frozen=True, kw_only=True)
