@@ -9,7 +9,7 @@ import torch
 from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.methods import d3sr, pretraining
-from onestepsr.methods.base import MethodEntry, Phase, SampleRandom, get_method, method_names, register
+from onestepsr.methods.base import Phase, SampleRandom, get_method, method_names, register
 from onestepsr.methods.shared import adversarial
 from onestepsr.methods.shared.image_loss import PerceptualConfig
 from onestepsr.models import loading
@@ -72,7 +72,7 @@ def test_every_method_is_registered():
     with pytest.raises(UserError, match="did you mean 'd3sr'"):
         get_method("d3rs")
     with pytest.raises(ValueError, match="registered twice"):
-        register(MethodEntry(name="d3sr", summary="", config=d3sr.D3SRConfig, build=d3sr.build))
+        register("d3sr", d3sr.D3SRConfig)(d3sr.build)
 
 
 def test_phases_start_stop_and_skip():

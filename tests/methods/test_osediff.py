@@ -13,9 +13,8 @@ from onestepsr.core.errors import UserError
 from onestepsr.losses.distillation import guided, variational_gradient
 from onestepsr.methods import osediff
 from onestepsr.methods.base import SampleRandom
-from onestepsr.methods.osediff import OSEDiffConfig
+from onestepsr.methods.osediff import ConditionConfig, OSEDiffConfig
 from onestepsr.methods.shared.adversarial import GeneratorOutput
-from onestepsr.methods.shared.prompt import ConditionConfig
 from onestepsr.methods.shared.vsd import AdapterConfig, GuidedTeacher, VariationalConfig, variational_term
 from onestepsr.models import loading
 from onestepsr.models.convert import convert_to_published

@@ -7,7 +7,6 @@ iteration updates the generator, then the discriminator with the pair of latents
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,8 @@ from torch import Tensor, nn
 
 from onestepsr.methods.base import (
     Batch,
-    Exported,
     LossFn,
     Method,
-    MethodEntry,
     Networks,
     SampleRandom,
     check_timestep,
@@ -150,6 +147,7 @@ class D3SRConfig:
             raise ValueError("mse_weight and perceptual_weight are both 0: nothing ties the output to the photo")
 
 
+@register("d3sr", D3SRConfig)
 def build(config: D3SRConfig) -> Method:
     """Generator phase, then the phases of its discriminator and critic."""
     generator = _prepare_generator(config)
@@ -178,8 +176,8 @@ def build(config: D3SRConfig) -> Method:
         frozen=spatial.frozen,
         phases=adversarial_phases(partial(_generator_phase, spatial), terms),
         ema=("generator",),
-        preview=partial(_preview, generator.scale),
-        export=_export,
+        preview=lambda networks, batch: preview_columns(networks["generator"](batch["lr"])[0], batch, generator.scale),
+        export=lambda networks: exported(cast(TrainableGenerator, networks["generator"]).generator),
         scale=generator.scale,
         hr_multiple=generator.scale * generator.lr_multiple,
     )
@@ -210,27 +208,9 @@ def _generator_phase(spatial: SpatialLoss, terms: list[AdversarialTerm]) -> Loss
         for term in terms:
             term.begin_iteration()
         sr, z_sr, *z_hr = networks["generator"](batch["lr"], batch["hr"] if needs_latent else None)
-        made = GeneratorOutput(sr=sr, z_sr=z_sr, lr=batch["lr"], hr=batch["hr"])
+        output = GeneratorOutput(sr=sr, z_sr=z_sr, lr=batch["lr"], hr=batch["hr"])
         if terms:
             batch |= {"sr": sr.detach(), "z_sr": z_sr.detach()} | ({"z_hr": z_hr[0]} if z_hr else {})
-        return spatial(sr, batch["hr"]) | {term.name: term.generator_loss(networks, made, random) for term in terms}
+        return spatial(sr, batch["hr"]) | {term.name: term.generator_loss(networks, output, random) for term in terms}
 
     return loss
-
-
-def _preview(scale: int, networks: Networks, batch: Batch) -> dict[str, Tensor]:
-    return preview_columns(networks["generator"](batch["lr"])[0], batch, scale)
-
-
-def _export(networks: Mapping[str, nn.Module]) -> Exported:
-    return exported(cast(TrainableGenerator, networks["generator"]).generator)
-
-
-register(
-    MethodEntry(
-        name="d3sr",
-        summary="one-step generator trained with MSE, EA-DISTS and a noise-aware diffusion discriminator",
-        config=D3SRConfig,
-        build=build,
-    )
-)

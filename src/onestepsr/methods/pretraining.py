@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UserError
-from onestepsr.methods.base import Batch, Exported, Method, MethodEntry, Networks, Phase, SampleRandom, register
+from onestepsr.methods.base import Batch, Exported, Method, Networks, Phase, SampleRandom, register
 from onestepsr.models.encoder_features import PromptedUNet
 from onestepsr.models.loading import load_network
 from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
@@ -35,6 +35,7 @@ class AutoencoderConfig:
             raise ValueError(f"kl_weight must not be negative, got {self.kl_weight}")
 
 
+@register("autoencoder", AutoencoderConfig, needs_lr=False)
 def build_autoencoder(config: AutoencoderConfig) -> Method:
     """One network, one phase: L1 reconstruction through a sampled posterior, plus KL."""
 
@@ -67,17 +68,6 @@ def build_autoencoder(config: AutoencoderConfig) -> Method:
     )
 
 
-register(
-    MethodEntry(
-        name="autoencoder",
-        summary="KL autoencoder of a small backbone (pretraining, stage 1)",
-        config=AutoencoderConfig,
-        build=build_autoencoder,
-        needs_lr=False,
-    )
-)
-
-
 # ---- Stage two: diffusion --------------------------------------------------------------------------------------------
 
 
@@ -95,6 +85,7 @@ UNET_SIZES = ("widths", "down_blocks", "up_blocks", "time_width", "prompt_tokens
 """Fields of :class:`TinyConfig` that ``backbone`` decides; the autoencoder's own configuration gives all others."""
 
 
+@register("diffusion", DiffusionConfig, needs_lr=False)
 def build_diffusion(config: DiffusionConfig) -> Method:
     """One network, one phase: mean squared error of the predicted noise at uniformly drawn steps."""
     autoencoder = load_network(config.autoencoder)
@@ -138,14 +129,3 @@ def build_diffusion(config: DiffusionConfig) -> Method:
         export=export,
         hr_multiple=generator.scale * generator.lr_multiple,
     )
-
-
-register(
-    MethodEntry(
-        name="diffusion",
-        summary="eps-predicting UNet on HR latents (pretraining, stage 2)",
-        config=DiffusionConfig,
-        build=build_diffusion,
-        needs_lr=False,
-    )
-)
