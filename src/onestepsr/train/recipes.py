@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from onestepsr import methods
 from onestepsr.core.config import apply_overrides, from_mapping, merged, read_mapping, to_mapping
@@ -84,8 +84,26 @@ def load_run(method: str, recipe: str, overrides: Sequence[str] = ()) -> RunConf
     return _complete(values)
 
 
+class SettingChange(NamedTuple):
+    """A setting with its values then and now."""
+
+    name: str
+    before: Any
+    now: Any
+
+
 def check_resumable(saved: Mapping[str, Any], run: RunConfig, *, other_processes: bool = False) -> None:
-    """Refuse to resume with settings that would have led to other weights.
+    """Refuse to resume with settings that would have led to other weights; see :func:`changed_setting`."""
+    change = changed_setting(saved, run, other_processes=other_processes)
+    if change is not None:
+        raise UserError(
+            f"{change.name}: the run in {run.out} was started with {change.before!r}, now it is {change.now!r}; "
+            "resume with the same settings or start anew with another --out"
+        )
+
+
+def changed_setting(saved: Mapping[str, Any], run: RunConfig, *, other_processes: bool = False) -> SettingChange | None:
+    """The first setting by which ``run`` would make other weights than ``saved``; none if they would be the same.
 
     ``saved`` is the run's configuration as its checkpoint has it; settings that this version added take their defaults.
     With ``other_processes``, fewer or more of them than before, the number of micro-batches may follow.
@@ -96,12 +114,10 @@ def check_resumable(saved: Mapping[str, Any], run: RunConfig, *, other_processes
         raise UserError(f"{run.out}: the run was started with settings unknown to this version: {error}") from error
     now = _flatten(to_mapping(run))
     for name in sorted(before.keys() | now.keys()):
-        if _is_free(name) or before.get(name) == now.get(name) or (other_processes and name == "train.accumulation"):
-            continue
-        raise UserError(
-            f"{name}: the run in {run.out} was started with {before.get(name)!r}, now it is {now.get(name)!r}; "
-            "resume with the same settings or start anew with another --out"
-        )
+        may_change = _is_free(name) or (other_processes and name == "train.accumulation")
+        if not may_change and before.get(name) != now.get(name):
+            return SettingChange(name, before.get(name), now.get(name))
+    return None
 
 
 def _complete(given: Mapping[str, Any]) -> RunConfig:
