@@ -19,7 +19,7 @@ from onestepsr.data.config import DataConfig
 from onestepsr.data.datasets import build_dataset
 from onestepsr.methods.base import Method
 from onestepsr.prompts.embedder import EmbeddingCache
-from onestepsr.train.prompted import with_prompts
+from onestepsr.train.batches import with_prompts
 from onestepsr.train.recipes import load_run
 from onestepsr.train.run import prepare
 
@@ -134,11 +134,11 @@ def test_several_processes_make_embeddings_one_after_the_other(photos: Path, mon
     def after_another(path: Path, *, wait: bool) -> Iterator[bool]:
         assert wait
         places.append(path)
-        monkeypatch.setattr("onestepsr.train.prompted.locked", lambda path, wait: nullcontext(True))
+        monkeypatch.setattr("onestepsr.train.batches.locked", lambda path, wait: nullcontext(True))
         prompted(photos, [])
         yield True
 
-    monkeypatch.setattr("onestepsr.train.prompted.locked", after_another)
+    monkeypatch.setattr("onestepsr.train.batches.locked", after_another)
     embedders: list[Lengths] = []
     prompted(photos, embedders)
     assert embedders[0].asked == []

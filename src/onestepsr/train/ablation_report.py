@@ -29,7 +29,7 @@ from onestepsr.evaluate.metrics.fidelity import as_eight_bit
 from onestepsr.inference.upscaler import resolve_device
 from onestepsr.methods.shared.image_loss import PerceptualConfig, build_perceptual
 from onestepsr.train.ablation import Ablation, Candidate, EvaluationConfig, override_lines
-from onestepsr.train.validation import FONT_SIZE, draw_grid
+from onestepsr.train.report import FONT_SIZE, draw_grid
 from onestepsr.weights.catalog import BICUBIC
 
 Values = dict[str, list[float | None]]

@@ -23,8 +23,7 @@ from onestepsr.benchmark.tables import Table
 from onestepsr.core.config import to_mapping
 from onestepsr.data.config import DataConfig
 from onestepsr.methods.base import get_method, method_names
-from onestepsr.train.config import TrainConfig
-from onestepsr.train.recipes import RunConfig, ValidationConfig, load_methods
+from onestepsr.train.recipes import RunConfig, TrainConfig, ValidationConfig, load_methods
 
 Shown = Literal["defaults", "recipe", "unused"]
 """What the values of a group are: defaults, those of a recipe, or what the recipe would have if it used the group."""

@@ -19,15 +19,13 @@ from onestepsr.core.rng import derived_seed
 from onestepsr.data.config import DataConfig
 from onestepsr.data.datasets import Pool, build_dataset, fingerprint
 from onestepsr.methods.base import Exported, Method, get_method
+from onestepsr.train.batches import with_prompts
 from onestepsr.train.checkpoint import Checkpoint, Checkpoints
 from onestepsr.train.memory_estimate import Estimate, estimate
-from onestepsr.train.networks import NetworkSet, as_float32
-from onestepsr.train.optimization import require_optimizer
-from onestepsr.train.prompted import with_prompts
+from onestepsr.train.networks import NetworkSet, as_float32, require_optimizer
 from onestepsr.train.recipes import RunConfig, check_resumable
-from onestepsr.train.report import Reporter
+from onestepsr.train.report import Reporter, Validator, is_better
 from onestepsr.train.trainer import Hooks, Trainer, trains_on_cpu
-from onestepsr.train.validation import Validator, is_better
 
 VALIDATION_SEED = 0
 """Not the run's seed, so that runs are compared on the same crops and degradations."""

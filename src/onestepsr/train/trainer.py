@@ -29,10 +29,9 @@ from onestepsr.core.rng import derived_seed
 from onestepsr.core.signals import Interruption
 from onestepsr.methods.base import Batch, Method, Phase, SampleRandom
 from onestepsr.train.batches import SampleSource, Share, micro_batches, sample_numbers
-from onestepsr.train.checkpoint import Checkpoint, Checkpoints, check_fingerprints, collect, restore
-from onestepsr.train.config import TrainConfig
-from onestepsr.train.networks import NetworkSet
-from onestepsr.train.optimization import learning_rate_factor
+from onestepsr.train.checkpoint import Checkpoint, Checkpoints
+from onestepsr.train.networks import NetworkSet, check_fingerprints, collect, learning_rate_factor, restore
+from onestepsr.train.recipes import TrainConfig
 
 logger = logging.getLogger(__name__)
 
