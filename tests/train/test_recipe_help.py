@@ -97,7 +97,7 @@ def test_types_defaults_and_meanings_come_from_the_source() -> None:
 
 def test_values_of_a_recipe_replace_defaults_and_unused_groups_are_told() -> None:
     values = Outer(size=3, either=Other(places=(Path("here"),)))
-    found = by_path(list(fields_of(Outer, values=values, shown="recipe")))
+    found = by_path(list(fields_of(Outer, values=values, recipe=True)))
     assert found["size"].value == "3"
     assert {path for path, entry in found.items() if not entry.in_use} == {
         "optional.rate",
