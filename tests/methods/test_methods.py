@@ -231,14 +231,14 @@ def test_a_critic_told_of_the_lattice_sees_planes_from_the_place_of_the_image():
         seen.append((images, condition))
         return (images.mean().reshape(1, 1, 1, 1).expand(len(images), 1, 1, 1),)
 
-    judge = adversarial.image_critic_term(1.0, 0, conditional=True, lattice=True)
+    judge = adversarial.ImageCritic(adversarial.CriticConfig(weight=1.0, conditional=True, lattice=True))
     planes = adversarial.lattice_planes(torch.zeros(6, 3, 32, 32), 4)[
         :, :3
     ]  # what stands for the images tells the place
     batch = {"hr": planes, "sr": planes, "lr": torch.zeros(6, 3, 8, 8)}
     judge.discriminator_loss({adversarial.CRITIC: network}, batch, random_of(6))
     ((images, condition),) = seen
-    assert condition.shape[1] == adversarial.condition_channels(conditional=True, lattice=True) == 9
+    assert condition.shape[1] == judge.condition_channels == 9
     assert torch.equal(condition[:, 3:6], images)
     assert any(not torch.equal(images[0], other) for other in images[1:6]), "every sample has a place of its own"
 

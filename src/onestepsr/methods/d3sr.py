@@ -30,54 +30,21 @@ from onestepsr.methods.shared.adversarial import (
     CRITIC,
     DISCRIMINATOR,
     AdversarialTerm,
+    CriticConfig,
     DiscriminatorConfig,
     GeneratorOutput,
+    ImageCritic,
     Tuning,
     adversarial_phases,
     build_discriminator,
-    condition_channels,
-    image_critic_term,
     latent_discriminator_term,
 )
 from onestepsr.methods.shared.image_loss import PerceptualConfig, SpatialLoss, SpatialWeights
 from onestepsr.models.backbones import load_backbone
-from onestepsr.models.discriminators import PatchCritic
 from onestepsr.models.generators import OneStepLatentGenerator, TrainableGenerator
 from onestepsr.models.lora import LoraConfig, add_lora
 from onestepsr.models.stable_diffusion.config import PromptConfig
 from onestepsr.models.tiny.edit import Depth, deepened, equalize_subpixel_contrast
-
-
-@dataclass(frozen=True, kw_only=True)
-class CriticConfig:
-    """A small convolutional critic of images beside the discriminator of latents."""
-
-    weight: float = 0.0
-    """Weight of its adversarial term in the generator's loss; 0 leaves the critic out. A decoder that is trained along
-    makes artefacts that no latent shows."""
-    widths: tuple[int, ...] = (48, 96, 128)
-    """Channels at a half, a quarter, ... of the image's resolution."""
-    start: int = 0
-    """First iteration with a critic."""
-    contrast_floor: float | None = None
-    """Show it the locally normalised brightness too, in which faint texture is as strong as an edge; detail of less
-    than this deviation (in [0, 1]) stays faint. Far below the noise of photos, a generator is asked for noise, and
-    draws a mesh."""
-    conditional: bool = False
-    """Show it the enlarged input too, so that it can tell invented detail from restored detail."""
-    lattice: bool = False
-    """Tell it the position of every output pixel within its input pixel: texture that follows the input's grid, which
-    photos never do, is then plain to see."""
-    matching: float = 0.0
-    """Weight of the distance between its features of image and photo, relative to its adversarial term."""
-
-    def __post_init__(self) -> None:
-        if not self.widths or min(self.widths) < 1 or self.start < 0:
-            raise ValueError(f"need widths of at least 1 and start >= 0, got {self.widths} and {self.start}")
-        if min(self.weight, self.matching) < 0:
-            raise ValueError(f"weight and matching must not be negative, got {self.weight} and {self.matching}")
-        if self.contrast_floor is not None and self.contrast_floor <= 0:
-            raise ValueError(f"contrast_floor must be above 0, got {self.contrast_floor}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,13 +129,10 @@ def build(config: D3SRConfig) -> Method:
             generator, config.discriminator, name=config.backbone, checkpointing=config.gradient_checkpointing
         )
         terms.append(latent_discriminator_term(noise, config.adversarial_weight, config.discriminator.start))
-    critic = config.extras.critic
-    if critic.weight:
-        beside = {"conditional": critic.conditional, "lattice": critic.lattice}
-        networks[CRITIC] = PatchCritic(
-            critic.widths, contrast_floor=critic.contrast_floor, condition_channels=condition_channels(**beside)
-        )
-        terms.append(image_critic_term(critic.weight, critic.start, matching=critic.matching, **beside))
+    if config.extras.critic.weight:
+        critic = ImageCritic(config.extras.critic)
+        networks[CRITIC] = critic.network()
+        terms.append(critic.term())
     if config.tuning == "lora":  # after the discriminator has copied the plain UNet
         add_lora(generator.unet, config.lora)
     return Method(

@@ -198,7 +198,7 @@ class NetworkSet:
         for network in method.frozen.values():
             network.requires_grad_(False).eval()
         self.fingerprints = fingerprints({**method.networks, **method.frozen})
-        """Digests of the frozen weights, taken before they are converted."""
+        """Digests of the frozen weights, taken before their conversion."""
         for network in (*method.networks.values(), *method.frozen.values()):
             keep_frozen_in(network, getattr(torch, config.frozen_dtype))
             _place(network, accelerator.device, config.channels_last)
@@ -210,7 +210,7 @@ class NetworkSet:
 
     @property
     def callables(self) -> Networks:
-        """Every network as losses see it."""
+        """Every network as losses call it."""
         return {**self._wrapped, **self._frozen}
 
     @property

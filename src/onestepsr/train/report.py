@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -51,25 +51,6 @@ class JsonLines:
             temporary.write_text("".join(kept), encoding="utf-8")
 
 
-class Averages:
-    """Means of the values added since the last :meth:`take`."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, int]] = {}
-
-    def add(self, values: Mapping[str, float]) -> None:
-        """Count one more value for each name."""
-        for name, value in values.items():
-            total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (total + value, count + 1)
-
-    def take(self) -> dict[str, float]:
-        """The means by name; counting starts anew."""
-        means = {name: total / count for name, (total, count) in self._sums.items()}
-        self._sums.clear()
-        return means
-
-
 class Reporter:
     """Collects step records into one log record per ``log_every`` steps. Use as a context manager."""
 
@@ -79,7 +60,7 @@ class Reporter:
         self.lines = JsonLines(folder / "log.jsonl")
         self.lines.forget_after(first_step)
         self._board = _tensorboard(folder / "tensorboard", first_step)
-        self._losses, self._norms = Averages(), Averages()
+        self._records: list[StepRecord] = []  # since the last log record
         self._images, self._since = 0, time.monotonic()
         self._bar = Progress(
             TextColumn("step"),
@@ -105,8 +86,7 @@ class Reporter:
 
     def on_step(self, record: StepRecord) -> None:
         """Count one iteration, and log when it is time."""
-        self._losses.add(record.losses)
-        self._norms.add(record.gradient_norms)
+        self._records.append(record)
         self._images += record.images
         self._bar.update(self._task, completed=record.step)
         if record.step % self.config.log_every == 0 or record.step == self.config.steps:
@@ -121,7 +101,9 @@ class Reporter:
         self._since, self._images = time.monotonic(), 0  # validation time is no training time
 
     def _log(self, record: StepRecord) -> None:
-        losses, norms = self._losses.take(), self._norms.take()
+        losses = _means([record.losses for record in self._records])
+        norms = _means([record.gradient_norms for record in self._records])
+        self._records.clear()
         rate = self._images / max(time.monotonic() - self._since, 1e-9)
         self._images, self._since = 0, time.monotonic()
         self.lines.append(
@@ -157,17 +139,26 @@ class Reporter:
                 self._board.add_scalar(name, value, step)
 
 
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean by name over the rows that have it."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(column) / len(column) for name, column in values.items()}
+
+
 def _tensorboard(folder: Path, first_step: int) -> Any | None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        logger.info("TensorBoard is not installed (pip install 'onestepsr[train]'): scalars go to log.jsonl alone")
+        logger.info("TensorBoard is not installed (pip install 'onestepsr[train]'): scalars go to log.jsonl only")
         return None
     return SummaryWriter(str(folder), purge_step=first_step + 1)
 
 
 def _step_of(line: str) -> float:
-    """Step of one log line; a line that is no record counts as later than any step."""
+    """Step of one log line; infinity for a line that is no record."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

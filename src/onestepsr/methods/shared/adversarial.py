@@ -20,7 +20,7 @@ from onestepsr.diffusion.schedule import DiffusionSchedule
 from onestepsr.losses.adversarial import bce_discriminator_loss, bce_generator_loss
 from onestepsr.methods.base import Batch, LossFn, Networks, Phase, SampleRandom, checkpoint_gradients
 from onestepsr.models.backbones import load_discriminator_backbone, unet_encoder_of
-from onestepsr.models.discriminators import DiffusionEncoder, NoiseAwareDiscriminator
+from onestepsr.models.discriminators import DiffusionEncoder, NoiseAwareDiscriminator, PatchCritic
 from onestepsr.models.generators import OneStepLatentGenerator, bicubic
 from onestepsr.models.lora import LoraConfig, add_lora
 from onestepsr.models.stable_diffusion.config import SDXLConditioning
@@ -305,52 +305,90 @@ def latent_discriminator_term(noise: LatentNoise, weight: float, start: int) -> 
 # ---- Critic of images ------------------------------------------------------------------------------------------------
 
 
-def condition_channels(*, conditional: bool, lattice: bool) -> int:
-    """Number of channels that a critic of :func:`image_critic_term` sees beside the images."""
-    return 3 * conditional + LATTICE_PLANES * lattice
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """A small convolutional critic of images beside the discriminator of latents."""
+
+    weight: float = 0.0
+    """Weight of its adversarial term in the generator's loss; 0 leaves the critic out. A decoder that is trained along
+    makes artefacts that no latent shows."""
+    widths: tuple[int, ...] = (48, 96, 128)
+    """Channels at a half, a quarter, ... of the image's resolution."""
+    start: int = 0
+    """First iteration with a critic."""
+    contrast_floor: float | None = None
+    """Show it the locally normalised brightness too, in which faint texture is as strong as an edge; detail of less
+    than this deviation (in [0, 1]) stays faint. Far below the noise of photos, a generator is asked for noise, and
+    draws a mesh."""
+    conditional: bool = False
+    """Show it the enlarged input too, so that it can tell invented detail from restored detail."""
+    lattice: bool = False
+    """Tell it the position of every output pixel within its input pixel: texture that follows the input's grid, which
+    photos never do, is then plain to see."""
+    matching: float = 0.0
+    """Weight of the distance between its features of image and photo, relative to its adversarial term."""
+
+    def __post_init__(self) -> None:
+        if not self.widths or min(self.widths) < 1 or self.start < 0:
+            raise ValueError(f"need widths of at least 1 and start >= 0, got {self.widths} and {self.start}")
+        if min(self.weight, self.matching) < 0:
+            raise ValueError(f"weight and matching must not be negative, got {self.weight} and {self.matching}")
+        if self.contrast_floor is not None and self.contrast_floor <= 0:
+            raise ValueError(f"contrast_floor must be above 0, got {self.contrast_floor}")
 
 
-def image_critic_term(
-    weight: float, start: int, *, conditional: bool = False, lattice: bool = False, matching: float = 0.0
-) -> AdversarialTerm:
-    """A critic of images, with the same losses on images cut at random offsets: no noise, no step.
+class ImageCritic:
+    """The critic of images and its term, with the losses of the latent discriminator on images cut at random offsets:
+    no noise, no step."""
 
-    With ``conditional`` it sees the enlarged input beside each image, with ``lattice`` the position of every output
-    pixel within its input pixel. ``matching`` weighs the mean absolute difference of its features between image and
-    photo, relative to its adversarial term (Wang et al., "pix2pixHD", 2018).
-    """
+    def __init__(self, config: CriticConfig) -> None:
+        self.config = config
+        self.condition_channels = 3 * config.conditional + LATTICE_PLANES * config.lattice
+        """Number of channels that the network sees beside the images."""
 
-    def views(images: Sequence[Tensor], lr: Tensor | None, random: SampleRandom) -> tuple[Tensor, ...]:
-        """Images cut at one random offset each, joined along the batch, and their conditions at the same offsets."""
-        if lr is None or not (conditional or lattice):
-            return (torch.cat(shifted(images, random)),)
-        scale = images[0].shape[-1] // lr.shape[-1]
-        beside = [bicubic(lr, scale)] if conditional else []
-        beside += [lattice_planes(images[0], scale)] if lattice else []
-        cut = shifted([*images, *beside], random)
-        cut, condition = cut[: len(images)], torch.cat(cut[len(images) :], dim=1)
-        return torch.cat(cut), condition.repeat(len(cut), 1, 1, 1)
+    def network(self) -> PatchCritic:
+        """The critic itself."""
+        settings = self.config
+        return PatchCritic(
+            settings.widths, contrast_floor=settings.contrast_floor, condition_channels=self.condition_channels
+        )
 
-    def generator_loss(networks: Networks, output: GeneratorOutput, random: SampleRandom) -> Tensor:
+    def term(self) -> AdversarialTerm:
+        """The critic as a term of the generator's loss."""
+        return AdversarialTerm(
+            network=CRITIC,
+            name="critic_adversarial",
+            start=self.config.start,
+            generator_loss=self.generator_loss,
+            discriminator_loss=self.discriminator_loss,
+        )
+
+    def generator_loss(self, networks: Networks, output: GeneratorOutput, random: SampleRandom) -> Tensor:
+        """The adversarial term and the distance between features (Wang et al., "pix2pixHD", 2018)."""
+        weight, matching = self.config.weight, self.config.matching
         if not matching or output.hr is None:
-            logits, *_ = networks[CRITIC](*views([output.sr], output.lr, random))
+            logits, *_ = networks[CRITIC](*self._views([output.sr], output.lr, random))
             return weight * bce_generator_loss(logits)
-        seen = networks[CRITIC](*views([output.sr, output.hr], output.lr, random))
+        seen = networks[CRITIC](*self._views([output.sr, output.hr], output.lr, random))
         (logits, _), *features = (part.chunk(2) for part in seen)
         distances = [F.l1_loss(fake, real.detach()) for fake, real in features]
         return weight * (bce_generator_loss(logits) + matching * torch.stack(distances).mean())
 
-    def discriminator_loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
-        logits, *_ = networks[CRITIC](*views([batch["hr"], batch["sr"]], batch.get("lr"), random))
+    def discriminator_loss(self, networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        """The critic's own loss, from ``hr`` and ``sr`` of the batch."""
+        logits, *_ = networks[CRITIC](*self._views([batch["hr"], batch["sr"]], batch.get("lr"), random))
         return {"critic": bce_discriminator_loss(*logits.chunk(2))}
 
-    return AdversarialTerm(
-        network=CRITIC,
-        name="critic_adversarial",
-        start=start,
-        generator_loss=generator_loss,
-        discriminator_loss=discriminator_loss,
-    )
+    def _views(self, images: Sequence[Tensor], lr: Tensor | None, random: SampleRandom) -> tuple[Tensor, ...]:
+        """Images cut at one random offset each, joined along the batch, and their conditions at the same offsets."""
+        if lr is None or not self.condition_channels:
+            return (torch.cat(shifted(images, random)),)
+        scale = images[0].shape[-1] // lr.shape[-1]
+        beside = [bicubic(lr, scale)] if self.config.conditional else []
+        beside += [lattice_planes(images[0], scale)] if self.config.lattice else []
+        cut = shifted([*images, *beside], random)
+        cut, condition = cut[: len(images)], torch.cat(cut[len(images) :], dim=1)
+        return torch.cat(cut), condition.repeat(len(cut), 1, 1, 1)
 
 
 def shifted(images: Sequence[Tensor], random: SampleRandom) -> list[Tensor]:
