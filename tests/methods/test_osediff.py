@@ -372,7 +372,7 @@ def test_faces_keep_their_size(backbone):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"timestep": 1000}, "config.timestep: 1000, but .* knows steps from 0 to 999"),
+        ({"timestep": 1000}, "config.timestep: 1000, but .* has steps from 0 to 999"),
         ({"vsd": {"t_max": 1000}}, "config.vsd: steps up to 1000, the last one is 999"),
         ({"vsd": {"t_min": 9, "t_max": 3}}, "need 0 <= t_min <= t_max, got 9 and 3"),
         ({"vsd": {"weight": -1}}, "must not be negative"),

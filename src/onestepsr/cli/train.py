@@ -51,7 +51,7 @@ def train(
         ),
     ] = False,
 ) -> None:
-    """Train METHOD as RECIPE says. The same command with --resume continues an interrupted run."""
+    """Train METHOD by RECIPE. The same command with --resume continues an interrupted run."""
     from onestepsr.train.recipes import load_run, recipe_names
     from onestepsr.train.run import execute, prepare
     from onestepsr.weights.download import without_downloads

@@ -14,7 +14,7 @@ MAX_CROP = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Photos, how they are cropped and how their LR versions come about."""
+    """Photos, their crops and their LR versions."""
 
     kind: Literal["hr_folder", "pairs"] = "hr_folder"
     """``hr_folder``: photos are degraded on the fly. ``pairs``: LR and HR images are matched by name."""

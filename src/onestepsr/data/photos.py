@@ -84,7 +84,7 @@ def read_size(path: Path) -> tuple[int, int] | None:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
             width, height = image.size
-            # Asking a PNG for EXIF that does not stand in its header would decode the whole image.
+            # Asking a PNG for EXIF that is not in its header would decode the whole image.
             has_exif = image.format != "PNG" or "exif" in image.info
             turned = has_exif and image.getexif().get(ORIENTATION_TAG, 1) >= 5
     except DECODE_ERRORS:

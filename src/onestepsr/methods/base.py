@@ -101,7 +101,7 @@ class Method:
     """Trainable networks. Parameters with ``requires_grad=False`` stay as they are."""
     phases: tuple[Phase, ...]
     frozen: dict[str, nn.Module] = field(default_factory=dict)
-    """Networks without optimiser, without wrapper and in eval mode for ever."""
+    """Networks without optimiser, without wrapper and always in eval mode."""
     ema: tuple[str, ...] = ()
     """Names of the networks of which an exponential moving average is kept."""
     preview: Callable[[Networks, Batch], dict[str, Tensor]] | None = None
@@ -186,7 +186,7 @@ def check_timestep(timestep: int, backbone: OneStepLatentGenerator, name: str) -
     """Refuse a step T_L that the diffusion of ``backbone``, called ``name`` by the user, does not have."""
     last = backbone.schedule.steps - 1
     if not 0 <= timestep <= last:
-        raise UserError(f"config.timestep: {timestep}, but {name} knows steps from 0 to {last}")
+        raise UserError(f"config.timestep: {timestep}, but {name} has steps from 0 to {last}")
 
 
 def checkpoint_gradients(*networks: nn.Module) -> None:

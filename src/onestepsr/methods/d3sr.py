@@ -56,7 +56,7 @@ class ExtrasConfig:
     """
 
     deepen: Depth | None = None
-    """Residual blocks that a tiny backbone shall have. New ones start as the identity: training goes on from the
+    """Number of residual blocks of a tiny backbone. New ones start as the identity: training goes on from the
     backbone's own images."""
     even_contrast: bool = False
     """Equalise the contrast of detail over the positions within a latent position, on a tiny backbone and while
@@ -81,7 +81,7 @@ class D3SRConfig:
 
     backbone: str
     """Pretrained latent-diffusion backbone: a name, a diffusers folder, a single-file checkpoint, or weights of ours
-    from the ``diffusion`` method or an earlier generator; ``random:NAME`` needs no file and knows nothing."""
+    from the ``diffusion`` method or an earlier generator; ``random:NAME`` needs no file and is untrained."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """Start of the learnable prompt embedding on a backbone that brings none."""
     prompt_file: Path | None = None

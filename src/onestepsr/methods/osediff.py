@@ -178,7 +178,7 @@ class OSEDiffConfig:
 
     backbone: str
     """Pretrained latent-diffusion backbone: a name, a diffusers folder, a single-file checkpoint, or weights of ours
-    from the ``diffusion`` method or an earlier generator; ``random:NAME`` needs no file and knows nothing."""
+    from the ``diffusion`` method or an earlier generator; ``random:NAME`` needs no file and is untrained."""
     scale: int = 4
     """Upscaling factor; 1 restores without enlarging, as the face model does."""
     timestep: int = TIMESTEP

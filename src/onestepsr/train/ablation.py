@@ -5,18 +5,19 @@ budget and measured on the same held-out pairs. The settings of a run are the re
 then those of the command line, then the variant's own, then the seed.
 
 Each run is an ordinary one in a process of its own, in ``OUT/VARIANT/seed-N``. A finished run is left alone and an
-interrupted one resumed, so the same command goes on after any interruption.
+interrupted one resumed, so the same command continues after any interruption.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,7 +35,7 @@ from onestepsr.data.config import DataConfig
 from onestepsr.methods.shared.image_loss import PerceptualConfig
 from onestepsr.models.loading import load_generator
 from onestepsr.train.checkpoint import Checkpoints
-from onestepsr.train.recipes import RunConfig, changed_setting, load_run, read_recipe
+from onestepsr.train.recipes import RunConfig, changed_setting, flatten, load_run, read_recipe
 from onestepsr.train.run import CONFIG, MODEL, config_text, prepare
 
 # ---- Suites ----------------------------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ class EvaluationConfig:
     seed: int = 0
     """Start of their crops and degradations; the seeds of the runs have no part in them."""
     metrics: tuple[str, ...] = ("psnr", "ssim", "dists", "lpips", "niqe", "grid")
-    """Columns of the table; ``niqe`` is left out where its statistics are not at hand."""
+    """Columns of the table; ``niqe`` is left out where its statistics are not available."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     """Features behind the columns ``dists`` and ``lpips``. Without ``features: vgg16`` they are ours, and the
     columns say so; the ``distance`` here has no effect."""
@@ -186,9 +187,8 @@ class Suite:
         """The variants called ``names`` in the suite's order; all of them without names."""
         for name in names:
             if name not in self.config.variants:
-                raise UserError(
-                    f"suite '{self.name}' has no variant '{name}': {did_you_mean(name, self.config.variants)}"
-                )
+                known = did_you_mean(name, self.config.variants)
+                raise UserError(f"suite '{self.name}' has no variant '{name}': {known}")
         return [name for name in self.config.variants if not names or name in names]
 
 
@@ -226,15 +226,9 @@ def load_suite(suite: str, settings: Sequence[str] = ()) -> Suite:
 
 def override_lines(overrides: Overrides) -> list[str]:
     """``key=value`` lines, whichever way the settings were written."""
-    return list(overrides) if isinstance(overrides, tuple) else list(_lines(overrides))
-
-
-def _lines(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _lines(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}={json.dumps(value)}"
+    if isinstance(overrides, tuple):
+        return list(overrides)
+    return [f"{name}={json.dumps(value)}" for name, value in flatten(overrides).items()]
 
 
 def _folders(text: str) -> list[str]:
@@ -344,10 +338,8 @@ def plan_runs(suite: Suite, variants: Sequence[str], seeds: Sequence[int], out: 
         for key in equal:
             own, other = getattr(run.config.train, key), getattr(first.config.train, key)
             if own != other:
-                raise UserError(
-                    f"train.{key}: {own} in variant '{run.variant}' but {other} in '{first.variant}'; "
-                    "a suite compares at equal budget"
-                )
+                named = f"{own} in variant '{run.variant}' but {other} in '{first.variant}'"
+                raise UserError(f"train.{key}: {named}; a suite compares at equal budget")
     return runs
 
 
@@ -387,7 +379,7 @@ def _check_out(suite: Suite, out: Path) -> None:
 def _with_progress(run: Run, others: Sequence[tuple[Path, RunConfig]]) -> Run:
     steps = run.config.train.steps
     if (run.folder / CONFIG).is_file():
-        change = _difference(_load_saved(run.folder), run.config)
+        change = _difference(_load_saved(run.folder / CONFIG), run.config)
         if change:
             raise UserError(
                 f"{run.folder} holds a run with other settings ({change}); remove it or choose another --out"
@@ -402,9 +394,8 @@ def _with_progress(run: Run, others: Sequence[tuple[Path, RunConfig]]) -> Run:
     return replace(run, state="interrupted" if step else "new", step=step)
 
 
-def _load_saved(folder: Path) -> RunConfig:
+def _load_saved(path: Path) -> RunConfig:
     """The resolved settings that a run left in its folder."""
-    path = folder / CONFIG
     return load_run(str(read_mapping(path).get("method")), str(path))
 
 
@@ -417,7 +408,7 @@ def _finished_runs(folders: Sequence[Path]) -> list[tuple[Path, RunConfig]]:
         for pattern in (CONFIG, f"*/{CONFIG}", f"*/*/{CONFIG}"):
             for path in sorted(folder.glob(pattern)):
                 try:
-                    config = _load_saved(path.parent)
+                    config = _load_saved(path)
                 except UserError:
                     continue  # settings of another version: certainly no equal run
                 if _is_finished(path.parent, config):
@@ -445,11 +436,10 @@ def _is_finished(folder: Path, config: RunConfig) -> bool:
 
 def _refuse_training_photos(held_out: DataConfig, training: DataConfig) -> None:
     """Refuse to compare models on photos from a folder that they were trained on."""
-    for folder in held_out.paths:
-        for other in training.paths:
-            own, theirs = folder.resolve(), other.resolve()
-            if own == theirs or theirs in own.parents or own in theirs.parents:
-                raise UserError(f"the held-out photos in {folder} are among the training photos in {other}")
+    for folder, other in itertools.product(held_out.paths, training.paths):
+        own, theirs = folder.resolve(), other.resolve()
+        if own == theirs or theirs in own.parents or own in theirs.parents:
+            raise UserError(f"the held-out photos in {folder} are among the training photos in {other}")
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------

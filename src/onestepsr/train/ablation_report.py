@@ -44,7 +44,7 @@ Track = Callable[[Sequence[int], str], Iterable[int]]
 PERCEPTUAL = ("dists", "lpips")
 """Metrics whose features are part of a suite's settings."""
 OPTIONAL = "niqe"
-"""Left out, with a note, where the statistics it needs are not at hand."""
+"""Metric that is left out, with a note, where the statistics it needs are not available."""
 
 
 def untracked(items: Sequence[int], title: str) -> Iterable[int]:
@@ -183,7 +183,7 @@ def measure(
 ) -> Results:
     """Measure every trained model of the suite, bicubic enlargement and the HR images themselves.
 
-    ``command``, ``machine`` and ``date`` tell the reader of the results how they came about.
+    ``command``, ``machine`` and ``date`` document for a reader how the results were made.
     """
     suite, config, rows = ablation.suite, ablation.suite.config, []
     trained = [run for run in ablation.runs if run.name not in failures]

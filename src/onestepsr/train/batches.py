@@ -85,7 +85,7 @@ def micro_batches(
         pin_memory=device.type == "cuda",
         generator=generator(config.seed, "loader", share.rank),
         worker_init_fn=_leave_signals_to_the_loop,
-        # A fork copies locks as they are; those that a thread of gloo, NCCL or OpenMP holds then stay shut for ever.
+        # A fork copies locks as they are; those held by a thread of gloo, NCCL or OpenMP then stay locked for ever.
         multiprocessing_context="spawn" if config.num_workers else None,
     )
     try:

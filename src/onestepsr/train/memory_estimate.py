@@ -157,7 +157,7 @@ def _phase_memory(method: Method, config: TrainConfig, images: Shapes, size: int
 
 
 class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, counts the bytes of tensors on ``device`` that operations make, until nobody holds them."""
+    """While active, counts the bytes of tensors on ``device`` that operations make, until they are released."""
 
     def __init__(self, device: torch.device, given: Sequence[Tensor]) -> None:
         """``given`` were there before; they and views of them do not count."""

@@ -133,7 +133,7 @@ CONVERTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def keep_frozen_in(network: nn.Module, dtype: torch.dtype) -> None:
     """Keep the layers of ``network`` that have no trained parameter in ``dtype``, in place.
 
-    Such a layer computes in ``dtype`` and returns float32; under autocast it does what autocast says. A network whose
+    Such a layer computes in ``dtype`` and returns float32; under autocast its dtype is autocast's. A network whose
     attribute ``keeps_float32`` is true stays as it is.
     """
     if dtype == torch.float32 or getattr(network, "keeps_float32", False):
@@ -231,7 +231,7 @@ class NetworkSet:
     def synchronizing(self, name: str | None) -> Iterator[None]:
         """Average gradients over processes for network ``name`` alone; for none when several micro-batches add up.
 
-        The wrappers of the other networks are told too, because they would wait for gradients that never come.
+        The wrappers of the other networks need it too: they would wait for gradients that never come.
         """
         with ExitStack() as stack:
             for other, wrapped in self._wrapped.items():

@@ -203,7 +203,7 @@ def recipe_names() -> list[str]:
 def read_recipe(recipe: str) -> dict[str, Any]:
     """The mapping in a YAML or JSON file, or in the packaged recipe of that name, on top of what it ``extends``.
 
-    ``extends`` names another recipe: a path, relative to the recipe that says so, or a packaged name. The recipe's own
+    ``extends`` names another recipe: a path, relative to the recipe that names it, or a packaged name. The recipe's own
     settings are merged over it key by key; its output folder is not inherited, so that two runs never share one.
     """
     return _read_extended(_locate(recipe, Path()), ())
@@ -279,7 +279,7 @@ FREE_TO_CHANGE = frozenset(
     | {f"train.{name}" for name in ("steps", "log_every", "checkpoint_minutes", "checkpoint_steps")}
     | {f"train.{name}" for name in ("keep_checkpoints", "num_workers", "threads")}
 )
-"""Settings that may differ when a run is resumed: how long it is, how it reports, and what the machine lends it."""
+"""Settings that may differ when a run is resumed: its length, its reports, and the resources of the machine."""
 
 
 class SettingChange(NamedTuple):
@@ -307,10 +307,10 @@ def changed_setting(saved: Mapping[str, Any], run: RunConfig, *, other_processes
     With ``other_processes``, fewer or more of them than before, the number of micro-batches may follow.
     """
     try:
-        before = _flatten(to_mapping(_complete(saved)))
+        before = flatten(to_mapping(_complete(saved)))
     except UserError as error:
         raise UserError(f"{run.out}: the run was started with settings unknown to this version: {error}") from error
-    now = _flatten(to_mapping(run))
+    now = flatten(to_mapping(run))
     for name in sorted(before.keys() | now.keys()):
         may_change = _is_free(name) or (other_processes and name == "train.accumulation")
         if not may_change and before.get(name) != now.get(name):
@@ -318,12 +318,13 @@ def changed_setting(saved: Mapping[str, Any], run: RunConfig, *, other_processes
     return None
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{name}."))
+            flat.update(flatten(value, f"{name}."))
         else:
             flat[name] = value
     return flat

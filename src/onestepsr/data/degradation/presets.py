@@ -1,4 +1,4 @@
-"""Degradations by name. Each preset says whose data it reproduces, or what it imitates."""
+"""Degradations by name, each with the published data that it reproduces or the source that it imitates."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ class LatentNoise(nn.Module):
         return (AdaptiveNoise if config.kind == "diffusion_gan" else LatentNoise)(schedule, config, gain)
 
     def __init__(self, schedule: DiffusionSchedule, config: NoiseConfig, gain: float = 1.0) -> None:
-        """``gain`` multiplies the latents first, for a discriminator that knows them on another scale."""
+        """``gain`` multiplies the latents first, for a discriminator that expects them on another scale."""
         super().__init__()
         if config.t_max >= schedule.steps:
             raise UserError(f"discriminator.t_max: {config.t_max}, but the diffusion has {schedule.steps} steps from 0")
@@ -178,7 +178,7 @@ class AdaptiveNoise(LatentNoise):
     """Diffusion-GAN's noise: the largest step grows while the discriminator is too sure of itself, and shrinks again.
 
     Our reading where D3SR's Table 6 only names it: same backbone and head, the schedule of the diffusion model, and the
-    discriminator is told the step. The state lies in buffers, so that checkpoints carry it.
+    discriminator sees the step. The state is in buffers, so that checkpoints hold it.
     """
 
     largest: Tensor
@@ -253,8 +253,8 @@ def build_discriminator(
 ) -> tuple[NoiseAwareDiscriminator, LatentNoise]:
     """Down and middle blocks of a diffusion backbone under an MLP, and the noise on its input.
 
-    Without a backbone of its own it copies ``generator``'s, whose UNet must not have adapters yet; ``name`` says in
-    messages where that came from.
+    Without a backbone of its own it copies ``generator``'s, whose UNet must not have adapters yet; ``name`` is its
+    name in messages.
     """
     encoder, prompt = _backbone(generator, settings)
     known = cast(DiffusionEncoder, encoder)

@@ -72,11 +72,11 @@ def check_same_latents(
         return generator.latent_channels, factor, generator.scale
 
     if shape(teacher) != shape(student):
-        said = [
+        described = [
             f"{name} has {channels} channels, 1/{factor} of the image's side, for x{scale}"
             for name, (channels, factor, scale) in zip(names, (shape(teacher), shape(student)), strict=True)
         ]
-        raise UserError(f"teacher and student need latents of one shape, but {said[0]}; {said[1]}")
+        raise UserError(f"teacher and student need latents of one shape, but {described[0]}; {described[1]}")
 
 
 def preview_of(generator: ResidualShiftGenerator) -> Callable[[Networks, Batch], dict[str, Tensor]]:

@@ -85,8 +85,8 @@ class LatentDiffusionConfig:
 
     start: int | None = None
     """Step T to which the LR latent is noised and at which sampling starts; null is the last of the schedule, as in the
-    paper's appendix. There a ControlNet shows the LR image to the teacher. A backbone without one knows of it only what
-    the noise has left, so that a lower step keeps more of the image and improves less of it."""
+    paper's appendix. There a ControlNet shows the LR image to the teacher. A backbone without one sees only as much of it
+    as the noise leaves, so that a lower step keeps more of the image and improves less of it."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """Start of the prompt embedding on a backbone that brings none."""
     prompt_file: Path | None = None
@@ -153,7 +153,7 @@ class LatentDiffusionTeacher(Teacher):
         last = self.schedule.steps - 1
         start = last if config.start is None else config.start
         if not 0 < start <= last:
-            raise UserError(f"config.latent_diffusion.start: {start}, but {name} knows steps from 1 to {last}")
+            raise UserError(f"config.latent_diffusion.start: {start}, but {name} has steps from 1 to {last}")
         self.steps = start + 1
         with error_context("config.teacher_steps"):
             self._sampling: Sequence[int] = kept_steps(self.steps, DDIM_STEPS if steps is None else steps)
