@@ -85,8 +85,8 @@ class LatentDiffusionConfig:
 
     start: int | None = None
     """Step T to which the LR latent is noised and at which sampling starts; null is the last of the schedule, as in the
-    paper's appendix. There a ControlNet shows the LR image to the teacher. A backbone without one sees only as much of it
-    as the noise leaves, so that a lower step keeps more of the image and improves less of it."""
+    paper's appendix. There a ControlNet shows the LR image to the teacher. A backbone without one sees only as much of
+    it as the noise leaves, so that a lower step keeps more of the image and improves less of it."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """Start of the prompt embedding on a backbone that brings none."""
     prompt_file: Path | None = None
