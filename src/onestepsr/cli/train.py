@@ -160,7 +160,7 @@ def _low_resolution(plan: Plan) -> str:
     data, degradation = plan.run.data, plan.run.data.degradation
     if not get_method(plan.run.method).needs_lr:
         return "without low-resolution versions"
-    if "pairs" in data.kind:
+    if data.kind == "pairs":
         return f"with their own 1/{data.scale} versions"
     if isinstance(degradation, dict):
         return f"1/{data.scale} by {', '.join(f'{name} ({weight:g})' for name, weight in degradation.items())}"
