@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import traceback
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -20,7 +20,6 @@ from onestepsr.core.rng import generator
 from onestepsr.data.config import DataConfig
 from onestepsr.data.datasets import PHOTO, Sample
 from onestepsr.methods.base import Batch, Method
-from onestepsr.prompts.sources import FilePrompts
 from onestepsr.train.recipes import TrainConfig
 
 if TYPE_CHECKING:
@@ -143,43 +142,20 @@ def _started(loader: DataLoader[Any]) -> Iterator[Batch]:
 
 LOCK = ".lock"
 GROUP = 512
-"""So many embeddings are in memory at once while they are made: 160 MB for Stable Diffusion 2.1."""
-
-
-def photo_texts(path: Path, names: Sequence[str]) -> list[str]:
-    """The texts in ``path`` (see :class:`FilePrompts`) of photos called ``names``; :class:`UserError` if one lacks."""
-    source = FilePrompts(path)
-    return [source.text(Path(name)) for name in names]
-
-
-class PhotoPrompts:
-    """The embedding of each photo's text."""
-
-    def __init__(self, texts: Sequence[str], embedder: PromptEmbedder) -> None:
-        """Make the embeddings that ``embedder``'s cache, which must keep all, lacks."""
-        self.texts, self.embedder = texts, embedder
-        # Looked for, not read: those of a large set would be tens of gigabytes.
-        distinct = [text for text in dict.fromkeys(texts) if not embedder.path(text).is_file()]
-        for start in range(0, len(distinct), GROUP):
-            embedder.embed(distinct[start : start + GROUP])
-
-    def __getitem__(self, photo: int) -> Tensor:
-        """The embedding (77, C) of photo number ``photo``, float32."""
-        text = self.texts[photo]
-        embedding = self.embedder.find(text)
-        if embedding is None:
-            path = self.embedder.path(text)
-            state = "is damaged: remove it and start again" if path.is_file() else "is gone, or could not be written"
-            raise UserError(f"{path}: the embedding of a photo's text {state}")
-        return embedding
+"""Embeddings in memory at once while they are made: 160 MB for Stable Diffusion 2.1."""
 
 
 class Prompted(Dataset[Sample]):
-    """A dataset whose samples name their photo, with ``prompt`` (L, C) in its place."""
+    """A dataset whose samples have the embedding of their photo's text, ``prompt`` (L, C), instead of its number."""
 
-    def __init__(self, source: Any, prompts: PhotoPrompts | None) -> None:
-        """Without ``prompts`` the samples carry none: a dry run makes no embeddings."""
-        self.source, self.prompts = source, prompts
+    def __init__(self, source: Any, texts: Sequence[str], embedder: PromptEmbedder | None) -> None:
+        """Make the embeddings that ``embedder``'s cache lacks, which must keep all; a dry run has no embedder."""
+        self.source, self.texts, self.embedder = source, texts, embedder
+        if embedder is not None:
+            # Looked for, not read: those of a large set would be tens of gigabytes.
+            missing = [text for text in dict.fromkeys(texts) if not embedder.path(text).is_file()]
+            for start in range(0, len(missing), GROUP):
+                embedder.embed(missing[start : start + GROUP])
 
     def __len__(self) -> int:
         """Photos."""
@@ -187,9 +163,16 @@ class Prompted(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index`` of the endless stream."""
-        sample: Mapping[str, Tensor] = self.source[index]
-        images = {name: tensor for name, tensor in sample.items() if name != PHOTO}
-        return images if self.prompts is None else images | {"prompt": self.prompts[int(sample[PHOTO])]}
+        sample: Sample = dict(self.source[index])
+        text = self.texts[int(sample.pop(PHOTO))]
+        if self.embedder is None:
+            return sample
+        embedding = self.embedder.find(text)
+        if embedding is None:
+            path = self.embedder.path(text)
+            state = "is damaged: remove it and start again" if path.is_file() else "is gone, or could not be written"
+            raise UserError(f"{path}: the embedding of a photo's text {state}")
+        return sample | {"prompt": embedding}
 
 
 def with_prompts(source: Any, data: DataConfig, method: Method, where: str, *, dry: bool) -> Any:
@@ -203,15 +186,17 @@ def with_prompts(source: Any, data: DataConfig, method: Method, where: str, *, d
     if method.embedder is None:
         raise UserError(f"{where}.prompts: the networks of this run read no texts of photos")
     from onestepsr.prompts.embedder import EmbeddingCache
+    from onestepsr.prompts.sources import FilePrompts
 
-    texts = photo_texts(data.prompts, source.names())
+    prompts = FilePrompts(data.prompts)
+    texts = [prompts.text(Path(name)) for name in source.names()]
     cache = EmbeddingCache(data.cache_dir / "prompts", limit=None)
     if dry:
         if method.check_texts is not None:
             method.check_texts(texts, cache)
-        return Prompted(source, None)
+        return Prompted(source, texts, None)
     # Several processes start at once: the first one makes the embeddings, the others wait and find them there.
     with suppress(OSError):
         cache.folder.mkdir(parents=True, exist_ok=True)
     with locked(cache.folder / LOCK, wait=True):
-        return Prompted(source, PhotoPrompts(texts, method.embedder(cache)))
+        return Prompted(source, texts, method.embedder(cache))
