@@ -330,9 +330,9 @@ def fingerprints(networks: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def check_fingerprints(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
-    """Refuse to go on from other frozen weights than the checkpoint was trained with.
+    """Refuse to continue from other frozen weights than the checkpoint was trained with.
 
-    Checkpoints of older versions know nothing of networks that are frozen as a whole, such as a teacher.
+    Checkpoints of older versions have no digests of networks that are frozen as a whole, such as a teacher.
     """
     saved = checkpoint.record.get("frozen_weights", {})
     for name, digest in digests.items():
