@@ -66,7 +66,7 @@ def micro_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "dists": {"title": "MSE + DISTS", "overrides": {"config.perceptual": {"distance": "dists"}}},
         },
         "published": {"columns": ["NIQE ↓"], "rows": {"MSE": [7.5], "DISTS": [None]}, "note": "Other photos."},
-        "evaluation": {"data": {"crop": 32, "degradation": "camera"}, "images": 3, "pictures": 2, "picture_side": 24},
+        "evaluation": {"data": {"crop": 32, "degradation": "camera"}, "images": 3, "shown": 2, "shown_side": 24},
     }
     (tmp_path / "micro.yaml").write_text(yaml.safe_dump(recipe))
     path = tmp_path / "micro-suite.yaml"

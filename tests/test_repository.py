@@ -73,9 +73,9 @@ def docstrings(path: Path) -> Iterator[tuple[int, str]]:
     """Line and text of every docstring of a file, those below fields and constants included."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         for statement in getattr(node, "body", []) if isinstance(getattr(node, "body", None), list) else []:
-            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-                if isinstance(statement.value.value, str):
-                    yield statement.lineno, statement.value.value.strip()
+            value = getattr(statement, "value", None)
+            if isinstance(statement, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str):
+                yield statement.lineno, value.value.strip()
 
 
 def test_docstrings_are_noun_phrases_or_imperatives() -> None:

@@ -133,7 +133,7 @@ def test_recipe_file_and_crop_multiple(photos, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["face_resshift", "faces.yaml"])
 def test_faces_keep_their_size(photos, tmp_path, recipe):
-    (tmp_path / "faces.yaml").write_text("shrink: [2, 4]\ngrey_probability: 0\n")
+    (tmp_path / "faces.yaml").write_text("shrink: [2, 4]\ngray_probability: 0\n")
     out = tmp_path / "out"
     degrade(photos, out, "--recipe", tmp_path / recipe if recipe.endswith("yaml") else recipe)
     assert json.loads((out / "degradation.json").read_text())["scale"] == 1

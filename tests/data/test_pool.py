@@ -7,8 +7,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from onestepsr.core.errors import UserError
-from onestepsr.data.datasets import DataConfig, build_dataset
-from onestepsr.data.pool import Pool
+from onestepsr.data.config import DataConfig
+from onestepsr.data.datasets import Pool, build_dataset
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.methods import d3sr, pretraining
-from onestepsr.methods.base import MethodEntry, Phase, SampleRandom, get_method, method_names, register
+from onestepsr.methods.base import Phase, SampleRandom, get_method, method_names, register
 from onestepsr.methods.shared import adversarial
 from onestepsr.methods.shared.image_loss import PerceptualConfig
 from onestepsr.models import loading
@@ -72,7 +72,7 @@ def test_every_method_is_registered():
     with pytest.raises(UserError, match="did you mean 'd3sr'"):
         get_method("d3rs")
     with pytest.raises(ValueError, match="registered twice"):
-        register(MethodEntry(name="d3sr", summary="", config=d3sr.D3SRConfig, build=d3sr.build))
+        register("d3sr", d3sr.D3SRConfig)(d3sr.build)
 
 
 def test_phases_start_stop_and_skip():
@@ -121,6 +121,34 @@ def test_diffusion_trains_unet_and_prompt_and_exports_a_whole_backbone(tmp_path)
     assert loading.load_generator(path)(torch.rand(1, 3, 5, 7)).shape == (1, 3, 20, 28)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"decoder_blocks": 1, "refine_width": 4, "refine_blocks": 2}, {"even_contrast": True}]
+)
+def test_diffusion_takes_every_setting_of_its_autoencoder(tmp_path, changes):
+    torch.manual_seed(0)
+    sizes = replace(SMALL, luma_channels=9, chroma_channels=2, encoder_width=12, decoder_width=16, **changes)
+    source = pretraining.build_autoencoder(pretraining.AutoencoderConfig(model=sizes))
+    exported = source.export(source.networks)
+    path = tmp_path / "autoencoder.safetensors"
+    native.save_model(path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict)
+    unet = {"widths": (4, 12), "down_blocks": (2, 1), "up_blocks": (1, 2), "time_width": 24}
+    unet |= {"prompt_tokens": 3, "prompt_width": 20}
+    wanted = TinyGeneratorConfig(model=replace(SMALL, **unet))
+    method = pretraining.build_diffusion(pretraining.DiffusionConfig(autoencoder=path, backbone=wanted))
+    assert method.frozen["autoencoder"].config == replace(sizes, **unet)
+    assert method.networks["unet"].unet.config == replace(sizes, **unet)
+    own, frozen = (
+        network.requires_grad_(False).eval()
+        for network in (source.networks["autoencoder"], method.frozen["autoencoder"])
+    )
+    z = own.encode(pair()["hr"] * 2 - 1)
+    torch.testing.assert_close(frozen.decode(z), own.decode(z))
+    assert run_phase(method, method.phases[0], pair())["eps"].isfinite()
+    whole = method.export(method.networks)
+    native.save_model(path, architecture=whole.architecture, config=whole.config, state_dict=whole.state_dict)
+    assert loading.load_generator(path)(torch.rand(1, 3, 5, 7)).shape == (1, 3, 20, 28)
+
+
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_d3sr_phases_touch_only_what_they_train(backbone, tuning):
     torch.manual_seed(0)
@@ -156,11 +184,9 @@ def test_discriminator_joins_when_it_is_told_to(backbone):
 
 
 def test_critic_of_images_joins_beside_the_discriminator(backbone):
-    critic = d3sr.CriticConfig(widths=(8, 12), start=3)
+    extras = d3sr.ExtrasConfig(train_decoder=True, critic=d3sr.CriticConfig(weight=0.1, widths=(8, 12), start=3))
     settings = d3sr.DiscriminatorConfig(start=5, tuning="full")
-    config = d3sr.D3SRConfig(
-        backbone=backbone, tuning="full", train_decoder=True, critic_weight=0.1, critic=critic, discriminator=settings
-    )
+    config = d3sr.D3SRConfig(backbone=backbone, tuning="full", discriminator=settings, extras=extras)
     method = d3sr.build(config)
     terms = {step: set() for step in (2, 3, 5)}
     for step, seen in terms.items():
@@ -205,22 +231,22 @@ def test_a_critic_told_of_the_lattice_sees_planes_from_the_place_of_the_image():
         seen.append((images, condition))
         return (images.mean().reshape(1, 1, 1, 1).expand(len(images), 1, 1, 1),)
 
-    judge = adversarial.image_critic_term(1.0, 0, conditional=True, lattice=True)
+    judge = adversarial.ImageCritic(adversarial.CriticConfig(weight=1.0, conditional=True, lattice=True))
     planes = adversarial.lattice_planes(torch.zeros(6, 3, 32, 32), 4)[
         :, :3
     ]  # what stands for the images tells the place
     batch = {"hr": planes, "sr": planes, "lr": torch.zeros(6, 3, 8, 8)}
     judge.discriminator_loss({adversarial.CRITIC: network}, batch, random_of(6))
     ((images, condition),) = seen
-    assert condition.shape[1] == adversarial.condition_channels(conditional=True, lattice=True) == 9
+    assert condition.shape[1] == judge.condition_channels == 9
     assert torch.equal(condition[:, 3:6], images)
     assert any(not torch.equal(images[0], other) for other in images[1:6]), "every sample has a place of its own"
 
 
 @pytest.mark.parametrize("views", [{}, {"contrast_floor": 0.05, "conditional": True, "lattice": True, "matching": 1.0}])
 def test_critic_learns_to_tell_images_and_teaches_the_generator(backbone, views):
-    critic = d3sr.CriticConfig(**views)
-    config = d3sr.D3SRConfig(backbone=backbone, adversarial_weight=0.0, critic_weight=1.0, critic=critic, tuning="full")
+    extras = d3sr.ExtrasConfig(critic=d3sr.CriticConfig(weight=1.0, **views))
+    config = d3sr.D3SRConfig(backbone=backbone, adversarial_weight=0.0, extras=extras, tuning="full")
     method = d3sr.build(config)
     generator_phase, critic_phase = method.phases
     critic = method.networks["critic"]
@@ -254,7 +280,7 @@ def test_every_row_of_tables_five_and_six_trains(backbone, kind, distance):
 
 
 def test_decoder_trains_only_on_request(backbone):
-    method = d3sr.build(d3sr.D3SRConfig(backbone=backbone, tuning="full", train_decoder=True))
+    method = d3sr.build(d3sr.D3SRConfig(backbone=backbone, tuning="full", extras=d3sr.ExtrasConfig(train_decoder=True)))
     names = {name for name in trainable(method.networks["generator"]) if "autoencoder" in name}
     assert names
     assert all(".decoder" in name for name in names)

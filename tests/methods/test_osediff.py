@@ -13,9 +13,8 @@ from onestepsr.core.errors import UserError
 from onestepsr.losses.distillation import guided, variational_gradient
 from onestepsr.methods import osediff
 from onestepsr.methods.base import SampleRandom
-from onestepsr.methods.osediff import OSEDiffConfig
+from onestepsr.methods.osediff import ConditionConfig, OSEDiffConfig
 from onestepsr.methods.shared.adversarial import GeneratorOutput
-from onestepsr.methods.shared.prompt import ConditionConfig
 from onestepsr.methods.shared.vsd import AdapterConfig, GuidedTeacher, VariationalConfig, variational_term
 from onestepsr.models import loading
 from onestepsr.models.convert import convert_to_published
@@ -373,7 +372,7 @@ def test_faces_keep_their_size(backbone):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"timestep": 1000}, "config.timestep: 1000, but .* knows steps from 0 to 999"),
+        ({"timestep": 1000}, "config.timestep: 1000, but .* has steps from 0 to 999"),
         ({"vsd": {"t_max": 1000}}, "config.vsd: steps up to 1000, the last one is 999"),
         ({"vsd": {"t_min": 9, "t_max": 3}}, "need 0 <= t_min <= t_max, got 9 and 3"),
         ({"vsd": {"weight": -1}}, "must not be negative"),
@@ -439,6 +438,10 @@ def test_the_tiny_recipe_differs_from_d3srs_in_the_losses_alone():
     assert replace(ours.train, optimizers={}) == replace(theirs.train, optimizers={})
     assert ours.train.optimizer_of("generator") == theirs.train.optimizer_of("generator")
     assert ours.config.vsd.start == theirs.config.discriminator.start
-    same = ("backbone", "timestep", "tuning", "mse_weight", "lattice_weight")
+    same = ("backbone", "timestep", "tuning", "mse_weight")
     assert all(getattr(ours.config, key) == getattr(theirs.config, key) for key in same)
-    assert ("decoder" in ours.config.parts, "encoder" in ours.config.parts) == (theirs.config.train_decoder, False)
+    assert ("decoder" in ours.config.parts, "encoder" in ours.config.parts) == (
+        theirs.config.extras.train_decoder,
+        False,
+    )
+    assert ours.config.lattice_weight == theirs.config.extras.lattice_weight

@@ -26,7 +26,7 @@ from onestepsr.methods.tadsr import (
 from onestepsr.models import loading
 from onestepsr.models.discriminators import HeadConfig
 from onestepsr.models.lora import LoraConfig
-from onestepsr.train.ablation.suite import load_suite, plan_runs
+from onestepsr.train.ablation import load_suite, plan_runs
 from onestepsr.train.recipes import load_run
 
 TINY = "random:d3sr-tiny"

@@ -17,8 +17,7 @@ from toy_training import weights
 from onestepsr.core.config import from_mapping
 from onestepsr.core.rng import generator
 from onestepsr.methods.base import Method, get_method
-from onestepsr.train.config import OptimizerConfig, TrainConfig
-from onestepsr.train.recipes import load_methods
+from onestepsr.train.recipes import OptimizerConfig, TrainConfig, load_methods
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
 from onestepsr.weights.native import save_model
 
@@ -58,8 +57,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "backbone": "diffusion",
             "tuning": "full",
-            "train_decoder": True,
-            "lattice_weight": 1.0,
+            "extras": {"train_decoder": True, "lattice_weight": 1.0},
             "discriminator": {"kind": "diffusion_gan", "tuning": "full", "hidden": [8], "adaptive": {"images": 50}},
         },
     ),

@@ -10,7 +10,7 @@ import torch
 
 from onestepsr.core.errors import UserError
 from onestepsr.train.batches import Share, micro_batches
-from onestepsr.train.config import TrainConfig
+from onestepsr.train.recipes import TrainConfig
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,8 @@ from toy_training import toy_config
 
 from onestepsr.methods.base import Batch, Method, Networks, Phase, SampleRandom
 from onestepsr.models.lora import LoraConfig, add_lora
-from onestepsr.train.config import TrainConfig
 from onestepsr.train.memory_estimate import Estimate, LiveMemory, estimate
+from onestepsr.train.recipes import TrainConfig
 from onestepsr.train.trainer import Trainer
 
 

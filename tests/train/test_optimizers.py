@@ -12,9 +12,8 @@ from toy_training import ToyImages, toy_config, toy_method, weights
 
 from onestepsr.core.errors import MissingExtra
 from onestepsr.methods.base import Method
-from onestepsr.train.checkpoint import collect
-from onestepsr.train.config import OptimizerConfig
-from onestepsr.train.optimization import optimizer_bytes, require_optimizer
+from onestepsr.train.networks import collect, optimizer_bytes, require_optimizer
+from onestepsr.train.recipes import OptimizerConfig
 from onestepsr.train.trainer import Trainer
 
 EIGHT_BIT = OptimizerConfig(kind="adamw8bit", lr=3e-3)

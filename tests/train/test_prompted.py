@@ -15,10 +15,11 @@ from small_text_model import write_text_encoder
 
 from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
-from onestepsr.data.datasets import DataConfig, build_dataset
+from onestepsr.data.config import DataConfig
+from onestepsr.data.datasets import build_dataset
 from onestepsr.methods.base import Method
 from onestepsr.prompts.embedder import EmbeddingCache
-from onestepsr.train.prompted import with_prompts
+from onestepsr.train.batches import with_prompts
 from onestepsr.train.recipes import load_run
 from onestepsr.train.run import prepare
 
@@ -133,11 +134,11 @@ def test_several_processes_make_embeddings_one_after_the_other(photos: Path, mon
     def after_another(path: Path, *, wait: bool) -> Iterator[bool]:
         assert wait
         places.append(path)
-        monkeypatch.setattr("onestepsr.train.prompted.locked", lambda path, wait: nullcontext(True))
+        monkeypatch.setattr("onestepsr.train.batches.locked", lambda path, wait: nullcontext(True))
         prompted(photos, [])
         yield True
 
-    monkeypatch.setattr("onestepsr.train.prompted.locked", after_another)
+    monkeypatch.setattr("onestepsr.train.batches.locked", after_another)
     embedders: list[Lengths] = []
     prompted(photos, embedders)
     assert embedders[0].asked == []
@@ -160,9 +161,8 @@ def test_what_has_no_texts_says_so(photos: Path) -> None:
     plain = config_of(photos, prompts=None)
     source = build_dataset(plain, 0)
     assert with_prompts(source, plain, Method(networks={}, phases=()), "data", dry=False) is source
-    for changes in ({"pool_size": 2}, {"kind": "shards"}):
-        with pytest.raises(UserError, match="prompts: for photos in folders and without a pool"):
-            config_of(photos, **changes)
+    with pytest.raises(UserError, match="prompts with a pool_size of 2: expected pool_size 0"):
+        config_of(photos, pool_size=2)
 
 
 def test_recipes_read_texts_unless_they_learn_their_prompt(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

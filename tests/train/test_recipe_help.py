@@ -97,7 +97,7 @@ def test_types_defaults_and_meanings_come_from_the_source() -> None:
 
 def test_values_of_a_recipe_replace_defaults_and_unused_groups_are_told() -> None:
     values = Outer(size=3, either=Other(places=(Path("here"),)))
-    found = by_path(list(fields_of(Outer, values=values, shown="recipe")))
+    found = by_path(list(fields_of(Outer, values=values, recipe=True)))
     assert found["size"].value == "3"
     assert {path for path, entry in found.items() if not entry.in_use} == {
         "optional.rate",
@@ -136,7 +136,7 @@ def test_every_value_of_every_recipe_has_its_field(name: str) -> None:
         ("resshift", "config.perceptual.features", "vgg16"),
         ("resshift", "config.denoiser.widths", "[48, 64, 96]"),
         ("tadsr", "config.discriminator.head.slope", "0.2"),
-        ("d3sr", "config.deepen.down_blocks", "null"),
+        ("d3sr", "config.extras.deepen.down_blocks", "null"),
         ("d3sr", "config.discriminator.adaptive.target", "0.6"),
         ("sinsr", "config.teacher", "required"),
         ("autoencoder", "train.optimizer.betas", "[0.9, 0.999]"),
@@ -186,8 +186,8 @@ def test_the_command_shows_the_values_of_a_recipe(capsys: pytest.CaptureFixture[
     values = {line.split()[0]: line.split()[1] for line in shown.splitlines() if line[:1] not in ("", " ")}
     assert values["train.steps"] == "7"
     assert values["train.optimizers.critic.lr"] == "0.0004"
-    assert values["config.critic.matching"] == "2.0"
-    assert values["config.deepen.down_blocks"] == "(null)"
+    assert values["config.extras.critic.matching"] == "2.0"
+    assert values["config.extras.deepen.down_blocks"] == "(null)"
 
 
 def test_the_command_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,7 +138,7 @@ PAPER = {
     "config.tuning": "lora",
     "config.lora.rank": 16,
     "config.lora.alpha": 16.0,
-    "config.train_decoder": False,
+    "config.extras.train_decoder": False,
     "config.discriminator.tuning": "lora",
     "config.discriminator.lora.rank": 16,
     "config.discriminator.lora.alpha": 16.0,

@@ -13,10 +13,19 @@ from rich.console import Console
 from toy_training import ToyImages, toy_config, toy_method
 
 from onestepsr.core.errors import UserError
-from onestepsr.train.config import PreviewConfig
-from onestepsr.train.report import JsonLines, Reporter
+from onestepsr.train.recipes import PreviewConfig
+from onestepsr.train.report import (
+    PAPER,
+    TITLE_HEIGHT,
+    JsonLines,
+    Reporter,
+    Validator,
+    cut,
+    draw_grid,
+    is_better,
+    perceptual_distance,
+)
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
-from onestepsr.train.validation import PAPER, TITLE_HEIGHT, Validator, cut, draw_grid, is_better, perceptual_distance
 
 
 def record(step: int, loss: float) -> StepRecord:

@@ -14,8 +14,8 @@ from toy_training import ToyImages, generator_phase, toy_config, toy_method, wei
 from onestepsr.core.errors import OneStepSRError, UserError
 from onestepsr.methods.base import Batch, Networks, Phase, SampleRandom
 from onestepsr.train.batches import MicroBatchNumbers, Share
-from onestepsr.train.config import OptimizerConfig, ScheduleConfig
-from onestepsr.train.optimization import MovingAverage, learning_rate_factor
+from onestepsr.train.networks import MovingAverage, learning_rate_factor
+from onestepsr.train.recipes import OptimizerConfig, ScheduleConfig
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from onestepsr.core.rng import generator
 from onestepsr.methods.base import Batch, Exported, Method, Networks, Phase, SampleRandom
-from onestepsr.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from onestepsr.train.recipes import OptimizerConfig, ScheduleConfig, TrainConfig
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,9 +16,8 @@ from onestepsr.core.machine import describe_machine
 from onestepsr.core.progress import progress
 
 if TYPE_CHECKING:
-    from onestepsr.train.ablation.report import Results
-    from onestepsr.train.ablation.runs import Ablation
-    from onestepsr.train.ablation.scoring import HeldOut
+    from onestepsr.train.ablation import Ablation
+    from onestepsr.train.ablation_report import HeldOut, Results
 
 DEFAULT_SEEDS = "0,1,2"
 
@@ -58,12 +57,11 @@ def ablate(
 ) -> None:
     """Train every variant of SUITE with every seed and compare them on the same held-out pairs.
 
-    The same command goes on after an interruption: finished runs are left alone, the one at work is resumed. Ends with
-    exit code 1 if a run failed; the others are trained and compared all the same.
+    The same command continues after an interruption: finished runs are left alone, the interrupted one is resumed. Ends
+    with exit code 1 if a run failed; the others are trained and compared all the same.
     """
-    from onestepsr.train.ablation.runs import plan_ablation, train_all
-    from onestepsr.train.ablation.scoring import HeldOut
-    from onestepsr.train.ablation.suite import load_suite, suite_names
+    from onestepsr.train.ablation import load_suite, plan_ablation, suite_names, train_all
+    from onestepsr.train.ablation_report import HeldOut, compare
     from onestepsr.weights.download import without_downloads
 
     if list_suites:
@@ -76,38 +74,29 @@ def ablate(
     with without_downloads("a dry run fetches nothing") if dry_run else nullcontext():
         ablation = plan_ablation(loaded, only=_names(only), seeds=_seeds(seeds), out=folder, reuse=reuse or [])
         held_out = HeldOut(loaded.config.evaluation)
-    starting = _words(launcher)
+    prefix = _words(launcher)
     if report is not None and report.exists() and not report.is_dir():
         raise UserError(f"--report {report}: is a file, expected a folder")
     if dry_run:
         show(ablation, held_out)
         return
-    failures = train_all(ablation, launcher=starting, announce=_say)
+    failures = train_all(ablation, launcher=prefix, announce=_say)
     chosen = [("--seeds", seeds), ("--only", only), ("--out", out), ("--report", report)]
     chosen += [*(("--reuse", path) for path in reuse or []), ("--launcher", launcher)]
-    results, paths = compare(ablation, held_out, failures, report or folder, _command(suite, settings or [], chosen))
+    results, paths = compare(
+        ablation,
+        held_out,
+        failures,
+        report or folder,
+        lambda items, title: progress(items, f"Measuring {title}"),
+        command=_command(suite, settings or [], chosen),
+        machine=describe_machine(),
+        date=datetime.date.today().isoformat(),
+    )
     show_results(results)
     _say(f"report: {', '.join(map(str, paths))}")
     if failures:
         raise typer.Exit(1)
-
-
-def compare(
-    ablation: Ablation, held_out: HeldOut, failures: dict[str, str], folder: Path, command: str
-) -> tuple[Results, list[Path]]:
-    """Measure what was trained and write the report into ``folder``."""
-    from onestepsr.train.ablation.report import Circumstances, measure, write_report
-    from onestepsr.train.ablation.scoring import Candidate
-
-    today = datetime.date.today().isoformat()
-    results = measure(
-        ablation, held_out, Circumstances(command=command, machine=describe_machine(), date=today), failures, _track
-    )
-    first = (item for item in ablation.planned if item.run.seed == ablation.seeds[0] and item.run.name not in failures)
-    found = {item.run.variant: Candidate(item.model) for item in first} | ablation.models
-    titles = {name: ablation.suite.config.variants[name].title for name in ablation.variants}
-    shown = {titles[name]: found[name] for name in ablation.variants if name in found}
-    return results, write_report(results, held_out.images(shown), folder)
 
 
 def show(ablation: Ablation, held_out: HeldOut) -> None:
@@ -115,7 +104,7 @@ def show(ablation: Ablation, held_out: HeldOut) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from onestepsr.train.ablation.suite import override_lines
+    from onestepsr.train.ablation import override_lines
 
     config = ablation.suite.config
     console = Console()
@@ -124,10 +113,10 @@ def show(ablation: Ablation, held_out: HeldOut) -> None:
         table.add_row(name, "\n".join(config.variants[name].differences) or "-")
     console.print(table)
     runs = Table("run", "state", "steps", "batch", "folder")
-    for item in ablation.planned:
-        train = item.run.config.train
-        state = f"{item.state} at {item.step}" if item.state == "interrupted" else item.state
-        runs.add_row(item.run.name, state, f"{train.steps:,}", str(train.batch_size), str(item.folder))
+    for run in ablation.runs:
+        train = run.config.train
+        state = f"{run.state} at {run.step}" if run.state == "interrupted" else run.state
+        runs.add_row(run.name, state, f"{train.steps:,}", str(train.batch_size), str(run.folder))
     console.print(runs)
     common = [*override_lines(config.overrides), *ablation.suite.changes]
     typer.echo(f"recipe: {config.recipe} with {' '.join(common) or 'no changes'}")
@@ -145,13 +134,13 @@ def show_results(results: Results) -> None:
     table = Table("variant", *(metric["title"] for metric in results["metrics"]), "runs", title=results["title"])
     for row in results["rows"]:
         scores = [row["scores"].get(metric["name"], {}).get("mean") for metric in results["metrics"]]
-        cells = ["-" if score is None else f"{score:.4f}" for score in scores]
-        table.add_row(row["title"], *cells, str(len(row["runs"])) if "differences" in row else "-")
+        shown = ["-" if score is None else f"{score:.4f}" for score in scores]
+        table.add_row(row["title"], *shown, str(len(row["runs"])) if "differences" in row else "-")
     Console().print(table)
 
 
 def _command(suite: str, settings: Sequence[str], options: Sequence[tuple[str, str | Path | None]]) -> str:
-    """The line that does the same again: with what was given, and without the options that were not."""
+    """The command line that repeats this one: the options that were given."""
     given = [word for name, value in options if value for word in (name, str(value))]
     return shlex.join(["onestepsr", "ablate", suite, *settings, *given])
 
@@ -178,7 +167,3 @@ def _seeds(text: str) -> list[int]:
 
 def _say(line: str) -> None:
     typer.echo(line, err=True)
-
-
-def _track(items: Sequence[int], title: str) -> Iterable[int]:
-    return progress(items, f"Measuring {title}")

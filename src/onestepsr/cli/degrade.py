@@ -1,4 +1,4 @@
-"""``onestepsr degrade``: make LR/HR pairs from a folder of photos, with a record of what was done to each."""
+"""``onestepsr degrade``: make LR/HR pairs from a folder of photos, with a record of each degradation."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def degrade_command(
 
 
 def plan(hr_dir: Path, out_dir: Path, recursive: bool) -> list[Job]:
-    """What to make from ``hr_dir``; two photos that would give the same output name are an error."""
+    """The pairs to make from ``hr_dir``; two photos that would give the same output name are an error."""
     from onestepsr.data.photos import find_images
 
     if out_dir.resolve() == hr_dir.resolve() or (recursive and hr_dir.resolve() in out_dir.resolve().parents):
-        raise UserError(f"{out_dir}: lies in the folder of photos; choose another place")
+        raise UserError(f"{out_dir}: lies in the folder of photos; choose another folder")
     jobs: dict[Path, Job] = {}
     for path in find_images(hr_dir, recursive=recursive):
         relative = path.relative_to(hr_dir)
@@ -102,7 +102,7 @@ def run(
     from onestepsr.data.degradation.photo_files import draw_for
 
     recipe = load_recipe(header["recipe"])
-    # What is drawn does not depend on the photo, so the record is complete before the first image is written.
+    # Parameters do not depend on the photo, so the record is complete before the first image is written.
     drawn = {job.name: draw_for(recipe, header["seed"], job.name) for job in jobs}
     write_record(out_dir, header, drawn, others)
     remove_leftovers(*(path for job in jobs for path in (job.lr, job.hr)))
@@ -143,7 +143,7 @@ def usual_scale(name: str) -> int:
 
 
 def write_pair(job: Job, drawn: Degradation, header: dict[str, Any]) -> None:
-    """Degrade one photo and write its LR and cropped HR image as PNG; what a killed run left there stays."""
+    """Degrade one photo and write its LR and cropped HR image as PNG; leftovers of a killed run stay."""
     from onestepsr.data.degradation.photo_files import make_pair
     from onestepsr.imaging.read import from_array
     from onestepsr.imaging.write import write_image
@@ -157,7 +157,7 @@ def write_pair(job: Job, drawn: Degradation, header: dict[str, Any]) -> None:
 def write_record(
     out_dir: Path, header: dict[str, Any], drawn: dict[str, Degradation], others: dict[str, Any] | None = None
 ) -> None:
-    """Write degradation.json in one step."""
+    """Write degradation.json atomically."""
     from onestepsr.core.config import to_mapping
 
     images = {**(others or {}), **{name: to_mapping(entry) for name, entry in drawn.items()}}

@@ -38,7 +38,7 @@ def train(
     recipe: Annotated[str | None, typer.Option(help="YAML file, or the name of a packaged recipe.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; the recipe's own, or runs/RECIPE.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint, if there is one.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, start nothing.")] = False,
     list_recipes: Annotated[bool, typer.Option("--list-recipes", help="Name the packaged recipes and exit.")] = False,
@@ -51,7 +51,7 @@ def train(
         ),
     ] = False,
 ) -> None:
-    """Train METHOD as RECIPE says. The same command with --resume goes on with a run that was interrupted."""
+    """Train METHOD by RECIPE. The same command with --resume continues an interrupted run."""
     from onestepsr.train.recipes import load_run, recipe_names
     from onestepsr.train.run import execute, prepare
     from onestepsr.weights.download import without_downloads
@@ -139,10 +139,11 @@ def _memory_lines(plan: Plan, estimate: Estimate) -> list[str]:
 
     train = plan.run.train
     share = f"{process_count()} processes x {train.accumulation} micro-batches x {estimate.micro_batch}"
-    whole = f"{estimate.peak / 1e9:,.2f} GB ({estimate.held / 1e9:,.2f} GB held, the rest in the hungriest phase)"
+    peak, held = estimate.peak / 1e9, estimate.held / 1e9
+    whole = f"{peak:,.2f} GB ({held:,.2f} GB held all the time, the rest in the phase that needs most)"
     return [
         f"batch: {train.batch_size} = {share}",
-        f"memory per device: {whole}; on a GPU, its context and workspaces come on top, about 1 GB",
+        f"memory per device: {whole}; estimated; on a GPU, its context and workspaces come on top, about 1 GB",
     ]
 
 
@@ -159,7 +160,7 @@ def _low_resolution(plan: Plan) -> str:
     data, degradation = plan.run.data, plan.run.data.degradation
     if not get_method(plan.run.method).needs_lr:
         return "without low-resolution versions"
-    if "pairs" in data.kind:
+    if data.kind == "pairs":
         return f"with their own 1/{data.scale} versions"
     if isinstance(degradation, dict):
         return f"1/{data.scale} by {', '.join(f'{name} ({weight:g})' for name, weight in degradation.items())}"
@@ -167,5 +168,5 @@ def _low_resolution(plan: Plan) -> str:
 
 
 def megabytes(count: int) -> str:
-    """Bytes in MB with one decimal; nothing for none."""
+    """Bytes in MB with one decimal; empty for 0."""
     return f"{count / 1e6:,.1f}" if count else ""

@@ -1,4 +1,4 @@
-"""What a training or validation set consists of, as one strict configuration."""
+"""Configuration of a training or validation set."""
 
 from __future__ import annotations
 
@@ -14,18 +14,14 @@ MAX_CROP = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Photos, how they are cropped and how their LR versions come about."""
+    """Photos, their crops and their LR versions."""
 
-    kind: Literal["hr_folder", "pairs", "shards", "shard_pairs"] = "hr_folder"
-    """``hr_folder``: photos are degraded on the fly. ``pairs``: LR and HR images are matched by name.
-
-    ``shards`` and ``shard_pairs`` are the same from tar files, for sets of which no folder should hold every file.
-    """
+    kind: Literal["hr_folder", "pairs"] = "hr_folder"
+    """``hr_folder``: photos are degraded on the fly. ``pairs``: LR and HR images are matched by name."""
     paths: tuple[Path, ...] = ()
-    """Folders of HR photos, searched recursively; for shards tar files, folders of them or ``train-{000..099}.tar``. At
-    least one is needed."""
+    """Folders of HR photos, searched recursively. At least one is needed."""
     lr_paths: tuple[Path, ...] = ()
-    """Only for pairs in folders: the folders of LR images, in the order of ``paths``."""
+    """Only for pairs: the folders of LR images, in the order of ``paths``."""
     crop: int = 256
     """Side of the square HR crop in pixels, a multiple of ``scale``. For pairs, 0 keeps whole images, to
     measure on: training needs one size."""
@@ -42,12 +38,6 @@ class DataConfig:
     """Mirror half of the crops."""
     rotations: bool = False
     """Turn crops by multiples of 90 degrees. Off by default: gravity is information for a generative model."""
-    shuffle_block: int = 256
-    """Only for shards: so many neighbouring photos of a tar, and of 63 other places, are shuffled together.
-
-    Larger blocks read larger pieces of fewer tars at a time. 1 shuffles every photo on its own: best where reading from
-    anywhere costs the same, at 24 bytes of memory per photo and process.
-    """
     pool_size: int = 0
     """Number of distinct samples kept on disk and reused with new flips (and rotations); 0 makes every sample afresh.
 
@@ -55,19 +45,17 @@ class DataConfig:
     """
     prompts: Path | None = None
     """Texts about the photos, for methods whose networks read text: a folder with ``NAME.txt`` for ``NAME.jpg``, one
-    text file for all, or a JSON or YAML table of names and texts. All crops of a photo have its text. Not for shards,
-    and not with a pool."""
+    text file for all, or a JSON or YAML table of names and texts. All crops of a photo have its text. Not with a
+    pool."""
     cache_dir: Path = Path("cache")
-    """Where pools are kept, each in a folder named by a hash of everything its content depends on.
-
-    Also the indexes of tars whose own folder cannot be written to, and the embeddings of ``prompts``.
-    """
+    """Folder of the pools, each named by a hash of everything its content depends on, and of the embeddings of
+    ``prompts``."""
     cache_bytes: int = 2_000_000_000
     """Limit on decoded photos kept in memory, shared out among the loader's workers."""
 
     def __post_init__(self) -> None:
         if not self.paths:
-            raise ValueError("paths is empty: expected one or more folders of photos, or tar files for shards")
+            raise ValueError("paths is empty: expected one or more folders of photos")
         if not 1 <= self.scale <= 16:
             raise ValueError(f"scale is {self.scale}: expected 1 to 16")
         self._check_crop()
@@ -81,14 +69,12 @@ class DataConfig:
             )
         if self.kind != "pairs" and self.lr_paths:
             raise ValueError("lr_paths is set: expected only with kind 'pairs'")
-        if self.prompts is not None and (self.pool_size or "shard" in self.kind):
-            raise ValueError("prompts: for photos in folders and without a pool (kind hr_folder or pairs, pool_size 0)")
-        if self.shuffle_block < 1:
-            raise ValueError(f"shuffle_block is {self.shuffle_block}: expected 1 or more")
+        if self.prompts is not None and self.pool_size:
+            raise ValueError(f"prompts with a pool_size of {self.pool_size}: expected pool_size 0")
         self.recipe()
 
     def _check_crop(self) -> None:
-        whole = self.crop == 0 and self.kind in ("pairs", "shard_pairs")
+        whole = self.crop == 0 and self.kind == "pairs"
         if not whole and (self.crop % self.scale or not self.scale <= self.crop <= MAX_CROP):
             raise ValueError(f"crop is {self.crop}: expected a multiple of {self.scale} up to {MAX_CROP}")
         if whole and self.pool_size:

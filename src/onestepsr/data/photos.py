@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +39,7 @@ class Photo:
 
     @property
     def path(self) -> Path:
-        """Where the file is."""
+        """Folder and name joined."""
         return self.folder / self.name
 
 
@@ -52,11 +51,10 @@ def find_images(folder: Path, *, recursive: bool = True) -> list[Path]:
 def find_names(folder: Path, *, recursive: bool = True) -> list[str]:
     """As :func:`find_images`, but the names relative to ``folder``, with forward slashes."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: {_not_a_folder(folder)}")
+        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     found = sorted(_walk(folder, "", recursive))
     if not found:
-        hint = "; for tar files set data.kind to shards" if any(folder.glob("*.tar")) else ""
-        raise UserError(f"{folder}: no images in it (looked for {', '.join(EXTENSIONS)}){hint}")
+        raise UserError(f"{folder}: no images in it (looked for {', '.join(EXTENSIONS)})")
     return found
 
 
@@ -80,57 +78,24 @@ def scan(folders: Iterable[Path]) -> list[Photo]:
     return photos
 
 
-def read_size(source: Path | IO[bytes], fatal: Container[int] = ()) -> tuple[int, int] | None:
-    """(width, height) as displayed, from the header alone; None if it is no image or beyond Pillow's limit.
-
-    Raises OSError only for the numbers in ``fatal``.
-    """
+def read_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) as displayed, from the header alone; None if it is no image or beyond Pillow's limit."""
     try:
-        with warnings.catch_warnings(), Image.open(source) as image:
+        with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
             width, height = image.size
-            # Asking a PNG for EXIF that does not stand in its header would decode the whole image.
+            # Asking a PNG for EXIF that is not in its header would decode the whole image.
             has_exif = image.format != "PNG" or "exif" in image.info
             turned = has_exif and image.getexif().get(ORIENTATION_TAG, 1) >= 5
-    except DECODE_ERRORS as error:
-        if isinstance(error, OSError) and error.errno in fatal:
-            raise
+    except DECODE_ERRORS:
         return None
     return (height, width) if turned else (width, height)
 
 
-def read_pixels(source: Path | bytes, name: str | None = None) -> Pixels:
-    """Decode a file, or its bytes (called ``name`` in messages), to RGB uint8 (H, W, 3); UserError if it fails.
-
-    Upright, in the file's own colour space, without alpha.
-    """
-    pixels = to_eight_bits(read_image(source, name)).pixels
+def read_pixels(path: Path) -> Pixels:
+    """Decode a file to RGB uint8 (H, W, 3), upright, in its own colour space, without alpha; UserError if it fails."""
+    pixels = to_eight_bits(read_image(path)).pixels
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file of this name (without folders) counts as an image: accepted ending, not hidden."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
-
-
-class PhotoSource(Protocol):
-    """Where encoded photos come from."""
-
-    def fetch(self, number: int) -> tuple[Path | bytes, str]:
-        """Photo ``number`` as :func:`read_pixels` takes it, and its name for messages."""
-        ...
-
-
-class PhotoFiles:
-    """Photos that are files of their own."""
-
-    def __init__(self, photos: Sequence[Photo]) -> None:
-        self.photos = photos
-
-    def fetch(self, number: int) -> tuple[Path, str]:
-        """The file's path, and the same as text."""
-        path = self.photos[number].path
-        return path, str(path)
 
 
 class PhotoCache:
@@ -139,8 +104,8 @@ class PhotoCache:
     Loader workers are separate processes, so each keeps its share of the limit.
     """
 
-    def __init__(self, source: PhotoSource, limit: int) -> None:
-        self.source, self.limit, self.used = source, limit, 0
+    def __init__(self, photos: Sequence[Photo], limit: int) -> None:
+        self.photos, self.limit, self.used = photos, limit, 0
         self._pixels: dict[int, Pixels] = {}
         self._broken: set[int] = set()
 
@@ -150,9 +115,8 @@ class PhotoCache:
             return self._pixels[number]
         if number in self._broken:
             return None
-        encoded, name = self.source.fetch(number)
         try:
-            pixels = read_pixels(encoded, name)
+            pixels = read_pixels(self.photos[number].path)
         except UserError as error:
             self._broken.add(number)
             logger.warning("left out: %s", error)
@@ -165,12 +129,6 @@ class PhotoCache:
     def _share(self) -> int:
         worker = get_worker_info()
         return self.limit // (worker.num_workers if worker else 1)
-
-
-def _not_a_folder(path: Path) -> str:
-    if not path.exists():
-        return "no such folder"
-    return "not a folder" + ("; for tar files set data.kind to shards" if path.suffix == ".tar" else "")
 
 
 def _walk(folder: Path | str, prefix: str, recursive: bool) -> Iterator[str]:
@@ -186,5 +144,9 @@ def _walk(folder: Path | str, prefix: str, recursive: bool) -> Iterator[str]:
         if entry.is_dir(follow_symlinks=False):
             if recursive:
                 yield from _walk(entry.path, f"{prefix}{entry.name}/", recursive)
-        elif is_image_name(entry.name) and entry.is_file():
+        elif _is_image_name(entry.name) and entry.is_file():
             yield prefix + entry.name
+
+
+def _is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")

@@ -1,8 +1,7 @@
-"""Score distillation of a one-step student from a frozen diffusion model: TAD-SR's high-frequency enhanced one, and
-plain score distillation sampling, to which its paper compares it.
+"""Distillation losses of one-step students: score distillation (TAD-SR, OSEDiff) and the terms of SinSR.
 
-Both are gradients on the student's output rather than losses: the derivative of the teacher's network is left out.
-Written for networks that estimate z_0; ``weight`` turns a difference of such estimates into one of predicted noises.
+Score distillation is a gradient on the student's output rather than a loss: the derivative of the teacher's network is
+left out.
 """
 
 from __future__ import annotations
@@ -15,6 +14,9 @@ from torch import Tensor
 
 from onestepsr.diffusion.residual_shift import ResidualShiftSchedule
 from onestepsr.diffusion.schedule import DiffusionSchedule, expand_as
+
+# ---- TAD-SR: high-frequency enhanced score distillation, and plain score distillation sampling -----------------------
+# Written for networks that estimate z_0; ``weight`` turns a difference of such estimates into one of predicted noises.
 
 Map = Callable[[Tensor], Tensor]
 """Latents (N, C, h, w) to latents of the same shape."""
@@ -52,8 +54,8 @@ def sds_gradient(z_student: Tensor, noised: Map, estimate: Map, weight: Tensor) 
     """omega_2 (z_student - F(z_t' of the student)), shaped like ``z_student`` (N, C, h, w): score distillation sampling
     (Poole et al., "DreamFusion", 2022) with the same arguments and weights as :func:`hsd_gradient`.
 
-    It is not zero where the student equals the teacher: what the teacher's network gets wrong about its own results
-    stays in it.
+    It is not zero where the student equals the teacher: errors of the teacher's network about its own results stay in
+    it.
     """
     with torch.no_grad():
         return _weighted(z_student - estimate(noised(z_student)), weight)
@@ -62,7 +64,7 @@ def sds_gradient(z_student: Tensor, noised: Map, estimate: Map, weight: Tensor) 
 def gradient_loss(z: Tensor, gradient: Tensor) -> Tensor:
     """A scalar whose derivative by ``z`` (N, C, h, w) is ``gradient`` / N, to the last bit.
 
-    Its value, half the sum of the squared gradient times C h w, is only there to be watched: for the gradients above it
+    Its value, half the sum of the squared gradient times C h w, is only there to be logged: for the gradients above it
     is half the mean square of the weighted disagreement.
     """
     samples = z.shape[0]
@@ -75,12 +77,12 @@ def _weighted(disagreement: Tensor, weight: Tensor) -> Tensor:
     return expand_as(weight, disagreement) * disagreement / disagreement[0].numel()
 
 
-# What makes one step of a residual-shifting network equal many: the terms of SinSR, in the form  ----------------------
+# ---- SinSR: consistency-preserving distillation ----------------------------------------------------------------------
 
 Student = Callable[[Tensor, int], Tensor]
-"""The trained network under its condition: a latent (N, C, h, w) and the step it is told, to a latent.
+"""The trained network under its condition: a latent (N, C, h, w) and a step to a latent.
 
-Whatever that step is, the latent is divided by the scale of the last one before the network sees it: with the scale of
+For every step, the latent is divided by the scale of the last one before the network sees it: with the scale of
 step 0 a clean latent would enter with the variance of a clean latent, which is not what the published network learnt.
 """
 
@@ -92,8 +94,8 @@ def distillation_loss(estimate: Tensor, target: Tensor) -> Tensor:
 
 
 def inverse_loss(student: Student, z_0: Tensor, z_T: Tensor) -> Tensor:
-    """|f(F(z_T), 0) - z_T|^2: the student, told step 0, finds back from the teacher's result ``z_0`` to the start
-    ``z_T`` that led there. The gradient reaches the student alone."""
+    """|f(F(z_T), 0) - z_T|^2: at step 0, the student maps the teacher's result ``z_0`` back to its start
+    ``z_T``. The gradient reaches the student alone."""
     return F.mse_loss(student(z_0.detach(), 0), z_T.detach())
 
 
@@ -105,7 +107,7 @@ def ground_truth_loss(student: Student, z_0: Tensor, last_step: int) -> Tensor:
     return F.mse_loss(student(start, last_step), z_0.detach())
 
 
-# Variational score distillation as OSEDiff uses it (Wu et al., "One-Step Effective Diffusion Net ----------------------
+# ---- OSEDiff: variational score distillation -------------------------------------------------------------------------
 
 
 def guided(eps_negative: Tensor, eps_positive: Tensor, scale: float) -> Tensor:
@@ -130,8 +132,7 @@ def variational_loss(z: Tensor, gradient: Tensor) -> Tensor:
     """A scalar, mean((z - (z - gradient))^2) with the bracket held fixed, whose derivative by ``z`` is 2 gradient /
     numel.
 
-    Its value, the mean square of the gradient, says how far regulariser and teacher disagree; it is no distance that
-    reaches 0.
+    Its value, the mean square of the gradient, measures how far regulariser and teacher disagree; it does not reach 0.
     """
     return F.mse_loss(z, (z - gradient).detach())
 

@@ -1,6 +1,6 @@
-"""DISTS, the edge-aware DISTS of D3SR, and LPIPS.
+"""DISTS, the edge-aware DISTS of D3SR, LPIPS, and the lattice penalty.
 
-The feature network is an argument; loss and metric share this code.
+The feature network is an argument; losses and metrics share this code.
 """
 
 from __future__ import annotations
@@ -178,15 +178,15 @@ def ea_dists(dists: DISTS, features: Features, x: Tensor, y: Tensor, *, per_chan
     return torch.as_tensor(dists(features, x, y) + dists(features, edges_x, edges_y))
 
 
-# A penalty on patterns locked to the latent grid, the typical artefact of decoders that enlarge  ----------------------
+# ---- Lattice penalty: patterns locked to the latent grid, the typical artefact of decoders that enlarge --------------
 
 
 def lattice_loss(sr: Tensor, hr: Tensor, *, factor: int = 4, window: int = 4) -> Tensor:
     """Mean squared local error at each of the ``factor`` x ``factor`` positions, less the error that they share.
 
-    Real texture does not know where the latent cells begin, so its error averages out over ``window`` x ``window``
-    cells at every position alike; a grid does not. A loss of texture statistics is blind to that difference and may
-    even ask for a grid. Images are (N, 3, H, W) with sides multiples of ``factor``, at least ``factor * window``.
+    Real texture is independent of the latent grid, so its error averages out over ``window`` x ``window`` latent
+    positions at every sub-position alike; a grid does not. A loss of texture statistics is blind to that difference and
+    may even ask for a grid. Images are (N, 3, H, W) with sides multiples of ``factor``, at least ``factor * window``.
     """
     n, channels = sr.shape[:2]
     error = F.pixel_unshuffle(sr - hr, factor)  # (N, 3 f^2, H/f, W/f)

@@ -1,4 +1,4 @@
-"""What a training method is: named networks and the optimiser steps taken on them.
+"""Training methods: named networks and the optimiser steps taken on them.
 
 A method is data for the one loop in :mod:`onestepsr.train.trainer`, never a subclass of it. Losses see the networks
 through a mapping of callables, because the loop may have wrapped each of them for several processes: a wrapped network
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError, did_you_mean
 from onestepsr.core.rng import generator
-
-if TYPE_CHECKING:
-    from onestepsr.prompts.embedder import EmbeddingCache, PromptEmbedder
-
 from onestepsr.models.architectures import describe
 from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.lora import merged_state_dict
+
+if TYPE_CHECKING:
+    from onestepsr.prompts.embedder import EmbeddingCache, PromptEmbedder
 
 Networks = Mapping[str, Callable[..., Any]]
 """Every network of a method by name, trainable ones possibly wrapped: call them, nothing else."""
@@ -32,8 +31,8 @@ Batch = dict[str, Tensor]
 """``hr`` (N, 3, H, W) and, for super-resolution, ``lr`` (N, 3, H/s, W/s), RGB in [0, 1]; where photos have texts
 ``prompt`` (N, L, C), their embeddings.
 
-A phase may leave detached tensors here for the phases after it in the same iteration, as Algorithm-style alternation
-needs (D3SR's discriminator judges the latents that the generator phase has just made).
+A phase may leave detached tensors here for the phases after it in the same iteration: D3SR's discriminator judges the
+latents that the generator phase has just made.
 """
 
 
@@ -89,7 +88,7 @@ class Phase:
     """First iteration in which it no longer runs."""
 
     def runs_at(self, step: int) -> bool:
-        """Whether the phase takes part in iteration ``step`` (0-based)."""
+        """Tell whether the phase takes part in iteration ``step`` (0-based)."""
         in_range = step >= self.start and (self.stop is None or step < self.stop)
         return in_range and (step - self.start) % self.every == 0
 
@@ -102,7 +101,7 @@ class Method:
     """Trainable networks. Parameters with ``requires_grad=False`` stay as they are."""
     phases: tuple[Phase, ...]
     frozen: dict[str, nn.Module] = field(default_factory=dict)
-    """Networks without optimiser, without wrapper and in eval mode for ever."""
+    """Networks without optimiser, without wrapper and always in eval mode."""
     ema: tuple[str, ...] = ()
     """Names of the networks of which an exponential moving average is kept."""
     preview: Callable[[Networks, Batch], dict[str, Tensor]] | None = None
@@ -110,10 +109,10 @@ class Method:
     export: Callable[[Mapping[str, nn.Module]], Exported] | None = None
     """Turns unwrapped networks (EMA weights where kept) into what ``export`` writes."""
     embedder: Callable[[EmbeddingCache], PromptEmbedder] | None = None
-    """Who turns photos' texts into the batch's ``prompt``, given where embeddings are kept; none where the networks
-    read no text or learn their prompt."""
+    """Makes the embedder of photos' texts, which become the batch's ``prompt``, from the cache of embeddings; none
+    where the networks read no text or learn their prompt."""
     check_texts: Callable[[Sequence[str], EmbeddingCache], None] | None = None
-    """What a dry run does with these texts instead: raise what ``embedder`` would."""
+    """Raises for these texts what ``embedder`` would, and computes nothing: the dry run's replacement."""
     scale: int | None = None
     """Factor between the sides of ``hr`` and ``lr`` that the networks are made for; none where they take any."""
     hr_multiple: int = 1
@@ -132,33 +131,40 @@ class Exported:
     ``model.safetensors``."""
 
 
+def preview_columns(sr: Tensor, batch: Batch, scale: int) -> dict[str, Tensor]:
+    """Columns of :attr:`Method.preview` for a restored batch: LR enlarged ``scale`` times, SR and HR, (N, 3, H, W)."""
+    enlarged = F.interpolate(batch["lr"], scale_factor=float(scale), mode="bicubic", align_corners=False)
+    return {"LR (bicubic)": enlarged.clamp(0, 1), "SR": sr.clamp(0, 1), "HR": batch["hr"]}
+
+
+# ---- Registry --------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodEntry:
     """A registered method: the configuration class of its recipe and the function that builds it."""
 
     name: str
-    summary: str
     config: type[Any]
     build: Callable[[Any], Method]
-    needs_lr: bool = True
-    """Whether batches must carry degraded images beside the HR ones."""
-
-
-def preview_columns(sr: Tensor, batch: Batch, scale: int) -> dict[str, Tensor]:
-    """What :attr:`Method.preview` shows of a restored batch: LR enlarged ``scale`` times, SR and HR, (N, 3, H, W)."""
-    enlarged = F.interpolate(batch["lr"], scale_factor=float(scale), mode="bicubic", align_corners=False)
-    return {"LR (bicubic)": enlarged.clamp(0, 1), "SR": sr.clamp(0, 1), "HR": batch["hr"]}
+    needs_lr: bool
+    """Batches must carry degraded images beside the HR ones."""
 
 
 _METHODS: dict[str, MethodEntry] = {}
+Build = TypeVar("Build", bound=Callable[[Any], Method])
 
 
-def register(entry: MethodEntry) -> MethodEntry:
-    """Add a method; a second one of the same name is a defect."""
-    if entry.name in _METHODS:
-        raise ValueError(f"method '{entry.name}' is registered twice")
-    _METHODS[entry.name] = entry
-    return entry
+def register(name: str, config: type[Any], *, needs_lr: bool = True) -> Callable[[Build], Build]:
+    """Add the decorated function as the method ``name``; a second one of the same name is a defect."""
+
+    def add(build: Build) -> Build:
+        if name in _METHODS:
+            raise ValueError(f"method '{name}' is registered twice")
+        _METHODS[name] = MethodEntry(name=name, config=config, build=build, needs_lr=needs_lr)
+        return build
+
+    return add
 
 
 def get_method(name: str) -> MethodEntry:
@@ -173,14 +179,14 @@ def method_names() -> list[str]:
     return sorted(_METHODS)
 
 
-# What methods do with their networks alike: check a step, trade time for memory, and hand over w ----------------------
+# ---- Helpers of several methods --------------------------------------------------------------------------------------
 
 
 def check_timestep(timestep: int, backbone: OneStepLatentGenerator, name: str) -> None:
     """Refuse a step T_L that the diffusion of ``backbone``, called ``name`` by the user, does not have."""
     last = backbone.schedule.steps - 1
     if not 0 <= timestep <= last:
-        raise UserError(f"config.timestep: {timestep}, but {name} knows steps from 0 to {last}")
+        raise UserError(f"config.timestep: {timestep}, but {name} has steps from 0 to {last}")
 
 
 def checkpoint_gradients(*networks: nn.Module) -> None:

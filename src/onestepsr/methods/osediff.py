@@ -7,22 +7,23 @@ the regulariser, which learns to predict the noise on the latents that the gener
 from __future__ import annotations
 
 import copy
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from onestepsr.core.errors import UserError
 from onestepsr.methods.base import (
     Batch,
     Exported,
     LossFn,
     Method,
-    MethodEntry,
     Networks,
     SampleRandom,
     check_timestep,
@@ -41,7 +42,7 @@ from onestepsr.methods.shared.adversarial import (
     latent_discriminator_term,
 )
 from onestepsr.methods.shared.image_loss import PerceptualConfig, SpatialLoss, SpatialWeights
-from onestepsr.methods.shared.prompt import ConditionConfig
+from onestepsr.methods.shared.residual_shift import FrozenAutoencoder
 from onestepsr.methods.shared.vsd import (
     REGULARIZER,
     TEACHER,
@@ -51,7 +52,8 @@ from onestepsr.methods.shared.vsd import (
     unet_adapters,
     variational_term,
 )
-from onestepsr.models.backbones import load_backbone
+from onestepsr.models.backbones import load_backbone, read_prompt
+from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.lora import LoraConfig, add_lora, copy_sharing_weights
 from onestepsr.models.osediff.adapters import can_be_published, collect, copy_into_adapters
 from onestepsr.models.osediff.checkpoints import ARCHITECTURE, content_of, read_any
@@ -63,6 +65,12 @@ from onestepsr.models.osediff.generator import (
     OSEDiffGenerator,
     Posterior,
 )
+from onestepsr.models.stable_diffusion.config import PromptConfig
+
+if TYPE_CHECKING:
+    from onestepsr.prompts.embedder import EmbeddingCache, PromptEmbedder
+
+logger = logging.getLogger(__name__)
 
 ENCODER = "encoder"
 """Name of the frozen encoder in :class:`onestepsr.methods.base.Method`, where one is needed."""
@@ -78,25 +86,112 @@ class OSEDiffPerceptualConfig(PerceptualConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConditionConfig:
+    """The condition of all networks, for images that bring no prompt embedding of their own."""
+
+    kind: Literal["none", "learnable", "text", "file"] = "none"
+    """``none``: the embedding that a backbone of ours was trained with; zeros for a Stable Diffusion, which is not its
+    embedding of an empty text. ``learnable``: trained with the generator. ``text``: of one text for all images.
+    ``file``: read from a file."""
+    text: str = ""
+    """With ``text``: the prompt; empty is what Stable Diffusion was trained with where there was no text."""
+    negative: str | None = None
+    """With ``text``: the negative prompt, which guides the teacher; null for no guidance."""
+    text_encoder: str = "sd21-base"
+    """With ``text``, and for photos that have texts (``data.prompts``): a diffusers folder with tokenizer and text
+    encoder, or the name of one on the hub; it is in memory only before training."""
+    file: Path | None = None
+    """With ``file``: safetensors file of one embedding (L, C)."""
+    negative_file: Path | None = None
+    """Likewise, of the negative prompt; null for no guidance."""
+    start: PromptConfig = field(default_factory=PromptConfig)
+    """Start of a learnable embedding on a backbone that brings none."""
+
+    def __post_init__(self) -> None:
+        if (self.kind == "file") != (self.file is not None):
+            raise ValueError(
+                f"kind '{self.kind}' with file {self.file}: a file belongs to the kind 'file', and only to it"
+            )
+        if self.negative is not None and self.kind != "text":
+            raise ValueError(f"negative: belongs to the kind 'text', not to '{self.kind}' (negative_file is for any)")
+
+    @property
+    def initial(self) -> PromptConfig:
+        """Start of the embedding of a backbone that brings none."""
+        return self.start if self.kind == "learnable" else PromptConfig(std=0.0)
+
+    def put_on(self, generator: OneStepLatentGenerator) -> Tensor | None:
+        """Give ``generator`` its prompt, trainable if it is to be learnt; returns the negative one (1, L, C), if any.
+
+        Raises :class:`UserError` in one line for embeddings of another width.
+        """
+        width, negative = generator.prompt.shape[2], None
+        if self.kind == "text":
+            texts = [self.text] if self.negative is None else [self.text, self.negative]
+            prompt, *others = self._embedded(texts, width)[:, None]
+            generator.prompt, negative = nn.Parameter(prompt), others[0] if others else None
+        elif self.file is not None:
+            generator.prompt = nn.Parameter(read_prompt(self.file, width))
+        if self.negative_file is not None:
+            negative = read_prompt(self.negative_file, width)
+        generator.prompt.requires_grad_(self.kind == "learnable")
+        return negative
+
+    def _embedded(self, texts: list[str], width: int) -> Tensor:
+        if torch.empty(0).device.type == "meta":  # a dry run has no use for values
+            from onestepsr.prompts.base import TOKENS
+
+            with torch.device("cpu"):  # whatever importing transformers makes has values
+                self.check(width, texts)
+            return torch.empty(len(texts), TOKENS, width)
+        return self.embedder(width).embed(texts)
+
+    def check(self, width: int, texts: Sequence[str], cache: EmbeddingCache | None = None) -> None:
+        """Raise what embedding ``texts`` would, and log what it would fetch: all that a dry run does."""
+        from onestepsr.prompts.hub import NotHere
+
+        try:
+            self.embedder(width, cache, fetch=False).check(list(texts))
+        except NotHere as error:
+            logger.warning("config.prompt.text_encoder: %s; training begins by fetching it", error)
+
+    def embedder(self, width: int, cache: EmbeddingCache | None = None, *, fetch: bool = True) -> PromptEmbedder:
+        """The embedder of texts into ``width`` channels; :class:`UserError` if the text encoder gives another width.
+
+        ``cache`` defaults to the one of prompts in general. Without ``fetch``, a text encoder that would have to be
+        fetched is :class:`onestepsr.prompts.hub.NotHere`.
+        """
+        from onestepsr.prompts.embedder import PromptEmbedder
+
+        embedder = PromptEmbedder(self.text_encoder, cache=cache, fetch=fetch)
+        if embedder.width != width:
+            raise UserError(
+                f"config.prompt.text_encoder: '{self.text_encoder}' gives embeddings of width {embedder.width}, the "
+                f"backbone takes {width}"
+            )
+        return embedder
+
+
+@dataclass(frozen=True, kw_only=True)
 class OSEDiffConfig:
-    """Backbone, what is trained of it, losses. The defaults are the published code's but for ``posterior``."""
+    """Backbone, trained parts, losses. The defaults are the published code's but for ``posterior``."""
 
     backbone: str
     """Pretrained latent-diffusion backbone: a name, a diffusers folder, a single-file checkpoint, or weights of ours
-    from the ``diffusion`` method or an earlier generator; ``random:NAME`` needs no file and knows nothing."""
+    from the ``diffusion`` method or an earlier generator; ``random:NAME`` needs no file and is untrained."""
     scale: int = 4
     """Upscaling factor; 1 restores without enlarging, as the face model does."""
     timestep: int = TIMESTEP
     """The step at which the UNet is evaluated."""
     posterior: Posterior = "mean"
-    """What the encoder gives to the UNet: the mean, or a sample as the published code draws it. The mean by default,
-    because one image then has one result."""
+    """Latent that the encoder gives to the UNet: the mean, or a sample as the published code draws it. The mean by
+    default, because one image then has one result."""
     prompt: ConditionConfig = field(default_factory=ConditionConfig)
     """The text condition of all three UNets."""
     parts: tuple[Part, ...] = ("encoder", "unet")
-    """What is trained of the generator; the paper compares encoder and decoder, each with and without."""
+    """Trained parts of the generator; the paper compares encoder and decoder, each with and without."""
     tuning: Literal["lora", "full"] = "lora"
-    """How these parts are trained: adapters, and the UNet's whole first convolution beside them; or all parameters."""
+    """Training of these parts: adapters, and the UNet's whole first convolution beside them; or all parameters."""
     lora: AdapterConfig = field(default_factory=AdapterConfig)
     """The UNet's adapters."""
     autoencoder_lora: AdapterConfig = field(default_factory=AdapterConfig)
@@ -117,7 +212,7 @@ class OSEDiffConfig:
     perceptual: OSEDiffPerceptualConfig = field(default_factory=OSEDiffPerceptualConfig)
     """The perceptual distance, LPIPS in the paper."""
     regularization: Literal["vsd", "vsd_image", "gan", "none"] = "vsd"
-    """What makes images natural: distillation of latents; the same of images, which pass through the decoder and
+    """Term that makes images natural: distillation of latents; the same of images, which pass through the decoder and
     the untrained encoder first (our reading of what the paper calls the image domain); D3SR's discriminator instead;
     nothing."""
     vsd: VariationalConfig = field(default_factory=VariationalConfig)
@@ -152,18 +247,7 @@ class TrainableOSEDiff(nn.Module):
         return self.generator.restore(lr, prompt=prompt, noise=noise)
 
 
-class FrozenEncoder(nn.Module):
-    """The backbone's encoder before training."""
-
-    def __init__(self, autoencoder: nn.Module) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Latent (N, C, H/f, W/f) of an image (N, 3, H, W) in [0, 1]."""
-        return cast(Tensor, self.autoencoder.encode(x * 2 - 1))  # type: ignore[operator]
-
-
+@register("osediff", OSEDiffConfig)
 def build(config: OSEDiffConfig) -> Method:
     """Generator phase, then that of the regulariser or the discriminator."""
     generator = _prepare_generator(config)
@@ -182,7 +266,9 @@ def build(config: OSEDiffConfig) -> Method:
         frozen=frozen,
         phases=adversarial_phases(partial(_generator_loss, generator, spatial, config), terms),
         ema=("generator",),
-        preview=partial(_preview, generator.scale),
+        preview=lambda networks, batch: preview_columns(
+            networks["generator"](batch["lr"], batch.get("prompt"))[0], batch, generator.scale
+        ),
         export=_export,
         embedder=None if learnt else partial(config.prompt.embedder, generator.prompt_width),
         check_texts=None if learnt else partial(config.prompt.check, generator.prompt_width),
@@ -214,7 +300,7 @@ def _add_adversarial_terms(
     share = config.share_frozen and config.tuning == "lora"
     if config.regularization != "vsd":
         autoencoder = generator.autoencoder
-        frozen[ENCODER] = FrozenEncoder(copy_sharing_weights(autoencoder) if share else copy.deepcopy(autoencoder))
+        frozen[ENCODER] = FrozenAutoencoder(copy_sharing_weights(autoencoder) if share else copy.deepcopy(autoencoder))
     if config.regularization == "gan":
         networks[DISCRIMINATOR], noise = build_discriminator(
             generator, config.discriminator, name=config.backbone, checkpointing=config.gradient_checkpointing
@@ -261,19 +347,15 @@ def _generator_loss(
         sr, z_sr = networks["generator"](lr, prompt, noise)
         if terms and config.regularization == "vsd_image":
             z_sr = networks[ENCODER](sr)
-        made = GeneratorOutput(sr=sr, z_sr=z_sr, prompt=prompt)
+        output = GeneratorOutput(sr=sr, z_sr=z_sr, prompt=prompt)
         if terms:
             batch["z_sr"] = z_sr.detach()
         if terms and config.regularization == "gan":
             with torch.no_grad():
                 batch["z_hr"] = networks[ENCODER](batch["hr"])
-        return spatial(sr, batch["hr"]) | {term.name: term.generator_loss(networks, made, random) for term in terms}
+        return spatial(sr, batch["hr"]) | {term.name: term.generator_loss(networks, output, random) for term in terms}
 
     return loss
-
-
-def _preview(scale: int, networks: Networks, batch: Batch) -> dict[str, Tensor]:
-    return preview_columns(networks["generator"](batch["lr"], batch.get("prompt"))[0], batch, scale)
 
 
 def _export(networks: Mapping[str, nn.Module]) -> Exported:
@@ -287,13 +369,3 @@ def _unmerged(generator: OSEDiffGenerator) -> dict[str, Exported]:
         return {}
     described, state = content_of(collect(generator))
     return {"adapters": Exported(state_dict=state, architecture=ARCHITECTURE, config=described)}
-
-
-register(
-    MethodEntry(
-        name="osediff",
-        summary="one-step generator trained with MSE, LPIPS and variational score distillation",
-        config=OSEDiffConfig,
-        build=build,
-    )
-)

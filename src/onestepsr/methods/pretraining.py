@@ -1,4 +1,4 @@
-"""Pretraining, stage one: the KL autoencoder of a small backbone."""
+"""Pretraining of a small backbone: a KL autoencoder, then an eps-predicting UNet on HR latents, the diffusion prior."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UserError
-from onestepsr.methods.base import Batch, Exported, Method, MethodEntry, Networks, Phase, SampleRandom, register
+from onestepsr.methods.base import Batch, Exported, Method, Networks, Phase, SampleRandom, register
 from onestepsr.models.encoder_features import PromptedUNet
 from onestepsr.models.loading import load_network
 from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.tiny.networks import TinyAutoencoder, TinyConfig
 
+# ---- Stage one: autoencoder ------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """The network and the weights of its losses."""
+    """Sizes of the network and weight of its loss."""
 
     model: TinyConfig = field(default_factory=TinyConfig)
     """Sizes of the backbone; the UNet's part is not used here."""
@@ -33,6 +35,7 @@ class AutoencoderConfig:
             raise ValueError(f"kl_weight must not be negative, got {self.kl_weight}")
 
 
+@register("autoencoder", AutoencoderConfig, needs_lr=False)
 def build_autoencoder(config: AutoencoderConfig) -> Method:
     """One network, one phase: L1 reconstruction through a sampled posterior, plus KL."""
 
@@ -65,18 +68,7 @@ def build_autoencoder(config: AutoencoderConfig) -> Method:
     )
 
 
-register(
-    MethodEntry(
-        name="autoencoder",
-        summary="KL autoencoder of a small backbone (pretraining, stage 1)",
-        config=AutoencoderConfig,
-        build=build_autoencoder,
-        needs_lr=False,
-    )
-)
-
-
-# Pretraining, stage two: an eps-predicting UNet on HR latents, the diffusion prior of a small ba ----------------------
+# ---- Stage two: diffusion --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +81,18 @@ class DiffusionConfig:
     """UNet sizes and schedule (autoencoder sizes are taken from the weights)."""
 
 
+UNET_SIZES = ("widths", "down_blocks", "up_blocks", "time_width", "prompt_tokens", "prompt_width")
+"""Fields of :class:`TinyConfig` that ``backbone`` decides; the autoencoder's own configuration gives all others."""
+
+
+@register("diffusion", DiffusionConfig, needs_lr=False)
 def build_diffusion(config: DiffusionConfig) -> Method:
     """One network, one phase: mean squared error of the predicted noise at uniformly drawn steps."""
     autoencoder = load_network(config.autoencoder)
     if not isinstance(autoencoder, TinyAutoencoder):
         raise UserError(f"{config.autoencoder}: holds a {type(autoencoder).__name__}, expected a tiny autoencoder")
-    sizes = {name: getattr(autoencoder.config, name) for name in AUTOENCODER_SIZES}
-    backbone = replace(config.backbone, model=replace(config.backbone.model, **sizes))
+    sizes = {name: getattr(config.backbone.model, name) for name in UNET_SIZES}
+    backbone = replace(config.backbone, model=replace(autoencoder.config, **sizes))
     generator = tiny_generator(backbone)
     generator.autoencoder.load_state_dict(autoencoder.state_dict())
     schedule = generator.schedule
@@ -132,16 +129,3 @@ def build_diffusion(config: DiffusionConfig) -> Method:
         export=export,
         hr_multiple=generator.scale * generator.lr_multiple,
     )
-
-
-AUTOENCODER_SIZES = ("luma_channels", "chroma_channels", "encoder_width", "decoder_width", "refine_width")
-
-register(
-    MethodEntry(
-        name="diffusion",
-        summary="eps-predicting UNet on HR latents (pretraining, stage 2)",
-        config=DiffusionConfig,
-        build=build_diffusion,
-        needs_lr=False,
-    )
-)

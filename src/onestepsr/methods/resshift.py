@@ -18,7 +18,6 @@ from onestepsr.methods.base import (
     Batch,
     LossFn,
     Method,
-    MethodEntry,
     Networks,
     Phase,
     SampleRandom,
@@ -44,7 +43,7 @@ from onestepsr.models.tiny.denoiser import TinyDenoiser, TinyDenoiserConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ResShiftConfig:
-    """Where the networks come from, and the loss; the defaults are the loss of versions 1 and 2."""
+    """Origin of the networks, and the loss; the defaults are the loss of versions 1 and 2."""
 
     model: str | None = None
     """Generator to start from: a name, a file of ours, or ``random:NAME``. It brings autoencoder, sizes and
@@ -61,9 +60,9 @@ class ResShiftConfig:
     steps: int | None = None
     """Steps that previews and the exported model take; null takes all that the network is trained for."""
     sampler: Sampler = "ancestral"
-    """How they take them: with new noise in every step, or only at the start."""
+    """Noise of these steps: new in every step, or only at the start."""
     respacing: Respacing = "spread"
-    """Which steps are taken where ``steps`` is smaller than their number."""
+    """Choice of the steps where ``steps`` is smaller than their number."""
     mse_weight: float = 1.0
     """Weight of the squared error of the estimated z_0."""
     perceptual_weight: float = 0.0
@@ -83,6 +82,7 @@ class ResShiftConfig:
             raise ValueError("mse_weight and perceptual_weight must not be negative, nor both be 0")
 
 
+@register("resshift", ResShiftConfig)
 def build(config: ResShiftConfig) -> Method:
     """One network, one phase."""
     generator = _prepare_generator(config)
@@ -91,7 +91,7 @@ def build(config: ResShiftConfig) -> Method:
     shown = with_sampling(generator, _shown_schedule(schedule, config), config.sampler)
     return Method(
         networks={DENOISER: generator.unet},
-        frozen={AUTOENCODER: FrozenAutoencoder(generator), **spatial.frozen},
+        frozen={AUTOENCODER: FrozenAutoencoder(generator.autoencoder), **spatial.frozen},
         phases=(Phase(network=DENOISER, loss=_loss(generator, schedule, config, spatial)),),
         ema=(DENOISER,),
         preview=preview_of(shown),
@@ -141,13 +141,3 @@ def _loss(
         return terms
 
     return loss
-
-
-register(
-    MethodEntry(
-        name="resshift",
-        summary="residual-shifting diffusion in a few steps: the teacher of sinsr and tadsr",
-        config=ResShiftConfig,
-        build=build,
-    )
-)

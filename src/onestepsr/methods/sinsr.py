@@ -19,7 +19,6 @@ from onestepsr.methods.base import (
     Batch,
     LossFn,
     Method,
-    MethodEntry,
     Networks,
     Phase,
     SampleRandom,
@@ -71,6 +70,7 @@ class SinSRConfig:
             raise ValueError("distillation_weight and ground_truth_weight are both 0: nothing makes images")
 
 
+@register("sinsr", SinSRConfig)
 def build(config: SinSRConfig) -> Method:
     """One trained network, the student; its teacher and the autoencoder are frozen."""
     teacher = load_residual_generator(config.teacher)
@@ -80,7 +80,10 @@ def build(config: SinSRConfig) -> Method:
         checkpoint_gradients(student.unet)
     return Method(
         networks={DENOISER: student.unet},
-        frozen={AUTOENCODER: FrozenAutoencoder(teacher), TEACHER: teacher.unet.requires_grad_(False).eval()},
+        frozen={
+            AUTOENCODER: FrozenAutoencoder(teacher.autoencoder),
+            TEACHER: teacher.unet.requires_grad_(False).eval(),
+        },
         phases=(Phase(network=DENOISER, loss=_loss(teacher, config)),),
         ema=(DENOISER,),
         preview=preview_of(student),
@@ -146,13 +149,3 @@ def student_at_last_scale(networks: Networks, lr: Tensor, schedule: ResidualShif
         return predict(schedule.scale_input(z, last_step), steps)
 
     return student
-
-
-register(
-    MethodEntry(
-        name="sinsr",
-        summary="one-step student of ResShift, by consistency-preserving distillation",
-        config=SinSRConfig,
-        build=build,
-    )
-)

@@ -2,8 +2,8 @@
 time-aware discriminator (He et al., "One Step Diffusion-based Super-Resolution with Time-Aware Distillation", 2024).
 
 Student: distillation + lambda_1 score distillation + lambda_2 adversarial (Eq. 13). Every iteration updates the
-discriminator, then the student, both from the same start z_T and with the same step and noise on what the
-discriminator sees (Algorithm 1).
+discriminator, then the student, both from the same start z_T and with the same step and noise on the
+discriminator's input (Algorithm 1).
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from onestepsr.methods.base import (
     Exported,
     LossFn,
     Method,
-    MethodEntry,
     Networks,
     Phase,
     SampleRandom,
@@ -45,7 +44,7 @@ from onestepsr.models.lora import LoraConfig, add_lora
 
 STUDENT, TEACHER, FEATURES, DISCRIMINATOR = "student", "teacher", "features", "discriminator"
 Z_Y, Z_HR, Z_T, NOISE, STEP = "z_y", "z_hr", "z_T", "noise", "t"
-"""What the discriminator's phase leaves in the batch for the student's."""
+"""Entries of the batch that the discriminator's phase leaves for the student's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +91,9 @@ class TADSRConfig:
     """The multi-step model: a name, a file of ours, or ``random:NAME``; with ``family: latent_diffusion`` anything that
     a backbone loads from. It stays frozen, and the student starts as its copy."""
     family: Literal["residual_shift", "latent_diffusion"] = "residual_shift"
-    """What kind of diffusion the teacher is: ResShift's, or Stable Diffusion's."""
+    """Diffusion of the teacher: ResShift's, or Stable Diffusion's."""
     latent_diffusion: LatentDiffusionConfig = field(default_factory=LatentDiffusionConfig)
-    """How a Stable Diffusion backbone becomes a teacher."""
+    """Settings of a Stable Diffusion backbone as a teacher."""
     teacher_steps: int | None = None
     """Deterministic steps of the teacher; null takes all that residual shifting has, as the paper does, and 50 of
     latent diffusion. Fewer make training faster and the target worse."""
@@ -120,12 +119,16 @@ class TADSRConfig:
                 raise ValueError(f"{name}_weight must be above 0; {part}.kind: none leaves the term out")
 
 
+@register("tadsr", TADSRConfig)
 def build(config: TADSRConfig) -> Method:
     """Discriminator phase, then student phase."""
     teacher = load_teacher(config)
     student = _prepare_student(teacher, config)
     networks: dict[str, nn.Module] = {STUDENT: student}
-    frozen: dict[str, nn.Module] = {AUTOENCODER: FrozenAutoencoder(teacher.generator), TEACHER: teacher.network}
+    frozen: dict[str, nn.Module] = {
+        AUTOENCODER: FrozenAutoencoder(teacher.generator.autoencoder),
+        TEACHER: teacher.network,
+    }
     phases: tuple[Phase, ...] = (Phase(network=STUDENT, loss=_student_phase(teacher, config)),)
     if config.discriminator.kind != "none":
         networks[DISCRIMINATOR] = _prepare_discriminator(teacher, config.discriminator)
@@ -167,8 +170,8 @@ def _prepare_student(teacher: Teacher, config: TADSRConfig) -> nn.Module:
 def _prepare_discriminator(teacher: Teacher, config: TimeAwareConfig) -> TimeAwareDiscriminator:
     try:
         return TimeAwareDiscriminator(
-            teacher.feature_channels,
-            teacher.time_channels,
+            teacher.features.feature_channels,
+            teacher.features.time_channels,
             config.head,
             scales=config.scales,
             time_aware=config.kind == "time_aware",
@@ -300,13 +303,3 @@ def _export_of(teacher: Teacher) -> Callable[[Mapping[str, nn.Module]], Exported
         return exported(teacher.student_generator(networks[STUDENT]))
 
     return export
-
-
-register(
-    MethodEntry(
-        name="tadsr",
-        summary="one-step student of a multi-step teacher: score distillation and a time-aware discriminator",
-        config=TADSRConfig,
-        build=build,
-    )
-)

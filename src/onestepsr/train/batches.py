@@ -1,21 +1,29 @@
-"""Micro-batches of the run: which global sample numbers each process sees in each step."""
+"""Micro-batches of the run: the samples that each process sees in each step, with the embeddings of photos' texts."""
 
 from __future__ import annotations
 
 import signal
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing import resource_tracker
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from onestepsr.core.errors import UserError
+from onestepsr.core.files import locked
 from onestepsr.core.rng import generator
-from onestepsr.methods.base import Batch
-from onestepsr.train.config import TrainConfig
+from onestepsr.data.config import DataConfig
+from onestepsr.data.datasets import PHOTO, Sample
+from onestepsr.methods.base import Batch, Method
+from onestepsr.train.recipes import TrainConfig
+
+if TYPE_CHECKING:
+    from onestepsr.prompts.embedder import PromptEmbedder
 
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -32,7 +40,7 @@ class SampleSource(Protocol):
 
 
 class Share(NamedTuple):
-    """Which process this is, of how many."""
+    """Index of this process and number of all."""
 
     rank: int = 0
     processes: int = 1
@@ -76,7 +84,7 @@ def micro_batches(
         pin_memory=device.type == "cuda",
         generator=generator(config.seed, "loader", share.rank),
         worker_init_fn=_leave_signals_to_the_loop,
-        # A fork copies locks as they are; those that a thread of gloo, NCCL or OpenMP holds then stay shut for ever.
+        # A fork copies locks as they are; those held by a thread of gloo, NCCL or OpenMP then stay locked for ever.
         multiprocessing_context="spawn" if config.num_workers else None,
     )
     try:
@@ -86,7 +94,7 @@ def micro_batches(
         # The traceback would keep the loader alive, and with it workers for which this process waits when it ends.
         traceback.clear_frames(error.__traceback__)
         if isinstance(error, UserError):
-            raise UserError(_own_words(error)) from None
+            raise UserError(_message(error)) from None
         raise
 
 
@@ -103,8 +111,8 @@ def place(tensor: Tensor, device: torch.device, channels_last: bool) -> Tensor:
     return tensor
 
 
-def _own_words(error: UserError) -> str:
-    """A worker process hands its error over as a printed traceback, whose last line is what it said."""
+def _message(error: UserError) -> str:
+    """The message of an error from a worker process, which arrives as the last line of a printed traceback."""
     last_line = str(error).rstrip().rpartition("\n")[2]
     return last_line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
 
@@ -128,3 +136,67 @@ def _started(loader: DataLoader[Any]) -> Iterator[Batch]:
         return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# ---- Samples with the embedding of their photo's text, for methods whose networks read one ---------------------------
+
+LOCK = ".lock"
+GROUP = 512
+"""Embeddings in memory at once while they are made: 160 MB for Stable Diffusion 2.1."""
+
+
+class Prompted(Dataset[Sample]):
+    """A dataset whose samples have the embedding of their photo's text, ``prompt`` (L, C), instead of its number."""
+
+    def __init__(self, source: Any, texts: Sequence[str], embedder: PromptEmbedder | None) -> None:
+        """Make the embeddings that ``embedder``'s cache lacks, which must keep all; a dry run has no embedder."""
+        self.source, self.texts, self.embedder = source, texts, embedder
+        if embedder is not None:
+            # Looked for, not read: those of a large set would be tens of gigabytes.
+            missing = [text for text in dict.fromkeys(texts) if not embedder.path(text).is_file()]
+            for start in range(0, len(missing), GROUP):
+                embedder.embed(missing[start : start + GROUP])
+
+    def __len__(self) -> int:
+        """Photos."""
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample ``index`` of the endless stream."""
+        sample: Sample = dict(self.source[index])
+        text = self.texts[int(sample.pop(PHOTO))]
+        if self.embedder is None:
+            return sample
+        embedding = self.embedder.find(text)
+        if embedding is None:
+            path = self.embedder.path(text)
+            state = "is damaged: remove it and start again" if path.is_file() else "is gone, or could not be written"
+            raise UserError(f"{path}: the embedding of a photo's text {state}")
+        return sample | {"prompt": embedding}
+
+
+def with_prompts(source: Any, data: DataConfig, method: Method, where: str, *, dry: bool) -> Any:
+    """``source`` as it is, or with the embeddings of ``data.prompts``, which are made now and kept in its cache folder.
+
+    ``where`` names the data in messages. Raises :class:`UserError` for photos without a text, texts that are too long,
+    and methods that read none or learn their prompt.
+    """
+    if data.prompts is None:
+        return source
+    if method.embedder is None:
+        raise UserError(f"{where}.prompts: the networks of this run read no texts of photos")
+    from onestepsr.prompts.embedder import EmbeddingCache
+    from onestepsr.prompts.sources import FilePrompts
+
+    prompts = FilePrompts(data.prompts)
+    texts = [prompts.text(Path(name)) for name in source.names()]
+    cache = EmbeddingCache(data.cache_dir / "prompts", limit=None)
+    if dry:
+        if method.check_texts is not None:
+            method.check_texts(texts, cache)
+        return Prompted(source, texts, None)
+    # Several processes start at once: the first one makes the embeddings, the others wait and find them there.
+    with suppress(OSError):
+        cache.folder.mkdir(parents=True, exist_ok=True)
+    with locked(cache.folder / LOCK, wait=True):
+        return Prompted(source, texts, method.embedder(cache))

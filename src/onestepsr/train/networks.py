@@ -1,4 +1,4 @@
-"""The networks of a method made ready for the loop: on their device, wrapped, with optimiser and moving average.
+"""Networks of a method made ready for the loop: device, wrapper, optimiser, moving average and state in checkpoints.
 
 Each trainable network is a wrapper of its own and is only ever called. While one network's phase runs, the parameters
 of the others gather no gradients, yet every network stays differentiable through its input.
@@ -6,8 +6,11 @@ of the others gather no gradients, yet every network stays differentiable throug
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +18,114 @@ from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
+from onestepsr.core.errors import MissingExtra, UserError
 from onestepsr.methods.base import Method, Networks
-from onestepsr.train.checkpoint import NetworkState, fingerprints
-from onestepsr.train.config import TrainConfig
-from onestepsr.train.optimization import MovingAverage, build_optimizer, trainable_parameters
+from onestepsr.train.checkpoint import Checkpoint
+from onestepsr.train.recipes import OptimizerConfig, TrainConfig
 
-# Frozen layers in a 16-bit type: half the memory of a backbone, without touching what is trained ----------------------
+# ---- Optimiser, learning rate, moving average ------------------------------------------------------------------------
+
+EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4096, 256
+"""The 8-bit optimiser keeps smaller tensors in float32; the others have a scale per block of values."""
+
+
+def trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters with ``requires_grad``, by name, shared ones once."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimiser that ``config`` names, over ``parameters``."""
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "weight_decay": config.weight_decay,
+        "eps": config.eps,
+    }
+    trained = list(parameters.values())
+    if config.kind == "adamw":  # the fused kernel does the whole step in one pass over memory
+        return torch.optim.AdamW(trained, fused=True, **settings)
+    for parameter in trained:  # its kernels count values in memory order, which must not change under them
+        parameter.data = parameter.data.contiguous()
+    optimizer: torch.optim.Optimizer = _eight_bit_adamw()(trained, **settings)
+    return optimizer
+
+
+def require_optimizer(config: OptimizerConfig) -> None:
+    """Report a missing package before anything long starts."""
+    if config.kind == "adamw8bit":
+        _eight_bit_adamw()
+
+
+def optimizer_bytes(config: OptimizerConfig, values: int) -> int:
+    """Memory of the optimiser's state for a parameter tensor of so many values."""
+    if config.kind == "adamw" or values < EIGHT_BIT_FROM:
+        return 8 * values
+    return 2 * values + 8 * math.ceil(values / EIGHT_BIT_BLOCK)
+
+
+def _eight_bit_adamw() -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise MissingExtra("train.optimizer.kind 'adamw8bit'", "eightbit") from error
+    return AdamW8bit
+
+
+def learning_rate_factor(config: TrainConfig, step: int) -> float:
+    """Factor on the learning rate in iteration ``step`` (0-based): linear warm-up, then constant or half a cosine."""
+    schedule = config.schedule
+    if step < schedule.warmup_steps:
+        return (step + 1) / (schedule.warmup_steps + 1)
+    if schedule.kind == "constant":
+        return 1.0
+    span = max(1, config.steps - 1 - schedule.warmup_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / span)
+    return schedule.final_ratio + (1.0 - schedule.final_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def ema_decay(decay: float, step: int) -> float:
+    """Decay after iteration ``step`` (0-based): a young average forgets its random start quickly."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+class MovingAverage:
+    """Float32 average of a network's trainable parameters; everything else is taken from the network itself."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self._parameters = dict(parameters)
+        self.values = {name: parameter.detach().clone().float() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """average <- d * average + (1 - d) * weights, with d of :func:`ema_decay`."""
+        weight = 1.0 - ema_decay(self.decay, step)
+        current = [parameter.detach().float() for parameter in self._parameters.values()]
+        torch._foreach_lerp_(list(self.values.values()), current, weight)
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Replace the average by saved values."""
+        for name, value in self.values.items():
+            value.copy_(values[name])
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Let the network carry the averaged weights for a while."""
+        kept = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._write(self.values)
+        try:
+            yield
+        finally:
+            self._write(kept)
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
+
+
+# ---- Frozen layers in a 16-bit type: half the memory of a backbone, without touching what is trained -----------------
 
 CONVERTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -28,7 +133,7 @@ CONVERTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def keep_frozen_in(network: nn.Module, dtype: torch.dtype) -> None:
     """Keep the layers of ``network`` that have no trained parameter in ``dtype``, in place.
 
-    Such a layer computes in ``dtype`` and returns float32; under autocast it does what autocast says. A network whose
+    Such a layer computes in ``dtype`` and returns float32; under autocast its dtype is autocast's. A network whose
     attribute ``keeps_float32`` is true stays as it is.
     """
     if dtype == torch.float32 or getattr(network, "keeps_float32", False):
@@ -69,6 +174,19 @@ def _autocast_is_on(tensor: Tensor) -> bool:
     return torch.is_autocast_enabled("cpu" if kind == "meta" else kind)  # the meta device has no switch of its own
 
 
+# ---- The networks of one run -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class NetworkState:
+    """One trainable network with its optimiser and, where kept, its moving average."""
+
+    network: nn.Module
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    average: MovingAverage | None
+
+
 class NetworkSet:
     """All networks of one run."""
 
@@ -80,7 +198,7 @@ class NetworkSet:
         for network in method.frozen.values():
             network.requires_grad_(False).eval()
         self.fingerprints = fingerprints({**method.networks, **method.frozen})
-        """Digests of the frozen weights, taken before they are converted."""
+        """Digests of the frozen weights, taken before their conversion."""
         for network in (*method.networks.values(), *method.frozen.values()):
             keep_frozen_in(network, getattr(torch, config.frozen_dtype))
             _place(network, accelerator.device, config.channels_last)
@@ -92,7 +210,7 @@ class NetworkSet:
 
     @property
     def callables(self) -> Networks:
-        """Every network as losses see it."""
+        """Every network as losses call it."""
         return {**self._wrapped, **self._frozen}
 
     @property
@@ -113,7 +231,7 @@ class NetworkSet:
     def synchronizing(self, name: str | None) -> Iterator[None]:
         """Average gradients over processes for network ``name`` alone; for none when several micro-batches add up.
 
-        The wrappers of the other networks are told too, because they would wait for gradients that never come.
+        The wrappers of the other networks need it too: they would wait for gradients that never come.
         """
         with ExitStack() as stack:
             for other, wrapped in self._wrapped.items():
@@ -170,3 +288,112 @@ def _place(network: nn.Module, device: torch.device, channels_last: bool) -> Non
     network.to(device)
     if channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+# ---- State in checkpoints: everything that changes while a run trains ------------------------------------------------
+
+FINGERPRINT_VALUES = 64
+"""Values taken from each frozen parameter, evenly spaced."""
+NUMBERS: dict[type, torch.dtype] = {int: torch.int64, float: torch.float64, bool: torch.bool}
+"""Plain numbers that an optimiser may keep, and the tensors they are stored as."""
+
+
+def collect(states: Mapping[str, NetworkState]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by group: ``NAME.weights``, ``NAME.optimizer`` and ``NAME.average``."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, state in states.items():
+        groups[f"{name}.weights"] = _weights(state)
+        groups[f"{name}.optimizer"] = _optimizer_tensors(state)
+        if state.average is not None:
+            groups[f"{name}.average"] = dict(state.average.values)
+    return groups
+
+
+def restore(states: Mapping[str, NetworkState], checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's tensors back, bit for bit."""
+    for name, state in states.items():
+        weights, saved = _weights(state), checkpoint.tensors(f"{name}.weights")
+        _check_names(checkpoint, f"{name}.weights", saved, weights)
+        with torch.no_grad():
+            for key, tensor in weights.items():
+                tensor.copy_(saved[key])
+        _restore_optimizer(state, checkpoint.tensors(f"{name}.optimizer"), f"{checkpoint.path}: {name}.optimizer")
+        if state.average is not None:
+            saved = checkpoint.tensors(f"{name}.average")
+            _check_names(checkpoint, f"{name}.average", saved, state.average.values)
+            state.average.load(saved)
+
+
+def fingerprints(networks: Mapping[str, nn.Module]) -> dict[str, str]:
+    """A short digest of each network's frozen parameters, as they are before a run keeps them in a smaller type."""
+    return {name: _fingerprint(network) for name, network in networks.items()}
+
+
+def check_fingerprints(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
+    """Refuse to continue from other frozen weights than the checkpoint was trained with.
+
+    Checkpoints of older versions have no digests of networks that are frozen as a whole, such as a teacher.
+    """
+    saved = checkpoint.record.get("frozen_weights", {})
+    for name, digest in digests.items():
+        if saved.get(name, digest) != digest:
+            raise UserError(f"{checkpoint.path}: the frozen weights of '{name}' are not those this run started with")
+
+
+def _fingerprint(network: nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            flat = parameter.detach().reshape(-1)
+            picked = flat[:: max(1, flat.numel() // FINGERPRINT_VALUES)].double().cpu()
+            digest.update(name.encode() + picked.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _weights(state: NetworkState) -> dict[str, Tensor]:
+    kept = set(state.network.state_dict(keep_vars=True))
+    buffers = {name: buffer for name, buffer in state.network.named_buffers() if name in kept}
+    return {**{name: parameter.detach() for name, parameter in state.parameters.items()}, **buffers}
+
+
+def _optimizer_tensors(state: NetworkState) -> dict[str, Tensor]:
+    """Whatever the optimiser keeps for each parameter; plain numbers become 0-dim tensors named by their type."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in state.parameters.items():
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value
+            elif type(value) in NUMBERS:
+                tensors[f"{name}/{key}:{type(value).__name__}"] = torch.tensor(value, dtype=NUMBERS[type(value)])
+            else:
+                raise TypeError(f"{type(state.optimizer).__name__} keeps '{key}' as a {type(value).__name__}")
+    return tensors
+
+
+def _restore_optimizer(state: NetworkState, saved: Mapping[str, Tensor], where: str) -> None:
+    state.optimizer.state.clear()
+    numbers = {kind.__name__ for kind in NUMBERS}
+    for full_name, value in saved.items():
+        name, _, key = full_name.rpartition("/")
+        if name not in state.parameters:
+            raise UserError(f"{where} holds the unknown tensor '{full_name}'; the method's networks have changed")
+        parameter = state.parameters[name]
+        key, _, number = key.partition(":")
+        if number in numbers:
+            state.optimizer.state[parameter][key] = value.item()
+            continue
+        # What has the parameter's shape takes its memory order, as it would have in the uninterrupted run.
+        if value.shape == parameter.shape:
+            state.optimizer.state[parameter][key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        else:
+            state.optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+def _check_names(checkpoint: Checkpoint, group: str, saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    for name in sorted(saved.keys() ^ wanted.keys()):
+        side = "lacks" if name in wanted else "holds the unknown"
+        raise UserError(f"{checkpoint.path}: {group} {side} tensor '{name}'; the method's networks have changed")
+    for name, tensor in wanted.items():
+        if saved[name].shape != tensor.shape:
+            shapes = f"{tuple(saved[name].shape)} instead of {tuple(tensor.shape)}"
+            raise UserError(f"{checkpoint.path}: {group} has '{name}' of shape {shapes}")

@@ -1,6 +1,6 @@
 """The fields that a recipe can have, read from the dataclasses that it becomes.
 
-What a field means is the string that stands below it in the source: there is no second description to keep true.
+The meaning of a field is the string below it in the source: there is no second description to keep true.
 """
 
 from __future__ import annotations
@@ -23,16 +23,13 @@ from onestepsr.core.config import to_mapping
 from onestepsr.core.tables import Table
 from onestepsr.data.config import DataConfig
 from onestepsr.methods.base import get_method, method_names
-from onestepsr.train.config import TrainConfig
-from onestepsr.train.recipes import RunConfig, ValidationConfig, load_methods
+from onestepsr.train.recipes import RunConfig, TrainConfig, ValidationConfig, load_methods
 
-Shown = Literal["defaults", "recipe", "unused"]
-"""What the values of a group are: defaults, those of a recipe, or what the recipe would have if it used the group."""
 ANY = ".*"
 """Ends the path of an entry that introduces one of several groups which may stand in the same place."""
 REQUIRED = "required"
 SUPPLIED = {"method": "METHOD", "out": "runs/RECIPE"}
-"""What the command fills in where a recipe says nothing."""
+"""Values that the command fills in where a recipe gives none."""
 REPEATED = {"train.optimizers": "train.optimizer", "validation.data": "data"}
 """Groups with the fields of another group, which are listed again only with the values of a recipe that has them."""
 WORDS: dict[Any, tuple[str, str]] = {
@@ -43,7 +40,7 @@ WORDS: dict[Any, tuple[str, str]] = {
     Path: ("path", "paths"),
     type(None): ("null", "null"),
 }
-"""Types as a reader of YAML would say them, one value and several."""
+"""Types in words for a reader of YAML, one value and several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,81 +54,83 @@ class RecipeField:
     value: str
     """Its value or default as YAML, or :data:`REQUIRED`; empty for a group whose fields follow."""
     meaning: str
-    """What the source says about it, on one line."""
+    """Its description in the source, on one line."""
     in_use: bool = True
-    """False for a field of a group that the recipe leaves out: the value is then what the group would begin with."""
+    """False for a field of a group that the recipe leaves out: the value is then the initial one of the group."""
+
+
+# ---- Collecting fields -----------------------------------------------------------------------------------------------
 
 
 def recipe_fields(method: str, run: RunConfig | None = None) -> list[RecipeField]:
     """Every field of a recipe for ``method``: with the values of ``run``, a run of that method, or with defaults."""
     load_methods()
-    shown: Shown = "defaults" if run is None else "recipe"
-    return list(fields_of(RunConfig, values=run, shown=shown, settings=get_method(method).config))
+    return list(fields_of(RunConfig, values=run, recipe=run is not None, settings=get_method(method).config))
 
 
 def fields_of(
-    cls: type[Any], where: str = "", *, values: Any = None, shown: Shown = "defaults", settings: Any = Any
+    cls: type[Any],
+    where: str = "",
+    *,
+    values: Any = None,
+    recipe: bool = False,
+    in_use: bool = True,
+    settings: Any = Any,
 ) -> Iterator[RecipeField]:
     """The fields of a dataclass and of the groups below it.
 
     ``where`` is the path of the group; ``values`` is an instance whose values are shown instead of the defaults of
-    ``cls``, and ``shown`` says whose instance that is. ``settings`` is the type of a field that may hold anything, such
-    as the settings of a method.
+    ``cls``, those of a ``recipe`` or of a group that is ``in_use`` or not. ``settings`` is the type of a field that may
+    hold anything, such as the settings of a method.
     """
-    meanings = field_meanings(cls)  # type: ignore[arg-type]  # a class can be hashed
-    hints = get_type_hints(cls)
+    meanings, hints = field_meanings(cls), get_type_hints(cls)  # type: ignore[arg-type]  # a class can be hashed
     for field in dataclasses.fields(cls):
         path = f"{where}.{field.name}" if where else field.name
         hint = settings if hints[field.name] is Any else hints[field.name]
-        value = _default(field) if values is None else getattr(values, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        value, groups = default if values is None else getattr(values, field.name), _groups(hint)
+        missing = "" if groups else SUPPLIED.get(path, REQUIRED)
         yield RecipeField(
             path=path,
             kind=_kind(hint) + (f", with the fields of `{REPEATED[path]}`" if path in REPEATED else ""),
-            value=_missing(path, hint) if value is dataclasses.MISSING else _shown(value),
+            value=missing if value is dataclasses.MISSING else _shown(value),
             meaning=meanings.get(field.name, ""),
-            in_use=shown != "unused",
+            in_use=in_use,
         )
-        yield from _fields_below(path, hint, value, shown)
+        for name, item in value.items() if isinstance(value, Mapping) else ():
+            if dataclasses.is_dataclass(item):
+                yield from fields_of(type(item), f"{path}.{name}", values=item, recipe=recipe, in_use=in_use)
+        for group in groups:
+            own = value if isinstance(value, group) else None
+            if own is None and path in REPEATED:
+                continue
+            used = in_use and not (own is None and recipe)
+            if len(groups) > 1:
+                yield RecipeField(path=path + ANY, kind="one such group", value="", meaning=_doc(group), in_use=used)
+            yield from fields_of(group, path, values=own, recipe=recipe, in_use=used)
 
 
 @cache
 def field_meanings(cls: type[Any]) -> dict[str, str]:
     """The strings below the fields of a dataclass and of those that it inherits from, on one line each."""
     meanings: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
         definition = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         assert isinstance(definition, ast.ClassDef)
-        for statement, following in pairwise(definition.body):
-            if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
-                continue
-            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                meanings[statement.target.id] = on_one_line(str(following.value.value))
+        for statement, below in pairwise(definition.body):
+            is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            if isinstance(statement, ast.AnnAssign) and is_text:
+                meanings[ast.unparse(statement.target)] = _on_one_line(str(ast.literal_eval(ast.unparse(below))))
     return meanings
 
 
-def on_one_line(text: str) -> str:
+def _on_one_line(text: str) -> str:
     """A docstring without its line breaks, with code as Markdown marks it."""
     return " ".join(text.split()).replace("``", "`")
 
 
-def _fields_below(path: str, hint: Any, value: Any, shown: Shown) -> Iterator[RecipeField]:
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            if dataclasses.is_dataclass(item):
-                yield from fields_of(type(item), f"{path}.{name}", values=item, shown=shown)
-    groups = _groups(hint)
-    for group in groups:
-        own = value if isinstance(value, group) else None
-        if own is None and path in REPEATED:
-            continue
-        below: Shown = "unused" if own is None and shown == "recipe" else shown
-        if len(groups) > 1:
-            meaning = on_one_line(inspect.getdoc(group) or "")
-            in_use = below != "unused"
-            yield RecipeField(path=path + ANY, kind="one such group", value="", meaning=meaning, in_use=in_use)
-        yield from fields_of(group, path, values=own, shown=below)
+def _doc(cls: type[Any]) -> str:
+    return _on_one_line(inspect.getdoc(cls) or "")
 
 
 def _groups(hint: Any) -> list[type[Any]]:
@@ -141,23 +140,10 @@ def _groups(hint: Any) -> list[type[Any]]:
     return [hint] if dataclasses.is_dataclass(hint) and isinstance(hint, type) else []
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
-
-
-def _missing(path: str, hint: Any) -> str:
-    """What stands for the default of a field that has none."""
-    return "" if _groups(hint) else SUPPLIED.get(path, REQUIRED)
-
-
 def _shown(value: Any) -> str:
-    parts = list(value.values()) if isinstance(value, Mapping) else [value]
-    return "" if any(map(dataclasses.is_dataclass, parts)) else _as_yaml(value)
-
-
-def _as_yaml(value: Any) -> str:
+    """The value as YAML on one line; nothing for groups."""
+    if any(map(dataclasses.is_dataclass, value.values() if isinstance(value, Mapping) else [value])):
+        return ""
     text = yaml.safe_dump(to_mapping(value), default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
     return text.removesuffix("\n").removesuffix("\n...")
 
@@ -169,7 +155,7 @@ def _kind(hint: Any, several: bool = False) -> str:
 
 
 def _kinds(hint: Any, several: bool) -> list[str]:
-    """What a value may be, one entry for each possibility."""
+    """The alternatives of a type in words."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         return [str(argument) for argument in arguments]
@@ -177,17 +163,16 @@ def _kinds(hint: Any, several: bool) -> list[str]:
         return [kind for argument in arguments for kind in _kinds(argument, several)]
     if origin in (dict, Mapping):
         return [f"{_kind(arguments[1], several=True)} by name"]
-    if origin is tuple and Ellipsis not in arguments:
-        return [f"list of {len(arguments)} {_kind(arguments[0], several=True)}"]
     if origin in (tuple, list):
-        return [f"list of {_kind(arguments[0], several=True)}"]
+        count = f"{len(arguments)} " if origin is tuple and Ellipsis not in arguments else ""
+        return [f"list of {count}{_kind(arguments[0], several=True)}"]
     return [WORDS.get(hint, ("group", "groups"))[several]]
 
 
-# The fields of recipes for people: as text for a terminal, and as the page ``docs/recipes.md`` ------------------------
+# ---- Text for a terminal, and the page ``docs/recipes.md`` -----------------------------------------------------------
 
 COMMAND = "onestepsr train --fields"
-"""What prints the page."""
+"""The command that prints the page."""
 SHARED = {"": RunConfig, "data": DataConfig, "train": TrainConfig, "validation": ValidationConfig}
 """Sections of every recipe by the group that they describe."""
 WIDTH = 96
@@ -208,14 +193,13 @@ What stands before the first `config` holds for every method."""
 
 
 def as_text(fields: Sequence[RecipeField]) -> str:
-    """Name, value and type of each field in columns, and below them what it means."""
+    """Name, value and type of each field in columns, and below them its meaning."""
     unused = ["Values in parentheses: what fields begin with in groups that the recipe does not use.", ""]
     lines = [] if all(field.in_use for field in fields) else unused
-    width = max(len(field.path) for field in fields)
+    width, indent = max(len(field.path) for field in fields), " " * 4
     for field in fields:
         value = field.value if field.in_use or not field.value else f"({field.value})"
         lines.append(f"{field.path:{width}}  {value:{WIDEST_VALUE}}  {field.kind}")
-        indent = " " * 4
         lines += textwrap.wrap(
             field.meaning, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
         )
@@ -225,43 +209,30 @@ def as_text(fields: Sequence[RecipeField]) -> str:
 def as_markdown() -> str:
     """The page with the fields of all methods, those that they share once."""
     load_methods()
-    blocks = [INTRODUCTION]
-    shared = recipe_fields(method_names()[0])
+    blocks, shared = [INTRODUCTION], recipe_fields(method_names()[0])
     for group, cls in SHARED.items():
-        blocks += _sections(f"`{group}`" if group else "Every recipe", cls, _below(group, shared))
+        below = [field for field in shared if (field.path.startswith(f"{group}.") if group else "." not in field.path)]
+        blocks += _sections(f"`{group}`" if group else "Every recipe", cls, below)
     for method in method_names():
-        blocks += _sections(f"`config` of {method}", get_method(method).config, _below("config", recipe_fields(method)))
+        below = [field for field in recipe_fields(method) if field.path.startswith("config.")]
+        blocks += _sections(f"`config` of {method}", get_method(method).config, below)
     return "\n\n".join(blocks) + "\n"
-
-
-def _below(group: str, fields: Sequence[RecipeField]) -> list[RecipeField]:
-    """The fields in a group; for none those that are in no group."""
-    return [field for field in fields if (field.path.startswith(f"{group}.") if group else "." not in field.path)]
 
 
 def _sections(title: str, cls: type, fields: Sequence[RecipeField]) -> Iterator[str]:
     """One table, and one more for each of several groups that may stand in the same place."""
-    places = tuple({field.path.removesuffix("*") for field in fields if field.path.endswith(ANY)})
-    notes = {title: on_one_line(inspect.getdoc(cls) or "")}
-    rows: dict[str, list[RecipeField]] = {title: []}
-    name = title
+    alternatives = tuple({field.path.removesuffix("*") for field in fields if field.path.endswith(ANY)})
+    notes, rows, name = {title: _doc(cls)}, {title: list[tuple[str, ...]]()}, title
     for field in fields:
         if field.path.endswith(ANY):
             name = f"`{field.path.removesuffix(ANY)}`, group {len(rows)}"
             notes[name], rows[name] = field.meaning, []
             continue
-        name = name if field.path.startswith(places) else title
-        rows[name].append(field)
-    for heading, own in rows.items():
-        yield _section(heading, notes[heading], own)
-
-
-def _section(title: str, note: str, fields: Sequence[RecipeField]) -> str:
-    rows = ((f"`{field.path}`", field.kind, _code(field.value), field.meaning) for field in fields)
-    cells = tuple(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)
+        name = name if field.path.startswith(alternatives) else title
+        value = field.value if field.value in ("", REQUIRED, *SUPPLIED.values()) else f"`{field.value}`"
+        row = (f"`{field.path}`", field.kind, value, field.meaning)
+        rows[name].append(tuple(text.replace("|", "\\|") for text in row))
     columns = ("field", "type", "default", "meaning")
-    return Table(title=title, columns=columns, rows=cells, note=note, words=len(columns)).markdown()
-
-
-def _code(value: str) -> str:
-    return value if value in ("", REQUIRED, *SUPPLIED.values()) else f"`{value}`"
+    for heading, own in rows.items():
+        table = Table(title=heading, columns=columns, rows=tuple(own), note=notes[heading], words=len(columns))
+        yield table.markdown()

@@ -16,21 +16,19 @@ from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.core.files import locked, write_text, writing
 from onestepsr.core.rng import derived_seed
-from onestepsr.data.datasets import DataConfig, Pool, build_dataset
-from onestepsr.data.pool import fingerprint
+from onestepsr.data.config import DataConfig
+from onestepsr.data.datasets import Pool, build_dataset, fingerprint
 from onestepsr.methods.base import Exported, Method, get_method
+from onestepsr.train.batches import with_prompts
 from onestepsr.train.checkpoint import Checkpoint, Checkpoints
 from onestepsr.train.memory_estimate import Estimate, estimate
-from onestepsr.train.networks import NetworkSet, as_float32
-from onestepsr.train.optimization import require_optimizer
-from onestepsr.train.prompted import with_prompts
+from onestepsr.train.networks import NetworkSet, as_float32, require_optimizer
 from onestepsr.train.recipes import RunConfig, check_resumable
-from onestepsr.train.report import Reporter
+from onestepsr.train.report import Reporter, Validator, is_better
 from onestepsr.train.trainer import Hooks, Trainer, trains_on_cpu
-from onestepsr.train.validation import Validator, is_better
 
 VALIDATION_SEED = 0
-"""Not the run's seed, so that runs are compared on the same crops and degradations."""
+"""Independent of the run's seed, so that runs are compared on the same crops and degradations."""
 MODEL, BEST, CONFIG, LOCK = "model.safetensors", "best.safetensors", "config.yaml", ".lock"
 
 
@@ -44,7 +42,7 @@ class Plan:
     validator: Validator | None
     checkpoint: Checkpoint | None
     content: str
-    """A mark that changes with the training photos' names, sizes and bytes."""
+    """A hash of the training photos' names, sizes and bytes."""
 
     @property
     def photos(self) -> int:
@@ -136,7 +134,7 @@ def _execute(plan: Plan) -> Path:
 
 
 def _run(plan: Plan) -> Accelerator:
-    """Train to the end; nothing holds the wrapped networks afterwards but what is returned."""
+    """Train to the end; afterwards only the returned accelerator holds the wrapped networks."""
     run = plan.run
     hooks = Hooks(validation_every=run.validation.every)
     identity = to_mapping(run)
@@ -157,7 +155,7 @@ def _run(plan: Plan) -> Accelerator:
 
 
 class Validations:
-    """What happens at a validation: previews and scores, then the model in its present and in its best state."""
+    """Validation during the run: previews and scores, then the model in its present and in its best state."""
 
     def __init__(self, plan: Plan, trainer: Trainer, reporter: Reporter) -> None:
         self.plan, self.trainer, self.reporter = plan, trainer, reporter
@@ -194,7 +192,7 @@ def export(method: Method, networks: NetworkSet, path: Path, notes: dict[str, st
 
 
 def write_exported(exported: Exported, path: Path, notes: dict[str, str]) -> None:
-    """Write a model in float32, and what belongs beside it."""
+    """Write a model in float32, and the files beside it."""
     from onestepsr.weights.native import save_model
 
     save_model(
@@ -212,14 +210,16 @@ def _find_checkpoint(run: RunConfig, resume: bool) -> Checkpoint | None:
     occupied = run.out.exists() and (not run.out.is_dir() or any(run.out.iterdir()))
     if not resume:
         if occupied and _is_first_process():
-            raise UserError(f"{run.out}: exists already; add --resume to go on with that run, or choose another --out")
+            raise UserError(f"{run.out}: exists already; add --resume to continue that run, or choose another --out")
         return None
     checkpoint = Checkpoints(run.out / "checkpoints").latest()
     if checkpoint is not None:
         other_processes = checkpoint.record.get("processes", 1) != process_count()
         check_resumable(checkpoint.record["identity"], run, other_processes=other_processes)
         if checkpoint.step > run.train.steps:
-            raise UserError(f"train.steps: {run.train.steps}, but {run.out} has {checkpoint.step} steps behind it")
+            raise UserError(
+                f"train.steps: {run.train.steps}, but {run.out} has finished {checkpoint.step} steps already"
+            )
     return checkpoint
 
 
@@ -237,5 +237,5 @@ def _is_first_process() -> bool:
 
 
 def process_count() -> int:
-    """Processes of this run, as the launcher has told them."""
+    """Number of processes of this run, from the launcher's environment."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,9 +1,9 @@
 """The one training loop.
 
 An iteration fetches its micro-batches once, then runs the method's phases in order, each of them one optimiser step on
-one network over all the micro-batches. What a phase leaves in a micro-batch, later phases of the same iteration find
-there. An iteration depends on nothing but the seed, the step and the state that checkpoints hold, so a run that was
-killed and resumed ends with the bytes of one that was not.
+one network over all the micro-batches. Tensors that a phase leaves in a micro-batch are there for later phases of the
+same iteration. An iteration depends on nothing but the seed, the step and the state that checkpoints hold, so a run
+that was killed and resumed ends with the bytes of one that was not.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ from onestepsr.core.rng import derived_seed
 from onestepsr.core.signals import Interruption
 from onestepsr.methods.base import Batch, Method, Phase, SampleRandom
 from onestepsr.train.batches import SampleSource, Share, micro_batches, sample_numbers
-from onestepsr.train.checkpoint import Checkpoint, Checkpoints, check_fingerprints, collect, restore
-from onestepsr.train.config import TrainConfig
-from onestepsr.train.networks import NetworkSet
-from onestepsr.train.optimization import learning_rate_factor
+from onestepsr.train.checkpoint import Checkpoint, Checkpoints
+from onestepsr.train.networks import NetworkSet, check_fingerprints, collect, learning_rate_factor, restore
+from onestepsr.train.recipes import TrainConfig
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one iteration did, averaged over processes."""
+    """Results of one iteration, averaged over processes."""
 
     step: int
     """Iterations finished, this one included."""
@@ -59,7 +58,7 @@ class StepRecord:
 
 @dataclass(kw_only=True)
 class Hooks:
-    """What the loop calls besides training, in the first process only."""
+    """Callbacks of the loop, in the first process only."""
 
     on_step: Callable[[StepRecord], None] = lambda record: None
     """After every iteration."""
@@ -67,11 +66,11 @@ class Hooks:
     """After every ``validation_every`` iterations and after the last one."""
     validation_every: int = 1000
     memory: dict[str, Any] = field(default_factory=dict)
-    """Small values of the hooks' own that checkpoints keep and resuming brings back, such as the best score so far."""
+    """Small values that checkpoints keep for the hooks, such as the best score so far."""
 
 
 class Trainer:
-    """Runs a method over a dataset from step 0, or from where the newest checkpoint in ``folder`` left off."""
+    """Runs a method over a dataset, from step 0 or from a checkpoint in ``folder``."""
 
     def __init__(
         self,
@@ -84,7 +83,7 @@ class Trainer:
         photos: str = "",
         hooks: Hooks | None = None,
     ) -> None:
-        """``identity`` and ``photos`` are kept in checkpoints: the run's settings, and a mark of its training data."""
+        """``identity`` and ``photos`` are kept in checkpoints: the run's settings, and a hash of its training data."""
         self.method, self.source, self.config = method, source, config
         self.photos = photos
         self.identity, self.hooks = dict(identity or {}), hooks or Hooks()
@@ -222,7 +221,7 @@ class Trainer:
         optimizer.zero_grad()
 
     def _any(self, mine: bool) -> bool:
-        """Whether it is true in some process: signals reach processes at different steps, and all leave together."""
+        """True if it is in any process: signals reach processes at different steps, and all stop together."""
         if self.share.processes == 1:
             return mine
         return bool(self.accelerator.reduce(torch.tensor(float(mine), device=self.accelerator.device)).item())
@@ -274,7 +273,7 @@ class Trainer:
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """One accelerator per process; accumulation is the loop's own business."""
+    """One accelerator per process; the loop itself accumulates gradients."""
     wrapping = DistributedDataParallelKwargs(
         # Buffers change in the forward pass of some networks; overwriting them between two passes breaks gradients.
         broadcast_buffers=False,
@@ -294,5 +293,5 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def trains_on_cpu(config: TrainConfig) -> bool:
-    """Whether a run on this machine has no accelerator, by its settings or for want of one."""
+    """Tell whether a run on this machine uses no accelerator, by its settings or for lack of one."""
     return config.device == "cpu" or not torch.accelerator.is_available()

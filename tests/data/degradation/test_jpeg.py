@@ -25,22 +25,11 @@ def test_matches_the_published_code(name, quality):
     assert_matches(jpeg(IMAGES, quality), f"jpeg.{name}", np.s_[:, :, :16, -24:])
 
 
-def test_differentiable_rounding_matches_the_published_code():
-    assert_matches(jpeg(IMAGES, 50, differentiable=True), "jpeg.differentiable_q50", np.s_[:, :, :16, -24:])
-
-
 def test_sides_need_not_be_multiples_of_16():
     odd = torch.from_numpy(GOLDEN["jpeg.odd"])
     result = jpeg(odd, 60)
     assert result.shape == odd.shape == (1, 3, 37, 45)
     assert_matches(result, "jpeg.odd_q60", np.s_[:, :, -16:, -16:])
-
-
-def test_differentiable_variant_passes_gradients_and_the_plain_one_does_not():
-    for differentiable in (True, False):
-        image = IMAGES[:1, :, :32, :32].clone().requires_grad_()
-        jpeg(image, 40, differentiable=differentiable).square().sum().backward()
-        assert bool(image.grad.abs().sum() > 0) is differentiable
 
 
 def test_close_to_a_real_encoder_and_worse_at_lower_quality():

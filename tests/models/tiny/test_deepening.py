@@ -105,7 +105,7 @@ def test_d3sr_trains_a_deeper_generator_than_its_backbone(shallow: OneStepLatent
         "backbone": str(tmp_path / "shallow.safetensors"),
         "tuning": "full",
         "adversarial_weight": 0.0,
-        "deepen": {"down_blocks": [1, 3]},
+        "extras": {"deepen": {"down_blocks": [1, 3]}},
     }
     method = build(from_mapping(D3SRConfig, values, "recipe"))
     assert blocks_of(method.networks["generator"]) == blocks_of(shallow) + 2

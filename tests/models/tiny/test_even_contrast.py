@@ -128,7 +128,11 @@ def test_d3sr_trains_through_it(uneven: OneStepLatentGenerator, tmp_path: Path) 
     architecture, config = describe(uneven)
     file = tmp_path / "a.safetensors"
     save_model(file, architecture=architecture, config=config, state_dict=uneven.state_dict())
-    values = {"backbone": str(file), "train_decoder": True, "adversarial_weight": 0.0, "even_contrast": True}
+    values = {
+        "backbone": str(file),
+        "adversarial_weight": 0.0,
+        "extras": {"train_decoder": True, "even_contrast": True},
+    }
     trained = build(from_mapping(D3SRConfig, values, "recipe")).networks["generator"]
     assert any(isinstance(module, EvenContrast) for module in trained.modules())
     trained(torch.rand(1, 3, 16, 16))[0].square().mean().backward()

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from onestepsr.core.errors import UserError
-from onestepsr.train.ablation.report import markdown, sheet, write_report
+from onestepsr.train.ablation_report import markdown, sheet, write_report
 
 METRICS = [
     {"name": "psnr", "title": "PSNR-Y dB", "higher_is_better": True},
@@ -118,5 +118,5 @@ def test_files_are_written_under_the_suites_name(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["small.md", "small.json", "small.png"]
     assert markdown(json.loads(paths[1].read_text()), "small.png") == paths[0].read_text(), "the JSON holds all of it"
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="the report cannot be written"):
+    with pytest.raises(UserError, match="file: cannot be written"):
         write_report(results(), rows, tmp_path / "file")

@@ -9,7 +9,7 @@ import yaml
 
 from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UserError
-from onestepsr.train.ablation.suite import Suite, VariantRun, load_suite, plan_runs, suite_names
+from onestepsr.train.ablation import Run, Suite, load_suite, plan_runs, suite_names
 from onestepsr.train.recipes import check_resumable, load_run
 
 
@@ -17,7 +17,7 @@ def held_out(suite: Path) -> str:
     return f"validation={suite.parent / 'held-out'}"
 
 
-def plan(suite: Path, *settings: str, seeds: tuple[int, ...] = (0,)) -> dict[str, VariantRun]:
+def plan(suite: Path, *settings: str, seeds: tuple[int, ...] = (0,)) -> dict[str, Run]:
     loaded = load_suite(str(suite), [held_out(suite), *settings])
     return {run.name: run for run in plan_runs(loaded, loaded.chosen(), seeds, suite.parent / "out")}
 
@@ -117,7 +117,7 @@ def test_at_equal_time_the_numbers_of_steps_may_differ_and_batches_may_not(micro
         ({"variants": {"hr": {"title": "x"}}}, r"variants\.hr: expected a name"),
         ({"variants": {"a/b": {"title": "x"}}}, r"variants\.a/b: expected a name"),
         ({"variants": {"a": {"title": "x", "model": "bicubic"}}}, "expected at least one that is trained"),
-        ({"variants": {"a": {"title": "x", "model": "y", "method": "z"}}}, "'x' has a model that is there already"),
+        ({"variants": {"a": {"title": "x", "model": "y", "method": "z"}}}, "'x' has an existing model"),
         ({"variants": {"a": {"title": "x", "steps": 3}}}, "'x' has steps or sampler and no model"),
         ({"variants": {"a": {"titel": "x"}}}, r"unknown setting 'variants\.a\.titel': did you mean 'title'"),
         ({"published": {"columns": ["a"], "rows": {"x": [1, 2]}}}, "row 'x' has 2 values for 1 columns"),

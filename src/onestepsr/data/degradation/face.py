@@ -33,7 +33,7 @@ class FaceDegradationConfig:
     """Degradation of aligned faces; the defaults are those of ResShift's face restoration."""
 
     kernels: KernelConfig = field(default_factory=_face_kernels)
-    """From what the blur kernel is drawn."""
+    """Distribution of the blur kernel."""
     shrink: tuple[float, float] = (0.8, 32.0)
     """The LR size is divided by a number drawn evenly from this range (below 1 it grows) before noise and JPEG."""
     resize_mode: ResizeMode = "bilinear"
@@ -45,7 +45,7 @@ class FaceDegradationConfig:
     gray_probability: float = 0.01
     """Share of images that lose their colour."""
     gray_target: bool = True
-    """Whether the target loses it too; otherwise the network is asked to guess colours."""
+    """Remove the colour of the target too; otherwise the network is asked to guess colours."""
 
     def __post_init__(self) -> None:
         for name, lowest, highest in (("shrink", 0.1, 128), ("noise_sigma", 0, 255), ("jpeg", 1, 100)):
@@ -59,8 +59,9 @@ class FaceDegradationConfig:
 def draw_face_degradation(config: FaceDegradationConfig, rng: torch.Generator) -> Degradation:
     """Draw the parameters for one image.
 
-    Told in the words of the second-order model: its second round, whose resize aims at the LR size, then JPEG, then the
-    LR size. Compression is an encoder's, as in the published code: the image is small here, down to 16 pixels a side.
+    Expressed in terms of the second-order model: its second round, whose resize aims at the LR size, then JPEG, then
+    the resize to the LR size. Compression is an encoder's, as in the published code: the image is small here, down to
+    16 pixels a side.
     """
     blur = draw_kernel(config.kernels, rng)
     factor = 1 / uniform(*config.shrink, rng)

@@ -38,14 +38,11 @@ FINEST_STEP = 1e-4
 """Quality 100 would divide by 0."""
 
 
-def jpeg(
-    images: Tensor, quality: Tensor | float, *, differentiable: bool = False, variant: Variant = "published"
-) -> Tensor:
+def jpeg(images: Tensor, quality: Tensor | float, *, variant: Variant = "published") -> Tensor:
     """Compress ``images`` (N, 3, H, W) in [0, 1] at ``quality`` in (0, 100], one number or (N,), and decompress them.
 
-    With ``differentiable`` the rounding of coefficients gets a useful gradient (it becomes ``r + (x - r)^3`` with
-    ``r = round(x)``), which also changes the values a little. Take the variant ``standard`` for small images: filled
-    with black, their last rows and columns ring and lose colour. Returns (N, 3, H, W) in [0, 1], not rounded to 8 bit.
+    Take the variant ``standard`` for small images: filled with black, their last rows and columns ring and lose colour.
+    Returns (N, 3, H, W) in [0, 1], not rounded to 8 bit.
     """
     count, _, height, width = images.shape
     quality = torch.as_tensor(quality, dtype=images.dtype, device=images.device).expand(count)
@@ -53,8 +50,8 @@ def jpeg(
     fill = "replicate" if is_standard else "constant"
     padded = F.pad(images, (0, -width % 16, 0, -height % 16), mode=fill) * 255
     luma, chroma = _to_ycbcr_420(padded.round() if is_standard else padded)
-    luma = _requantize(luma, _steps(_luma_table(images, variant), quality, variant), differentiable)
-    chroma = _requantize(chroma, _steps(_chroma_table(images), quality, variant), differentiable)
+    luma = _requantize(luma, _steps(_luma_table(images, variant), quality, variant))
+    chroma = _requantize(chroma, _steps(_chroma_table(images), quality, variant))
     result = _to_rgb(luma, chroma)[..., :height, :width]
     return result.clamp(0, 255) / 255
 
@@ -86,17 +83,13 @@ def _to_rgb(luma: Tensor, chroma: Tensor) -> Tensor:
     return torch.einsum("dc,nchw->ndhw", matrix, torch.cat([luma + 128, chroma], dim=1))
 
 
-def _requantize(planes: Tensor, step: Tensor, differentiable: bool) -> Tensor:
+def _requantize(planes: Tensor, step: Tensor) -> Tensor:
     """Round the DCT coefficients of ``planes`` (N, C, H, W) to multiples of ``step`` (N, 1, 64)."""
     count, channels, height, width = planes.shape
     blocks = planes.reshape(count, channels, height // BLOCK, BLOCK, width // BLOCK, BLOCK)
     blocks = blocks.permute(0, 1, 2, 4, 3, 5).reshape(count, -1, BLOCK * BLOCK)
     transform = _block_transform(planes.dtype, planes.device)
-    coefficients = blocks @ transform.T / step
-    rounded = torch.round(coefficients)
-    if differentiable:
-        rounded = rounded + (coefficients - rounded) ** 3
-    blocks = (rounded * step) @ transform
+    blocks = ((blocks @ transform.T / step).round() * step) @ transform
     blocks = blocks.reshape(count, channels, height // BLOCK, width // BLOCK, BLOCK, BLOCK)
     return blocks.permute(0, 1, 2, 4, 3, 5).reshape(count, channels, height, width)
 

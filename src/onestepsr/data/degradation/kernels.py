@@ -25,7 +25,7 @@ MAX_KERNEL_SIZE = 127
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """From what a blur kernel is drawn; the defaults are Real-ESRGAN's first stage."""
+    """Distribution of blur kernels; the defaults are Real-ESRGAN's first stage."""
 
     sizes: tuple[int, ...] = (7, 9, 11, 13, 15, 17, 19, 21)
     """Odd side lengths in pixels, all equally likely."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ResizeMode = Literal["area", "bilinear", "bicubic"]
-GREY_WEIGHTS = (0.2989, 0.587, 0.114)
+GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 USM_SIZE = 51
 
 
@@ -82,7 +82,7 @@ def add_poisson_noise(images: Tensor, scale: Tensor, gray: Tensor, rng: torch.Ge
     gray = gray.to(images.device).view(-1, 1, 1, 1)
     noise = torch.zeros((), device=images.device)
     if gray.any():
-        weights = images.new_tensor(GREY_WEIGHTS).view(1, 3, 1, 1)
+        weights = images.new_tensor(GRAY_WEIGHTS).view(1, 3, 1, 1)
         noise = _shot_noise((images * weights).sum(1, keepdim=True), rng)
     if not gray.all():
         noise = torch.where(gray, noise, _shot_noise(images, rng))

@@ -1,4 +1,4 @@
-"""What was drawn for one image: plain numbers that can be written down, and read back to repeat a degradation."""
+"""Drawn parameters of one degradation: plain numbers that can be written down, and read back to repeat it."""
 
 from __future__ import annotations
 
@@ -46,6 +46,6 @@ class Degradation:
     final_jpeg: float | None
     antialias: bool
     jpeg_variant: Variant = "published"
-    """Which JPEG arithmetic: that of published training code, or that of an encoder."""
+    """JPEG arithmetic: that of published training code, or that of an encoder."""
     gray: Literal["none", "lr", "both"] = "none"
-    """Which of the two images lose their colour in the end."""
+    """Images that lose their colour in the end."""

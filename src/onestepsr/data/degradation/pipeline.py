@@ -58,7 +58,7 @@ class StageConfig:
     blur_probability: float = 1.0
     """Chance of the blur."""
     kernels: KernelConfig = field(default_factory=KernelConfig)
-    """From what the blur kernel is drawn."""
+    """Distribution of the blur kernel."""
     resize_weights: tuple[float, float, float] = (0.2, 0.7, 0.1)
     """Relative weights of enlarging, shrinking and keeping the size."""
     resize_range: tuple[float, float] = (0.15, 1.5)
@@ -139,7 +139,7 @@ class DegradationShare:
     weight: float
     """Relative share of the images."""
     degradation: DegradationConfig | FaceDegradationConfig
-    """What is done to them."""
+    """Degradation of these images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ def degrade_pair(hr: Tensor, recipe: Recipe, rng: torch.Generator, scale: int = 
 
 
 def target_of(hr: Tensor, drawn: Degradation) -> Tensor:
-    """What a network should make of the LR image: ``hr`` (3, H, W) in [0, 1], in rare cases without its colour."""
+    """Target of the LR image: ``hr`` (3, H, W) in [0, 1], in rare cases without its colour."""
     return to_8bit(_without_colour(hr[None]))[0] if drawn.gray == "both" else hr
 
 

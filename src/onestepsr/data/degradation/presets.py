@@ -1,4 +1,4 @@
-"""Degradations by name. Each preset says whose data it reproduces, or what it imitates."""
+"""Degradations by name, each with the published data that it reproduces or the source that it imitates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def resshift() -> DegradationConfig:
 
 
 def camera() -> DegradationConfig:
-    """What a decent camera does (our own settings): one light blur, antialiased shrinking, little noise, JPEG 70 to 98.
+    """A decent camera (our own settings): one light blur, antialiased shrinking, little noise, JPEG 70 to 98.
 
     There is only the second round, whose resize aims at the LR size: noise and compression act at the LR size.
     """

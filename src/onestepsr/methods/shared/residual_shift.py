@@ -1,4 +1,4 @@
-"""What training has in common for ResShift and the students distilled from it: latents, previews, export.
+"""Latents, previews and export of ResShift and the students distilled from it.
 
 A generator of this family is a frozen autoencoder around a denoising network; only the network is trained.
 """
@@ -23,11 +23,11 @@ DENOISER, AUTOENCODER = "denoiser", "autoencoder"
 
 
 class FrozenAutoencoder(nn.Module):
-    """A generator's autoencoder as one callable, so that the loop's precision applies to it."""
+    """An autoencoder as one callable, so that the loop's precision applies to it."""
 
-    def __init__(self, generator: ResidualShiftGenerator | OneStepLatentGenerator) -> None:
+    def __init__(self, autoencoder: nn.Module) -> None:
         super().__init__()
-        self.autoencoder = generator.autoencoder
+        self.autoencoder = autoencoder
         self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor, *, decode: bool = False) -> Tensor:
@@ -64,19 +64,19 @@ def with_sampling(
 def check_same_latents(
     teacher: ResidualShiftGenerator, student: ResidualShiftGenerator, names: tuple[str, str]
 ) -> None:
-    """Refuse a student whose latents or LR images have another shape than its teacher's; ``names`` are what the user
-    called the two."""
+    """Refuse a student whose latents or LR images have another shape than its teacher's; ``names`` are the
+    user's names for the two."""
 
     def shape(generator: ResidualShiftGenerator) -> tuple[int, int, int]:
         factor = cast(LatentAutoencoder, generator.autoencoder).factor
         return generator.latent_channels, factor, generator.scale
 
     if shape(teacher) != shape(student):
-        said = [
+        described = [
             f"{name} has {channels} channels, 1/{factor} of the image's side, for x{scale}"
             for name, (channels, factor, scale) in zip(names, (shape(teacher), shape(student)), strict=True)
         ]
-        raise UserError(f"teacher and student need latents of one shape, but {said[0]}; {said[1]}")
+        raise UserError(f"teacher and student need latents of one shape, but {described[0]}; {described[1]}")
 
 
 def preview_of(generator: ResidualShiftGenerator) -> Callable[[Networks, Batch], dict[str, Tensor]]:

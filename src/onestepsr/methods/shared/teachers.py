@@ -1,17 +1,18 @@
-"""What a one-step student is distilled from: a multi-step latent generator, its diffusion and its sampler.
+"""Teachers of one-step students: a multi-step latent generator, its diffusion and its sampler.
 
-Two families fit the same protocol: residual shifting, which TAD-SR is written for, and latent diffusion, to which its
+Two families share one interface: residual shifting, which TAD-SR is written for, and latent diffusion, to which its
 appendix carries it over. Networks reach every function as arguments, because the loop may have wrapped them.
 """
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,11 @@ from onestepsr.models.resshift.generator import ResidualShiftGenerator, conditio
 from onestepsr.models.stable_diffusion.config import PromptConfig
 
 Network = Callable[..., Any]
-Backbone = ResidualShiftGenerator | OneStepLatentGenerator
 DDIM_STEPS = 50
 """Evaluations of a latent-diffusion teacher where none are asked for: as many as SeeSR's in the paper's appendix."""
 
 
-class Teacher(Protocol):
+class Teacher(ABC):
     """A generator F from which one step is distilled.
 
     Latents are (N, C, h, w), ``lr`` is (N, 3, H, W) in [0, 1], steps ``t`` are integers (N,) from 0 to :attr:`steps` -
@@ -41,74 +41,67 @@ class Teacher(Protocol):
     :meth:`evaluate`, :attr:`features`.
     """
 
-    generator: Backbone
+    generator: ResidualShiftGenerator | OneStepLatentGenerator
     """The loaded generator: autoencoder, enlargement and sizes."""
     network: nn.Module
     """Its network, called with the arguments that :meth:`evaluate` gives it. A copy of it is the student."""
-    features: nn.Module
+    features: ResidualShiftFeatures | LatentDiffusionFeatures
     """Encoder half on the same weights: called alike, gives the time embedding and the features of every level."""
-    feature_channels: tuple[int, ...]
-    """Channels of these features, the finest first."""
-    time_channels: int
-    """Width of the time embedding."""
     steps: int
     """T: the diffusion's steps, up to the one at which sampling starts."""
 
+    @abstractmethod
     def start(self, z_y: Tensor, noise: Tensor) -> Tensor:
         """z_T, where teacher and student start, from the latent ``z_y`` of the enlarged LR image."""
-        ...
 
+    @abstractmethod
     def noised(self, z_0: Tensor, z_y: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """z_t of ``z_0``: the forward process."""
-        ...
 
+    @abstractmethod
     def score_weight(self, t: Tensor) -> Tensor:
         """Factor (N,) between a difference of estimates of z_0 and the difference of the noises they stand for."""
-        ...
 
+    @abstractmethod
     def evaluate(self, network: Network, z_t: Tensor, t: Tensor, lr: Tensor) -> Any:
-        """What ``network`` gives at (z_t, t, y)."""
-        ...
+        """Output of ``network`` at (z_t, t, y)."""
 
+    @abstractmethod
     def estimate(self, network: Network, z_t: Tensor, t: Tensor, lr: Tensor) -> Tensor:
         """F(z_t, t, y), the estimate of z_0 by one evaluation."""
-        ...
 
+    @abstractmethod
     def sample(self, network: Network, z_T: Tensor, z_y: Tensor, lr: Tensor) -> Tensor:
         """F(z_T, T, y), the estimate of z_0 by all deterministic steps."""
-        ...
 
+    @abstractmethod
     def student_generator(self, student: nn.Module) -> nn.Module:
         """The one-step generator around a student, as it is exported."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentDiffusionConfig:
-    """How a plain latent-diffusion backbone becomes a teacher; without effect on residual shifting."""
+    """Settings of a plain latent-diffusion backbone as a teacher; without effect on residual shifting."""
 
     start: int | None = None
     """Step T to which the LR latent is noised and at which sampling starts; null is the last of the schedule, as in the
-    paper's appendix. There a ControlNet shows the LR image to the teacher. A backbone without one knows of it only what
-    the noise has left, so that a lower step keeps more of the image and improves less of it."""
+    paper's appendix. There a ControlNet shows the LR image to the teacher. A backbone without one sees only as much of
+    it as the noise leaves, so that a lower step keeps more of the image and improves less of it."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    """How the prompt embedding starts on a backbone that brings none."""
+    """Start of the prompt embedding on a backbone that brings none."""
     prompt_file: Path | None = None
     """Safetensors file with a prompt embedding (L, C) to use instead."""
 
 
-class ResidualShiftTeacher:
+class ResidualShiftTeacher(Teacher):
     """A ResShift model and its deterministic sampler (TAD-SR, Eq. 1-3)."""
 
     def __init__(self, name: str, steps: int | None) -> None:
         """``name`` is that of a model or file; ``steps`` are the evaluations of one sampling, None takes all."""
-        generator = load_residual_generator(name)
-        features = ResidualShiftFeatures(generator.unet)
-        self.generator: Backbone = generator
-        self.network: nn.Module = generator.unet
-        self.features: nn.Module = features
-        self.feature_channels, self.time_channels = features.feature_channels, features.time_channels
-        self.schedule = whole_schedule(generator)
+        self.generator = load_residual_generator(name)
+        self.network = self.generator.unet
+        self.features = ResidualShiftFeatures(self.network)
+        self.schedule = whole_schedule(self.generator)
         self.steps = self.schedule.steps
         with error_context("config.teacher_steps"):
             self._sampling = self.schedule if steps is None else self.schedule.respaced(steps)
@@ -130,7 +123,7 @@ class ResidualShiftTeacher:
         return conditioned(network, lr)(self.schedule.scale_input(z_t, t), t)
 
     def estimate(self, network: Network, z_t: Tensor, t: Tensor, lr: Tensor) -> Tensor:
-        """What the network predicts."""
+        """The network's own prediction."""
         return cast(Tensor, self.evaluate(network, z_t, t, lr))
 
     def sample(self, network: Network, z_T: Tensor, z_y: Tensor, lr: Tensor) -> Tensor:
@@ -148,23 +141,19 @@ class ResidualShiftTeacher:
         )
 
 
-class LatentDiffusionTeacher:
+class LatentDiffusionTeacher(Teacher):
     """A latent-diffusion backbone that starts from the noised LR latent, and DDIM (Song et al., ICLR 2021)."""
 
     def __init__(self, name: str, steps: int | None, config: LatentDiffusionConfig) -> None:
         """``name`` is anything that a backbone loads from; ``steps`` are the evaluations of one sampling."""
-        generator = load_backbone(name, prompt=config.prompt, prompt_file=config.prompt_file)
-        network = PromptedUNet(generator.unet, generator.prompt)
-        features = LatentDiffusionFeatures(network)
-        self.generator: Backbone = generator
-        self.network: nn.Module = network
-        self.features: nn.Module = features
-        self.feature_channels, self.time_channels = features.feature_channels, features.time_channels
-        self.schedule = generator.schedule
+        self.generator = load_backbone(name, prompt=config.prompt, prompt_file=config.prompt_file)
+        self.network = PromptedUNet(self.generator.unet, self.generator.prompt)
+        self.features = LatentDiffusionFeatures(self.network)
+        self.schedule = self.generator.schedule
         last = self.schedule.steps - 1
         start = last if config.start is None else config.start
         if not 0 < start <= last:
-            raise UserError(f"config.latent_diffusion.start: {start}, but {name} knows steps from 1 to {last}")
+            raise UserError(f"config.latent_diffusion.start: {start}, but {name} has steps from 1 to {last}")
         self.steps = start + 1
         with error_context("config.teacher_steps"):
             self._sampling: Sequence[int] = kept_steps(self.steps, DDIM_STEPS if steps is None else steps)

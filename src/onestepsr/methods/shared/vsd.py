@@ -1,7 +1,7 @@
 """Variational score distillation as an adversarial term on latents: OSEDiff's regulariser and its teacher.
 
 The teacher is the frozen backbone under guidance. The regulariser is the same backbone under adapters that learn to
-predict the noise on what the generator makes; it is trained after the generator, on the same latents.
+predict the noise on latents of the generator; it is trained after the generator, on the same latents.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class VariationalConfig:
     guidance: float = 7.5
     """Scale of classifier-free guidance of the teacher, used where there is a negative prompt; 1 leaves it out."""
     tuning: Literal["lora", "full"] = "lora"
-    """How the regulariser is trained: adapters, as published, or all of its parameters."""
+    """Training of the regulariser: adapters, as published, or all of its parameters."""
     lora: AdapterConfig = field(default_factory=AdapterConfig)
     """The regulariser's adapters, used with ``tuning: lora``."""
     regularizer_weight: float = 1.0
@@ -131,8 +131,8 @@ def variational_term(generator: OSEDiffGenerator, config: VariationalConfig) -> 
     def prompt_of(given: Tensor | None) -> Tensor:
         return generator.prompt.detach() if given is None else given
 
-    def generator_loss(networks: Networks, made: GeneratorOutput, random: SampleRandom) -> Tensor:
-        z, prompt = made.z_sr, prompt_of(made.prompt)
+    def generator_loss(networks: Networks, output: GeneratorOutput, random: SampleRandom) -> Tensor:
+        z, prompt = output.z_sr, prompt_of(output.prompt)
         with torch.no_grad():
             t = random.integers(config.t_min, config.t_max + 1).to(z.device)
             z_t = schedule.add_noise(z, random.normal(z), t)

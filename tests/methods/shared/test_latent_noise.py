@@ -6,7 +6,7 @@ import torch
 from onestepsr.core.errors import UserError
 from onestepsr.diffusion.schedule import DiffusionSchedule
 from onestepsr.methods.base import SampleRandom
-from onestepsr.methods.shared.noise import AdaptiveConfig, AdaptiveNoise, NoiseConfig, latent_noise
+from onestepsr.methods.shared.adversarial import AdaptiveConfig, AdaptiveNoise, LatentNoise, NoiseConfig
 
 SCHEDULE = DiffusionSchedule()
 
@@ -17,7 +17,7 @@ def random_of(samples: int, step: int = 0) -> SampleRandom:
 
 def test_noise_aware_follows_the_forward_process_evenly_over_the_range():
     z = torch.ones(4000, 1, 4, 4)
-    z_t, t = latent_noise(SCHEDULE, NoiseConfig(t_min=100, t_max=299))(z, random_of(4000))
+    z_t, t = LatentNoise.of(SCHEDULE, NoiseConfig(t_min=100, t_max=299))(z, random_of(4000))
     assert t.min() == 100
     assert t.max() == 299
     assert abs(float(t.double().mean()) - 199.5) < 4 * 57.7 / 4000**0.5
@@ -29,21 +29,21 @@ def test_noise_aware_follows_the_forward_process_evenly_over_the_range():
 
 def test_vanilla_shows_clean_latents_at_step_zero():
     z = torch.randn(3, 4, 8, 8)
-    z_t, t = latent_noise(SCHEDULE, NoiseConfig(kind="vanilla"))(z, random_of(3))
+    z_t, t = LatentNoise.of(SCHEDULE, NoiseConfig(kind="vanilla"))(z, random_of(3))
     assert torch.equal(z_t, z)
     assert t.tolist() == [0, 0, 0]
 
 
 def test_gain_comes_before_the_noise():
     z = torch.randn(2, 4, 8, 8)
-    plain = latent_noise(SCHEDULE, NoiseConfig())(3 * z, random_of(2))
-    gained = latent_noise(SCHEDULE, NoiseConfig(), 3.0)(z, random_of(2))
+    plain = LatentNoise.of(SCHEDULE, NoiseConfig())(3 * z, random_of(2))
+    gained = LatentNoise.of(SCHEDULE, NoiseConfig(), 3.0)(z, random_of(2))
     assert torch.equal(plain[0], gained[0])
 
 
 def adaptive(**changes) -> AdaptiveNoise:
     settings = AdaptiveConfig(**{"t_initial": 10, "images": 100, **changes})
-    return latent_noise(SCHEDULE, NoiseConfig(kind="diffusion_gan", adaptive=settings))
+    return LatentNoise.of(SCHEDULE, NoiseConfig(kind="diffusion_gan", adaptive=settings))
 
 
 def test_adaptive_noise_grows_while_the_discriminator_is_too_sure_and_shrinks_again():
@@ -104,7 +104,7 @@ def test_adaptive_state_travels_in_the_state_dict():
 
 def test_every_kind_works_without_data_on_the_meta_device():
     for kind in ("noise_aware", "vanilla", "diffusion_gan"):
-        noise = latent_noise(SCHEDULE, NoiseConfig(kind=kind)).to("meta")
+        noise = LatentNoise.of(SCHEDULE, NoiseConfig(kind=kind)).to("meta")
         noise.step()
         z_t, t = noise(torch.randn(2, 4, 8, 8, device="meta"), random_of(2))
         noise.update(z_t[:, :1])
@@ -123,4 +123,4 @@ def test_wrong_ranges_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         NoiseConfig(**changes)
     with pytest.raises(UserError, match=r"discriminator\.t_max: 1000, but the diffusion has 1000 steps from 0"):
-        latent_noise(SCHEDULE, NoiseConfig(t_max=1000))
+        LatentNoise.of(SCHEDULE, NoiseConfig(t_max=1000))
