@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import struct
 
+import imagecodecs
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
 
-from onestepsr.imaging.icc import matrix_profile
+from onestepsr.imaging.icc import color_profile
 from onestepsr.imaging.read import read_image
 
 # Columns (R, G, B) in XYZ relative to D50, from the published primaries of each space.
@@ -43,7 +44,7 @@ def matrix_icc(columns: tuple, curve: bytes) -> bytes:
 @pytest.mark.parametrize(("columns", "curve"), [(DISPLAY_P3, SRGB_CURVE), (ADOBE_RGB, GAMMA_22), (ADOBE_RGB, TABLE)])
 def test_to_srgb_equals_little_cms(columns: tuple, curve: bytes) -> None:
     icc = matrix_icc(columns, curve)
-    profile = matrix_profile(icc)
+    profile = color_profile(icc)
     assert profile is not None
     levels = np.linspace(0, 255, 9).astype(np.uint8)
     samples = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
@@ -61,10 +62,52 @@ def test_to_srgb_equals_little_cms(columns: tuple, curve: bytes) -> None:
 
 @pytest.mark.parametrize("columns", [DISPLAY_P3, ADOBE_RGB])
 def test_colours_within_srgb_come_back(columns: tuple) -> None:
-    profile = matrix_profile(matrix_icc(columns, GAMMA_22))
+    profile = color_profile(matrix_icc(columns, GAMMA_22))
     assert profile is not None
     srgb = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     assert (profile.to_srgb(profile.from_srgb(srgb)) - srgb).abs().max() < 2e-4
+
+
+def table_icc(columns: tuple, tags: tuple[bytes, ...] = (b"A2B0", b"B2A0")) -> bytes:
+    """A version 2 display profile of tables (lut16Type) between RGB and Lab, sampled from one of a matrix."""
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    rgb = matrix_icc(columns, GAMMA_22)
+    ramp = np.linspace(0, 1, 33, dtype=np.float32)
+    grid = np.stack(np.meshgrid(ramp, ramp, ramp, indexing="ij"), axis=-1).reshape(33, -1, 3)
+    spaces = {"colorspace": "rgb", "outcolorspace": "lab", "outdtype": "f4", "intent": 1}
+    colours = imagecodecs.cms_transform(grid, rgb, lab, **spaces)
+    to_lab = (colours * (655.36 * 255 / 257 * 257 / 256, 256, 256) + (0, 32768, 32768)).clip(0, 65535)
+    from_lab = imagecodecs.cms_transform(
+        (grid * 65535 / 256 * (100 / 255, 1, 1) - (0, 128, 128)).astype(np.float32),
+        lab,
+        rgb,
+        **{**spaces, "colorspace": "lab", "outcolorspace": "rgb"},
+    )
+    body = b"".join(struct.pack(">2H", 0, 65535) for _ in range(3))
+    head = b"mft2\0\0\0\0" + bytes([3, 3, 33, 0]) + struct.pack(">9i", *(np.eye(3, dtype=int).ravel() * 65536).tolist())
+    tables = {b"A2B0": to_lab, b"B2A0": from_lab.clip(0, 1) * 65535}
+    entries, data = b"", b""
+    for name in tags:
+        lut = head + struct.pack(">2H", 2, 2) + body + tables[name].round().astype(">u2").tobytes() + body
+        entries += struct.pack(">4sII", name, 132 + 12 * len(tags) + len(data), len(lut))
+        data += lut
+    front = struct.pack(">I4sI4s4s4s", 132 + len(entries) + len(data), b"\0" * 4, 0x02400000, b"mntr", b"RGB ", b"Lab ")
+    front += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + b"\0" * 28 + struct.pack(">3i", 63190, 65536, 54061)
+    return front.ljust(128, b"\0") + struct.pack(">I", len(tags)) + entries + data
+
+
+def test_profiles_of_tables_are_applied_in_both_directions() -> None:
+    profile, expected = color_profile(table_icc(ADOBE_RGB)), color_profile(matrix_icc(ADOBE_RGB, GAMMA_22))
+    assert profile is not None
+    assert expected is not None
+    values = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
+    assert (profile.to_srgb(values) - expected.to_srgb(values)).abs().mean() < 0.005
+    srgb = 0.5 + (values - 0.5) * 0.5
+    assert (profile.from_srgb(srgb) - expected.from_srgb(srgb)).abs().mean() < 0.005
+
+
+def test_a_profile_of_one_direction_is_left_alone() -> None:
+    assert color_profile(table_icc(ADOBE_RGB, tags=(b"A2B0",))) is None
 
 
 def test_profiles_that_are_left_alone() -> None:
@@ -79,7 +122,7 @@ def test_profiles_that_are_left_alone() -> None:
         good.replace(b"curv", b"cxrv"),
         good.replace(b"acsp", b"acsq"),
     ):
-        assert matrix_profile(icc) is None
+        assert color_profile(icc) is None
 
 
 def test_damaged_profiles_never_raise() -> None:
@@ -88,7 +131,7 @@ def test_damaged_profiles_never_raise() -> None:
     for _ in range(300):
         bad = bytearray(good)
         bad[int(rng.integers(len(bad)))] = int(rng.integers(256))
-        matrix_profile(bytes(bad))
+        color_profile(bytes(bad))
 
 
 def test_cmyk_profile_that_cannot_be_used_is_no_obstacle(caplog: pytest.LogCaptureFixture) -> None:

@@ -31,13 +31,13 @@ def full_image(**changes: object) -> LoadedImage:
 @pytest.mark.parametrize("ending", [".png", ".tif", ".bmp", ".jpg", ".webp"])
 @pytest.mark.parametrize("gray", [False, True])
 def test_colour_is_kept(tmp_path: Path, ending: str, gray: bool) -> None:
-    picture = LoadedImage(pixels=SMOOTH[..., :1].copy() if gray else SMOOTH)
-    write_image(picture, tmp_path / f"a{ending}")
+    image = LoadedImage(pixels=SMOOTH[..., :1].copy() if gray else SMOOTH)
+    write_image(image, tmp_path / f"a{ending}")
     again = read_image(tmp_path / f"a{ending}")
     assert again.format == format_of(Path("a" + ending))
     assert again.gray == (gray and ending != ".webp")  # WebP knows no gray
     tolerance = 0 if ending in (".png", ".tif", ".bmp") else 12
-    assert np.abs(again.pixels.astype(int) - picture.pixels).max() <= tolerance
+    assert np.abs(again.pixels.astype(int) - image.pixels).max() <= tolerance
 
 
 @pytest.mark.parametrize("ending", [".png", ".tif", ".webp"])
@@ -75,8 +75,8 @@ def test_metadata_is_kept_with_the_new_size(tmp_path: Path, ending: str) -> None
 
 
 def test_metadata_too_large_for_a_jpeg_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    picture = read_image(encode_image(full_image(xmp=b"<x>" + b" " * 70_000), "jpeg"))
-    assert picture.xmp is None
+    image = read_image(encode_image(full_image(xmp=b"<x>" + b" " * 70_000), "jpeg"))
+    assert image.xmp is None
     assert "XMP data of 70003 bytes" in caplog.text
 
 
@@ -118,7 +118,7 @@ def test_a_failure_leaves_neither_half_nor_temporary_file(tmp_path: Path) -> Non
     assert target.read_bytes() == b"before"
 
 
-def test_unwritable_places(tmp_path: Path) -> None:
+def test_unwritable_targets(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for target in (tmp_path / "file" / "a.png", tmp_path):
         with pytest.raises(UserError, match=r"cannot be written|is a folder"):

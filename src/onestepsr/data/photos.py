@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 
 from onestepsr.core.errors import UserError
 from onestepsr.core.progress import tracked
-from onestepsr.imaging.read import DECODE_ERRORS, EXTENSIONS, read_image, to_eight_bits
+from onestepsr.imaging.read import EXTENSIONS, read_image, to_eight_bits
 
 ORIENTATION_TAG = 0x0112
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def read_size(source: Path | IO[bytes], fatal: Container[int] = ()) -> tuple[int
             # Asking a PNG for EXIF that does not stand in its header would decode the whole image.
             has_exif = image.format != "PNG" or "exif" in image.info
             turned = has_exif and image.getexif().get(ORIENTATION_TAG, 1) >= 5
-    except DECODE_ERRORS as error:
+    except Exception as error:  # Pillow raises errors of every kind on damaged files
         if isinstance(error, OSError) and error.errno in fatal:
             raise
         return None

@@ -1,8 +1,8 @@
 """Images in memory and how they are read: every mode of JPEG, PNG, WebP, TIFF and BMP becomes one plain shape.
 
-A :class:`Image` holds gray or RGB samples of 8 or 16 bits in the image's own colour space, upright, with alpha
-apart from colour and the metadata beside it. Writing is in :mod:`onestepsr.imaging.write`, colour profiles in
-:mod:`onestepsr.imaging.icc`.
+A :class:`LoadedImage` holds gray or RGB samples of 8 or 16 bits in the image's own colour space, upright, with alpha
+apart from colour and the metadata beside it. Pillow decodes 8 bits, libpng and tifffile what has more of them. Writing
+is in :mod:`onestepsr.imaging.write`, colour profiles in :mod:`onestepsr.imaging.icc`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import logging
 import struct
 import threading
 import warnings
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,12 +24,16 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from onestepsr.core.errors import UserError, error_context, first_line
-from onestepsr.imaging.deep import ACCEPTED_SAMPLES, read_deep, sample_bits, strange_samples
-from onestepsr.imaging.icc import to_rgb
-from onestepsr.imaging.metadata import exif_block, resolution, upright, xmp_packet
+from onestepsr.core.errors import UserError, first_line
+from onestepsr.imaging.icc import cmyk_or_lab_to_rgb
+from onestepsr.imaging.metadata import exif_block, resolution, tiff_exif, upright, xmp_packet
+
+if TYPE_CHECKING:
+    import tifffile
 
 logger = logging.getLogger(__name__)
+for _library in ("imagecodecs", "tifffile"):  # their warnings name no file; what matters raises
+    logging.getLogger(_library).setLevel(logging.CRITICAL)
 
 MAX_PIXELS = 250_000_000
 """Headers that claim more pixels than this are refused before anything is decoded."""
@@ -62,21 +64,11 @@ _FORMAT_NAMES = {
     "TIFF": "tiff",
     "BMP": "bmp",
 }
-# What Pillow's decoders raise on damaged files; anything else is a defect and must surface.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_SAMPLE_FORMATS = {1: "", 2: " with a sign", 3: " in floating point", 4: "", 5: " as complex numbers"}
+_ASSOCIATED, _UNASSOCIATED = 1, 2
+ACCEPTED_SAMPLES = "accepted: whole numbers of 8 or 16 bits per channel"
 _open_lock = threading.Lock()
 
 
@@ -125,7 +117,7 @@ class LoadedImage:
 
 
 def read_image(source: Path | bytes, name: str | None = None, max_pixels: int = MAX_PIXELS) -> LoadedImage:
-    """Decode a file (or its bytes, called ``name`` in messages) into a :class:`Image`.
+    """Decode a file (or its bytes, called ``name`` in messages) into a :class:`LoadedImage`.
 
     CMYK and Lab become sRGB through their profile; of animations and multi-page files the first image is taken, with
     a warning. Raises UserError for anything that is no readable image of an accepted format or is beyond the limits.
@@ -134,17 +126,21 @@ def read_image(source: Path | bytes, name: str | None = None, max_pixels: int = 
     data = source if isinstance(source, bytes) else _read_bytes(source, label)
     if not data:
         raise UserError(f"{label}: the file is empty (0 bytes); {ACCEPTED}")
+    if data[:4] in _TIFF_MAGICS:
+        deep = _read_deep_tiff(data, label, max_pixels)
+        if deep is not None:
+            return deep
     with _opened(data, label, max_pixels) as image:
         return _decode(image, data, label)
 
 
 def from_pil(image: Image.Image) -> LoadedImage:
-    """The :class:`Image` of a Pillow image, with whatever metadata Pillow attached; orientation is applied."""
+    """The :class:`LoadedImage` of a Pillow image, with the metadata Pillow attached; orientation is applied."""
     return _decode(image, b"", "<image>")
 
 
 def from_array(array: NDArray[Any]) -> LoadedImage:
-    """The :class:`Image` of (H, W), (H, W, 1|2|3|4) uint8 or uint16 samples: gray, gray+alpha, RGB, RGB+alpha."""
+    """The :class:`LoadedImage` of (H, W), (H, W, 1|2|3|4) uint8 or uint16 samples: gray, gray+alpha, RGB, RGB+alpha."""
     if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3) or array.size == 0:
         raise UserError(f"array {array.shape} {array.dtype}: expected (H, W[, 1|2|3|4]) uint8 or uint16, not empty")
     samples = array[..., None] if array.ndim == 2 else array
@@ -153,23 +149,23 @@ def from_array(array: NDArray[Any]) -> LoadedImage:
     return _split_alpha(np.ascontiguousarray(samples))
 
 
-def to_pil(picture: LoadedImage) -> Image.Image:
+def to_pil(image: LoadedImage) -> Image.Image:
     """An 8-bit Pillow image (L, LA, RGB or RGBA) with profile and EXIF in ``info``; 16-bit gray stays 16-bit (I;16)."""
-    if picture.pixels.dtype == np.uint16 and picture.gray and picture.alpha is None:
-        image = Image.fromarray(picture.pixels[..., 0])
+    if image.pixels.dtype == np.uint16 and image.gray and image.alpha is None:
+        result = Image.fromarray(image.pixels[..., 0])
     else:
-        image = Image.fromarray(_interleave(to_eight_bits(picture)))
-    notes = {"icc_profile": picture.icc, "exif": picture.exif, "xmp": picture.xmp, "dpi": picture.dpi}
-    image.info.update({key: value for key, value in notes.items() if value is not None})
-    return image
+        result = Image.fromarray(interleaved(to_eight_bits(image)))
+    notes = {"icc_profile": image.icc, "exif": image.exif, "xmp": image.xmp, "dpi": image.dpi}
+    result.info.update({key: value for key, value in notes.items() if value is not None})
+    return result
 
 
-def to_eight_bits(picture: LoadedImage) -> LoadedImage:
+def to_eight_bits(image: LoadedImage) -> LoadedImage:
     """The same image with uint8 samples, rounded to nearest (65535 / 255 = 257 exactly)."""
-    if picture.pixels.dtype == np.uint8:
-        return picture
-    alpha = None if picture.alpha is None else _narrow(picture.alpha)
-    return replace(picture, pixels=_narrow(picture.pixels), alpha=alpha)
+    if image.pixels.dtype == np.uint8:
+        return image
+    alpha = None if image.alpha is None else _narrow(image.alpha)
+    return replace(image, pixels=_narrow(image.pixels), alpha=alpha)
 
 
 def samples_to_tensor(samples: NDArray[Any]) -> Tensor:
@@ -190,10 +186,11 @@ def _narrow(samples: Samples) -> NDArray[np.uint8]:
     return ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _interleave(picture: LoadedImage) -> NDArray[Any]:
-    if picture.alpha is not None:
-        return np.concatenate([picture.pixels, picture.alpha[..., None]], axis=2)
-    return picture.pixels[..., 0] if picture.gray else picture.pixels
+def interleaved(image: LoadedImage) -> Samples:
+    """Colour and alpha as one array: (H, W) gray, else (H, W, C)."""
+    if image.alpha is not None:
+        return np.concatenate([image.pixels, image.alpha[..., None]], axis=2)
+    return image.pixels[..., 0] if image.gray else image.pixels
 
 
 def _read_bytes(path: Path, label: str) -> bytes:
@@ -208,20 +205,28 @@ def _read_bytes(path: Path, label: str) -> bytes:
         raise UserError(f"{label}: cannot be read ({error.strerror})") from error
 
 
+# ---- Pillow's formats ----
+
+
+@contextmanager
+def _damage_reported(label: str, kind: str) -> Iterator[None]:
+    """Inside, whatever a decoder raises becomes a UserError of one line."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise errors of every kind on damaged files
+        raise UserError(f"{label}: truncated or damaged {kind} file ({first_line(error, 120)}); {ACCEPTED}") from error
+
+
 @contextmanager
 def _opened(data: bytes, label: str, max_pixels: int) -> Iterator[Image.Image]:
     image = _open(data, label, max_pixels)
-    try:
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format != "MPO":  # MPO's second image is a depth or gain map
-            logger.warning("%s: has %d frames or pages, only the first is used", label, frames)
+    with image, _damage_reported(label, str(image.format)):
+        _check_pixels(*image.size, label, max_pixels)
+        if image.format != "MPO":  # MPO's second image is a depth or gain map
+            _warn_of_frames(getattr(image, "n_frames", 1), label)
         yield image
-    except DECODE_ERRORS as error:
-        raise UserError(
-            f"{label}: truncated or damaged {image.format} file ({first_line(error, 120)}); {ACCEPTED}"
-        ) from error
-    finally:
-        image.close()
 
 
 def _open(data: bytes, label: str, max_pixels: int) -> Image.Image:
@@ -234,98 +239,153 @@ def _open(data: bytes, label: str, max_pixels: int) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
         except Image.DecompressionBombError as error:
             raise UserError(f"{label}: claims more than {max_pixels:,} pixels, the limit") from error
-        except DECODE_ERRORS as error:
-            raise UserError(f"{label}: {_why_not_opened(data)}") from error
+        except MemoryError:
+            raise
+        except Exception as error:
+            message = "not an image that can be read, or its header is damaged"
+            raise UserError(f"{label}: {message}; {ACCEPTED}") from error
         finally:
             Image.MAX_IMAGE_PIXELS = before
-    width, height = image.size
-    if width * height > max_pixels:
-        image.close()
-        raise UserError(f"{label}: claims {width} x {height} = {width * height:,} pixels, the limit is {max_pixels:,}")
     return image
 
 
-def _why_not_opened(data: bytes) -> str:
-    with suppress(*DECODE_ERRORS):
-        samples = strange_samples(data)
-        if samples is not None:
-            return f"{samples} are not supported; {ACCEPTED_SAMPLES}"
-    return f"not an image that can be read, or its header is damaged; {ACCEPTED}"
+def _check_pixels(width: int, height: int, label: str, limit: int) -> None:
+    if width * height > limit:
+        raise UserError(f"{label}: claims {width} x {height} = {width * height:,} pixels, the limit is {limit:,}")
+
+
+def _warn_of_frames(count: int, label: str) -> None:
+    if count > 1:
+        logger.warning("%s: has %d frames or pages, only the first is used", label, count)
 
 
 def _decode(image: Image.Image, data: bytes, label: str) -> LoadedImage:
-    icc = image.info.get("icc_profile") or None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd metadata; what matters raises
-        picture = _decode_samples(image, data, label, icc)  # before EXIF, which in a PNG may stand behind the samples
+        loaded = _decode_samples(image, data, label)  # before EXIF, which in a PNG may stand behind the samples
         exif = image.getexif()
-    orientation = exif.get(ExifTags.Base.Orientation, 1)
-    return replace(
-        picture,
-        pixels=upright(picture.pixels, orientation),
-        alpha=None if picture.alpha is None else upright(picture.alpha, orientation),
-        exif=exif_block(exif),
-        xmp=xmp_packet(image),
-        dpi=resolution(image),
+    return _finished(
+        loaded,
+        exif,
+        xmp=xmp_packet(image.info.get("xmp")),
+        dpi=resolution(image.info.get("dpi")),
         format=_FORMAT_NAMES.get(image.format or ""),
         lossless=image.format not in ("JPEG", "MPO") and (image.format != "WEBP" or _is_lossless_webp(data)),
     )
 
 
+def _finished(loaded: LoadedImage, exif: Image.Exif, **metadata: Any) -> LoadedImage:
+    """``loaded`` turned upright by its EXIF orientation, with the metadata that travels."""
+    orientation = exif.get(ExifTags.Base.Orientation, 1)
+    return replace(
+        loaded,
+        pixels=upright(loaded.pixels, orientation),
+        alpha=None if loaded.alpha is None else upright(loaded.alpha, orientation),
+        exif=exif_block(exif),
+        **metadata,
+    )
+
+
 def _is_lossless_webp(data: bytes) -> bool:
     """Whether the first image chunk of a RIFF container is one of lossless WebP; a profile may stand before it."""
-    place = 12
-    while place + 8 <= len(data):
-        kind, size = struct.unpack_from("<4sI", data, place)
+    offset = 12
+    while offset + 8 <= len(data):
+        kind, size = struct.unpack_from("<4sI", data, offset)
         if kind in (b"VP8L", b"VP8 "):
             return bool(kind == b"VP8L")
-        place += 8 + (16 if kind == b"ANMF" else size + size % 2)  # a frame holds its image behind 16 bytes
+        offset += 8 + (16 if kind == b"ANMF" else size + size % 2)  # a frame holds its image behind 16 bytes
     return False
 
 
-def _decode_samples(image: Image.Image, data: bytes, label: str, icc: bytes | None) -> LoadedImage:
+def _decode_samples(image: Image.Image, data: bytes, label: str) -> LoadedImage:
+    icc, mode = image.info.get("icc_profile") or None, image.mode
     transparent = image.info.get("transparency")
-    with error_context(label):
-        deep = read_deep(image, partial(_open, data, label, image.width * image.height) if data else None)
-    if deep is not None:
-        return replace(_split_alpha(deep, transparent), icc=icc)
-    mode = image.mode
+    if data.startswith(_PNG_MAGIC) and (data[24] == 16 or (transparent is not None and mode in ("1", "L", "RGB"))):
+        import imagecodecs  # Pillow reads 16 bits as 8, and takes a transparent colour of fewer bits for one of 8
+
+        return _split_alpha(imagecodecs.png_decode(data), icc)
+    if mode.startswith("I"):  # images from memory only: I;16 or 32 bits
+        return _split_alpha(_sixteen_bits(np.array(image), label), icc)
     if mode in ("CMYK", "LAB"):
-        return LoadedImage(pixels=np.array(to_rgb(image, icc)))
-    if mode == "P":
-        image = image.convert("RGBA" if transparent is not None else "RGB")
-    elif mode in ("1", "L", "RGB"):
-        key = None if transparent is None else _key_of_eight_bits(image, transparent)
-        samples = np.array(image.convert("RGB" if mode == "RGB" else "L"))
-        return replace(_split_alpha(samples if samples.ndim == 3 else samples[..., None], key), icc=icc)
-    elif mode in ("PA", "RGBa", "La"):
-        image = image.convert("LA" if mode == "La" else "RGBA")
-    elif mode in ("RGBX", "YCbCr", "HSV"):
-        image = image.convert("RGB")
-    elif mode not in ("LA", "RGBA"):
-        kind = "floating-point samples" if mode == "F" else f"samples of kind '{mode}'"
-        raise UserError(f"{label}: {kind} are not supported; {ACCEPTED_SAMPLES}")
-    samples = np.array(image)
-    return replace(_split_alpha(samples if samples.ndim == 3 else samples[..., None]), icc=icc)
+        return LoadedImage(pixels=np.array(cmyk_or_lab_to_rgb(image, icc)))
+    if mode == "F":
+        raise UserError(f"{label}: floating-point samples are not supported; {ACCEPTED_SAMPLES}")
+    if mode in ("1", "L", "La"):
+        wanted = "L" if transparent is None and mode != "La" else "LA"
+    else:
+        wanted = {"LA": "LA"}.get(mode, "RGBA" if image.has_transparency_data else "RGB")
+    return _split_alpha(np.array(image if mode == wanted else image.convert(wanted)), icc)
 
 
-def _key_of_eight_bits(image: Image.Image, key: Any) -> NDArray[np.uint8]:
-    """The colour ``key`` of a tRNS chunk, which is in the file's own depth, as ``image`` has it once it is decoded.
+def _split_alpha(samples: NDArray[Any], icc: bytes | None = None) -> LoadedImage:
+    """Separate colour from alpha in (H, W[, C]) samples."""
+    samples = samples if samples.ndim == 3 else samples[..., None]
+    if samples.shape[2] in (1, 3):
+        return LoadedImage(pixels=samples, icc=icc)
+    colour, alpha = (np.ascontiguousarray(part) for part in (samples[..., :-1], samples[..., -1]))
+    return LoadedImage(pixels=colour, alpha=alpha, icc=icc)
 
-    Pillow itself spreads gray samples of 1, 2 and 4 bits over 0..255, but not the key.
-    """
-    peak = 2 ** sample_bits(image) - 1
-    meant = np.asarray(key, np.int64) & peak  # the other bits mean nothing (PNG, 11.3.2)
-    return np.asarray(meant * (255 // peak), np.uint8)
+
+# ---- TIFF of more than 8 bits ----
 
 
-def _split_alpha(samples: NDArray[Any], transparent: Any = None) -> LoadedImage:
-    """Separate colour from alpha; ``transparent`` is the one colour that a PNG's tRNS chunk makes transparent."""
-    channels = samples.shape[2]
-    if channels in (2, 4):
-        colour = np.ascontiguousarray(samples[..., : channels - 1])
-        return LoadedImage(pixels=colour, alpha=np.ascontiguousarray(samples[..., -1]))
-    if transparent is None:
-        return LoadedImage(pixels=samples)
-    visible = (samples != np.asarray(transparent, samples.dtype)).any(axis=2)
-    return LoadedImage(pixels=samples, alpha=(visible * np.iinfo(samples.dtype).max).astype(samples.dtype))
+def _read_deep_tiff(data: bytes, label: str, max_pixels: int) -> LoadedImage | None:
+    """Decode gray or RGB of 9 to 16 bits; None for what Pillow reads as well, UserError for other kinds of samples."""
+    import tifffile
+
+    with _damage_reported(label, "TIFF"), tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = file.pages.first
+        bits = np.ravel(page.tags.valueof(258, 1)).tolist()
+        kind = _SAMPLE_FORMATS.get(np.ravel(page.tags.valueof(339, 1))[0], " of an unknown kind")
+        photometric, depth = page.tags.valueof(262, 1), max(bits)
+        if (
+            not kind
+            and (depth <= 8 or (photometric not in (0, 1, 2) and depth <= 16))
+            and set(bits) <= {1, 2, 4, 8, 16}
+        ):
+            return None
+        gray_of_32_bits = bits == [32] and page.dtype is not None and page.dtype.kind in "iu"
+        if not gray_of_32_bits and (kind or len(set(bits)) > 1 or not 9 <= depth <= 16):
+            named = "/".join(str(each) for each in bits[:4])
+            raise UserError(f"{label}: TIFF samples of {named} bits{kind} are not supported; {ACCEPTED_SAMPLES}")
+        _check_pixels(page.imagewidth, page.imagelength, label, max_pixels)
+        _warn_of_frames(len(file.pages), label)
+        loaded = _deep_samples(page, depth, label)
+        return _finished(
+            replace(loaded, icc=page.tags.valueof(34675)),
+            tiff_exif(data, file.byteorder, page.offset if file.is_bigtiff else None, page.tags.valueof(274, 1)),
+            xmp=xmp_packet(page.tags.valueof(700)),
+            dpi=resolution(page.get_resolution("inch") if page.tags.valueof(296, 2) in (2, 3) else None),
+            format="tiff",
+        )
+
+
+def _deep_samples(page: tifffile.TiffPage, bits: int, label: str) -> LoadedImage:
+    """Decode a page; of its extra channels the first is alpha or none, the others are dropped with a warning."""
+    separate, _, height, width, together = page.shaped
+    planes = np.moveaxis(page.asarray().reshape(separate, height, width, together), 0, 2)
+    samples = _sixteen_bits(planes.reshape(height, width, -1), label, bits)
+    channels, colours = samples.shape[2], 3 if page.photometric == 2 else 1
+    if page.photometric == 0:  # white is zero
+        samples = ~samples
+    extra = page.extrasamples[0] if page.extrasamples else 0
+    kept = colours + (extra in (_ASSOCIATED, _UNASSOCIATED))
+    if channels > kept:
+        logger.warning("%s: %d of %d channels are dropped", label, channels - kept, channels)
+    loaded = _split_alpha(np.ascontiguousarray(samples[..., :kept]))
+    if loaded.alpha is None or extra == _UNASSOCIATED:
+        return loaded
+    share = np.maximum(loaded.alpha, 1).astype(np.uint64)[..., None]
+    colour = np.minimum((loaded.pixels * np.uint64(65535) + share // 2) // share, 65535)
+    return replace(loaded, pixels=colour.astype(np.uint16))
+
+
+def _sixteen_bits(samples: NDArray[Any], label: str, bits: int = 16) -> NDArray[np.uint16]:
+    """Samples of 9 to 16 bits spread over 0..65535, rounded to nearest; wider ones must lie there."""
+    if samples.dtype.itemsize > 2 and not 0 <= samples.min() <= samples.max() <= 65535:
+        seen = f"32-bit samples from {samples.min()} to {samples.max()}, beyond 0 to 65535"
+        raise UserError(f"{label}: {seen}; {ACCEPTED_SAMPLES}")
+    if bits >= 16:
+        return samples.astype(np.uint16)
+    peak = np.uint32(2**bits - 1)
+    return ((samples * np.uint32(65535) + peak // 2) // peak).astype(np.uint16)

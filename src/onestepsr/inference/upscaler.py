@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError
 from onestepsr.imaging.color import Statistics, match_statistics, statistics
-from onestepsr.imaging.icc import matrix_profile
+from onestepsr.imaging.icc import color_profile
 from onestepsr.imaging.read import (
     LoadedImage,
     from_array,
@@ -314,7 +314,7 @@ class Upscaler:
             pixels,
             plan,
             options,
-            profile=None if image.gray else matrix_profile(image.icc),
+            profile=None if image.gray else color_profile(image.icc),
             norms=self._norms if shared_norms else None,
             progress=progress,
             fill=self.compiled,
