@@ -179,17 +179,16 @@ def test_first_frame_of_an_animation_with_a_warning(caplog: pytest.LogCaptureFix
         (png_header(20_000, 20_000), "400,000,000 pixels"),
         (b"", "empty (0 bytes)"),
         (b"hello, I am text", "not an image"),
-        (b"\x89PNG\r\n\x1a\n", "not an image"),
-        (png_header(40_000, 40_000), "claims more than 250,000,000 pixels"),
+        (b"\x89PNG\r\n\x1a\n", "truncated or damaged PNG file"),
+        (png_header(40_000, 40_000), "1,600,000,000 pixels, the limit is 250,000,000"),
         (
             encoded(Image.new("F", (3, 3)), "TIFF"),
             "TIFF samples of 32 bits in floating point are not supported; accepted: whole numbers",
         ),
         (encoded(Image.new("I", (3, 3), -5), "TIFF"), "32-bit samples from -5 to -5, beyond 0 to 65535; accepted: "),
         (encoded(Image.new("I", (3, 3), 70_000), "TIFF"), "32-bit samples from 70000 to 70000, beyond"),
-        (encoded(Image.new("RGB", (8, 8)), "GIF"), "not an image"),
     ],
-    ids=["large", "empty", "text", "signature", "huge", "float", "negative", "large numbers", "gif"],
+    ids=["large", "empty", "text", "signature", "huge", "float", "negative", "large numbers"],
 )
 def test_bad_inputs_are_one_line_that_names_the_file(data: bytes, part: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -297,7 +296,7 @@ def test_a_large_profile_does_not_hide_how_a_webp_was_written(lossless: bool) ->
 def test_layers_and_georeference_of_the_old_size_stay_behind() -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Artist], exif[37724], exif[33550] = "me", b"layers", (10.0, 10.0, 0.0)
-    block = exif_block(exif)
+    block = exif_block(exif, "a")
     assert block is not None
     again = Image.Exif()
     again.load(block)

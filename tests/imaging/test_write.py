@@ -97,7 +97,7 @@ def test_jpeg_has_full_chroma_resolution() -> None:
 @pytest.mark.parametrize(("kind", "side"), [("jpeg", 65_536), ("webp", 16_384)])
 def test_sizes_that_a_format_cannot_hold(kind: str, side: int) -> None:
     check_size(kind, side - 1, 5, "a")
-    with pytest.raises(UserError, match=rf"a: 5 x {side} pixels, but {kind.upper()} holds at most {side - 1}"):
+    with pytest.raises(UserError, match=rf"a: 5 x {side} pixels, but (JPEG|WebP) holds at most {side - 1}"):
         check_size(kind, 5, side, "a")
 
 

@@ -1,4 +1,5 @@
-"""Colour profiles: RGB spaces to sRGB and back in floating point, CMYK and Lab to sRGB, all through Little CMS.
+"""Colour spaces: RGB profiles to sRGB and back in floating point, CMYK and Lab to sRGB, and profiles for spaces that a
+file states otherwise (cICP, gAMA and cHRM, Adobe RGB in EXIF). Little CMS does the arithmetic.
 
 Profiles of a matrix and curves (Display P3, Adobe RGB, ProPhoto, Rec. 2020) and those of tables are treated alike. Gray
 profiles, and RGB ones that work in one direction only, are left alone: such images stay in their own space all the way,
@@ -9,8 +10,11 @@ from __future__ import annotations
 
 import io
 import logging
+import struct
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +68,85 @@ def color_profile(icc: bytes | None) -> ColorProfile | None:
     return None
 
 
-def cmyk_or_lab_to_rgb(image: Image.Image, icc: bytes | None) -> Image.Image:
+# ---- Colour spaces that are stated without a profile ----
+
+_D65, _DCI_WHITE, _C = (0.3127, 0.3290), (0.314, 0.351), (0.310, 0.316)
+_P3 = (0.680, 0.320, 0.265, 0.690, 0.150, 0.060)
+_SRGB = (0.640, 0.330, 0.300, 0.600, 0.150, 0.060)
+# Colour primaries of ITU-T H.273: white point, and (x, y) of red, green and blue.
+_PRIMARIES = {
+    1: (_D65, _SRGB),
+    4: (_C, (0.67, 0.33, 0.21, 0.71, 0.14, 0.08)),
+    5: (_D65, (0.64, 0.33, 0.29, 0.60, 0.15, 0.06)),
+    6: (_D65, (0.630, 0.340, 0.310, 0.595, 0.155, 0.070)),
+    7: (_D65, (0.630, 0.340, 0.310, 0.595, 0.155, 0.070)),
+    9: (_D65, (0.708, 0.292, 0.170, 0.797, 0.131, 0.046)),
+    11: (_DCI_WHITE, _P3),
+    12: (_D65, _P3),
+}
+_SRGB_TRANSFER, _PQ, _HLG = 13, 16, 18
+_GAMMAS = {4: 2.2, 5: 2.8, 8: 1.0}
+_BT709_TRANSFERS = (1, 6, 14, 15)
+_CREATED = struct.pack(">6H", 2026, 1, 1, 0, 0, 0)  # fixed: the same input gives the same bytes
+
+Cicp = tuple[int, int, int, int]
+"""Coding-independent code points (ITU-T H.273): primaries, transfer, matrix, full range."""
+
+
+def is_hdr(cicp: Cicp) -> bool:
+    """Whether samples are coded for HDR (PQ or HLG), for which no profile says the same."""
+    return cicp[1] in (_PQ, _HLG)
+
+
+def cicp_profile(cicp: Cicp) -> bytes | None:
+    """An ICC profile of the same colours as ``cicp``; None for sRGB, and where there is no exact one."""
+    if cicp[:2] == (1, _SRGB_TRANSFER) or cicp[0] not in _PRIMARIES:
+        return None
+    white, primaries = _PRIMARIES[cicp[0]]
+    if cicp[1] in _GAMMAS:
+        return _rgb_profile(white, primaries, gamma=_GAMMAS[cicp[1]])
+    x = np.linspace(0.0, 1.0, 1024)
+    if cicp[1] == _SRGB_TRANSFER:  # IEC 61966-2-1
+        curve = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    elif cicp[1] in _BT709_TRANSFERS:  # ITU-R BT.709, inverted
+        curve = np.where(x < 0.081, x / 4.5, ((x + 0.099) / 1.099) ** (1 / 0.45))
+    else:
+        return None
+    return _rgb_profile(white, primaries, transferfunction=(curve * 65535 + 0.5).astype(np.uint16))
+
+
+def gamma_profile(gamma: float, chromaticities: Sequence[float] | None, gray: bool) -> bytes | None:
+    """An ICC profile for a PNG's gAMA and cHRM (white, red, green, blue); None where they are those of sRGB."""
+    stated = tuple(chromaticities) if chromaticities and len(chromaticities) == 8 else (*_D65, *_SRGB)
+    usual = np.abs(np.subtract(stated, (*_D65, *_SRGB))).max() < 0.005
+    if not 0.1 <= gamma <= 2.0 or (abs(gamma - 1 / 2.2) < 0.01 and (usual or gray)):
+        return None
+    if gray:
+        import imagecodecs
+
+        return _dated(imagecodecs.cms_profile("gray", gamma=1 / gamma))
+    return _rgb_profile(stated[:2], stated[2:], gamma=1 / gamma)
+
+
+def adobe_rgb_profile() -> bytes:
+    """An ICC profile of Adobe RGB (1998), which cameras state in EXIF only."""
+    return _rgb_profile(_D65, (0.64, 0.33, 0.21, 0.71, 0.15, 0.06), gamma=563 / 256)
+
+
+def _rgb_profile(white: Sequence[float], primaries: Sequence[float], **curve: Any) -> bytes:
+    import imagecodecs
+
+    return _dated(imagecodecs.cms_profile("rgb", whitepoint=white, primaries=primaries, **curve))
+
+
+def _dated(profile: bytes) -> bytes:
+    return profile[:24] + _CREATED + profile[36:]
+
+
+# ---- Little CMS ----
+
+
+def cmyk_or_lab_to_rgb(image: Image.Image, icc: bytes | None, label: str) -> Image.Image:
     """CMYK or Lab -> 8-bit sRGB, through the embedded profile where there is a usable one."""
     target = ImageCms.createProfile("sRGB")
     try:
@@ -73,7 +155,7 @@ def cmyk_or_lab_to_rgb(image: Image.Image, icc: bytes | None) -> Image.Image:
         if icc is not None:
             return _with_pillow(image, ImageCms.ImageCmsProfile(io.BytesIO(icc)), target)
     except (ImageCms.PyCMSError, OSError) as error:
-        logger.warning("colour profile cannot be used (%s): converting without it", error)
+        logger.warning("%s: colour profile cannot be used (%s), converting without it", label, error)
     return image.convert("RGB")
 
 

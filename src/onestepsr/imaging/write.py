@@ -17,27 +17,30 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from onestepsr.core.errors import UserError
+from onestepsr.core.errors import UserError, error_context
 from onestepsr.core.files import partial_path, remove_leftovers, replacing, writing
-from onestepsr.imaging.read import EXTENSIONS, LoadedImage, interleaved, to_eight_bits
+from onestepsr.imaging.formats import EXTENSIONS, FORMATS, PNG_HEADER
+from onestepsr.imaging.icc import color_profile, is_hdr
+from onestepsr.imaging.image import LoadedImage, interleaved, samples_to_tensor, tensor_to_samples, to_eight_bits
+from onestepsr.imaging.metadata import COMMENT, iptc_segment, resized_exif, resized_xmp
+from onestepsr.imaging.read import load_plugin
 
 logger = logging.getLogger(__name__)
 
-_SIDE_LIMITS = {"jpeg": 65_535, "webp": 16_383, "tiff": 2**31 - 1, "png": 2**31 - 1, "bmp": 2**31 - 1}
 PNG_COMPRESSION = 4
 """zlib's level: less than half the time of its usual 6, for files that are 2 % larger."""
 _PNG16_SIDE_LIMIT = 1_000_000  # libpng's
-_PNG_HEADER = 33  # bytes: signature and IHDR
 _TIFF_RESOLUTION = (282, 283, 296)
 # Free tags between the same neighbours: tifffile itself writes no pointers to directories of EXIF and GPS.
 _STAND_INS = {ExifTags.IFD.Exif: 34666, ExifTags.IFD.GPSInfo: 34854}
-_JPEG_QUALITY = 95
-_WEBP_QUALITY = 95
+_QUALITY = 95
+_OPTIONS: dict[str, dict[str, Any]] = {"avif": {"speed": 6, "subsampling": "4:4:4"}, "jxl": {"effort": 4}}
+_HEIF_QUALITY = 90  # libheif's scale, on which 95 is near lossless
 _MAX_JPEG_BLOCK = 65_000  # bytes of EXIF or XMP that one JPEG segment can hold
 
 
 def format_of(path: Path) -> str:
-    """The format that a file name's ending stands for: jpeg, png, webp, tiff or bmp."""
+    """The format that a file name's ending stands for, by its name in :data:`FORMATS`."""
     try:
         return EXTENSIONS[path.suffix.lower()]
     except KeyError:
@@ -48,12 +51,16 @@ def format_of(path: Path) -> str:
 
 
 def check_size(file_format: str, width: int, height: int, label: str) -> None:
-    """Raise UserError when ``file_format`` cannot hold ``width`` x ``height`` pixels; ``label`` names the file."""
-    limit = _SIDE_LIMITS[file_format]
+    """Raise UserError when ``file_format`` cannot hold ``width`` x ``height`` pixels, or its plug-in is not installed;
+    ``label`` names the file."""
+    if FORMATS[file_format].package:
+        with error_context(label):
+            load_plugin(file_format)
+    limit = FORMATS[file_format].side_limit
     if max(width, height) > limit:
-        larger = "png or tiff" if file_format == "jpeg" else "png, tiff or jpg"
+        larger = "png or tiff" if limit == FORMATS["jpeg"].side_limit else "png, tiff or jpg"
         raise UserError(
-            f"{label}: {width} x {height} pixels, but {file_format.upper()} holds at most {limit} a side: "
+            f"{label}: {width} x {height} pixels, but {FORMATS[file_format].name} holds at most {limit} a side: "
             f"choose --format {larger}, or a smaller scale"
         )
 
@@ -61,9 +68,10 @@ def check_size(file_format: str, width: int, height: int, label: str) -> None:
 def write_image(image: LoadedImage, path: Path, file_format: str | None = None, *, sweep: bool = True) -> None:
     """Write ``image`` to ``path``, replacing it in one step; the format follows the name's ending unless given.
 
-    PNG and TIFF keep 16 bits, the others are rounded to 8. JPEG (quality 95, no chroma subsampling) and BMP cannot hold
-    transparency: it is laid over white, with a warning. WebP is written with quality 95, or without loss when the
-    image came from such a WebP. Raises UserError when the format cannot hold the size or the target cannot be written.
+    PNG and TIFF keep 16 bits, HEIF 10 of them, the others are rounded to 8. JPEG (quality 95, no chroma subsampling)
+    and BMP cannot hold transparency: it is laid over white, with a warning. WebP is written with quality 95, or without
+    loss when the image came from such a WebP. What a format cannot hold of the metadata is said in a warning. Raises
+    UserError when the format cannot hold the size or the target cannot be written.
     """
     chosen = file_format or format_of(path)
     check_size(chosen, image.width, image.height, str(path))
@@ -101,19 +109,44 @@ def _replacing(path: Path, sweep: bool) -> Iterator[BinaryIO]:
 
 
 def _encode(image: LoadedImage, stream: BinaryIO, file_format: str, label: str) -> None:
-    deep = image.pixels.dtype == np.uint16
+    held, deep = FORMATS[file_format], image.pixels.dtype == np.uint16
+    _warn_of_losses(image, file_format, label)
+    if image.alpha is not None and not held.alpha:
+        image = _over_white(to_eight_bits(image))
+    if file_format == "jxl" and image.icc is not None:
+        image = _as_srgb(image, label)
     if file_format == "tiff":
         _encode_tiff(image, stream)
     elif file_format == "png" and deep:
         _encode_png16(image, stream, label)
+    elif file_format == "heif":
+        _encode_heif(image, stream)
     else:
-        if deep:
-            logger.info("%s: %s holds 8 bits per channel, the 16 bits are rounded", label, file_format.upper())
-            image = to_eight_bits(image)
-        if image.alpha is not None and file_format in ("jpeg", "bmp"):
-            logger.warning("%s: %s cannot hold transparency, the image is laid over white", label, file_format.upper())
-            image = _over_white(image)
+        image = to_eight_bits(image)
         _save(Image.fromarray(interleaved(image)), stream, file_format, image)
+
+
+def _warn_of_losses(image: LoadedImage, file_format: str, label: str) -> None:
+    """Say what of ``image`` the format cannot hold."""
+    held = FORMATS[file_format]
+    if image.pixels.dtype == np.uint16 and "16" not in str(held.write_bits):
+        most = str(held.write_bits).rpartition(" ")[2]
+        logger.info("%s: %s holds %s bits per channel, the 16 bits are rounded", label, held.name, most)
+    if image.alpha is not None and not held.alpha:
+        logger.warning("%s: %s cannot hold transparency, the image is laid over white", label, held.name)
+    if image.cicp is not None and is_hdr(image.cicp) and file_format != "png":
+        logger.warning("%s: %s is not told of the HDR coding of the samples; --format png keeps it", label, held.name)
+    lost = {
+        "EXIF": image.exif is not None and "EXIF" not in held.metadata,
+        "XMP": image.xmp is not None and "XMP" not in held.metadata,
+        "IPTC": image.iptc is not None and "IPTC" not in held.metadata,
+        "colour profile": image.icc is not None and not held.profile and file_format != "jxl",
+    }
+    names = [name for name, is_lost in lost.items() if is_lost]
+    if "texts" not in held.metadata:
+        names += [f"text '{key}'" for key, _ in image.texts if key != COMMENT or "comment" not in held.metadata]
+    if names:
+        logger.warning("%s: %s cannot hold %s, left out", label, held.name, ", ".join(names))
 
 
 def _over_white(image: LoadedImage) -> LoadedImage:
@@ -127,23 +160,54 @@ def _over_white(image: LoadedImage) -> LoadedImage:
     return replace(image, pixels=result, alpha=None)
 
 
+def _as_srgb(image: LoadedImage, label: str) -> LoadedImage:
+    """``image`` in sRGB instead of the space of its profile, which cannot be written."""
+    profile = None if image.gray else color_profile(image.icc)
+    if profile is None:
+        return replace(image, icc=None)
+    logger.warning("%s: colours are converted to sRGB, since no profile can be written", label)
+    pixels = tensor_to_samples(profile.to_srgb(samples_to_tensor(image.pixels)), image.pixels.dtype.type)
+    return replace(image, pixels=pixels, icc=None)
+
+
 def _save(encoded: Image.Image, stream: BinaryIO, file_format: str, image: LoadedImage) -> None:
     """Save ``encoded`` of 8 bits through Pillow, with the metadata of ``image`` that the format can hold."""
     notes = _notes(image)
+    name = FORMATS[file_format].pillow[0]
     if file_format == "jpeg":
         blocks = {name: data for name, data in notes.items() if name not in ("exif", "xmp") or _fits(name, data)}
-        encoded.save(stream, "JPEG", quality=_JPEG_QUALITY, subsampling=0, **blocks)
+        comment = dict(image.texts).get(COMMENT)
+        if comment:
+            blocks["comment"] = comment.encode("utf-8", "surrogateescape")[:_MAX_JPEG_BLOCK]
+        if image.iptc is not None and _fits("IPTC", image.iptc):
+            blocks["extra"] = iptc_segment(image.iptc)
+        encoded.save(stream, name, quality=_QUALITY, subsampling=0, **blocks)
     elif file_format == "png":
-        texts = PngInfo()
-        if "xmp" in notes:
-            texts.add(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + notes.pop("xmp"))
-        encoded.save(stream, "PNG", compress_level=PNG_COMPRESSION, pnginfo=texts, **notes)
+        encoded.save(stream, name, compress_level=PNG_COMPRESSION, pnginfo=_png_info(image, notes), **notes)
     elif file_format == "webp":
         notes.pop("dpi", None)
-        lossless = image.lossless and image.format == "webp"
-        encoded.save(stream, "WEBP", quality=_WEBP_QUALITY, lossless=lossless, **notes)
+        if image.gray:  # WebP has three channels, a profile of gray does not fit them
+            notes.pop("icc_profile", None)
+        encoded.save(stream, name, quality=_QUALITY, lossless=image.lossless and image.format == "webp", **notes)
+    elif file_format == "bmp":
+        encoded.save(stream, name, **{name: value for name, value in notes.items() if name == "dpi"})
     else:
-        encoded.save(stream, "BMP", **{name: value for name, value in notes.items() if name == "dpi"})
+        notes.pop("dpi", None)
+        encoded.save(stream, name, quality=_QUALITY, **_OPTIONS[file_format], **notes)
+
+
+def _png_info(image: LoadedImage, notes: dict[str, Any]) -> PngInfo:
+    """The chunks of XMP, which is taken out of ``notes``, of texts and of code points."""
+    info = PngInfo()
+    if image.cicp is not None:
+        info.add(b"cICP", bytes(image.cicp))
+    if "xmp" in notes:
+        info.add(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + notes.pop("xmp"))
+    for key, text in image.texts:
+        keyword, readable = key.encode("latin-1", "replace")[:79].decode("latin-1"), text.encode("utf-8", "replace")
+        if keyword.strip():
+            info.add_text(keyword, readable.decode())  # as iTXt where it is not Latin-1
+    return info
 
 
 def _fits(name: str, data: bytes) -> bool:
@@ -153,28 +217,36 @@ def _fits(name: str, data: bytes) -> bool:
     return False
 
 
-def _exif(image: LoadedImage) -> Image.Exif | None:
-    """The EXIF block with its image size brought up to date."""
-    if image.exif is None:
-        return None
-    exif = Image.Exif()
-    exif.load(image.exif)
-    inner = exif.get_ifd(ExifTags.IFD.Exif)
-    for tag, side in ((ExifTags.Base.ExifImageWidth, image.width), (ExifTags.Base.ExifImageHeight, image.height)):
-        if tag in inner:
-            inner[tag] = side
-    return exif
-
-
 def _notes(image: LoadedImage) -> dict[str, Any]:
     exif = _exif(image)
     notes = {
         "icc_profile": image.icc,
         "exif": exif.tobytes() if exif else None,
-        "xmp": image.xmp,
+        "xmp": _xmp(image),
         "dpi": image.dpi,
     }
     return {name: value for name, value in notes.items() if value is not None}
+
+
+def _exif(image: LoadedImage) -> Image.Exif | None:
+    return None if image.exif is None else resized_exif(image.exif, image.width, image.height)
+
+
+def _xmp(image: LoadedImage) -> bytes | None:
+    return None if image.xmp is None else resized_xmp(image.xmp, image.width, image.height)
+
+
+def _encode_heif(image: LoadedImage, stream: BinaryIO) -> None:
+    """Write 8 bits, or 10 of 16, through libheif."""
+    import pillow_heif
+
+    samples = interleaved(image.gray_as_rgb() if image.gray else image)
+    mode = ("RGB" if image.alpha is None else "RGBA") + (";16" if samples.dtype == np.uint16 else "")
+    file = pillow_heif.from_bytes(mode=mode, size=(image.width, image.height), data=samples.tobytes())
+    if image.icc is not None and not image.gray:
+        file.info["icc_profile"] = image.icc
+    notes = {name: value for name, value in _notes(image).items() if name in ("exif", "xmp")}
+    file.save(stream, quality=_HEIF_QUALITY, chroma=444, **notes)
 
 
 # ---- 16-bit PNG and TIFF, through libpng and tifffile ----
@@ -190,17 +262,17 @@ def _encode_png16(image: LoadedImage, stream: BinaryIO, label: str) -> None:
     one_pixel = io.BytesIO()
     _save(Image.new("L", (1, 1)), one_pixel, "png", image)
     encoded = memoryview(imagecodecs.png_encode(interleaved(image), level=PNG_COMPRESSION))
-    stream.write(encoded[:_PNG_HEADER])
+    stream.write(encoded[:PNG_HEADER])
     stream.write(_ancillary_chunks(one_pixel.getvalue()))
-    stream.write(encoded[_PNG_HEADER:])
+    stream.write(encoded[PNG_HEADER:])
 
 
 def _ancillary_chunks(data: bytes) -> bytes:
     """The chunks between header and samples of a PNG that is all right."""
-    offset = _PNG_HEADER
+    offset = PNG_HEADER
     while data[offset + 4 : offset + 8] != b"IDAT":
         offset += 12 + int.from_bytes(data[offset : offset + 4])
-    return data[_PNG_HEADER:offset]
+    return data[PNG_HEADER:offset]
 
 
 def _encode_tiff(image: LoadedImage, stream: BinaryIO) -> None:
@@ -208,7 +280,7 @@ def _encode_tiff(image: LoadedImage, stream: BinaryIO) -> None:
     import tifffile
 
     if image.gray and image.alpha is not None and image.pixels.dtype == np.uint16:  # which few readers know
-        image = replace(image, pixels=image.pixels.repeat(3, axis=2))
+        image = image.gray_as_rgb()
     samples = interleaved(image)
     exif, tags = _exif(image), []
     if exif is not None:
@@ -216,8 +288,9 @@ def _encode_tiff(image: LoadedImage, stream: BinaryIO) -> None:
         with tifffile.TiffFile(io.BytesIO(exif.tobytes().removeprefix(b"Exif\0\0"))) as block:
             tags = [tag.astuple() for tag in block.pages.first.tags if tag.code not in _TIFF_RESOLUTION]
         tags += [(stand_in, tifffile.DATATYPE.LONG, 1, 0, True) for tag, stand_in in _STAND_INS.items() if tag in exif]
-    if image.xmp is not None:
-        tags.append((700, tifffile.DATATYPE.BYTE, len(image.xmp), image.xmp, True))
+    for tag, content in ((700, _xmp(image)), (33723, image.iptc)):
+        if content is not None:
+            tags.append((tag, tifffile.DATATYPE.BYTE, len(content), content, True))
     tifffile.imwrite(
         stream,
         samples,
@@ -251,7 +324,7 @@ def _add_directories(exif: Image.Exif, stream: BinaryIO) -> None:
         if tag in exif:
             directory = ImageFileDirectory_v2(b"II*\0\0\0\0\0")
             for inner, value in exif.get_ifd(tag).items():
-                directory[inner] = value
+                directory[inner] = exif.get_ifd(inner) if inner == ExifTags.IFD.Interop else value
             offset = stream.seek(0, io.SEEK_END)
             stream.write(directory.tobytes(offset))
             stream.seek(page.tags[stand_in].offset)
