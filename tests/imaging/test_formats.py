@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import struct
+import subprocess
 import sys
 import threading
 import zlib
@@ -364,3 +365,15 @@ def test_damaged_exif_costs_no_image(caplog: pytest.LogCaptureFixture) -> None:
     broken = data[:place] + b"II+\0" + data[place + 4 :]
     assert read_image(broken, "odd.jpg").pixels.shape == SMOOTH.shape
     assert "odd.jpg: EXIF data is damaged and left out" in caplog.text
+
+
+# ---- Anything at all ----
+
+
+def test_damaged_images_of_every_kind_end_in_an_image_or_one_line(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "fuzz_images.py"
+    command = [sys.executable, str(script), "--count", "300", "--keep", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "read" in result.stdout
+    assert "refused" in result.stdout

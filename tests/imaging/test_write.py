@@ -77,7 +77,7 @@ def test_metadata_is_kept_with_the_new_size(tmp_path: Path, ending: str) -> None
 def test_metadata_too_large_for_a_jpeg_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     image = read_image(encode_image(full_image(xmp=b"<x>" + b" " * 70_000), "jpeg"))
     assert image.xmp is None
-    assert "XMP data of 70003 bytes" in caplog.text
+    assert "output: XMP of 70003 bytes" in caplog.text
 
 
 def test_lossless_webp_stays_lossless_and_lossy_stays_lossy() -> None:
@@ -112,7 +112,7 @@ def test_a_failure_leaves_neither_half_nor_temporary_file(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="holds at most"):
         write_image(LoadedImage(pixels=np.zeros((1, 16_384, 3), np.uint8)), target, "webp")
     broken = full_image(icc="not bytes")
-    with pytest.raises((TypeError, AttributeError)):
+    with pytest.raises(UserError, match=r"a\.png: cannot be written as PNG"):
         write_image(broken, target)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     assert target.read_bytes() == b"before"

@@ -200,7 +200,7 @@ _RAW_TAGS = (34310, 50740, 50752, 46275)  # Leaf, DNG private data (SR2), CR2 sl
 _MOST_DIRECTORIES = 16
 
 
-def check_tiff(file: tifffile.TiffFile) -> None:
+def check_tiff(file: tifffile.TiffFile, most_pixels: int) -> None:
     """Raise UserError for camera raw, for a first image that is a reduced copy, and for a structure beyond limits."""
     page = file.pages.first
     if _DNG_VERSION in page.tags:
@@ -214,12 +214,17 @@ def check_tiff(file: tifffile.TiffFile) -> None:
         raise UserError(
             "the first image of this TIFF is a reduced copy of another one, as the preview of camera raw is"
         )
+    check_pixels(page.imagewidth, page.imagelength, most_pixels)
     segments = max(np.size(page.tags.valueof(tag, ())) for tag in (273, 324))
-    tile = (page.tags.valueof(322, 16), page.tags.valueof(323, 16))
-    if segments > _MOST_SEGMENTS or min(tile) < _SMALLEST_TILE:
+    width, height = page.tags.valueof(322, 16), page.tags.valueof(323, 16)
+    if segments > _MOST_SEGMENTS or min(width, height) < _SMALLEST_TILE or width * height > most_pixels:
         raise UserError(
-            f"{segments:,} strips or tiles, tiles of {tile[0]} x {tile[1]}; "
+            f"{segments:,} strips or tiles, tiles of {width} x {height}; "
             f"accepted: at most {_MOST_SEGMENTS:,}, of at least {_SMALLEST_TILE} x {_SMALLEST_TILE}"
+        )
+    if page.samplesperpixel > _MOST_CHANNELS or page.imagedepth > 1:
+        raise UserError(
+            f"{page.samplesperpixel} channels, depth {page.imagedepth}; accepted: {_MOST_CHANNELS}, depth 1"
         )
 
 
@@ -245,6 +250,7 @@ def _further_directories(file: tifffile.TiffFile) -> Iterator[tifffile.TiffTags]
 _MOST_SCANS = 200
 _MOST_SEGMENTS = 300_000
 _SMALLEST_TILE = 8
+_MOST_CHANNELS = 32
 _MOST_CHUNKS = 100_000
 _DEFLATE_RATIO = 1032
 """The most bytes that one byte of a deflate stream can become."""

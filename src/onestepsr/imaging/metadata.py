@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ _TIFF_STRUCTURE = frozenset(
     | {33550, 33922, 34264, 34735, 34736, 34737}  # where on earth the old pixels lie (GeoTIFF)
     | {37724, 50255}  # Photoshop's layers and annotations, of the old size
 )
+DIRECTORIES = (int(ExifTags.IFD.Exif), int(ExifTags.IFD.GPSInfo))
+"""Tags of EXIF that point to a directory which is written."""
 _OLD_PIXELS = (0x9102, 0x9214, 0xA214)  # compressed bits a pixel, subject area and location
 _OLD_SIZES = (0x1001, 0x1002)  # of the related image
 _MAKER_NOTE = int(ExifTags.Base.MakerNote)
@@ -85,7 +88,13 @@ def exif_block(exif: Image.Exif, label: str, *, keep_maker_note: bool = True) ->
         if note and (fixed or maker in _FIXED_NOTE_MAKERS or not keep_maker_note):
             logger.info("%s: the maker note of its EXIF describes or points into the old file and is left out", label)
             del inner[_MAKER_NOTE]
-        return exif.tobytes() if exif else None
+        block = exif.tobytes() if exif else None
+        if block is not None:  # some values are read, but not written again
+            again = resized_exif(block, 1, 1)
+            again.tobytes()
+            for tag in DIRECTORIES:
+                directory_block(again, tag, 8)
+        return block
     except Exception as error:  # noqa: BLE001  (whatever is wrong in it, it is worth less than the image)
         logger.warning("%s: EXIF data is damaged and left out (%s)", label, error)
         return None
@@ -100,6 +109,14 @@ def resized_exif(block: bytes, width: int, height: int) -> Image.Exif:
         if tag in inner:
             inner[tag] = side
     return exif
+
+
+def directory_block(exif: Image.Exif, tag: int, offset: int) -> bytes:
+    """The directory that the pointer ``tag`` of ``exif`` leads to, for ``offset`` in a little-endian TIFF."""
+    directory = ImageFileDirectory_v2(b"II*\0\0\0\0\0")
+    for inner, value in exif.get_ifd(tag).items():
+        directory[inner] = exif.get_ifd(inner) if inner == ExifTags.IFD.Interop else value
+    return directory.tobytes(offset)
 
 
 def is_adobe_rgb(exif: Image.Exif) -> bool:

@@ -92,9 +92,11 @@ __all__ = [
 logger = logging.getLogger(__name__)
 for _library in ("imagecodecs", "tifffile"):  # their warnings name no file; what matters raises
     logging.getLogger(_library).setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow's name none either
 
 _SAMPLE_FORMATS = {1: "", 2: " with a sign", 3: " in floating point", 4: "", 5: " as complex numbers"}
 _ASSOCIATED, _UNASSOCIATED = 1, 2
+_FAX_AND_JPEG = (2, 3, 4, 6, 7)  # compressions that Pillow decodes
 _GAIN_MAP = re.compile(rb"hdrgm:Version|urn:iso:std:iso:ts:21496|hdrgainmap|HDRGainMapVersion")
 _UPRIGHT_BY_DECODER = ("heif", "jxl")
 ACCEPTED_SAMPLES = "accepted: whole numbers of 8 or 16 bits per channel"
@@ -193,8 +195,7 @@ def _opened(data: bytes, kind: str, label: str, max_pixels: int) -> Iterator[Ima
     if FORMATS[kind].package:
         load_plugin(kind)
     # Pillow's own limit is a process-wide variable: it is set for the moment of opening only, then put back.
-    with _open_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _open_lock:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS[kind].pillow)
@@ -228,10 +229,8 @@ def _warn_of_frames(count: int, label: str) -> None:
 
 
 def _decode(image: Image.Image, data: bytes, kind: str | None, label: str) -> LoadedImage:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns about odd metadata; what matters raises
-        loaded = _decode_samples(image, data, kind, label)  # first: in a PNG metadata may stand behind the samples
-        exif = _exif_of(image, kind, label)
+    loaded = _decode_samples(image, data, kind, label)  # first: in a PNG metadata may stand behind the samples
+    exif = _exif_of(image, kind, label)
     lossless = kind not in ("jpeg", "avif", "heif", "jxl") and (kind != "webp" or _is_lossless_webp(data))
     return _finished(
         loaded
@@ -434,19 +433,18 @@ def _read_heif(data: bytes, kind: str, label: str, max_pixels: int) -> LoadedIma
 
 
 def _read_tiff(data: bytes, kind: str, label: str, max_pixels: int) -> LoadedImage:
-    """Decode gray and RGB of 9 to 16 bits with tifffile, all else with Pillow; metadata is tifffile's for both."""
+    """Decode gray and RGB of 8 to 16 bits with tifffile, all else with Pillow; metadata is tifffile's for both."""
     import tifffile
 
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
-        check_tiff(file)
-        check_pixels(page.imagewidth, page.imagelength, max_pixels)
+        check_tiff(file, max_pixels)
         if _has_second_page(file):
             logger.warning("%s: has several pages, only the first is used", label)
         bits = np.ravel(page.tags.valueof(258, 1)).tolist()
-        exif, deep = _exif_of_tiff(data, file, label), _is_deep(page, bits)
-        if deep:
-            loaded = replace(_deep_samples(page, max(bits), label), icc=page.tags.valueof(34675))
+        exif, plain = _exif_of_tiff(data, file, label), _is_plain(page, bits)
+        if plain:
+            loaded = replace(_plain_samples(page, max(bits), label), icc=page.tags.valueof(34675))
         else:
             with _opened(data, kind, label, max_pixels) as image:
                 loaded = _decode_samples(image, data, kind, label)
@@ -484,37 +482,38 @@ def _has_second_page(file: tifffile.TiffFile) -> bool:
         return False
 
 
-def _is_deep(page: tifffile.TiffPage, bits: list[int]) -> bool:
+def _is_plain(page: tifffile.TiffPage, bits: list[int]) -> bool:
     """Whether tifffile is to decode the samples; UserError for those that neither it nor Pillow decodes exactly."""
     kind = _SAMPLE_FORMATS.get(np.ravel(page.tags.valueof(339, 1))[0], " of an unknown kind")
-    photometric, depth = page.tags.valueof(262, 1), max(bits)
-    if not kind and (depth <= 8 or (photometric not in (0, 1, 2) and depth <= 16)) and set(bits) <= {1, 2, 4, 8, 16}:
-        return False
-    gray_of_32_bits = bits == [32] and page.dtype is not None and page.dtype.kind in "iu"
-    if not gray_of_32_bits and (kind or len(set(bits)) > 1 or not 9 <= depth <= 16):
+    gray_or_rgb, depth, one_depth = page.tags.valueof(262, 1) in (0, 1, 2), max(bits), len(set(bits)) == 1
+    if not kind and one_depth and gray_or_rgb and 8 <= depth <= 16 and page.compression not in _FAX_AND_JPEG:
+        return True
+    if bits == [32] and gray_or_rgb and page.dtype is not None and page.dtype.kind in "iu":
+        return True
+    if kind or depth > (8 if gray_or_rgb else 16) or not set(bits) <= {1, 2, 4, 8, 16}:
         named = "/".join(str(each) for each in bits[:4])
         raise UserError(f"TIFF samples of {named} bits{kind} are not supported; {ACCEPTED_SAMPLES}")
-    return True
+    return False
 
 
-def _deep_samples(page: tifffile.TiffPage, bits: int, label: str) -> LoadedImage:
+def _plain_samples(page: tifffile.TiffPage, bits: int, label: str) -> LoadedImage:
     """Decode a page; of its extra channels the first is alpha or none, the others are dropped with a warning."""
     separate, _, height, width, together = page.shaped
     planes = np.moveaxis(page.asarray().reshape(separate, height, width, together), 0, 2)
-    samples = _sixteen_bits(planes.reshape(height, width, -1), bits)
+    samples = planes.reshape(height, width, -1) if bits == 8 else _sixteen_bits(planes.reshape(height, width, -1), bits)
     channels, colours = samples.shape[2], 3 if page.photometric == 2 else 1
     if page.photometric == 0:  # white is zero
         samples = ~samples
-    extra = page.extrasamples[0] if page.extrasamples else 0
-    kept = colours + (extra in (_ASSOCIATED, _UNASSOCIATED))
+    extra = np.ravel(page.tags.valueof(338, _UNASSOCIATED))[0]  # a fourth channel that nothing is said of is alpha
+    kept = colours + (channels > colours and extra in (_ASSOCIATED, _UNASSOCIATED))
     if channels > kept:
         logger.warning("%s: %d of %d channels are dropped", label, channels - kept, channels)
     loaded = split_alpha(np.ascontiguousarray(samples[..., :kept]))
     if loaded.alpha is None or extra == _UNASSOCIATED:
         return loaded
-    share = np.maximum(loaded.alpha, 1).astype(np.uint64)[..., None]
-    colour = np.minimum((loaded.pixels * np.uint64(65535) + share // 2) // share, 65535)
-    return replace(loaded, pixels=colour.astype(np.uint16))
+    peak, share = np.uint64(np.iinfo(samples.dtype).max), np.maximum(loaded.alpha, 1).astype(np.uint64)[..., None]
+    colour = np.minimum((loaded.pixels * peak + share // 2) // share, peak)
+    return replace(loaded, pixels=colour.astype(samples.dtype))
 
 
 def _sixteen_bits(samples: NDArray[Any], bits: int = 16) -> NDArray[np.uint16]:

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from onestepsr.core.errors import UserError, error_context
+from onestepsr.core.errors import UserError, error_context, first_line
 from onestepsr.core.files import partial_path, remove_leftovers, replacing, writing
 from onestepsr.imaging.formats import EXTENSIONS, FORMATS, PNG_HEADER
 from onestepsr.imaging.icc import color_profile, is_hdr
 from onestepsr.imaging.image import LoadedImage, interleaved, samples_to_tensor, tensor_to_samples, to_eight_bits
-from onestepsr.imaging.metadata import COMMENT, iptc_segment, resized_exif, resized_xmp
+from onestepsr.imaging.metadata import COMMENT, DIRECTORIES, directory_block, iptc_segment, resized_exif, resized_xmp
 from onestepsr.imaging.read import load_plugin
 
 logger = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ PNG_COMPRESSION = 4
 _PNG16_SIDE_LIMIT = 1_000_000  # libpng's
 _TIFF_RESOLUTION = (282, 283, 296)
 # Free tags between the same neighbours: tifffile itself writes no pointers to directories of EXIF and GPS.
-_STAND_INS = {ExifTags.IFD.Exif: 34666, ExifTags.IFD.GPSInfo: 34854}
+_STAND_INS = dict(zip(DIRECTORIES, (34666, 34854), strict=True))
 _QUALITY = 95
 _OPTIONS: dict[str, dict[str, Any]] = {"avif": {"speed": 6, "subsampling": "4:4:4"}, "jxl": {"effort": 4}}
 _HEIF_QUALITY = 90  # libheif's scale, on which 95 is near lossless
@@ -115,15 +114,20 @@ def _encode(image: LoadedImage, stream: BinaryIO, file_format: str, label: str) 
         image = _over_white(to_eight_bits(image))
     if file_format == "jxl" and image.icc is not None:
         image = _as_srgb(image, label)
-    if file_format == "tiff":
-        _encode_tiff(image, stream)
-    elif file_format == "png" and deep:
-        _encode_png16(image, stream, label)
-    elif file_format == "heif":
-        _encode_heif(image, stream)
-    else:
-        image = to_eight_bits(image)
-        _save(Image.fromarray(interleaved(image)), stream, file_format, image)
+    try:
+        if file_format == "tiff":
+            _encode_tiff(image, stream)
+        elif file_format == "png" and deep:
+            _encode_png16(image, stream, label)
+        elif file_format == "heif":
+            _encode_heif(image, stream)
+        else:
+            image = to_eight_bits(image)
+            _save(Image.fromarray(interleaved(image)), stream, file_format, image, label)
+    except (UserError, MemoryError, OSError):
+        raise
+    except Exception as error:  # what codecs raise on unusual metadata
+        raise UserError(f"{label}: cannot be written as {held.name} ({first_line(error)})") from error
 
 
 def _warn_of_losses(image: LoadedImage, file_format: str, label: str) -> None:
@@ -170,16 +174,16 @@ def _as_srgb(image: LoadedImage, label: str) -> LoadedImage:
     return replace(image, pixels=pixels, icc=None)
 
 
-def _save(encoded: Image.Image, stream: BinaryIO, file_format: str, image: LoadedImage) -> None:
+def _save(encoded: Image.Image, stream: BinaryIO, file_format: str, image: LoadedImage, label: str) -> None:
     """Save ``encoded`` of 8 bits through Pillow, with the metadata of ``image`` that the format can hold."""
     notes = _notes(image)
     name = FORMATS[file_format].pillow[0]
     if file_format == "jpeg":
-        blocks = {name: data for name, data in notes.items() if name not in ("exif", "xmp") or _fits(name, data)}
+        blocks = {name: data for name, data in notes.items() if name not in ("exif", "xmp") or _fits(name, data, label)}
         comment = dict(image.texts).get(COMMENT)
         if comment:
             blocks["comment"] = comment.encode("utf-8", "surrogateescape")[:_MAX_JPEG_BLOCK]
-        if image.iptc is not None and _fits("IPTC", image.iptc):
+        if image.iptc is not None and _fits("IPTC", image.iptc, label):
             blocks["extra"] = iptc_segment(image.iptc)
         encoded.save(stream, name, quality=_QUALITY, subsampling=0, **blocks)
     elif file_format == "png":
@@ -210,10 +214,10 @@ def _png_info(image: LoadedImage, notes: dict[str, Any]) -> PngInfo:
     return info
 
 
-def _fits(name: str, data: bytes) -> bool:
+def _fits(name: str, data: bytes, label: str) -> bool:
     if len(data) <= _MAX_JPEG_BLOCK:
         return True
-    logger.warning("%s data of %d bytes does not fit into a JPEG and is left out", name.upper(), len(data))
+    logger.warning("%s: %s of %d bytes does not fit into a JPEG and is left out", label, name.upper(), len(data))
     return False
 
 
@@ -260,7 +264,7 @@ def _encode_png16(image: LoadedImage, stream: BinaryIO, label: str) -> None:
         raise UserError(f"{label}: {size} pixels, but a PNG of 16 bits holds at most {limit} a side: use --format tiff")
     # libpng writes the samples; the chunks of the metadata, behind the header (IHDR), are those that Pillow writes.
     one_pixel = io.BytesIO()
-    _save(Image.new("L", (1, 1)), one_pixel, "png", image)
+    _save(Image.new("L", (1, 1)), one_pixel, "png", image, label)
     encoded = memoryview(imagecodecs.png_encode(interleaved(image), level=PNG_COMPRESSION))
     stream.write(encoded[:PNG_HEADER])
     stream.write(_ancillary_chunks(one_pixel.getvalue()))
@@ -322,10 +326,7 @@ def _add_directories(exif: Image.Exif, stream: BinaryIO) -> None:
         page, form = file.pages.first, "<HHQQ" if file.is_bigtiff else "<HHII"
     for tag, stand_in in _STAND_INS.items():
         if tag in exif:
-            directory = ImageFileDirectory_v2(b"II*\0\0\0\0\0")
-            for inner, value in exif.get_ifd(tag).items():
-                directory[inner] = exif.get_ifd(inner) if inner == ExifTags.IFD.Interop else value
             offset = stream.seek(0, io.SEEK_END)
-            stream.write(directory.tobytes(offset))
+            stream.write(directory_block(exif, tag, offset))
             stream.seek(page.tags[stand_in].offset)
             stream.write(struct.pack(form, tag, tifffile.DATATYPE.LONG, 1, offset))
