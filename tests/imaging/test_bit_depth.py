@@ -231,3 +231,43 @@ def test_other_depths_are_refused_not_misread(channels: int, bits: int, kind: in
     data = twelve_bit_tiff(np.zeros((2, 3, channels)), bits=bits, kind=kind)
     with pytest.raises(UserError, match=rf"odd\.tif: {message}; accepted: whole numbers of 8 or 16 bits per channel"):
         read_image(data, "odd.tif")
+
+
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_cmyk_in_any_layout_with_alpha_and_spot_colours(
+    dtype: type, planar: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = np.random.default_rng(0).integers(0, 256, (9, 11, 6)).astype(dtype) * dtype(
+        257 if dtype != np.uint8 else 1
+    )
+    stored, stream = samples if planar == "contig" else np.moveaxis(samples, 2, 0), io.BytesIO()
+    options = {"photometric": "separated", "planarconfig": planar, "extrasamples": ["unassalpha", "unspecified"]}
+    tifffile.imwrite(stream, stored, metadata=None, **options)
+    image = read_image(stream.getvalue(), "spot.tif")
+    eight = (samples // dtype(257 if dtype != np.uint8 else 1)).astype(np.uint8)
+    expected = Image.fromarray(np.ascontiguousarray(eight[..., :4]), "CMYK").convert("RGB")
+    assert np.array_equal(image.pixels, np.asarray(expected))
+    assert np.array_equal(image.alpha, eight[..., 4])
+    assert "spot.tif: 1 of 6 channels are dropped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"photometric": "separated", "extratags": [(332, "H", 1, 2, True)]},
+            "TIFF of separated, 4 channels of 8 bits",
+        ),
+        (
+            {"photometric": "cielab", "planarconfig": "separate"},
+            "TIFF of cielab, 4 channels of 8 bits in separate planes",
+        ),
+    ],
+)
+def test_a_layout_that_is_not_read_is_named(options: dict, words: str) -> None:
+    samples, stream = np.zeros((4, 32, 48), np.uint8), io.BytesIO()
+    stored = samples if "planarconfig" in options else np.moveaxis(samples, 0, 2)
+    tifffile.imwrite(stream, stored, metadata=None, **options)
+    with pytest.raises(UserError, match=rf"^odd\.tif: {words}.*not supported; accepted: gray, RGB"):
+        read_image(stream.getvalue(), "odd.tif")

@@ -116,6 +116,17 @@ EXTENSIONS = {ending: key for ending, key in READABLE.items() if FORMATS[key].wr
 ACCEPTED = "accepted: " + ", ".join(entry.name for entry in FORMATS.values())
 
 
+def format_named(name: str) -> str:
+    """The format that ``name`` stands for, as an option gives it: by its name or one of its endings, in any case."""
+    key = name.lower().lstrip(".")
+    if key in FORMATS and FORMATS[key].write_bits:
+        return key
+    if f".{key}" in EXTENSIONS:
+        return EXTENSIONS[f".{key}"]
+    known = ", ".join(entry.endings[0][1:] for entry in FORMATS.values() if entry.write_bits)
+    raise UserError(f"'{name}' is no image format that can be written; accepted: {known}")
+
+
 def format_table() -> str:
     """The formats as a table in Markdown, for the documentation."""
     rows = [

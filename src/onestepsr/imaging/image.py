@@ -119,8 +119,8 @@ def to_eight_bits(image: LoadedImage) -> LoadedImage:
     """The same image with uint8 samples, rounded to nearest (65535 / 255 = 257 exactly)."""
     if image.pixels.dtype == np.uint8:
         return image
-    alpha = None if image.alpha is None else _narrow(image.alpha)
-    return replace(image, pixels=_narrow(image.pixels), alpha=alpha)
+    alpha = None if image.alpha is None else narrowed(image.alpha)
+    return replace(image, pixels=narrowed(image.pixels), alpha=alpha)
 
 
 def samples_to_tensor(samples: NDArray[Any]) -> Tensor:
@@ -137,7 +137,8 @@ def tensor_to_samples(values: Tensor, dtype: type[np.uint8] | type[np.uint16]) -
     return np.ascontiguousarray(scaled.permute(1, 2, 0).numpy().astype(dtype))
 
 
-def _narrow(samples: Samples) -> NDArray[np.uint8]:
+def narrowed(samples: Samples) -> NDArray[np.uint8]:
+    """16-bit samples with 8 bits, rounded to nearest."""
     return ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 

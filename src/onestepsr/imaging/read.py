@@ -53,6 +53,7 @@ from onestepsr.imaging.image import (
     LoadedImage,
     Samples,
     from_array,
+    narrowed,
     samples_to_tensor,
     split_alpha,
     tensor_to_samples,
@@ -96,10 +97,14 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow's name none either
 
 _SAMPLE_FORMATS = {1: "", 2: " with a sign", 3: " in floating point", 4: "", 5: " as complex numbers"}
 _ASSOCIATED, _UNASSOCIATED = 1, 2
+_SEPARATED = 5
+_COLOURS = {0: 1, 1: 1, 2: 3, _SEPARATED: 4}
+"""Channels of colour by photometric interpretation, for those that tifffile decodes."""
 _FAX_AND_JPEG = (2, 3, 4, 6, 7)  # compressions that Pillow decodes
-_GAIN_MAP = re.compile(rb"hdrgm:Version|urn:iso:std:iso:ts:21496|hdrgainmap|HDRGainMapVersion")
+_GAIN_MAPS = (b"hdrgm:Version", b"urn:iso:std:iso:ts:21496", b"hdrgainmap", b"HDRGainMapVersion")
 _UPRIGHT_BY_DECODER = ("heif", "jxl")
 ACCEPTED_SAMPLES = "accepted: whole numbers of 8 or 16 bits per channel"
+ACCEPTED_LAYOUTS = "accepted: gray, RGB, palette, CMYK and Lab of 8 bits, gray, RGB and CMYK of 16"
 _open_lock = threading.Lock()
 
 
@@ -199,7 +204,9 @@ def _opened(data: bytes, kind: str, label: str, max_pixels: int) -> Iterator[Ima
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS[kind].pillow)
-        except UnidentifiedImageError as error:
+        except Exception as error:
+            if kind == "tiff" or not (isinstance(error, UnidentifiedImageError) or FORMATS[kind].package):
+                raise
             raise UserError(f"truncated or damaged {FORMATS[kind].name} file (its header); {ACCEPTED}") from error
         finally:
             Image.MAX_IMAGE_PIXELS = before
@@ -269,7 +276,7 @@ def _exif_of(image: Image.Image, kind: str | None, label: str) -> Image.Exif:
 
 def _finished(loaded: LoadedImage, data: bytes, label: str, exif: Image.Exif, **metadata: Any) -> LoadedImage:
     """``loaded`` turned upright by its EXIF orientation, with the metadata that travels."""
-    gain_map = metadata.get("format") in ("jpeg", "avif", "heif") and _GAIN_MAP.search(data) is not None
+    gain_map = metadata.get("format") in ("jpeg", "avif", "heif") and any(name in data for name in _GAIN_MAPS)
     if gain_map:
         logger.warning("%s: its HDR gain map is left out, the result is the standard image", label)
     orientation = exif.get(ExifTags.Base.Orientation, 1)
@@ -444,10 +451,13 @@ def _read_tiff(data: bytes, kind: str, label: str, max_pixels: int) -> LoadedIma
         bits = np.ravel(page.tags.valueof(258, 1)).tolist()
         exif, plain = _exif_of_tiff(data, file, label), _is_plain(page, bits)
         if plain:
-            loaded = replace(_plain_samples(page, max(bits), label), icc=page.tags.valueof(34675))
+            loaded = _plain_samples(page, max(bits), label)
         else:
-            with _opened(data, kind, label, max_pixels) as image:
-                loaded = _decode_samples(image, data, kind, label)
+            try:
+                with _opened(data, kind, label, max_pixels) as image:
+                    loaded = _decode_samples(image, data, kind, label)
+            except UnidentifiedImageError as error:
+                raise UserError(f"{_layout(page, bits)} is not supported; {ACCEPTED_LAYOUTS}") from error
             exif[ExifTags.Base.Orientation] = 1  # Pillow has turned it
         if loaded.icc is None and page.photometric in (1, 2) and is_adobe_rgb(exif) and not loaded.gray:
             loaded = replace(loaded, icc=adobe_rgb_profile())
@@ -485,15 +495,28 @@ def _has_second_page(file: tifffile.TiffFile) -> bool:
 def _is_plain(page: tifffile.TiffPage, bits: list[int]) -> bool:
     """Whether tifffile is to decode the samples; UserError for those that neither it nor Pillow decodes exactly."""
     kind = _SAMPLE_FORMATS.get(np.ravel(page.tags.valueof(339, 1))[0], " of an unknown kind")
-    gray_or_rgb, depth, one_depth = page.tags.valueof(262, 1) in (0, 1, 2), max(bits), len(set(bits)) == 1
-    if not kind and one_depth and gray_or_rgb and 8 <= depth <= 16 and page.compression not in _FAX_AND_JPEG:
+    photometric, depth, one_depth = page.tags.valueof(262, 1), max(bits), len(set(bits)) == 1
+    if photometric == _SEPARATED and page.tags.valueof(332, 1) != 1:
+        raise UserError(f"{_layout(page, bits)}, of other inks than CMYK, is not supported; {ACCEPTED_LAYOUTS}")
+    exact = 8 <= depth <= 16 if photometric != _SEPARATED else depth in (8, 16)
+    if not kind and one_depth and exact and photometric in _COLOURS and page.compression not in _FAX_AND_JPEG:
         return True
-    if bits == [32] and gray_or_rgb and page.dtype is not None and page.dtype.kind in "iu":
+    if bits == [32] and photometric in (0, 1) and page.dtype is not None and page.dtype.kind in "iu":
         return True
-    if kind or depth > (8 if gray_or_rgb else 16) or not set(bits) <= {1, 2, 4, 8, 16}:
+    if kind or not set(bits) <= {1, 2, 4, 8, 16} or depth > (8 if photometric in (0, 1, 2) else 16):
         named = "/".join(str(each) for each in bits[:4])
         raise UserError(f"TIFF samples of {named} bits{kind} are not supported; {ACCEPTED_SAMPLES}")
     return False
+
+
+def _layout(page: tifffile.TiffPage, bits: list[int]) -> str:
+    """The layout of a TIFF in words."""
+    photometric = str(getattr(page.photometric, "name", page.photometric)).lower()
+    planes = " in separate planes" if page.planarconfig == 2 and page.samplesperpixel > 1 else ""
+    compression = str(getattr(page.compression, "name", page.compression)).lower()
+    return (
+        f"TIFF of {photometric}, {page.samplesperpixel} channels of {max(bits)} bits{planes}, compression {compression}"
+    )
 
 
 def _plain_samples(page: tifffile.TiffPage, bits: int, label: str) -> LoadedImage:
@@ -501,19 +524,28 @@ def _plain_samples(page: tifffile.TiffPage, bits: int, label: str) -> LoadedImag
     separate, _, height, width, together = page.shaped
     planes = np.moveaxis(page.asarray().reshape(separate, height, width, together), 0, 2)
     samples = planes.reshape(height, width, -1) if bits == 8 else _sixteen_bits(planes.reshape(height, width, -1), bits)
-    channels, colours = samples.shape[2], 3 if page.photometric == 2 else 1
-    if page.photometric == 0:  # white is zero
+    photometric, icc = page.tags.valueof(262, 1), page.tags.valueof(34675)
+    channels, colours = samples.shape[2], _COLOURS[photometric]
+    if channels < colours:
+        raise UserError(f"{_layout(page, [bits])} is not supported; {ACCEPTED_LAYOUTS}")
+    if photometric == 0:  # white is zero
         samples = ~samples
-    extra = np.ravel(page.tags.valueof(338, _UNASSOCIATED))[0]  # a fourth channel that nothing is said of is alpha
-    kept = colours + (channels > colours and extra in (_ASSOCIATED, _UNASSOCIATED))
-    if channels > kept:
-        logger.warning("%s: %d of %d channels are dropped", label, channels - kept, channels)
-    loaded = split_alpha(np.ascontiguousarray(samples[..., :kept]))
-    if loaded.alpha is None or extra == _UNASSOCIATED:
-        return loaded
-    peak, share = np.uint64(np.iinfo(samples.dtype).max), np.maximum(loaded.alpha, 1).astype(np.uint64)[..., None]
-    colour = np.minimum((loaded.pixels * peak + share // 2) // share, peak)
-    return replace(loaded, pixels=colour.astype(samples.dtype))
+    extra = np.ravel(page.tags.valueof(338, _UNASSOCIATED))[0]  # a further channel that nothing is said of is alpha
+    has_alpha = channels > colours and extra in (_ASSOCIATED, _UNASSOCIATED)
+    if channels > colours + has_alpha:
+        logger.warning("%s: %d of %d channels are dropped", label, channels - colours - has_alpha, channels)
+    pixels = np.ascontiguousarray(samples[..., :colours])
+    alpha = np.ascontiguousarray(samples[..., colours]) if has_alpha else None
+    if alpha is not None and extra == _ASSOCIATED:
+        peak, share = np.uint64(np.iinfo(samples.dtype).max), np.maximum(alpha, 1).astype(np.uint64)[..., None]
+        pixels = np.minimum((pixels * peak + share // 2) // share, peak).astype(samples.dtype)
+    if photometric != _SEPARATED:
+        return LoadedImage(pixels=pixels, alpha=alpha, icc=icc)
+    if bits == 16:
+        logger.info("%s: 16 bits of CMYK are converted with 8", label)
+    cmyk = Image.fromarray(pixels if bits == 8 else narrowed(pixels), "CMYK")
+    rgb = np.array(cmyk_or_lab_to_rgb(cmyk, icc, label))
+    return LoadedImage(pixels=rgb, alpha=narrowed(alpha) if alpha is not None and bits == 16 else alpha)
 
 
 def _sixteen_bits(samples: NDArray[Any], bits: int = 16) -> NDArray[np.uint16]:
