@@ -231,6 +231,25 @@ def test_a_profile_wins_over_other_statements() -> None:
     assert read_image(data[:33] + chunk(b"gAMA", struct.pack(">I", 100_000)) + data[33:]).icc == icc
 
 
+def test_code_points_of_a_png_come_before_its_profile() -> None:
+    stream = io.BytesIO()
+    Image.fromarray(COLOURS).save(stream, "PNG", icc_profile=matrix_icc(ADOBE_RGB, GAMMA_22))
+    data = stream.getvalue()
+    p3, pq = (read_image(data[:33] + chunk(b"cICP", bytes([9 + 3 * (t == 13), t, 0, 1])) + data[33:]) for t in (13, 16))
+    assert p3.icc == cicp_profile((12, 13, 0, 1))
+    assert (pq.icc, pq.cicp) == (None, (9, 16, 0, 1))
+
+
+def test_a_profile_that_codes_for_hdr_is_kept_and_not_applied() -> None:
+    plain = matrix_icc(ADOBE_RGB, GAMMA_22)
+    assert color_profile(plain) is not None
+    tag = b"cicp\0\0\0\0" + bytes([9, 16, 0, 1])
+    place = plain.index(b"cprt")  # its text is not needed
+    hdr = plain[:place] + b"cicp" + struct.pack(">II", len(plain), len(tag)) + plain[place + 12 :] + tag
+    assert color_profile(hdr) is None
+    assert color_profile(b"\0" * 128 + b"\xff" * 40) is None
+
+
 def test_adobe_rgb_that_only_exif_states() -> None:
     exif = Image.Exif()
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.IFD.Interop] = {1: "R03"}

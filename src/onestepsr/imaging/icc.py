@@ -47,8 +47,8 @@ class ColorProfile:
 
 
 def color_profile(icc: bytes | None) -> ColorProfile | None:
-    """The profile when converting is needed and possible, else None (sRGB itself, gray, one direction, damaged)."""
-    if icc is None:
+    """The profile when converting is needed and possible; else None: sRGB itself, gray, HDR, one direction, damaged."""
+    if icc is None or is_hdr_profile(icc):
         return None
     profile = ColorProfile(icc)
     ramp = torch.linspace(0.0, 1.0, 17)
@@ -94,8 +94,19 @@ Cicp = tuple[int, int, int, int]
 
 
 def is_hdr(cicp: Cicp) -> bool:
-    """Whether samples are coded for HDR (PQ or HLG), for which no profile says the same."""
+    """True if samples are coded for HDR (PQ or HLG), for which no profile says the same."""
     return cicp[1] in (_PQ, _HLG)
+
+
+def is_hdr_profile(icc: bytes | None) -> bool:
+    """True if a profile says by its tag ``cicp`` (ICC.1:2022, 9.2.17) that samples are coded for HDR."""
+    if icc is None or len(icc) < 132:
+        return False
+    for index in range(min(int.from_bytes(icc[128:132]), 100)):
+        name, offset = struct.unpack_from(">4sI", icc.ljust(132 + 12 * 100, b"\0"), 132 + 12 * index)
+        if name == b"cicp":
+            return icc[offset + 9 : offset + 10] in (bytes([_PQ]), bytes([_HLG]))
+    return False
 
 
 def cicp_profile(cicp: Cicp) -> bytes | None:

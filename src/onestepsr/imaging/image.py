@@ -35,7 +35,7 @@ class LoadedImage:
     pixels: Samples
     alpha: Samples | None = None
     icc: bytes | None = None
-    """ICC profile of ``pixels``; None means sRGB."""
+    """ICC profile of ``pixels``; None means sRGB, or what ``cicp`` says."""
     exif: bytes | None = None
     """EXIF block whose orientation is 1, as Pillow's savers take it."""
     xmp: bytes | None = None
@@ -48,7 +48,7 @@ class LoadedImage:
     format: str | None = None
     """The file format it came from, by its name in :mod:`onestepsr.imaging.formats`; None when from memory."""
     lossless: bool = True
-    """Whether that file held the samples without loss."""
+    """True if that file held the samples without loss."""
 
     def __post_init__(self) -> None:
         shape, kind = self.pixels.shape, self.pixels.dtype
@@ -69,7 +69,7 @@ class LoadedImage:
 
     @property
     def gray(self) -> bool:
-        """Whether there is one channel only."""
+        """True if there is one channel only."""
         return int(self.pixels.shape[2]) == 1
 
     def gray_as_rgb(self) -> LoadedImage:

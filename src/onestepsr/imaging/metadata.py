@@ -120,7 +120,7 @@ def directory_block(exif: Image.Exif, tag: int, offset: int) -> bytes:
 
 
 def is_adobe_rgb(exif: Image.Exif) -> bool:
-    """Whether EXIF states Adobe RGB (DCF 2.0: interoperability index R03)."""
+    """True if EXIF states Adobe RGB (DCF 2.0: interoperability index R03)."""
     try:
         inner = exif.get_ifd(ExifTags.IFD.Exif)
         return ExifTags.IFD.Interop in inner and exif.get_ifd(ExifTags.IFD.Interop).get(1) in ("R03", "R03\0")

@@ -48,6 +48,7 @@ from onestepsr.imaging.icc import (
     cmyk_or_lab_to_rgb,
     gamma_profile,
     is_hdr,
+    is_hdr_profile,
 )
 from onestepsr.imaging.image import (
     LoadedImage,
@@ -239,10 +240,10 @@ def _decode(image: Image.Image, data: bytes, kind: str | None, label: str) -> Lo
     loaded = _decode_samples(image, data, kind, label)  # first: in a PNG metadata may stand behind the samples
     exif = _exif_of(image, kind, label)
     lossless = kind not in ("jpeg", "avif", "heif", "jxl") and (kind != "webp" or _is_lossless_webp(data))
+    if image.mode not in ("CMYK", "LAB"):
+        loaded = _with_stated_colours(loaded, image, data, exif, label)
     return _finished(
-        loaded
-        if loaded.icc or image.mode in ("CMYK", "LAB")
-        else _with_stated_colours(loaded, image, data, exif, label),
+        loaded,
         data,
         label,
         exif,
@@ -292,12 +293,16 @@ def _finished(loaded: LoadedImage, data: bytes, label: str, exif: Image.Exif, **
 def _with_stated_colours(
     loaded: LoadedImage, image: Image.Image, data: bytes, exif: Image.Exif, label: str
 ) -> LoadedImage:
-    """``loaded``, which has no profile, with one for the colours that the file states in another way."""
+    """``loaded`` with a profile of the colours that the file states in another way, unless it has one."""
     cicp = _stated_cicp(data)
-    if cicp is not None:
-        if is_hdr(cicp):
+    # In a PNG code points come before a profile (PNG, third edition, section 4.3), in AVIF and HEIF behind it.
+    if cicp is not None and (loaded.icc is None or image.format == "PNG"):
+        if is_hdr(cicp):  # what stands in for them in a profile would clip them
             logger.warning("%s: HDR samples (PQ or HLG) are enlarged as they are, in their own coding", label)
-        return replace(loaded, icc=None if loaded.gray else cicp_profile(cicp), cicp=cicp)
+            return replace(loaded, icc=loaded.icc if is_hdr_profile(loaded.icc) else None, cicp=cicp)
+        return replace(loaded, icc=None if loaded.gray else cicp_profile(cicp) or loaded.icc, cicp=cicp)
+    if loaded.icc is not None:
+        return loaded
     if image.format == "PNG" and "srgb" not in image.info and "gamma" in image.info:
         return replace(loaded, icc=gamma_profile(image.info["gamma"], image.info.get("chromaticity"), loaded.gray))
     if not loaded.gray and is_adobe_rgb(exif):
@@ -320,7 +325,7 @@ def _stated_cicp(data: bytes) -> Cicp | None:
 
 
 def _is_lossless_webp(data: bytes) -> bool:
-    """Whether the first image chunk of a RIFF container is one of lossless WebP; a profile may stand before it."""
+    """True if the first image chunk of a RIFF container is one of lossless WebP; a profile may stand before it."""
     return next((kind == b"VP8L" for kind, _ in _webp_chunks(data, frames=True) if kind in (b"VP8L", b"VP8 ")), False)
 
 
@@ -431,8 +436,7 @@ def _read_heif(data: bytes, kind: str, label: str, max_pixels: int) -> LoadedIma
         exif = _exif_of(image, kind, label)
         samples = np.asarray(file[file.primary_index])
         loaded = split_alpha(samples, info.get("icc_profile") or None)
-        if loaded.icc is None:
-            loaded = _with_stated_colours(loaded, image, data, exif, label)
+        loaded = _with_stated_colours(loaded, image, data, exif, label)
     return _finished(loaded, data, label, exif, xmp=xmp_packet(info.get("xmp"), label), format=kind, lossless=False)
 
 
@@ -493,7 +497,7 @@ def _has_second_page(file: tifffile.TiffFile) -> bool:
 
 
 def _is_plain(page: tifffile.TiffPage, bits: list[int]) -> bool:
-    """Whether tifffile is to decode the samples; UserError for those that neither it nor Pillow decodes exactly."""
+    """True if tifffile is to decode the samples; UserError for those that neither it nor Pillow decodes exactly."""
     kind = _SAMPLE_FORMATS.get(np.ravel(page.tags.valueof(339, 1))[0], " of an unknown kind")
     photometric, depth, one_depth = page.tags.valueof(262, 1), max(bits), len(set(bits)) == 1
     if photometric == _SEPARATED and page.tags.valueof(332, 1) != 1:
