@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import onestepsr
-from onestepsr.imaging import read, write
+from onestepsr.imaging import read
+from onestepsr.imaging.formats import FORMATS
 from onestepsr.train.recipes import load_run, recipe_names
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +110,8 @@ def test_every_environment_variable_is_on_its_page() -> None:
 
 def test_limits_of_images_are_on_their_page() -> None:
     page = (ROOT / "docs" / "images.md").read_text(encoding="utf-8")
-    for limit in (read.MAX_PIXELS, read.MAX_BYTES, *(n for n in write._SIDE_LIMITS.values() if n < 2**31 - 1)):
+    sides = [entry.side_limit for entry in FORMATS.values()]
+    for limit in (read.MAX_PIXELS, read.MAX_BYTES, *(n for n in sides if n < 2**31 - 1)):
         assert f"{limit:,}" in page
     for ending in read.EXTENSIONS:
         assert re.search(rf"\{ending}\b", page)

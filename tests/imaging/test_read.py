@@ -56,24 +56,24 @@ def png_header(width: int, height: int, *more: bytes) -> bytes:
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "WEBP"])
 def test_rgb_of_lossless_formats_is_read_exactly(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
-    picture = read_image(encoded(Image.fromarray(RGB), kind, **options))
-    assert np.array_equal(picture.pixels, RGB)
-    assert picture.alpha is None
-    assert picture.lossless
-    assert picture.format == kind.lower()
+    image = read_image(encoded(Image.fromarray(RGB), kind, **options))
+    assert np.array_equal(image.pixels, RGB)
+    assert image.alpha is None
+    assert image.lossless
+    assert image.format == kind.lower()
 
 
 def test_jpeg_is_near_and_marked_lossy() -> None:
     smooth = np.linspace(0, 255, 32 * 48 * 3).reshape(32, 48, 3).astype(np.uint8)
-    picture = read_image(encoded(Image.fromarray(smooth), "JPEG", quality=95))
-    assert np.abs(picture.pixels.astype(int) - smooth).max() < 12
-    assert (picture.format, picture.lossless) == ("jpeg", False)
+    image = read_image(encoded(Image.fromarray(smooth), "JPEG", quality=95))
+    assert np.abs(image.pixels.astype(int) - smooth).max() < 12
+    assert (image.format, image.lossless) == ("jpeg", False)
 
 
 def test_one_bit_and_gray_stay_one_channel() -> None:
     bits = RNG.integers(0, 2, (5, 11)).astype(bool)
-    picture = read_image(encoded(Image.fromarray(bits)))
-    assert np.array_equal(picture.pixels[..., 0], bits * np.uint8(255))
+    image = read_image(encoded(Image.fromarray(bits)))
+    assert np.array_equal(image.pixels[..., 0], bits * np.uint8(255))
     assert read_image(encoded(Image.fromarray(RGB[..., 0]))).gray
 
 
@@ -111,10 +111,10 @@ def test_the_transparent_gray_is_one_of_the_files_own_depth(bits: int) -> None:
     end = chunk(b"IDAT", zlib.compress(b"\0" + packed)) + chunk(b"IEND", b"")
     for key in values:
         high = 0xFF00 if bits > 1 and key % 2 else 0  # bits beyond the depth mean nothing; of one bit Pillow reads all
-        picture = read_image(b"\x89PNG\r\n\x1a\n" + header + chunk(b"tRNS", struct.pack(">H", key | high)) + end)
-        assert picture.pixels[0, :, 0].tolist() == [value * (255 // (2**bits - 1)) for value in values]
-        assert picture.alpha is not None
-        assert picture.alpha.tolist() == [[255 * (value != key) for value in values]]
+        image = read_image(b"\x89PNG\r\n\x1a\n" + header + chunk(b"tRNS", struct.pack(">H", key | high)) + end)
+        assert image.pixels[0, :, 0].tolist() == [value * (255 // (2**bits - 1)) for value in values]
+        assert image.alpha is not None
+        assert image.alpha.tolist() == [[255 * (value != key) for value in values]]
 
 
 def test_cmyk_becomes_rgb() -> None:
@@ -133,9 +133,9 @@ def test_transparency_is_turned_with_the_colours(orientation: int, quarters: int
     samples = np.random.default_rng(0).integers(0, 256, (3, 5, 4), dtype=np.uint8)
     samples[..., 3] |= 1  # WebP may change colours that are not seen
     options = {"lossless": True} if file_format == "WEBP" else {}
-    picture = read_image(encoded(Image.fromarray(samples), file_format, exif=exif, **options))
-    assert picture.alpha is not None
-    assert np.array_equal(np.dstack([picture.pixels, picture.alpha]), np.rot90(samples, quarters))
+    image = read_image(encoded(Image.fromarray(samples), file_format, exif=exif, **options))
+    assert image.alpha is not None
+    assert np.array_equal(np.dstack([image.pixels, image.alpha]), np.rot90(samples, quarters))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -146,12 +146,12 @@ def test_orientation_is_applied_and_reset_with_the_rest_kept(orientation: int) -
     exif.get_ifd(ExifTags.IFD.GPSInfo)[1] = "N"
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.LensModel] = "Lens"
     data = encoded(Image.fromarray(RGB), exif=exif.tobytes())
-    picture = read_image(data)
+    image = read_image(data)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    assert np.array_equal(picture.pixels, np.asarray(expected))
+    assert np.array_equal(image.pixels, np.asarray(expected))
     kept = Image.Exif()
-    assert picture.exif is not None
-    kept.load(picture.exif)
+    assert image.exif is not None
+    kept.load(image.exif)
     assert (kept[ExifTags.Base.Orientation], kept[ExifTags.Base.Make]) == (1, "Maker")
     assert kept.get_ifd(ExifTags.IFD.GPSInfo)[1] == "N"
     assert kept.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.LensModel] == "Lens"
@@ -159,17 +159,17 @@ def test_orientation_is_applied_and_reset_with_the_rest_kept(orientation: int) -
 
 def test_xmp_profile_and_resolution_are_kept() -> None:
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
-    picture = read_image(encoded(Image.fromarray(RGB), "JPEG", xmp=xmp, icc_profile=b"profile", dpi=(300, 150)))
-    assert picture.xmp == xmp.replace(b'"6"', b'"1"')
-    assert picture.icc == b"profile"
-    assert picture.dpi == (300, 150)
+    image = read_image(encoded(Image.fromarray(RGB), "JPEG", xmp=xmp, icc_profile=b"profile", dpi=(300, 150)))
+    assert image.xmp == xmp.replace(b'"6"', b'"1"')
+    assert image.icc == b"profile"
+    assert image.dpi == (300, 150)
 
 
 def test_first_frame_of_an_animation_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     with caplog.at_level(logging.WARNING):
-        picture = read_image(encoded(frames[0], "PNG", save_all=True, append_images=frames[1:]), "moving.png")
-    assert picture.pixels[0, 0].tolist() == [255, 0, 0]
+        image = read_image(encoded(frames[0], "PNG", save_all=True, append_images=frames[1:]), "moving.png")
+    assert image.pixels[0, 0].tolist() == [255, 0, 0]
     assert "moving.png: has 2 frames" in caplog.text
 
 
@@ -179,14 +179,16 @@ def test_first_frame_of_an_animation_with_a_warning(caplog: pytest.LogCaptureFix
         (png_header(20_000, 20_000), "400,000,000 pixels"),
         (b"", "empty (0 bytes)"),
         (b"hello, I am text", "not an image"),
-        (b"\x89PNG\r\n\x1a\n", "not an image"),
-        (png_header(40_000, 40_000), "claims more than 250,000,000 pixels"),
-        (encoded(Image.new("F", (3, 3)), "TIFF"), "floating-point samples are not supported; accepted: whole numbers"),
+        (b"\x89PNG\r\n\x1a\n", "truncated or damaged PNG file"),
+        (png_header(40_000, 40_000), "1,600,000,000 pixels, the limit is 250,000,000"),
+        (
+            encoded(Image.new("F", (3, 3)), "TIFF"),
+            "TIFF samples of 32 bits in floating point are not supported; accepted: whole numbers",
+        ),
         (encoded(Image.new("I", (3, 3), -5), "TIFF"), "32-bit samples from -5 to -5, beyond 0 to 65535; accepted: "),
         (encoded(Image.new("I", (3, 3), 70_000), "TIFF"), "32-bit samples from 70000 to 70000, beyond"),
-        (encoded(Image.new("RGB", (8, 8)), "GIF"), "not an image"),
     ],
-    ids=["large", "empty", "text", "signature", "huge", "float", "negative", "large numbers", "gif"],
+    ids=["large", "empty", "text", "signature", "huge", "float", "negative", "large numbers"],
 )
 def test_bad_inputs_are_one_line_that_names_the_file(data: bytes, part: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -212,20 +214,20 @@ def test_a_damaged_byte_gives_a_image_or_a_user_error(kind: str, position: int, 
     data = bytearray(encoded(Image.fromarray(RGB), kind))
     data[position % len(data)] ^= change
     try:
-        picture = read_image(bytes(data), max_pixels=10_000)
+        image = read_image(bytes(data), max_pixels=10_000)
     except UserError:
         return
-    assert picture.width * picture.height <= 10_000
+    assert image.width * image.height <= 10_000
 
 
 def test_compressed_text_bomb_is_refused_or_ignored() -> None:
     bomb = b"Comment\0\0" + zlib.compress(b"\0" * 80_000_000)
     data = png_header(4, 4, chunk(b"zTXt", bomb), chunk(b"iCCP", b"icc\0\0" + bomb[9:]))
     try:
-        picture = read_image(data)
+        image = read_image(data)
     except UserError:
         return
-    assert picture.icc is None
+    assert image.icc is None
 
 
 def test_missing_folder_and_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +296,7 @@ def test_a_large_profile_does_not_hide_how_a_webp_was_written(lossless: bool) ->
 def test_layers_and_georeference_of_the_old_size_stay_behind() -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Artist], exif[37724], exif[33550] = "me", b"layers", (10.0, 10.0, 0.0)
-    block = exif_block(exif)
+    block = exif_block(exif, "a")
     assert block is not None
     again = Image.Exif()
     again.load(block)

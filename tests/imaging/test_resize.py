@@ -50,3 +50,24 @@ def test_hidden_pixels_take_visible_colours_and_visible_ones_stay() -> None:
     kept = fill_transparent(noise, alpha)
     assert np.array_equal(kept[alpha > 0], noise[alpha > 0])
     assert fill_transparent(noise, alpha * 0) is noise
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_nearly_invisible_pixels_leave_no_dark_ring(dtype: type) -> None:
+    peak = np.iinfo(dtype).max
+    y, x = np.mgrid[0:48, 0:48]
+    disc = (y - 24) ** 2 + (x - 24) ** 2 < 17**2
+    pixels = np.where(disc[..., None], peak, 0).astype(dtype).repeat(3, axis=2)
+    alpha = np.where(disc, peak, peak * 3 // 255).astype(dtype)
+    filled = fill_transparent(pixels, alpha)
+    near = (y - 24) ** 2 + (x - 24) ** 2 < 20**2
+    assert filled[near].min() > 0.9 * peak
+
+
+def test_what_is_visible_beside_its_surroundings_keeps_its_colour() -> None:
+    pixels = RNG.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    faint = np.full((40, 40), 3, np.uint8)  # all of it: a watermark
+    assert fill_transparent(pixels, faint) is pixels
+    shadow = np.full((40, 40), 255, np.uint8)
+    shadow[:, 20:] = 60
+    assert fill_transparent(pixels, shadow) is pixels

@@ -31,13 +31,13 @@ def full_image(**changes: object) -> LoadedImage:
 @pytest.mark.parametrize("ending", [".png", ".tif", ".bmp", ".jpg", ".webp"])
 @pytest.mark.parametrize("gray", [False, True])
 def test_colour_is_kept(tmp_path: Path, ending: str, gray: bool) -> None:
-    picture = LoadedImage(pixels=SMOOTH[..., :1].copy() if gray else SMOOTH)
-    write_image(picture, tmp_path / f"a{ending}")
+    image = LoadedImage(pixels=SMOOTH[..., :1].copy() if gray else SMOOTH)
+    write_image(image, tmp_path / f"a{ending}")
     again = read_image(tmp_path / f"a{ending}")
     assert again.format == format_of(Path("a" + ending))
     assert again.gray == (gray and ending != ".webp")  # WebP knows no gray
     tolerance = 0 if ending in (".png", ".tif", ".bmp") else 12
-    assert np.abs(again.pixels.astype(int) - picture.pixels).max() <= tolerance
+    assert np.abs(again.pixels.astype(int) - image.pixels).max() <= tolerance
 
 
 @pytest.mark.parametrize("ending", [".png", ".tif", ".webp"])
@@ -75,9 +75,9 @@ def test_metadata_is_kept_with_the_new_size(tmp_path: Path, ending: str) -> None
 
 
 def test_metadata_too_large_for_a_jpeg_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    picture = read_image(encode_image(full_image(xmp=b"<x>" + b" " * 70_000), "jpeg"))
-    assert picture.xmp is None
-    assert "XMP data of 70003 bytes" in caplog.text
+    image = read_image(encode_image(full_image(xmp=b"<x>" + b" " * 70_000), "jpeg"))
+    assert image.xmp is None
+    assert "output: XMP of 70003 bytes" in caplog.text
 
 
 def test_lossless_webp_stays_lossless_and_lossy_stays_lossy() -> None:
@@ -97,7 +97,7 @@ def test_jpeg_has_full_chroma_resolution() -> None:
 @pytest.mark.parametrize(("kind", "side"), [("jpeg", 65_536), ("webp", 16_384)])
 def test_sizes_that_a_format_cannot_hold(kind: str, side: int) -> None:
     check_size(kind, side - 1, 5, "a")
-    with pytest.raises(UserError, match=rf"a: 5 x {side} pixels, but {kind.upper()} holds at most {side - 1}"):
+    with pytest.raises(UserError, match=rf"a: 5 x {side} pixels, but (JPEG|WebP) holds at most {side - 1}"):
         check_size(kind, 5, side, "a")
 
 
@@ -112,13 +112,13 @@ def test_a_failure_leaves_neither_half_nor_temporary_file(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="holds at most"):
         write_image(LoadedImage(pixels=np.zeros((1, 16_384, 3), np.uint8)), target, "webp")
     broken = full_image(icc="not bytes")
-    with pytest.raises((TypeError, AttributeError)):
+    with pytest.raises(UserError, match=r"a\.png: cannot be written as PNG"):
         write_image(broken, target)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     assert target.read_bytes() == b"before"
 
 
-def test_unwritable_places(tmp_path: Path) -> None:
+def test_unwritable_targets(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for target in (tmp_path / "file" / "a.png", tmp_path):
         with pytest.raises(UserError, match=r"cannot be written|is a folder"):

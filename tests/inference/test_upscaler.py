@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
-from test_icc import DISPLAY_P3, SRGB_CURVE, matrix_icc
+from test_icc import ADOBE_RGB, DISPLAY_P3, GAMMA_22, SRGB_CURVE, matrix_icc, table_icc
 from torch import Tensor, nn
 from torch.nn import functional
 
 from onestepsr.core.errors import OneStepSRError, UserError
-from onestepsr.imaging.read import LoadedImage
+from onestepsr.imaging.read import LoadedImage, read_image
+from onestepsr.imaging.write import write_image
 from onestepsr.inference import devices, memory_plan
 from onestepsr.inference import upscaler as module
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler, resolve_device, resolve_dtype, target_size
@@ -207,6 +209,17 @@ def test_wide_gamut_keeps_its_space_and_colours(upscaler: Upscaler) -> None:
         assert np.abs(result.pixels.astype(int) - image.pixels[0, 0].astype(int)).max() <= step
 
 
+def test_profiles_of_tables_work_as_those_of_a_matrix(upscaler: Upscaler) -> None:
+    samples = photo(20, 24)
+    tables, matrix = (
+        upscaler.upscale_image(LoadedImage(pixels=samples, icc=icc), UpscaleOptions(color_fix="none")).pixels
+        for icc in (table_icc(ADOBE_RGB), matrix_icc(ADOBE_RGB, GAMMA_22))
+    )
+    plain = upscaler.upscale_image(LoadedImage(pixels=samples), UpscaleOptions(color_fix="none")).pixels
+    assert np.abs(tables.astype(int) - matrix).mean() < 1.5
+    assert not np.array_equal(matrix, plain)
+
+
 def test_srgb_profile_changes_nothing(upscaler: Upscaler) -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     samples = photo(20, 20)
@@ -243,6 +256,32 @@ def test_path_pil_and_array_agree_and_metadata_stays(upscaler: Upscaler, tmp_pat
     assert from_path.info["icc_profile"] == b"kept"
     for other in (samples, Image.fromarray(samples), str(tmp_path / "a.png")):
         assert np.array_equal(np.asarray(upscaler(other)), np.asarray(from_path))
+
+
+def test_bytes_and_streams_are_images_and_results_keep_their_metadata_when_saved(
+    upscaler: Upscaler, tmp_path: Path
+) -> None:
+    source, profile = tmp_path / "a.jpg", matrix_icc(DISPLAY_P3, SRGB_CURVE)
+    Image.fromarray(photo(12, 16)).save(source, icc_profile=profile, dpi=(300, 300), comment=b"hello")
+    data = source.read_bytes()
+    results = [upscaler(given) for given in (source, str(source), data, io.BytesIO(data))]
+    assert len({result.tobytes() for result in results}) == 1
+    for ending in (".jpg", ".webp", ".png"):
+        results[0].save(tmp_path / f"saved{ending}")
+        assert read_image(tmp_path / f"saved{ending}").icc == profile
+    assert upscaler.upscale_file(source, tmp_path / "new" / "b.png") == tmp_path / "new" / "b.png"
+    written = read_image(tmp_path / "new" / "b.png")
+    assert np.array_equal(written.pixels, np.asarray(results[0]))
+    assert (written.icc, written.texts) == (profile, (("Comment", "hello"),))
+    with pytest.raises(UserError, match="dict: not an image; accepted: a path, bytes"):
+        upscaler({})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"'\.xyz' is no image format"):
+        upscaler.upscale_file(source, tmp_path / "b.xyz")
+
+
+def test_a_file_of_sixteen_bits_stays_one(upscaler: Upscaler, tmp_path: Path) -> None:
+    write_image(LoadedImage(pixels=photo(12, 16).astype(np.uint16) * 257), tmp_path / "deep.png")
+    assert read_image(upscaler.upscale_file(tmp_path / "deep.png", tmp_path / "b.tif")).pixels.dtype == np.uint16
 
 
 def test_seed_decides_the_noise() -> None:

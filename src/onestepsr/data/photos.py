@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 
 from onestepsr.core.errors import UserError
 from onestepsr.core.progress import progress
-from onestepsr.imaging.read import DECODE_ERRORS, EXTENSIONS, read_image, to_eight_bits
+from onestepsr.imaging.read import EXTENSIONS, read_image, to_eight_bits
 
 ORIENTATION_TAG = 0x0112
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def read_size(path: Path) -> tuple[int, int] | None:
             # Asking a PNG for EXIF that is not in its header would decode the whole image.
             has_exif = image.format != "PNG" or "exif" in image.info
             turned = has_exif and image.getexif().get(ORIENTATION_TAG, 1) >= 5
-    except DECODE_ERRORS:
+    except Exception:  # noqa: BLE001  (Pillow raises errors of every kind on damaged files)
         return None
     return (height, width) if turned else (width, height)
 

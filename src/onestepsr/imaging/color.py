@@ -18,7 +18,7 @@ from torch.nn import functional
 WAVELET_RADII = (1, 2, 4, 8, 16)
 """Dilations of the successive blurs of the wavelet correction."""
 WAVELET_REACH = sum(WAVELET_RADII)
-"""How far, in pixels of its input, the wavelet correction looks: what lies further away has no influence."""
+"""Reach of the wavelet correction in pixels of its input: what lies further away has no influence."""
 
 _VARIANCE_FLOOR = 1e-5
 _LUMA_STUDIO = (65.481, 128.553, 24.966)
@@ -77,7 +77,7 @@ def wavelet(content: Tensor, style: Tensor) -> Tensor:
 
 
 def low_frequencies(values: Tensor) -> Tensor:
-    """What five blurs of growing dilation leave of (N, C, H, W)."""
+    """Low frequencies of (N, C, H, W): what five blurs of growing dilation leave."""
     for radius in WAVELET_RADII:
         values = blur(values, radius)
     return values

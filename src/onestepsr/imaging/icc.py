@@ -1,9 +1,9 @@
-"""Colour profiles: wide-gamut RGB to sRGB and back in floating point, CMYK and Lab to sRGB.
+"""Colour spaces: RGB profiles to sRGB and back in floating point, CMYK and Lab to sRGB, and profiles for spaces that a
+file states otherwise (cICP, gAMA and cHRM, Adobe RGB in EXIF). Little CMS does the arithmetic.
 
-Nearly every RGB profile in photographs (Display P3, Adobe RGB, ProPhoto, Rec. 2020) is three tone curves and a 3 x 3
-matrix. Those are evaluated here in float32, because Pillow's colour management knows 8 bits only. RGB profiles made of
-multi-dimensional tables, and gray profiles, are left alone: such images stay in their own space all the way, with the
-profile attached.
+Profiles of a matrix and curves (Display P3, Adobe RGB, ProPhoto, Rec. 2020) and those of tables are treated alike. Gray
+profiles, and RGB ones that work in one direction only, are left alone: such images stay in their own space all the way,
+with the profile attached.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from __future__ import annotations
 import io
 import logging
 import struct
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,157 +22,187 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from torch import Tensor
 
+from onestepsr.core.errors import first_line
+
 logger = logging.getLogger(__name__)
 
-_TABLE_SIZE = 4096
-_MAX_TAGS = 200
-# sRGB primaries adapted to the D50 white of ICC profiles (columns R, G, B), as in the ICC's own sRGB profiles.
-_SRGB_TO_D50 = ((0.4360657, 0.3851471, 0.1430664), (0.2224884, 0.7168732, 0.0606079), (0.0139160, 0.0970764, 0.7140961))
+_RELATIVE_COLORIMETRIC = 1
+_ROUND_TRIP_LIMIT = 0.05
+_BAND_ROWS = 64
 
 
 @dataclass(frozen=True)
-class MatrixProfile:
-    """Three tone curves (3, 4096), sampled evenly over [0, 1], and the matrix (3, 3) from linear RGB to XYZ (D50)."""
+class ColorProfile:
+    """An RGB colour space that differs from sRGB, with conversions in both directions."""
 
-    curves: Tensor
-    matrix: Tensor
+    icc: bytes
 
     def to_srgb(self, values: Tensor) -> Tensor:
         """(N, 3, H, W) in this space -> sRGB, both in [0, 1]; colours outside sRGB are clipped."""
-        xyz = _mix(self.matrix, self._linear(values))
-        return _srgb_encode(_mix(torch.linalg.inv(_srgb_matrix()), xyz).clamp(0.0, 1.0))
+        return _converted(values, self.icc, _srgb())
 
     def from_srgb(self, values: Tensor) -> Tensor:
         """The inverse of :meth:`to_srgb` for colours within both gamuts; clipped to [0, 1]."""
-        xyz = _mix(_srgb_matrix(), _srgb_decode(values.clamp(0.0, 1.0)))
-        return self._encode(_mix(torch.linalg.inv(self.matrix), xyz).clamp(0.0, 1.0))
-
-    def _linear(self, values: Tensor) -> Tensor:
-        position = values.clamp(0.0, 1.0) * (_TABLE_SIZE - 1)
-        below = position.floor().long().clamp(max=_TABLE_SIZE - 2)
-        curves = self.curves.to(values.device)
-        planes = [
-            torch.lerp(curve[below[:, c]], curve[below[:, c] + 1], position[:, c] - below[:, c])
-            for c, curve in enumerate(curves)
-        ]
-        return torch.stack(planes, dim=1)
-
-    def _encode(self, linear: Tensor) -> Tensor:
-        curves = self.curves.to(linear.device)
-        planes = [_invert(curve, linear[:, c].contiguous()) for c, curve in enumerate(curves)]
-        return torch.stack(planes, dim=1)
+        return _converted(values, _srgb(), self.icc)
 
 
-def matrix_profile(icc: bytes | None) -> MatrixProfile | None:
-    """The parsed profile when converting is needed and possible, else None (sRGB itself, gray, tables, damaged)."""
-    if icc is None:
+def color_profile(icc: bytes | None) -> ColorProfile | None:
+    """The profile when converting is needed and possible; else None: sRGB itself, gray, HDR, one direction, damaged."""
+    if icc is None or is_hdr_profile(icc):
         return None
-    try:
-        profile = _parse(icc)
-    except (struct.error, ValueError, IndexError, KeyError) as error:
-        logger.info("colour profile is kept but not applied (%s)", error)
-        return None
+    profile = ColorProfile(icc)
     ramp = torch.linspace(0.0, 1.0, 17)
     corners = torch.stack(torch.meshgrid(ramp, ramp, ramp, indexing="ij")).reshape(1, 3, 17, -1)
-    if (profile.to_srgb(corners) - corners).abs().max() < 1.0 / 255:
-        return None  # sRGB under one of its many names
-    return profile
+    # Little saturated colours, which lie in every gamut: a profile that does not give them back cannot be inverted.
+    muted = 0.25 + 0.5 * corners.mean(dim=1, keepdim=True) + 0.1 * corners
+    try:
+        if (profile.to_srgb(corners) - corners).abs().max() < 1.0 / 255:
+            return None  # sRGB under one of its many names
+        error = float((profile.from_srgb(profile.to_srgb(muted)) - muted).abs().max())
+    except RuntimeError as refusal:  # what imagecodecs raises
+        logger.info("colour profile is kept but not applied (%s)", first_line(refusal))
+        return None
+    if error < _ROUND_TRIP_LIMIT:
+        return profile
+    logger.info("colour profile is kept but not applied (colours do not come back: off by %.2f)", error)
+    return None
 
 
-def to_rgb(image: Image.Image, icc: bytes | None) -> Image.Image:
+# ---- Colour spaces that are stated without a profile ----
+
+_D65, _DCI_WHITE, _C = (0.3127, 0.3290), (0.314, 0.351), (0.310, 0.316)
+_P3 = (0.680, 0.320, 0.265, 0.690, 0.150, 0.060)
+_SRGB = (0.640, 0.330, 0.300, 0.600, 0.150, 0.060)
+# Colour primaries of ITU-T H.273: white point, and (x, y) of red, green and blue.
+_PRIMARIES = {
+    1: (_D65, _SRGB),
+    4: (_C, (0.67, 0.33, 0.21, 0.71, 0.14, 0.08)),
+    5: (_D65, (0.64, 0.33, 0.29, 0.60, 0.15, 0.06)),
+    6: (_D65, (0.630, 0.340, 0.310, 0.595, 0.155, 0.070)),
+    7: (_D65, (0.630, 0.340, 0.310, 0.595, 0.155, 0.070)),
+    9: (_D65, (0.708, 0.292, 0.170, 0.797, 0.131, 0.046)),
+    11: (_DCI_WHITE, _P3),
+    12: (_D65, _P3),
+}
+_SRGB_TRANSFER, _PQ, _HLG = 13, 16, 18
+_GAMMAS = {4: 2.2, 5: 2.8, 8: 1.0}
+_BT709_TRANSFERS = (1, 6, 14, 15)
+_CREATED = struct.pack(">6H", 2026, 1, 1, 0, 0, 0)  # fixed: the same input gives the same bytes
+
+Cicp = tuple[int, int, int, int]
+"""Coding-independent code points (ITU-T H.273): primaries, transfer, matrix, full range."""
+
+
+def is_hdr(cicp: Cicp) -> bool:
+    """True if samples are coded for HDR (PQ or HLG), for which no profile says the same."""
+    return cicp[1] in (_PQ, _HLG)
+
+
+def is_hdr_profile(icc: bytes | None) -> bool:
+    """True if a profile says by its tag ``cicp`` (ICC.1:2022, 9.2.17) that samples are coded for HDR."""
+    if icc is None or len(icc) < 132:
+        return False
+    for index in range(min(int.from_bytes(icc[128:132]), 100)):
+        name, offset = struct.unpack_from(">4sI", icc.ljust(132 + 12 * 100, b"\0"), 132 + 12 * index)
+        if name == b"cicp":
+            return icc[offset + 9 : offset + 10] in (bytes([_PQ]), bytes([_HLG]))
+    return False
+
+
+def cicp_profile(cicp: Cicp) -> bytes | None:
+    """An ICC profile of the same colours as ``cicp``; None for sRGB, and where there is no exact one."""
+    if cicp[:2] == (1, _SRGB_TRANSFER) or cicp[0] not in _PRIMARIES:
+        return None
+    white, primaries = _PRIMARIES[cicp[0]]
+    if cicp[1] in _GAMMAS:
+        return _rgb_profile(white, primaries, gamma=_GAMMAS[cicp[1]])
+    x = np.linspace(0.0, 1.0, 1024)
+    if cicp[1] == _SRGB_TRANSFER:  # IEC 61966-2-1
+        curve = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    elif cicp[1] in _BT709_TRANSFERS:  # ITU-R BT.709, inverted
+        curve = np.where(x < 0.081, x / 4.5, ((x + 0.099) / 1.099) ** (1 / 0.45))
+    else:
+        return None
+    return _rgb_profile(white, primaries, transferfunction=(curve * 65535 + 0.5).astype(np.uint16))
+
+
+def gamma_profile(gamma: float, chromaticities: Sequence[float] | None, gray: bool) -> bytes | None:
+    """An ICC profile for a PNG's gAMA and cHRM (white, red, green, blue); None where they are those of sRGB."""
+    stated = tuple(chromaticities) if chromaticities and len(chromaticities) == 8 else (*_D65, *_SRGB)
+    usual = np.abs(np.subtract(stated, (*_D65, *_SRGB))).max() < 0.005
+    if not 0.1 <= gamma <= 2.0 or (abs(gamma - 1 / 2.2) < 0.01 and (usual or gray)):
+        return None
+    if gray:
+        import imagecodecs
+
+        return _dated(imagecodecs.cms_profile("gray", gamma=1 / gamma))
+    return _rgb_profile(stated[:2], stated[2:], gamma=1 / gamma)
+
+
+def adobe_rgb_profile() -> bytes:
+    """An ICC profile of Adobe RGB (1998), which cameras state in EXIF only."""
+    return _rgb_profile(_D65, (0.64, 0.33, 0.21, 0.71, 0.15, 0.06), gamma=563 / 256)
+
+
+def _rgb_profile(white: Sequence[float], primaries: Sequence[float], **curve: Any) -> bytes:
+    import imagecodecs
+
+    return _dated(imagecodecs.cms_profile("rgb", whitepoint=white, primaries=primaries, **curve))
+
+
+def _dated(profile: bytes) -> bytes:
+    return profile[:24] + _CREATED + profile[36:]
+
+
+# ---- Little CMS ----
+
+
+def cmyk_or_lab_to_rgb(image: Image.Image, icc: bytes | None, label: str) -> Image.Image:
     """CMYK or Lab -> 8-bit sRGB, through the embedded profile where there is a usable one."""
     target = ImageCms.createProfile("sRGB")
     try:
         if image.mode == "LAB":
-            return _converted(image, ImageCms.createProfile("LAB"), target)
+            return _with_pillow(image, ImageCms.createProfile("LAB"), target)
         if icc is not None:
-            return _converted(image, ImageCms.ImageCmsProfile(io.BytesIO(icc)), target)
+            return _with_pillow(image, ImageCms.ImageCmsProfile(io.BytesIO(icc)), target)
     except (ImageCms.PyCMSError, OSError) as error:
-        logger.warning("colour profile cannot be used (%s): converting without it", error)
+        logger.warning("%s: colour profile cannot be used (%s), converting without it", label, error)
     return image.convert("RGB")
 
 
-def _converted(image: Image.Image, source: object, target: object) -> Image.Image:
+def _with_pillow(image: Image.Image, source: object, target: object) -> Image.Image:
     result = ImageCms.profileToProfile(image, source, target, outputMode="RGB")  # type: ignore[arg-type]
     assert result is not None
     return result
 
 
-def _parse(icc: bytes) -> MatrixProfile:
-    """Read a matrix/TRC profile (ICC.1:2022, 8.3.3); anything else raises."""
-    if icc[36:40] != b"acsp" or icc[16:24] != b"RGB XYZ ":
-        raise ValueError("not a matrix RGB profile")
-    count = struct.unpack_from(">I", icc, 128)[0]
-    if count > _MAX_TAGS:
-        raise ValueError(f"{count} tags")
-    entries = [struct.unpack_from(">4sII", icc, 132 + 12 * index) for index in range(count)]
-    tags = {name: icc[offset : offset + size] for name, offset, size in entries}
-    if b"A2B0" in tags or b"A2B1" in tags:
-        raise ValueError("made of tables")
-    columns = [[v / 65536 for v in struct.unpack_from(">3i", tags[name], 8)] for name in (b"rXYZ", b"gXYZ", b"bXYZ")]
-    matrix = torch.tensor(columns, dtype=torch.float32).T.contiguous()
-    if matrix.det().abs() < 1e-6:
-        raise ValueError("its matrix has no inverse")
-    curves = np.stack([_parse_curve(tags[name]) for name in (b"rTRC", b"gTRC", b"bTRC")])
-    return MatrixProfile(torch.from_numpy(curves.astype(np.float32)), matrix)
+def _converted(values: Tensor, source: bytes, target: bytes) -> Tensor:
+    """(N, 3, H, W) from one RGB space to another, in bands of rows on as many threads as PyTorch uses."""
+    rows = values.detach().clamp(0.0, 1.0).permute(0, 2, 3, 1).reshape(-1, values.shape[3], 3)
+    bands = [band.to("cpu", torch.float32).contiguous().numpy() for band in torch.split(rows, _BAND_ROWS)]
+    with ThreadPoolExecutor(min(torch.get_num_threads(), len(bands))) as threads:
+        results = list(threads.map(lambda band: _transformed(band, source, target), bands))
+    result = torch.from_numpy(np.concatenate(results)).nan_to_num_().clamp_(0.0, 1.0)
+    shape = (values.shape[0], *values.shape[2:], 3)
+    return result.reshape(shape).permute(0, 3, 1, 2).to(values.device).contiguous()
 
 
-def _parse_curve(tag: bytes) -> NDArray[np.float64]:
-    """Sample a tone curve, made monotone so that it can be inverted (ICC.1:2022, 10.6 and 10.18)."""
-    x = np.linspace(0.0, 1.0, _TABLE_SIZE)
-    if tag[:4] == b"curv":
-        count = struct.unpack_from(">I", tag, 8)[0]
-        if count == 0:
-            values = x
-        elif count == 1:
-            values = x ** (struct.unpack_from(">H", tag, 12)[0] / 256)
-        else:
-            table = np.frombuffer(tag, ">u2", count, 12) / 65535
-            values = np.interp(x, np.linspace(0.0, 1.0, count), table)
-    elif tag[:4] == b"para":
-        values = _parametric(x, struct.unpack_from(">H", tag, 8)[0], tag)
-    else:
-        raise ValueError(f"tone curve of kind {tag[:4]!r}")
-    if not np.isfinite(values).all() or values[-1] - values[0] < 0.1:
-        raise ValueError("tone curve does not rise")
-    return np.maximum.accumulate(values.clip(0.0, 1.0))
+def _transformed(samples: NDArray[np.float32], source: bytes, target: bytes) -> NDArray[np.float32]:
+    import imagecodecs
+
+    result: NDArray[np.float32] = imagecodecs.cms_transform(
+        samples,
+        source,
+        target,
+        colorspace="rgb",
+        outcolorspace="rgb",
+        outdtype="f4",
+        intent=_RELATIVE_COLORIMETRIC,
+    )
+    return result
 
 
-def _parametric(x: NDArray[np.float64], kind: int, tag: bytes) -> NDArray[np.float64]:
-    names = ("g", "gab", "gabc", "gabcd", "gabcdef")[kind]
-    fixed = dict(zip(names, (v / 65536 for v in struct.unpack_from(f">{len(names)}i", tag, 12)), strict=True))
-    g, a, b = fixed["g"], fixed.get("a", 1.0), fixed.get("b", 0.0)
-    with np.errstate(all="ignore"):  # a damaged exponent: the caller looks for finite values
-        power: NDArray[np.float64] = np.maximum(a * x + b, 0.0) ** g
-    if kind == 0:
-        return power
-    if kind in (1, 2):  # below -b/a the curve is the constant c
-        c = fixed.get("c", 0.0)
-        return np.asarray(np.where(a * x + b >= 0.0, power + c, c))
-    e, f = fixed.get("e", 0.0), fixed.get("f", 0.0)
-    return np.asarray(np.where(x >= fixed["d"], power + e, fixed["c"] * x + f))
+def _srgb() -> bytes:
+    import imagecodecs
 
-
-def _invert(curve: Tensor, values: Tensor) -> Tensor:
-    above = torch.searchsorted(curve, values).clamp(1, _TABLE_SIZE - 1)
-    low, high = curve[above - 1], curve[above]
-    share = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0.0, 1.0)
-    return (above - 1 + share) / (_TABLE_SIZE - 1)
-
-
-def _mix(matrix: Tensor, values: Tensor) -> Tensor:
-    return torch.einsum("oc,nchw->nohw", matrix.to(values.device), values)
-
-
-def _srgb_matrix() -> Tensor:
-    return torch.tensor(_SRGB_TO_D50)
-
-
-def _srgb_encode(linear: Tensor) -> Tensor:
-    """Linear light -> sRGB (IEC 61966-2-1)."""
-    return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055)
-
-
-def _srgb_decode(encoded: Tensor) -> Tensor:
-    """Encoded sRGB -> linear light (IEC 61966-2-1)."""
-    return torch.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    return imagecodecs.cms_profile("srgb")

@@ -6,11 +6,15 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch.nn import functional
 
 _BAND_SAMPLES = 8_000_000
 _SUPPORT = 3  # source pixels that Lanczos reaches to each side, at scale 1
+_NEIGHBOURHOOD = 8
+_VISIBLE = 1 / 8
 
 
 def resize(samples: NDArray[Any], height: int, width: int) -> NDArray[Any]:
@@ -41,29 +45,36 @@ def resize(samples: NDArray[Any], height: int, width: int) -> NDArray[Any]:
 
 
 def fill_transparent(pixels: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
-    """``pixels`` (H, W, C) with every fully transparent pixel given the colour of its visible surroundings.
+    """``pixels`` (H, W, C) with (nearly) invisible pixels given the colour of their visible surroundings.
 
-    What a file stores under alpha 0 is arbitrary, often black; left there, the network and the resampling would mix it
-    into the visible edge as a fringe. Colours come from a pyramid of alpha-weighted averages: the finest level that
-    sees any visible pixel decides.
+    What a file stores under an alpha of 0 or near it is arbitrary, often black; left there, the network and the
+    resampling would mix it into the visible edge as a fringe. A pixel counts as visible by its alpha relative to the
+    largest alpha within :data:`_NEIGHBOURHOOD` pixels: from :data:`_VISIBLE` of that on it keeps its colour, below, its
+    share falls with the square. The rest comes from a pyramid of averages that are weighted by alpha.
     """
-    hidden = alpha == 0
-    if not hidden.any() or hidden.all():
+    if not alpha.any():
         return pixels
-    weights = (~hidden).astype(np.float32)[..., None]
-    filled = _pull_push(pixels.astype(np.float32) * weights, weights)
-    return np.where(hidden[..., None], np.floor(filled + 0.5).astype(pixels.dtype), pixels)
+    values = torch.from_numpy(alpha.astype(np.float32))[None, None]
+    side = 2 * _NEIGHBOURHOOD + 1
+    largest = functional.max_pool2d(values, (1, side), stride=1, padding=(0, _NEIGHBOURHOOD))
+    largest = functional.max_pool2d(largest, (side, 1), stride=1, padding=(_NEIGHBOURHOOD, 0))
+    share = (values / (largest * _VISIBLE).clamp(min=1e-6)).clamp(max=1.0).square()[0, 0].numpy()[..., None]
+    if share.min() == 1.0:
+        return pixels
+    weights = (values / values.max())[0, 0].numpy()[..., None]
+    colours = pixels.astype(np.float32)
+    filled = share * colours + (1.0 - share) * _pull_push(colours * weights, weights)
+    return np.where(share < 1.0, np.floor(filled + 0.5).astype(pixels.dtype), pixels)
 
 
 def _pull_push(weighted: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Averages (H, W, C): of the pixel itself where its weight is positive, else of the next coarser level."""
+    """Averages (H, W, C): of the pixel itself by its weight, for the rest of the next coarser level."""
     height, width = weights.shape[:2]
-    own = (weighted / np.maximum(weights, 1e-6)).astype(np.float32, copy=False)
     if height == 1 and width == 1:
-        return own
+        return (weighted / np.maximum(weights, 1e-6)).astype(np.float32, copy=False)
     coarse = _pull_push(_halve(weighted), _halve(weights))
     spread = coarse.repeat(2, axis=0)[:height].repeat(2, axis=1)[:, :width]
-    return np.where(weights > 0, own, spread).astype(np.float32, copy=False)
+    return (weighted + (1.0 - weights) * spread).astype(np.float32, copy=False)
 
 
 def _halve(values: NDArray[np.float32]) -> NDArray[np.float32]:

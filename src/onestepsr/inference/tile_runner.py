@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from onestepsr.core.errors import OneStepSRError
 from onestepsr.imaging.color import gray, wavelet
-from onestepsr.imaging.icc import MatrixProfile
+from onestepsr.imaging.icc import ColorProfile
 from onestepsr.imaging.read import samples_to_tensor
 from onestepsr.inference.devices import Arrival, to_device
 from onestepsr.inference.options import UpscaleOptions
@@ -113,7 +113,7 @@ class TileRunner:
     def __init__(
         self,
         network: Network,
-        profile: MatrixProfile | None,
+        profile: ColorProfile | None,
         options: UpscaleOptions,
         *,
         part: StageCall = WHOLE,

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from onestepsr.imaging.icc import MatrixProfile
+from onestepsr.imaging.icc import ColorProfile
 from onestepsr.inference.allocator import no_malloc_trim
 from onestepsr.inference.memory_plan import Plan, StagePlan
 from onestepsr.inference.options import UpscaleOptions
@@ -31,7 +31,7 @@ class TiledRun:
         plan: Plan,
         options: UpscaleOptions,
         *,
-        profile: MatrixProfile | None,
+        profile: ColorProfile | None,
         norms: SharedNorms | None,
         progress: Callable[[int, int], None] | None,
         fill: bool,

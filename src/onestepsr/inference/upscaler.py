@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError
 from onestepsr.imaging.color import Statistics, match_statistics, statistics
-from onestepsr.imaging.icc import matrix_profile
+from onestepsr.imaging.icc import color_profile
 from onestepsr.imaging.read import (
     LoadedImage,
     from_array,
@@ -33,6 +33,7 @@ from onestepsr.imaging.read import (
     to_pil,
 )
 from onestepsr.imaging.resize import fill_transparent, resize
+from onestepsr.imaging.write import check_size, check_writable, format_of, write_image
 from onestepsr.inference.allocator import separate_mmaps
 from onestepsr.inference.compiling import compile_networks, compiler_errors_named, require_compiler
 from onestepsr.inference.devices import DTYPES, is_out_of_memory, resolve_device, resolve_dtype
@@ -145,7 +146,7 @@ class Upscaler:
 
     def __call__(
         self,
-        source: str | Path | Image.Image | NDArray[Any],
+        source: str | Path | bytes | BinaryIO | Image.Image | NDArray[Any],
         scale: float = 4.0,
         *,
         width: int | None = None,
@@ -157,10 +158,11 @@ class Upscaler:
         seed: int | None = None,
         prompt_embedding: Tensor | None = None,
     ) -> Image.Image:
-        """Enlarge a file, a Pillow image or (H, W[, C]) uint8/uint16 samples; see :class:`UpscaleOptions`.
+        """Enlarge a file (its path, its bytes or an open one), a Pillow image or (H, W[, C]) uint8/uint16 samples.
 
-        The result is a Pillow image with the input's profile and EXIF in ``info``. Pillow has no 16-bit colour, so that
-        such input comes back with 8 bits: :meth:`upscale_image` keeps it.
+        Options are those of :class:`UpscaleOptions`. The result is a Pillow image; its profile, EXIF, XMP and
+        resolution are those of the input, and its ``save`` writes them. Pillow has no 16-bit colour, so that such input
+        comes back with 8 bits: :meth:`upscale_file` and :meth:`upscale_image` keep it.
         """
         options = UpscaleOptions(
             scale=scale,
@@ -173,13 +175,22 @@ class Upscaler:
             seed=seed,
             prompt_embedding=prompt_embedding,
         )
-        if isinstance(source, np.ndarray):
-            image = from_array(source)
-        elif isinstance(source, Image.Image):
-            image = from_pil(source)
-        else:
-            image = read_image(Path(source))
-        return to_pil(self.upscale_image(image, options))
+        return to_pil(self.upscale_image(_loaded(source), options))
+
+    def upscale_file(
+        self, source: str | Path | bytes | BinaryIO, target: str | Path, options: UpscaleOptions | None = None
+    ) -> Path:
+        """Enlarge one file into another as the command does: bit depth, profile and metadata kept, written in one step.
+
+        The ending of ``target`` says the format. Returns its path.
+        """
+        path = Path(target).expanduser()
+        file_format = format_of(path)
+        check_writable(path)
+        image, options = _loaded(source), options or UpscaleOptions()
+        check_size(file_format, *target_size(image.width, image.height, options), str(path))
+        write_image(self.upscale_image(image, options), path)
+        return path
 
     def upscale_image(
         self,
@@ -314,7 +325,7 @@ class Upscaler:
             pixels,
             plan,
             options,
-            profile=None if image.gray else matrix_profile(image.icc),
+            profile=None if image.gray else color_profile(image.icc),
             norms=self._norms if shared_norms else None,
             progress=progress,
             fill=self.compiled,
@@ -338,6 +349,20 @@ class Upscaler:
             scale=self.scale,
             name=self.name,
         )
+
+
+def _loaded(source: object) -> LoadedImage:
+    if isinstance(source, np.ndarray):
+        return from_array(source)
+    if isinstance(source, Image.Image):
+        return from_pil(source)
+    if isinstance(source, (str, Path)):
+        return read_image(Path(source).expanduser())
+    if isinstance(source, bytes) or hasattr(source, "read"):
+        return read_image(cast("bytes | BinaryIO", source))
+    raise UserError(
+        f"{type(source).__name__}: not an image; accepted: a path, bytes, a binary file, a Pillow image, an array"
+    )
 
 
 def _extent(image: LoadedImage) -> InputSize:
