@@ -13,6 +13,7 @@ from onestepsr.benchmark.stages import Call, Stopwatch, count_stages, stages_of,
 from onestepsr.imaging.read import LoadedImage
 from onestepsr.inference.compiling import compile_networks
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
+from onestepsr.models.generators import LatentGenerator
 from onestepsr.models.loading import load_generator
 
 CPU = torch.device("cpu")
@@ -28,13 +29,13 @@ class Clock:
         return self.now
 
 
-class Timed(nn.Module):
+class Timed(LatentGenerator):
     """Stages that take 1, 2 and 4 seconds, and half a second around them."""
 
     scale = 1
 
     def __init__(self, clock: Clock) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.clock = clock
 
     def _take(self, seconds: float, x: Tensor) -> Tensor:

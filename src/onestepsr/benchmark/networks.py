@@ -18,15 +18,15 @@ from onestepsr.benchmark.complexity import (
     measure_generator,
 )
 from onestepsr.core.errors import UnknownModel, UserError, did_you_mean
-from onestepsr.models.architectures import ARCHITECTURES, RANDOM, is_random, random_backbone, random_generator
+from onestepsr.models.architectures import RANDOM, build_network, is_random, random_backbone, random_generator
 from onestepsr.models.backbones import load_discriminator_backbone
 from onestepsr.models.discriminators import NoiseAwareDiscriminator
 from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.lora import LoraConfig, add_lora
 from onestepsr.models.osediff.generator import ENCODER_LAYERS, FIRST_LAYER, UNET_LAYERS, OSEDiffGenerator
 from onestepsr.models.resshift.checkpoints import is_published
-from onestepsr.models.resshift.config import PUBLISHED, residual_shift_generator
-from onestepsr.models.resshift.generator import ResidualShiftGenerator
+from onestepsr.models.resshift.config import PUBLISHED
+from onestepsr.models.resshift.generator import ResidualShiftGenerator, residual_shift_generator
 from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet
 from onestepsr.weights import catalog
 from onestepsr.weights.catalog import OSEDIFF_SCALES
@@ -207,9 +207,7 @@ def _from_weights(name_or_path: str) -> nn.Module:
     """The network that a weights file of ours describes, without its weights."""
     path = catalog.resolve(name_or_path)
     architecture, config, _ = read_weights(path, lambda key: False)
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"{path}: unknown architecture '{architecture}': {did_you_mean(architecture, ARCHITECTURES)}")
-    return ARCHITECTURES[architecture](config)
+    return build_network(architecture, config, path)
 
 
 # Which adapters reproduce the paper's figures for D3SR: sets of layers, each with its parameters ----------------------

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,17 +38,18 @@ from onestepsr.core.errors import UserError
 from onestepsr.core.machine import free_memory, resident_memory
 from onestepsr.inference.compiling import compiler_errors_named
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
+from onestepsr.models.generators import Generator
 from onestepsr.models.loading import load_generator
 from onestepsr.models.resshift.generator import ResidualShiftGenerator
 
 # The plain network that the product is measured beside ----------------------------------------------------------------
 
 
-def load_plain(model: str, device: torch.device, steps: int | None = None) -> nn.Module:
+def load_plain(model: str, device: torch.device, steps: int | None = None) -> Generator:
     """The generator in float32 and PyTorch's usual memory format, with the layers that were trained. What depends on
     the prompt alone is computed beforehand here too."""
     generator = load_generator(model, device=device, dtype=torch.float32, steps=steps, faster=False)
-    return cast(nn.Module, generator.to(memory_format=torch.contiguous_format))  # type: ignore[call-overload]
+    return generator.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,no-any-return]
 
 
 def steps_of(generator: nn.Module) -> int:
@@ -188,10 +189,9 @@ def _plain(
     """The plain path, or nothing where it is not wanted or whole images in float32 would not fit into memory."""
     if not config.baseline:
         return []
-    tell = getattr(upscaler.generator, "memory_per_pixel", None)
     pixels = config.width * config.height * config.batch
     weights = 4 * sum(parameter.numel() for parameter in upscaler.generator.parameters())
-    needed = weights + (pixels * tell(torch.float32) if callable(tell) else 0)
+    needed = weights + pixels * upscaler.generator.memory_cost(torch.float32).bytes_per_pixel
     free = free_memory(upscaler.device)
     if needed > free:
         announce(f"{model}: no baseline, whole images in float32 need {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free")

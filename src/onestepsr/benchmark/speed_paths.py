@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,10 +17,10 @@ from onestepsr.imaging.color import wavelet
 from onestepsr.imaging.read import LoadedImage, read_image, samples_to_tensor, tensor_to_samples
 from onestepsr.imaging.write import write_image
 from onestepsr.inference.allocator import no_malloc_trim
-from onestepsr.inference.tile_runner import input_dtype_of
+from onestepsr.inference.tiled import LoadedGenerator
 from onestepsr.inference.tiling import Sides
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler, enlarge
-from onestepsr.models.generators import pad_to
+from onestepsr.models.generators import Generator, pad_to_multiple
 
 WHOLE, READ, UPSCALE, WRITE = "whole", "read", "upscale", "write"
 Samples = NDArray[Any]
@@ -31,7 +30,7 @@ class EnlargingPath(Protocol):
     """A way of enlarging images of equal size."""
 
     @property
-    def generator(self) -> nn.Module:
+    def generator(self) -> Generator:
         """The network."""
         ...
 
@@ -72,7 +71,7 @@ class ProductPath:
         self.upscaler, self.options = upscaler, options
 
     @property
-    def generator(self) -> nn.Module:
+    def generator(self) -> Generator:
         """The network, which the upscaler may exchange when a dtype overflows."""
         return self.upscaler.generator
 
@@ -107,7 +106,7 @@ class WholePath:
 
     def __init__(
         self,
-        generator: nn.Module,
+        generator: Generator,
         device: torch.device,
         dtype: torch.dtype,
         memory_format: torch.memory_format,
@@ -117,15 +116,16 @@ class WholePath:
         """``keep_memory``: treat freed memory as the upscaler does, see :mod:`onestepsr.inference.allocator`."""
         self._keep_memory = keep_memory
         self.generator, self.device, self.dtype, self.memory_format = generator, device, dtype, memory_format
-        self._scale = int(cast(int, generator.scale))
-        self._takes_rng = "rng" in inspect.signature(generator.forward).parameters
+        self._scale = generator.scale
+        loaded = LoadedGenerator(generator=generator, device=device, dtype=dtype, name="whole")
+        self._input_dtype = loaded.input_dtype
 
     def enlarge(self, images: Sequence[LoadedImage]) -> list[Samples]:
         """The network draws the noise that the upscaler gives an image of one tile, where it draws any."""
-        extra: dict[str, Any] = {"rng": torch.Generator().manual_seed(0)} if self._takes_rng else {}
+        extra: dict[str, Any] = {} if self.generator.takes_batches else {"rng": torch.Generator().manual_seed(0)}
         with no_malloc_trim(self._keep_memory), torch.inference_mode():
             lr = self._padded(torch.cat([samples_to_tensor(image.pixels) for image in images]).to(self.device))
-            rgb = lr.to(input_dtype_of(self.generator, self.dtype)).contiguous(memory_format=self.memory_format)
+            rgb = lr.to(self._input_dtype).contiguous(memory_format=self.memory_format)
             sr = self.generator(rgb, **extra)
             fixed = wavelet(sr.float().clamp(0.0, 1.0), enlarge(lr, self._scale))
         height, width = (side * self._scale for side in (images[0].height, images[0].width))
@@ -133,9 +133,7 @@ class WholePath:
 
     def _padded(self, lr: torch.Tensor) -> torch.Tensor:
         """Padded before everything, as the upscaler does, so that the colour fix sees the same borders."""
-        multiple = cast(int, getattr(self.generator, "lr_multiple", 1))
-        height, width = (-(-side // multiple) * multiple for side in lr.shape[-2:])
-        return pad_to(lr, height, width)
+        return pad_to_multiple(lr, self.generator.lr_multiple)
 
     def tile(self, height: int, width: int) -> Sides:
         """The whole image."""

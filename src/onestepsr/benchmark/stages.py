@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from onestepsr.benchmark.ceiling import wait
 from onestepsr.benchmark.counting import count
 from onestepsr.inference.compiling import without_compiling
+from onestepsr.models.generators import LatentGenerator
+from onestepsr.models.resshift.generator import ResidualShiftGenerator
 
 Method = Callable[..., Any]
-STAGES = {"encode": "encode", "step": "unet", "sample": "steps", "decode": "decode"}
-"""Methods of generators and the stage that each is: one UNet evaluation is ``unet``, all steps of a sampler are
-``steps``."""
 NETWORK = "network"
 """The whole evaluation of a generator, whose stages are parts of it."""
 AROUND = ("forward", "encode_lr", "restore_latent")
@@ -32,8 +31,12 @@ Call = tuple[str, tuple[tuple[int, ...], ...]]
 
 
 def stages_of(generator: nn.Module) -> dict[str, str]:
-    """Method and stage of every stage that ``generator`` has, in order."""
-    return {method: stage for method, stage in STAGES.items() if callable(getattr(generator, method, None))}
+    """Method and stage of every stage that ``generator`` has, in order: one UNet evaluation is ``unet``, all steps of a
+    sampler are ``steps``."""
+    if not isinstance(generator, LatentGenerator):
+        return {}
+    middle = {"sample": "steps"} if isinstance(generator, ResidualShiftGenerator) else {"step": "unet"}
+    return {"encode": "encode", **middle, "decode": "decode"}
 
 
 @contextmanager
@@ -85,7 +88,7 @@ class Stopwatch:
 
             return call
 
-        names = {*stages, *(name for name in AROUND if callable(getattr(generator, name, None)))}
+        names = {*stages, *(AROUND if stages else AROUND[:1])}
         with wrapped(generator, {name: functools.partial(timed, name) for name in names}):
             yield
 

@@ -277,10 +277,10 @@ def _count(architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]
     """Numbers in the parameters of the network, without its tables; of one that is not known here, all numbers."""
     import torch
 
-    from onestepsr.models.architectures import ARCHITECTURES
+    from onestepsr.models.architectures import ARCHITECTURES, build_network
 
     if architecture not in ARCHITECTURES:
         return sum(tensor.numel() for tensor in tensors.values())
     with torch.device("meta"):
-        network = ARCHITECTURES[architecture](config)
+        network = build_network(architecture, config, architecture)
     return sum(parameter.numel() for parameter in network.parameters())

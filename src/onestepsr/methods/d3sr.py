@@ -8,7 +8,7 @@ iteration updates the generator, then the discriminator with the pair of latents
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -48,7 +48,7 @@ from onestepsr.models.discriminators import PatchCritic
 from onestepsr.models.generators import OneStepLatentGenerator, TrainableGenerator
 from onestepsr.models.lora import LoraConfig, add_lora
 from onestepsr.models.stable_diffusion.config import PromptConfig
-from onestepsr.models.tiny.edit import Depth, deepened, equalize_subpixel_contrast
+from onestepsr.models.tiny.generator import Depth, deepened, equalize_subpixel_contrast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ def _prepare_generator(config: D3SRConfig) -> OneStepLatentGenerator:
     check_timestep(config.timestep, generator, config.backbone)
     generator = deepened(generator, config.deepen) if config.deepen else generator
     generator = equalize_subpixel_contrast(generator) if config.even_contrast else generator
-    generator.timestep = config.timestep
+    generator.config = replace(generator.config, timestep=config.timestep)
     for name, parameter in generator.autoencoder.named_parameters():
         parameter.requires_grad_(config.train_decoder and _belongs_to_decoder(name))
     if config.gradient_checkpointing:

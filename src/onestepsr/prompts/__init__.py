@@ -7,7 +7,7 @@ Three steps, each behind one small surface:
 2. A :class:`~onestepsr.prompts.base.Embedder` turns texts into embeddings: ``embed(["a cat", ""]) -> (2, 77, C)``,
    float32 on the CPU, C = 1024 for Stable Diffusion 2.1. :class:`~onestepsr.prompts.embedder.PromptEmbedder` does it by
    the text encoder of a diffusers folder, which is loaded for the first text that no cache holds and dropped again.
-3. A generator that is conditioned on text takes them: its ``forward(lr, ..., prompt_embedding=None)`` accepts
+3. A generator that is conditioned on text takes them: its ``forward(lr, ..., prompt=None)`` accepts
    (1 or N, 77, C), moved to its own device and dtype by the caller, and uses the prompt it was saved with when
    there is none; its attribute ``prompt_width`` is C. ``Upscaler`` hands an embedding on to generators with such an
    argument and refuses it for others in one line. A generator whose text layers were folded into constants for

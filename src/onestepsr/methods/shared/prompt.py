@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from onestepsr.core.errors import UserError
 from onestepsr.models.backbones import read_prompt
@@ -67,9 +67,10 @@ class ConditionConfig:
         if self.kind == "text":
             texts = [self.text] if self.negative is None else [self.text, self.negative]
             prompt, *others = self._embedded(texts, width)[:, None]
-            generator.prompt, negative = nn.Parameter(prompt), others[0] if others else None
+            generator.set_prompt(prompt)
+            negative = others[0] if others else None
         elif self.file is not None:
-            generator.prompt = nn.Parameter(read_prompt(self.file, width))
+            generator.set_prompt(read_prompt(self.file, width))
         if self.negative_file is not None:
             negative = read_prompt(self.negative_file, width)
         generator.prompt.requires_grad_(self.kind == "learnable")
