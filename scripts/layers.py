@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from onestepsr.inference.allocator import no_malloc_trim
 from onestepsr.inference.shared_norms import SharedNorms
-from onestepsr.models.cpu_kernels import attention_by_blocks, pack_weights
+from onestepsr.models.cpu_kernels import attention_by_blocks, use_cpu_kernels
 
 ATTENTION = ((5, 4096, 64, 1.0), (2, 1024, 64, 2.0), (1, 4096, 512, 1.0))
 """Heads, positions, channels of a head, and standard deviation of queries and keys."""
@@ -89,7 +89,7 @@ def packed(layer: nn.Module, x: Tensor) -> tuple[Callable[[], Any], Callable[[],
     """A layer on ``x`` with its own weights, and with packed ones."""
     plain = layer.bfloat16().to(memory_format=torch.channels_last).requires_grad_(False)
     ours = nn.Sequential(plain)
-    pack_weights(ours)
+    use_cpu_kernels(ours)
     inputs = x.bfloat16()
     return (lambda: plain(inputs)), (lambda: ours(inputs))
 

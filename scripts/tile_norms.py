@@ -29,7 +29,8 @@ from onestepsr.data.photos import find_images
 from onestepsr.imaging.read import LoadedImage, read_image, samples_to_tensor
 from onestepsr.imaging.resize import resize
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
-from onestepsr.models.memory_cost import Stage, StageCost
+from onestepsr.models.generators import LatentGenerator, LatentUNet
+from onestepsr.models.memory_cost import MemoryCost, NetworkCost
 from onestepsr.models.stable_diffusion.config import AutoencoderConfig
 from onestepsr.models.stable_diffusion.networks import StableDiffusionAutoencoder
 
@@ -39,42 +40,41 @@ SMALL = AutoencoderConfig(
 CROP, BATCH = 128, 16
 
 
-class Reconstruction(nn.Module):
+class Nothing(LatentUNet):
+    """The UNet of no diffusion: latents stay as they are."""
+
+    size_multiple = 1
+
+    def network_cost(self, dtype: torch.dtype) -> NetworkCost:
+        """Nothing worth counting."""
+        return NetworkCost(bytes_per_position=1.0)
+
+
+class Reconstruction(LatentGenerator):
     """Encoder and decoder as a generator that enlarges by one."""
 
-    scale = 1
-    lr_multiple = 8
+    joins_latents = False
+    """Whether latents are joined, in stages with tiles of their own."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.autoencoder = StableDiffusionAutoencoder(SMALL)
-        self.latent_channels = SMALL.latent_channels
-        self.joins_latents = False
+        super().__init__(StableDiffusionAutoencoder(SMALL), Nothing(), scale=1)
 
-    def memory_per_pixel(self, dtype: torch.dtype) -> float:
-        """Peak bytes per pixel."""
-        return self.autoencoder.memory_per_pixel(dtype)
+    def memory_cost(self, dtype: torch.dtype) -> MemoryCost:
+        """The same in both ways."""
+        cost = super().memory_cost(dtype)
+        return cost if self.joins_latents else MemoryCost(bytes_per_pixel=cost.bytes_per_pixel)
 
-    def stage_costs(self, dtype: torch.dtype) -> dict[Stage, StageCost] | None:
-        """Stages of their own if latents are joined; the UNet does nothing."""
-        cost = StageCost(per_pixel=self.memory_per_pixel(dtype), multiple=self.autoencoder.factor)
-        return {"encode": cost, "unet": cost, "decode": cost} if self.joins_latents else None
+    def encode_lr(self, lr: Tensor, **noise: Any) -> Tensor:
+        """Latent (N, C, h / 8, w / 8) of ``lr`` (N, 3, h, w) in [0, 1]."""
+        return self.autoencoder.encode(lr * 2 - 1)
 
-    def encode_lr(self, rgb: Tensor) -> Tensor:
-        """Latent (N, C, h / 8, w / 8) of ``rgb`` (N, 3, h, w) in [0, 1]."""
-        return self.autoencoder.encode(rgb * 2 - 1)
-
-    def restore_latent(self, z: Tensor, rgb: Tensor) -> Tensor:
-        """``z`` itself."""
-        return z
+    def restore_latent(self, z_l: Tensor, lr: Tensor, **conditions: Any) -> Tensor:
+        """``z_l`` itself."""
+        return z_l
 
     def decode(self, z: Tensor) -> Tensor:
         """Image in [0, 1] of a latent."""
         return self.autoencoder.decode(z) * 0.5 + 0.5
-
-    def forward(self, rgb: Tensor) -> Tensor:
-        """``rgb`` (N, 3, h, w) in [0, 1] again."""
-        return self.decode(self.encode_lr(rgb))
 
 
 def main() -> None:

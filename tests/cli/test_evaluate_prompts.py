@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,21 +22,21 @@ from onestepsr.core.errors import UserError
 from onestepsr.evaluate.result import read_result
 from onestepsr.inference.upscaler import Upscaler
 from onestepsr.models import loading
+from onestepsr.models.generators import Generator
 from onestepsr.weights import download
 
 
-class Reader(nn.Module):
+class Reader(Generator):
     """Enlarges, and makes the image as bright as its prompt says."""
 
-    scale = 4
     prompt_width = WIDTH
 
     def __init__(self) -> None:
         super().__init__()
         self.anything = nn.Parameter(torch.zeros(1))
 
-    def forward(self, lr: Tensor, prompt_embedding: Tensor | None = None) -> Tensor:
-        level = 0.5 if prompt_embedding is None else prompt_embedding.abs().sum().frac()
+    def forward(self, lr: Tensor, *, prompt: Tensor | None = None, **others: Any) -> Tensor:
+        level = 0.5 if prompt is None else prompt.abs().sum().frac()
         return functional.interpolate(lr, scale_factor=4) * 0 + level
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,27 +22,26 @@ from onestepsr.cli.upscale.prompts import PromptOptions
 from onestepsr.core.errors import UserError
 from onestepsr.inference.upscaler import Upscaler
 from onestepsr.models import loading
+from onestepsr.models.generators import Generator
 from onestepsr.weights import download, native
 
 
-class Reader(nn.Module):
+class Reader(Generator):
     """Enlarges, and makes the image as bright as its prompt says."""
-
-    scale = 4
 
     def __init__(self, prompt_width: int = WIDTH) -> None:
         super().__init__()
         self.prompt_width = prompt_width
         self.anything = nn.Parameter(torch.zeros(1))
 
-    def forward(self, lr: Tensor, prompt_embedding: Tensor | None = None) -> Tensor:
-        level = 0.5 if prompt_embedding is None else prompt_embedding.abs().sum().frac()
+    def forward(self, lr: Tensor, *, prompt: Tensor | None = None, **others: Any) -> Tensor:
+        level = 0.5 if prompt is None else prompt.abs().sum().frac()
         return functional.interpolate(lr, scale_factor=4) * 0 + level
 
 
 class Deaf(Reader):
-    def forward(self, lr: Tensor) -> Tensor:
-        return super().forward(lr)
+    def __init__(self) -> None:
+        super().__init__(prompt_width=0)
 
 
 @pytest.fixture(scope="module")

@@ -9,33 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from onestepsr.core.errors import OneStepSRError, UserError
 from onestepsr.imaging.read import LoadedImage
 from onestepsr.inference import compiling
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
-from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
-from onestepsr.models.tiny.networks import TinyConfig
+from onestepsr.models.generators import Generator
+from small import small_generator
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 70, 3), dtype=np.uint8)
 OPTIONS = UpscaleOptions(tile=24, tile_batch=3)
 
 
-def small() -> nn.Module:
-    config = TinyConfig(
-        encoder_width=8, decoder_width=8, widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_width=16
-    )
-    torch.manual_seed(0)
-    return tiny_generator(TinyGeneratorConfig(model=config))
-
-
-class Whole(nn.Module):
+class Whole(Generator):
     """A generator that does not consist of the usual networks."""
 
-    scale = 4
-
-    def forward(self, lr: Tensor) -> Tensor:
+    def forward(self, lr: Tensor, **conditions: Any) -> Tensor:
         return lr.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3).sqrt()
 
 
@@ -51,9 +41,9 @@ def use_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     return use
 
 
-@pytest.mark.parametrize(("make", "parts"), [(small, 3), (Whole, 1)])
+@pytest.mark.parametrize(("make", "parts"), [(small_generator, 3), (Whole, 1)])
 def test_compiled_equals_plain_and_every_part_is_compiled_once(
-    make: Callable[[], nn.Module], parts: int, use_backend: Callable[[Any], None]
+    make: Callable[[], Generator], parts: int, use_backend: Callable[[Any], None]
 ) -> None:
     graphs: list[torch.fx.GraphModule] = []
 
@@ -73,7 +63,7 @@ def test_compiled_equals_plain_and_every_part_is_compiled_once(
 
 
 def test_weights_keep_their_names() -> None:
-    generator = small()
+    generator = small_generator()
     names = list(generator.state_dict())
     compiling.compile_networks(generator)
     assert list(generator.state_dict()) == names

@@ -1,84 +1,172 @@
-"""Tiles of their own for encoder, UNet and decoder: planned by what each takes, and joined to what the whole gives."""
+"""Tiles through a generator: what it is given, and stages with tiles of their own against the whole."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from onestepsr.core.errors import UserError
 from onestepsr.imaging.read import LoadedImage
 from onestepsr.inference import memory_plan
-from onestepsr.inference.generator_cost import InputSize, MemoryCost
-from onestepsr.inference.memory_plan import Planner, smaller
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
-from onestepsr.models.memory_cost import Stage, StageCost
-from onestepsr.models.resshift.config import random_residual_generator
-from onestepsr.models.stable_diffusion.config import StableDiffusionGeneratorConfig
-from onestepsr.models.stable_diffusion.networks import stable_diffusion_generator
+from onestepsr.models.generators import LatentAutoencoder, LatentGenerator, LatentUNet
+from onestepsr.models.memory_cost import NetworkCost
+from small import Nearest, small_generator
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PIXELS = np.random.default_rng(0).integers(0, 256, (203, 250, 3), dtype=np.uint8)
-CELL, UNET_CELLS = 2, 4
-LARGE = InputSize(height=2000, width=2000)
+FACTOR, POSITION, UNET_MULTIPLE = 8, 2, 4
 
 
-class Staged(nn.Module):
-    """Every stage looks one pixel or latent position around itself; the latents are half as large as the LR image."""
+class Coder(LatentAutoencoder):
+    """Looks one pixel or latent position around itself; latents are half as large as the LR image."""
 
-    scale, lr_multiple, latent_channels = 4, CELL * UNET_CELLS, 3
+    factor, latent_channels = FACTOR, 3
 
-    def __init__(self, **balances: float) -> None:
+    def __init__(self, *, norms: bool, breakeven: dict[str, float]) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.third = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
-        self.balances = balances
-        self.shapes: list[tuple[str, tuple[int, ...]]] = []
+        self.first, self.last = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.norms = nn.ModuleList(nn.GroupNorm(1, 3) if norms else nn.Identity() for _ in range(2))
+        self.breakeven = breakeven
+        self.calls: list[tuple[str, tuple[int, ...]]] = []
 
-    def memory_per_pixel(self, dtype: torch.dtype) -> float:
-        return 4000.0
-
-    def stage_costs(self, dtype: torch.dtype) -> dict[Stage, StageCost]:
-        bytes_per_pixel: dict[Stage, float] = {"encode": 2000.0, "unet": 1000.0, "decode": 4000.0}
-        return {
-            stage: StageCost(
-                per_pixel=per_pixel,
-                multiple=CELL * (UNET_CELLS if stage == "unet" else 1),
-                balance=self.balances.get(stage, float("inf")),
-            )
-            for stage, per_pixel in bytes_per_pixel.items()
-        }
-
-    def encode_lr(self, lr: Tensor) -> Tensor:
-        self.shapes.append(("encode", tuple(lr.shape)))
-        return functional.avg_pool2d(self.first(lr), CELL)
-
-    def restore_latent(self, z_l: Tensor, lr: Tensor) -> Tensor:
-        assert [CELL * side for side in z_l.shape[2:]] == list(lr.shape[2:])
-        self.shapes.append(("unet", tuple(z_l.shape)))
-        return z_l + self.second(z_l) + 0.1 * functional.avg_pool2d(lr, CELL)
+    def encode(self, x: Tensor) -> Tensor:
+        self.calls.append(("encode", tuple(x.shape)))
+        return functional.avg_pool2d(self.first(self.norms[0](x)), FACTOR)
 
     def decode(self, z: Tensor) -> Tensor:
-        self.shapes.append(("decode", tuple(z.shape)))
-        return functional.interpolate(self.third(z), scale_factor=8.0) + 0.5
+        self.calls.append(("decode", tuple(z.shape)))
+        return functional.interpolate(self.last(self.norms[1](z)), scale_factor=float(FACTOR))
 
-    def forward(self, lr: Tensor) -> Tensor:
-        height, width = lr.shape[2:]
-        padded = functional.pad(lr, (0, -width % self.lr_multiple, 0, -height % self.lr_multiple), mode="reflect")
-        sr = self.decode(self.restore_latent(self.encode_lr(padded), padded))
-        return sr[..., : 4 * height, : 4 * width]
+    def memory_per_pixel(self, dtype: torch.dtype) -> float:
+        return 250.0
+
+    def network_costs(self, dtype: torch.dtype) -> tuple[NetworkCost, NetworkCost]:
+        return self._cost("encode", 8000.0), self._cost("decode", 16_000.0)
+
+    def _cost(self, stage: str, bytes_per_position: float) -> NetworkCost:
+        breakeven = self.breakeven.get(stage, float("inf")) / POSITION**2
+        return NetworkCost(bytes_per_position=bytes_per_position, attention_breakeven=breakeven)
+
+
+class Denoiser(LatentUNet):
+    size_multiple = UNET_MULTIPLE
+
+    def __init__(self, breakeven: float) -> None:
+        super().__init__()
+        self.middle = nn.Conv2d(3, 3, 3, padding=1)
+        self.breakeven = breakeven
+
+    def network_cost(self, dtype: torch.dtype) -> NetworkCost:
+        return NetworkCost(bytes_per_position=4000.0, attention_breakeven=self.breakeven / POSITION**2)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z + self.middle(z)
+
+
+class Staged(LatentGenerator):
+    def __init__(self, *, norms: bool = False, **breakeven: float) -> None:
+        torch.manual_seed(0)
+        autoencoder = Coder(norms=norms, breakeven=breakeven)
+        super().__init__(autoencoder, Denoiser(breakeven.get("unet", float("inf"))), scale=4)
+        self.calls = autoencoder.calls
+
+    def encode_lr(self, lr: Tensor, **noise: Any) -> Tensor:
+        return self.autoencoder.encode(lr.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3))
+
+    def restore_latent(self, z_l: Tensor, lr: Tensor, **conditions: Any) -> Tensor:
+        assert [POSITION * side for side in z_l.shape[2:]] == list(lr.shape[2:])
+        self.calls.append(("unet", tuple(z_l.shape)))
+        return self.unet(z_l) + 0.1 * functional.avg_pool2d(lr, POSITION)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.autoencoder.decode(z) + 0.5
 
 
 @pytest.fixture(autouse=True)
-def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def _much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "free_memory", lambda device: 20e9)
+
+
+# ---- what the generator is given ----
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_tiles_have_the_dtype_that_the_generator_takes(dtype: str, wide: bool) -> None:
+    generator = Nearest()
+    generator.takes_float32 = wide
+    Upscaler(generator, "cpu", dtype)(PIXELS[:12, :16])
+    assert [lr.dtype for lr in generator.given] == [torch.float32 if wide else getattr(torch, dtype)]
+    assert generator.weight.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("noised", [False, True])
+def test_images_are_enlarged_before_they_are_rounded(noised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = small_generator(noised=noised)
+    encoded: list[Tensor] = []
+    encode = generator.encode
+    monkeypatch.setattr(generator, "encode", lambda x: (encoded.append(x), encode(x))[1])
+    Upscaler(generator, "cpu", "bfloat16")(PIXELS[:12, :16])
+    lr = torch.from_numpy(PIXELS[:12, :16]).permute(2, 0, 1)[None] / 255
+    torch.testing.assert_close(encoded[0], generator.enlarge(lr), atol=1e-5, rtol=0.0)
+
+
+def test_only_generators_that_want_them_are_given_noise_and_prompt() -> None:
+    embedding = torch.zeros(1, 2, 5)
+    for batches, width, wanted in ((True, 0, set()), (False, 0, {"rng", "origin"}), (True, 5, {"prompt"})):
+        generator = Nearest()
+        generator.takes_batches, generator.prompt_width = batches, width
+        options = UpscaleOptions(tile=128, tile_batch=3, prompt_embedding=embedding if width else None)
+        Upscaler(generator, "cpu", "float32").upscale_image(LoadedImage(pixels=PIXELS), options)
+        assert {frozenset(given) for given in generator.conditions} == {frozenset(wanted)}
+        assert max(len(lr) for lr in generator.given) == (3 if batches else 1)
+        if "origin" in wanted:
+            assert [given["origin"] for given in generator.conditions[:2]] == [(0, 0), (0, 96)]
+            assert len({given["rng"].initial_seed() for given in generator.conditions}) == 1
+
+
+class Foreign(Tensor):
+    """On a device where little more runs than the networks: it can be looked at, and brought home."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.aminmax, Tensor.clamp, Tensor.nan_to_num):
+            raise NotImplementedError(f"{func.__name__} is not implemented for this device")
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result.as_subclass(Tensor) if func is Tensor.to else result
+
+
+def test_on_other_devices_nothing_but_the_network_runs() -> None:
+    class Elsewhere(Nearest):
+        def forward(self, lr: Tensor, **conditions: Any) -> Tensor:
+            return super().forward(lr).as_subclass(Foreign)
+
+    assert Upscaler(Elsewhere(), "cpu", "float32")(PIXELS[:12, :16]).size == (64, 48)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_batches_of_tiles_equal_one_by_one(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without a device that is given more work before its results are waited for."""
+    monkeypatch.setattr("onestepsr.inference.tiled.AHEAD", {"cpu": ahead})
+    seen: list[tuple[int, int]] = []
+    results = []
+    for batch in (1, 4):
+        generator = Nearest()
+        options = UpscaleOptions(tile=96, tile_batch=batch)
+        upscaler = Upscaler(generator, "cpu", "float32")
+        image = LoadedImage(pixels=PIXELS[:200, :230])
+        results.append(upscaler.upscale_image(image, options, lambda *at: seen.append(at)).pixels)
+    assert [tuple(lr.shape) for lr in generator.given] == [(4, 3, 96, 96)] * 3
+    assert np.abs(results[0].astype(int) - results[1]).max() <= 1
+    assert seen == [(done, 12) for done in range(1, 13)] * 2
+
+
+# ---- stages with tiles of their own ----
 
 
 @pytest.mark.parametrize("color_fix", ["none", "wavelet", "adain"])
@@ -94,7 +182,7 @@ def test_stages_in_tiles_of_their_own_equal_the_whole(color_fix: str, monkeypatc
     assert plan.stages is not None
     areas = {stage: found.tile[0] * found.tile[1] for stage, found in plan.stages.items()}
     assert areas["decode"] < areas["encode"] < areas["unet"]
-    assert [name for name, _ in generator.shapes] == [
+    assert [name for name, _ in generator.calls] == [
         stage for stage, found in plan.stages.items() for _ in range(found.tiles)
     ]
     assert seen == [(done, plan.steps) for done in range(1, plan.steps + 1)]
@@ -102,21 +190,17 @@ def test_stages_in_tiles_of_their_own_equal_the_whole(color_fix: str, monkeypatc
     assert np.abs(tiles.astype(int) - whole).max() <= 1
 
 
-@pytest.mark.parametrize("tile", [64, 96, 101])
+@pytest.mark.parametrize("tile", [64, 101])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_given_side_is_that_of_all_stages(tile: int, batch: int) -> None:
     generator = Staged()
     upscaler = Upscaler(generator, "cpu", "float32")
     image = LoadedImage(pixels=PIXELS)
     tiles = upscaler.upscale_image(image, UpscaleOptions(tile=tile, tile_batch=batch)).pixels
-    rounded = {
-        stage: -(-tile // multiple) * multiple // cell
-        for stage, multiple, cell in (("encode", 2, 1), ("unet", 8, 2), ("decode", 2, 2))
-    }
-    assert {(name, shape[2], shape[3]) for name, shape in generator.shapes} == {
-        (stage, side, side) for stage, side in rounded.items()
-    }
-    assert max(shape[0] for _, shape in generator.shapes) == batch
+    multiples = {"encode": (2, 0.25), "unet": (8, 2), "decode": (2, 2)}  # of a tile, and input pixels per unit
+    rounded = {stage: int(-(-tile // multiple) * multiple / unit) for stage, (multiple, unit) in multiples.items()}
+    assert {(name, *shape[2:]) for name, shape in generator.calls} == {(s, side, side) for s, side in rounded.items()}
+    assert max(shape[0] for _, shape in generator.calls) == batch
     whole = upscaler.upscale_image(image, UpscaleOptions(tile="off")).pixels
     assert np.abs(tiles.astype(int) - whole).max() <= 1
 
@@ -125,76 +209,9 @@ def test_published_tiles_go_through_all_stages_one_after_the_other() -> None:
     generator = Staged()
     upscaler = Upscaler(generator, "cpu", "float32")
     upscaler.upscale_image(LoadedImage(pixels=PIXELS), UpscaleOptions(tile=128, tile_blend="average"))
-    assert [name for name, _ in generator.shapes[:6]] == ["encode", "unet", "decode"] * 2
+    assert [name for name, _ in generator.calls[:6]] == ["encode", "unet", "decode"] * 2
     assert upscaler.last_plan is not None
     assert upscaler.last_plan.stages is None
-
-
-def planned(extent: InputSize, device: torch.device = CPU, **balances: float) -> memory_plan.Plan:
-    demand = MemoryCost.of(Staged(**balances), torch.float32, "staged")
-    return Planner(extent, demand, UpscaleOptions(), device).plan()
-
-
-@pytest.mark.parametrize("device", [CPU, CUDA])
-def test_attention_makes_tiles_smaller_and_a_whole_that_takes_little_more_stays_whole(device: torch.device) -> None:
-    plain, attending = planned(LARGE, device), planned(LARGE, device, unet=40_000.0)
-    assert plain.stages is not None
-    assert attending.stages is not None
-    assert min(plain.stages["unet"].tile) > 250
-    side = max(attending.stages["unet"].tile)
-    assert 96 <= side < 200 < max(attending.stages["encode"].tile)
-    assert attending.stages["encode"] == plain.stages["encode"]
-
-    def work(side: int) -> float:
-        return (1 + side**2 / 40_000) * (side / (side - 32)) ** 2
-
-    assert work(side) < 1.1 * min(work(other) for other in range(96, 400))
-    assert planned(InputSize(height=200, width=200), device, unet=40_000.0).stages is None
-    cut = planned(InputSize(height=300, width=300), device, unet=40_000.0)
-    assert cut.stages is not None
-    assert (cut.stages["encode"].tiles, cut.stages["decode"].tiles, cut.cuts_autoencoder) == (1, 1, False)
-    assert cut.stages["unet"].tiles > 1
-    assert str(cut).startswith(f"encode whole; unet {cut.stages['unet'].tiles} tiles of ")
-
-
-@pytest.mark.parametrize("limit", [0.6, 0.8, 1.5])
-def test_every_stage_keeps_to_the_limit(limit: float) -> None:
-    demand = MemoryCost.of(Staged(), torch.float32, "staged")
-    plan = Planner(LARGE, demand, UpscaleOptions(memory=limit), CPU).plan()
-    assert plan.expected_peak <= limit * 1e9
-    assert plan.stages is not None
-    assert demand.stages is not None
-    for stage, found in plan.stages.items():
-        alone = Planner(LARGE, demand.stages[stage], UpscaleOptions(tile=max(found.tile)), CPU).plan()
-        assert alone.expected_peak <= 1.2 * limit * 1e9, "a square of the longer side, which is at most a fifth longer"
-    assert plan.as_json()["stages"]["unet"]["tiles"] == plan.stages["unet"].tiles
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 3000),
-    st.integers(1, 3000),
-    st.floats(0.05, 3.0),
-    st.sampled_from([1000.0, 40_000.0, float("inf")]),
-    st.sampled_from(["cpu", "cuda"]),
-)
-def test_a_limit_is_kept_or_one_is_named_that_can_be(
-    height: int, width: int, limit: float, balance: float, device: str
-) -> None:
-    demand = MemoryCost.of(Staged(unet=balance, decode=3 * balance), torch.float32, "staged")
-
-    def found(memory: float) -> memory_plan.Plan:
-        options = UpscaleOptions(memory=memory)
-        return Planner(InputSize(height=height, width=width), demand, options, torch.device(device)).plan()
-
-    try:
-        plan = found(limit)
-    except UserError as error:
-        named = re.search(r"accepted: ([\d.]+) and more", str(error))
-        assert named is not None
-        assert limit < float(named[1])
-        plan, limit = found(float(named[1])), float(named[1])
-    assert plan.expected_peak <= limit * 1e9
 
 
 def test_memory_that_runs_out_in_one_stage_makes_the_tiles_of_all_smaller(caplog: pytest.LogCaptureFixture) -> None:
@@ -213,28 +230,14 @@ def test_memory_that_runs_out_in_one_stage_makes_the_tiles_of_all_smaller(caplog
     assert "memory ran out with whole" in caplog.text
 
 
-class Normed(Staged):
-    """With a norm in the encoder and one in the decoder."""
-
-    def __init__(self, **balances: float) -> None:
-        super().__init__(**balances)
-        self.autoencoder = nn.ModuleDict({name: nn.GroupNorm(1, 3) for name in ("encoder", "decoder")})
-
-    def encode_lr(self, lr: Tensor) -> Tensor:
-        return super().encode_lr(self.autoencoder["encoder"](lr))
-
-    def decode(self, z: Tensor) -> Tensor:
-        return super().decode(self.autoencoder["decoder"](z))
-
-
 @pytest.mark.parametrize("cut", ["encode", "decode", "unet"])
 def test_norms_are_given_statistics_only_where_they_meet_tiles(cut: str) -> None:
-    upscaler = Upscaler(Normed(**{cut: 4000.0}), "cpu", "float32")
+    upscaler = Upscaler(Staged(norms=True, **{cut: 4000.0}), "cpu", "float32")
     gradient = np.linspace(0, 255, PIXELS.shape[1]).astype(np.uint8)
     image = LoadedImage(pixels=PIXELS // 2 + gradient[:, None] // 2)
     errors = {}
     whole = upscaler.upscale_image(image, UpscaleOptions(tile="off", color_fix="none")).pixels.astype(int)
-    for norms in ("picture", "tile"):
+    for norms in ("image", "tile"):
         options = UpscaleOptions(color_fix="none", tile_norms=norms)
         errors[norms] = np.abs(upscaler.upscale_image(image, options).pixels - whole).mean()
     plan = upscaler.last_plan
@@ -242,66 +245,6 @@ def test_norms_are_given_statistics_only_where_they_meet_tiles(cut: str) -> None
     assert plan.stages is not None
     assert [stage for stage, found in plan.stages.items() if found.tiles > 1] == [cut]
     if cut == "unet":
-        assert errors["picture"] == errors["tile"] < 1.0
+        assert errors["image"] == errors["tile"] < 1.0
     else:
-        assert errors["picture"] < 0.5 * errors["tile"]
-
-
-def test_networks_of_large_cells_are_not_cut_where_a_cell_is_the_image() -> None:
-    """A reduced copy for the norms would be as large as the image itself."""
-    with torch.device("meta"):
-        faces = random_residual_generator("resshift-face")
-    demand = MemoryCost.of(faces, torch.bfloat16, "faces")
-    for side in (100, 320, 512):
-        plan = Planner(InputSize(height=side, width=side), demand, UpscaleOptions(scale=1.0), CPU).plan()
-        assert (plan.tiles, plan.stages) == (1, None)
-
-
-def test_networks_that_do_not_enlarge_are_cut_by_the_size_of_their_output() -> None:
-    with torch.device("meta"):
-        faces = stable_diffusion_generator(StableDiffusionGeneratorConfig(scale=1))
-    demand = MemoryCost.of(faces, torch.bfloat16, "faces")
-    plan = Planner(InputSize(height=512, width=512), demand, UpscaleOptions(scale=1.0), CPU).plan()
-    assert (plan.tiles, plan.stages) == (1, None)
-
-
-def test_what_every_stage_takes_whole_is_not_cut_for_the_sake_of_one_tile_for_all() -> None:
-    with torch.device("meta"):
-        shifting = random_residual_generator("resshift-realsr")
-    demand = MemoryCost.of(shifting, torch.bfloat16, "shifting")
-    assert demand.largest_tile == 256
-    plan = Planner(InputSize(height=300, width=300), demand, UpscaleOptions(), CUDA).plan()
-    assert plan.stages is not None
-    assert plan.steps == 3
-
-
-def test_the_unet_sees_as_much_as_little_work_more_allows() -> None:
-    with torch.device("meta"):
-        diffusion = stable_diffusion_generator(StableDiffusionGeneratorConfig())
-    demand = MemoryCost.of(diffusion, torch.bfloat16, "diffusion")
-    for device, least, most in ((CPU, 144, 224), (CUDA, 192, 192)):
-        plan = Planner(InputSize(height=1225, width=1225), demand, UpscaleOptions(), device).plan()
-        assert plan.stages is not None
-        height, width = plan.stages["unet"].tile
-        assert least <= min(height, width) <= max(height, width) <= most
-
-
-def test_without_an_overlap_tiles_do_not_shrink_to_nothing() -> None:
-    for device in (CPU, CUDA):
-        demand = MemoryCost.of(Staged(unet=40_000.0), torch.float32, "staged")
-        plan = Planner(LARGE, demand, UpscaleOptions(overlap=0), device).plan()
-        assert plan.stages is not None
-        assert min(plan.stages["unet"].tile) >= 96
-
-
-def test_after_a_failure_a_stage_of_large_cells_shrinks_as_the_others_do() -> None:
-    with torch.device("meta"):
-        shifting = random_residual_generator("resshift-realsr")
-    demand = MemoryCost.of(shifting, torch.bfloat16, "shifting")
-    planner = Planner(InputSize(height=1000, width=1000), demand, UpscaleOptions(), CPU)
-    found = [planner.plan()]
-    while (most := smaller(found[-1], planner.options)) is not None and len(found) < 9:
-        found.append(planner.plan(most))
-        assert found[-1].pixels < found[-2].pixels
-    assert found[-1].stages is not None
-    assert found[-1].stages["unet"].tile == (128, 128)
+        assert errors["image"] < 0.5 * errors["tile"]

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from test_icc import ADOBE_RGB, DISPLAY_P3, GAMMA_22, SRGB_CURVE, matrix_icc, table_icc
 from torch import Tensor, nn
@@ -24,47 +23,47 @@ from onestepsr.inference import devices, memory_plan
 from onestepsr.inference import upscaler as module
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler, resolve_device, resolve_dtype, target_size
 from onestepsr.models import loading
+from onestepsr.models.generators import Generator
 from onestepsr.weights import download
+from small import Nearest
 
 
-class Bicubic(nn.Module):
+class Bicubic(Generator):
     """Enlarges; optionally shifts the colours, as a network may."""
-
-    scale = 4
 
     def __init__(self, tint: float = 0.0) -> None:
         super().__init__()
         self.tint = nn.Parameter(torch.tensor([tint, 0.0, -tint]).reshape(1, 3, 1, 1))
 
-    def forward(self, lr: Tensor) -> Tensor:
+    def forward(self, lr: Tensor, **conditions: Any) -> Tensor:
         height, width = (4 * side for side in lr.shape[-2:])
         return (
             functional.interpolate(lr.float(), (height, width), mode="bicubic", antialias=True).to(lr.dtype) + self.tint
         )
 
 
-class SmallConvolution(nn.Module):
+class SmallConvolution(Generator):
     """Two random convolutions that reach four input pixels."""
-
-    scale = 4
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.body = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.SiLU(), nn.Conv2d(8, 48, 5, padding=2))
 
-    def forward(self, lr: Tensor) -> Tensor:
+    def forward(self, lr: Tensor, **conditions: Any) -> Tensor:
         return functional.pixel_shuffle(self.body(lr), 4) + functional.interpolate(lr, scale_factor=4)
 
 
 class Noisy(Bicubic):
-    def forward(self, lr: Tensor, rng: torch.Generator | None = None) -> Tensor:
+    takes_batches = False
+
+    def forward(self, lr: Tensor, *, rng: torch.Generator | None = None, **conditions: Any) -> Tensor:
         big = super().forward(lr)
         return big + 0.1 * torch.randn(big.shape, generator=rng)
 
 
 class Broken(Bicubic):
-    def forward(self, lr: Tensor) -> Tensor:
+    def forward(self, lr: Tensor, **conditions: Any) -> Tensor:
         return super().forward(lr) / (0.0 if lr.dtype != torch.float32 else 1.0)
 
 
@@ -124,7 +123,7 @@ class Bordered(Bicubic):
 
     lr_multiple = 16
 
-    def forward(self, lr: Tensor) -> Tensor:
+    def forward(self, lr: Tensor, **conditions: Any) -> Tensor:
         big = super().forward(lr)
         big[..., :4, :] = big[..., -4:, :] = big[..., :4] = big[..., -4:] = 0
         return big
@@ -150,38 +149,6 @@ def test_published_tiles_have_a_published_side(monkeypatch: pytest.MonkeyPatch) 
     assert upscaler.plan_tile(900, 900, UpscaleOptions(tile_blend="average")) == (256, 256)
     assert upscaler.plan_tile(900, 900, UpscaleOptions()) == (249, 322), "four rows as 300 would need, three columns"
     assert upscaler.plan_tile(200, 400, UpscaleOptions(tile_blend="average")) == (200, 400)
-
-
-class Normed(SmallConvolution):
-    """A convolution, a group norm, a convolution, in an autoencoder's place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.autoencoder = nn.Sequential(self.body[0], nn.GroupNorm(2, 8), *self.body[1:])
-        for layer in (self.autoencoder[0], self.autoencoder[3]):  # zeros around would matter more to a small copy
-            layer.padding_mode, layer._reversed_padding_repeated_twice = "reflect", [2, 2, 2, 2]
-        self.body = nn.Identity()
-
-    def forward(self, lr: Tensor) -> Tensor:
-        return functional.pixel_shuffle(self.autoencoder(lr), 4) + 0.5
-
-
-def test_norms_treat_all_tiles_of_a_image_alike() -> None:
-    rng = np.random.default_rng(0)
-    contrast = np.linspace(0, 127, 160)[:, None, None]  # from flat gray to noise
-    image = LoadedImage(pixels=(128 + contrast * rng.uniform(-1, 1, (160, 120, 3))).astype(np.uint8))
-    upscaler = Upscaler(Normed(), "cpu", "float32")
-
-    def enlarged(**options: Any) -> NDArray[Any]:
-        return upscaler.upscale_image(image, UpscaleOptions(color_fix="none", **options)).pixels.astype(float)
-
-    whole = enlarged(tile="off")
-    errors = [
-        np.abs(enlarged(tile=48, **options) - whole).mean()
-        for options in ({}, {"tile_norms": "tile"}, {"tile_blend": "average"})
-    ]
-    assert errors[0] < 1.0 < 5 * errors[0] < min(errors[1:])
-    assert np.array_equal(enlarged(tile="off"), whole)
 
 
 @pytest.mark.parametrize("color_fix", ["wavelet", "adain"])
@@ -356,30 +323,35 @@ def test_without_a_home_nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -
         download.cache_folder()
 
 
+def test_what_is_no_generator_is_refused() -> None:
+    with pytest.raises(TypeError, match="a Identity is no onestepsr"):
+        Upscaler(nn.Identity(), "cpu", "float32")
+    assert Upscaler(Nearest(), "cpu", "float32")(photo(6, 6)).size == (24, 24)
+
+
 def test_wrong_output_size_is_named() -> None:
     class Wrong(Bicubic):
-        def forward(self, lr: Tensor) -> Tensor:
+        def forward(self, lr: Tensor, **conditions: Any) -> Tensor:
             return lr
 
     with pytest.raises(OneStepSRError, match=r"wrong: gave \(1, 3, 6, 6\)"):
         Upscaler(Wrong(), "cpu", "float32", "wrong")(photo(6, 6))
 
 
-class Cells(nn.Module):
-    """Gives every cell of 4x4 input pixels its mean: what it says depends on where the cells lie."""
+class BlockMeans(Generator):
+    """Gives every block of 4x4 input pixels its mean: the result depends on where the blocks lie."""
 
-    scale = 4
     lr_multiple = 4
 
-    def forward(self, lr: Tensor) -> Tensor:
+    def forward(self, lr: Tensor, **conditions: Any) -> Tensor:
         means = functional.avg_pool2d(lr, 4)
         return functional.interpolate(means, scale_factor=16.0, mode="nearest")
 
 
 @pytest.mark.parametrize("tile", [16, 18, 21])
-def test_tiles_start_where_the_networks_cells_do(tile: int) -> None:
+def test_tiles_start_at_multiples_of_the_networks_stride(tile: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (45, 37, 3), dtype=np.uint8)
-    upscaler = Upscaler(Cells().eval(), device="cpu", dtype="float32")
+    upscaler = Upscaler(BlockMeans(), device="cpu", dtype="float32")
     whole = np.asarray(upscaler(pixels, tile="off", color_fix="none"))
     assert whole.shape == (180, 148, 3)
     assert np.array_equal(np.asarray(upscaler(pixels, tile=tile, color_fix="none")), whole)
@@ -388,7 +360,7 @@ def test_tiles_start_where_the_networks_cells_do(tile: int) -> None:
 def test_freed_memory_is_kept_for_large_work_only() -> None:
     generator = SmallConvolution()
     upscaler = Upscaler(generator, "cpu", "float32")
-    area = int(module.LARGE_WORK / upscaler.memory_per_pixel())
+    area = int(module.LARGE_WORK / memory_plan.bytes_per_pixel(generator, torch.float32))
     assert not upscaler.keeps_freed_memory(area - 1)
     assert upscaler.keeps_freed_memory(area + 1)
     upscaler.device = torch.device("cuda")

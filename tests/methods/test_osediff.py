@@ -19,8 +19,7 @@ from onestepsr.methods.shared.vsd import AdapterConfig, GuidedTeacher, Variation
 from onestepsr.models import loading
 from onestepsr.models.convert import convert_to_published
 from onestepsr.models.lora import copy_sharing_weights
-from onestepsr.models.osediff.adapters import collect
-from onestepsr.models.osediff.checkpoints import write_published
+from onestepsr.models.osediff.checkpoints import collect, write_published
 from onestepsr.models.stable_diffusion.config import AutoencoderConfig, StableDiffusionGeneratorConfig, UNetConfig
 from onestepsr.models.stable_diffusion.networks import stable_diffusion_generator
 from onestepsr.prompts.embedder import EmbeddingCache

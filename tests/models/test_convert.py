@@ -91,7 +91,7 @@ def test_numbers_that_do_not_fit_leave_nothing_behind(folder, tmp_path):
     write_single_file(tmp_path / "big.safetensors", generator.unet.unet, generator.autoencoder.vae)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "onestepsr.models.stable_diffusion.ldm_checkpoint.KNOWN", {"small": (GENERATOR.unet, GENERATOR.autoencoder)}
+            "onestepsr.models.stable_diffusion.checkpoints.KNOWN", {"small": (GENERATOR.unet, GENERATOR.autoencoder)}
         )
         with pytest.raises(UserError, match=r"conv_in.bias' is too large for float16"):
             convert(tmp_path / "big.safetensors", tmp_path / "out.safetensors", "--dtype", "float16")

@@ -10,12 +10,12 @@ from small_diffusion import UNET
 from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError
-from onestepsr.models.architectures import random_backbone
+from onestepsr.models.architectures import random_backbone, random_generator
 from onestepsr.models.backbones import unet_encoder_of
-from onestepsr.models.encoder_features import LatentDiffusionFeatures, PromptedUNet, ResidualShiftFeatures
-from onestepsr.models.generators import OneStepLatentGenerator
-from onestepsr.models.resshift.config import random_residual_generator
+from onestepsr.models.discriminators import LatentDiffusionFeatures, PromptedUNet, ResidualShiftFeatures
+from onestepsr.models.generators import OneStepConfig, OneStepLatentGenerator
 from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet
+from onestepsr.models.tiny.networks import TinyAutoencoder
 
 THREE_LEVELS = replace(
     UNET,
@@ -38,7 +38,7 @@ def shapes(features: tuple[Tensor, ...]) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("name", ["resshift-micro", "resshift-tiny"])
 def test_features_of_residual_shifting(name: str) -> None:
-    denoiser = random_residual_generator(name).unet
+    denoiser = random_generator(f"random:{name}").unet
     network = ResidualShiftFeatures(denoiser)
     z, t, lr = noise(2, denoiser.latent_channels, 16, 16), torch.tensor([0, 3]), noise(2, 3, 16, 16)
     emb, *features = network(z, t, lr)
@@ -68,7 +68,7 @@ def test_features_of_stable_diffusion_are_those_of_its_half(stable_diffusion: St
     with torch.no_grad():
         view = LatentDiffusionFeatures(network)
         emb, *features = view(z, t)
-        generator = OneStepLatentGenerator(nn.Identity(), stable_diffusion, network.prompt, timestep=1)
+        generator = OneStepLatentGenerator(TinyAutoencoder(), stable_diffusion, network.prompt, OneStepConfig())
         middle = unet_encoder_of(generator)(z, t, network.prompt)[0]
     for hook in hooks:
         hook.remove()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onestepsr.models.generators import bicubic
+from onestepsr.imaging.resize import bicubic
 
 
 def plain(x: Tensor, scale: int) -> Tensor:

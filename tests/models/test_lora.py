@@ -7,6 +7,7 @@ from small_diffusion import UNET, XL
 from onestepsr.core.errors import UserError
 from onestepsr.models.backbones import load_backbone
 from onestepsr.models.lora import LoraConfig, add_lora, lora_layers, merged_state_dict
+from onestepsr.models.stable_diffusion.config import StableDiffusionEncoderConfig
 from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet, StableDiffusionUNetEncoder
 from onestepsr.models.tiny.networks import TinyConfig, TinyUNet
 
@@ -111,7 +112,7 @@ def test_at_rank_four_they_are_as_many_as_osediff_has():
 
 
 def test_pooled_prompt_of_xl_stays_trainable_beside_adapters():
-    encoder = StableDiffusionUNetEncoder(XL)
+    encoder = StableDiffusionUNetEncoder(StableDiffusionEncoderConfig(unet=XL))
     add_lora(encoder, LoraConfig(rank=2))
     assert "pooled_prompt" in trainable(encoder)
     assert all("lora_" in name or name == "pooled_prompt" for name in trainable(encoder))

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from onestepsr.benchmark.counting import Cost, count, size_of
 from onestepsr.core.errors import UnknownModel, UserError, did_you_mean
-from onestepsr.models.architectures import ARCHITECTURES, RANDOM, is_random, random_backbone, random_generator
+from onestepsr.models.architectures import RANDOM, build_network, is_random, random_backbone, random_generator
 from onestepsr.models.backbones import load_discriminator_backbone
 from onestepsr.models.discriminators import DiffusionEncoder, NoiseAwareDiscriminator
 from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.lora import LoraConfig, add_lora
 from onestepsr.models.osediff.generator import ENCODER_LAYERS, FIRST_LAYER, UNET_LAYERS, OSEDiffGenerator
 from onestepsr.models.resshift.checkpoints import is_published
-from onestepsr.models.resshift.config import PUBLISHED, residual_shift_generator
-from onestepsr.models.resshift.generator import ResidualShiftGenerator
+from onestepsr.models.resshift.config import PUBLISHED
+from onestepsr.models.resshift.generator import ResidualShiftGenerator, residual_shift_generator
 from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet, StableDiffusionUNetEncoder
 from onestepsr.models.tiny.decoder import FACTOR as TINY_FACTOR
 from onestepsr.weights import catalog
@@ -216,9 +216,7 @@ def _from_weights(name_or_path: str) -> nn.Module:
     """The network that a weights file of ours describes, without its weights."""
     path = catalog.resolve(name_or_path)
     architecture, config, _ = read_weights(path, lambda key: False)
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"{path}: unknown architecture '{architecture}': {did_you_mean(architecture, ARCHITECTURES)}")
-    return ARCHITECTURES[architecture](config).requires_grad_(False)
+    return build_network(architecture, config, path).requires_grad_(False)
 
 
 # ---- counting ----

@@ -30,6 +30,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from onestepsr.inference.compiling import without_compiling
+from onestepsr.models.generators import LatentGenerator
+from onestepsr.models.resshift.generator import ResidualShiftGenerator
 
 T = TypeVar("T")
 Method = Callable[..., Any]
@@ -133,15 +135,17 @@ _UNREGISTERED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _at
 
 # ---- the stages of a generator ----
 
-STAGES = {"encode": "encode", "step": "unet", "sample": "steps", "decode": "decode"}
-"""Stage by method of a generator: one UNet evaluation is ``unet``, all steps of a sampler are ``steps``."""
 Call = tuple[str, tuple[Shape, ...]]
 """A method of a generator that was called from outside it, and the shapes of the tensors it was given."""
 
 
 def stages_of(generator: nn.Module) -> dict[str, str]:
-    """Method and stage of every stage that ``generator`` has, in order."""
-    return {method: stage for method, stage in STAGES.items() if callable(getattr(generator, method, None))}
+    """Method and stage of every stage that ``generator`` has, in order: one UNet evaluation is ``unet``, all steps of a
+    sampler are ``steps``."""
+    if not isinstance(generator, LatentGenerator):
+        return {}
+    middle = {"sample": "steps"} if isinstance(generator, ResidualShiftGenerator) else {"step": "unet"}
+    return {"encode": "encode", **middle, "decode": "decode"}
 
 
 @contextmanager

@@ -8,7 +8,6 @@ Results are plain data, the JSON document that docs/benchmark.md describes; ``sp
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import math
 import statistics
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,9 +34,9 @@ from onestepsr.imaging.color import wavelet
 from onestepsr.imaging.read import LoadedImage, read_image, samples_to_tensor, tensor_to_samples
 from onestepsr.imaging.write import write_image
 from onestepsr.inference.compiling import compiler_errors_named
-from onestepsr.inference.tile_runner import input_dtype_of
+from onestepsr.inference.tiled import LoadedGenerator
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler, enlarge
-from onestepsr.models.generators import pad_to_multiple
+from onestepsr.models.generators import Generator, pad_to_multiple
 from onestepsr.models.loading import load_generator
 from onestepsr.models.resshift.generator import ResidualShiftGenerator
 
@@ -187,21 +186,21 @@ class ProductPath:
 class BatchPath:
     """All images at once and whole through the network, then the wavelet colour fix."""
 
-    generator: nn.Module
+    generator: Generator
     device: torch.device
     dtype: torch.dtype
     memory_format: torch.memory_format
 
     def enlarge(self, images: Sequence[LoadedImage]) -> list[Samples]:
         """The enlarged images; the network draws the noise that the upscaler gives an image of one tile."""
-        takes_rng = "rng" in inspect.signature(self.generator.forward).parameters
-        extra = {"rng": torch.Generator().manual_seed(0)} if takes_rng else {}
-        scale = cast(int, self.generator.scale)
+        extra = {} if self.generator.takes_batches else {"rng": torch.Generator().manual_seed(0)}
+        scale = self.generator.scale
+        loaded = LoadedGenerator(generator=self.generator, device=self.device, dtype=self.dtype, name="whole")
         with torch.inference_mode():
             lr = torch.cat([samples_to_tensor(image.pixels) for image in images]).to(self.device)
             # padded before everything, as in the upscaler, so that the colour fix sees the same borders
-            lr = pad_to_multiple(lr, getattr(self.generator, "lr_multiple", 1))
-            rgb = lr.to(input_dtype_of(self.generator, self.dtype)).contiguous(memory_format=self.memory_format)
+            lr = pad_to_multiple(lr, self.generator.lr_multiple)
+            rgb = lr.to(loaded.input_dtype).contiguous(memory_format=self.memory_format)
             sr = self.generator(rgb, **extra)
             fixed = wavelet(sr.float().clamp(0.0, 1.0), enlarge(lr, scale))
         height, width = images[0].height * scale, images[0].width * scale
@@ -212,20 +211,20 @@ EnlargingPath = ProductPath | BatchPath
 """A way of enlarging images of equal size."""
 
 
-def load_plain(model: str, device: torch.device, steps: int | None = None) -> nn.Module:
+def load_plain(model: str, device: torch.device, steps: int | None = None) -> Generator:
     """The generator in float32 and PyTorch's usual memory format, with the layers that were trained. What depends on
     the prompt alone is computed beforehand here too."""
     generator = load_generator(model, device=device, dtype=torch.float32, steps=steps, faster=False)
-    return cast(nn.Module, generator.to(memory_format=torch.contiguous_format))  # type: ignore[call-overload]
+    return generator.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,no-any-return]
 
 
 def _plain(
     model: str, upscaler: Upscaler, config: SpeedConfig, steps: int | None, announce: Callable[[str], None]
 ) -> BatchPath | None:
     """The baseline, or None where whole images in float32 would not fit into memory."""
-    tell = getattr(upscaler.generator, "memory_per_pixel", None)
     weights = 4 * sum(parameter.numel() for parameter in upscaler.generator.parameters())
-    needed = weights + (config.width * config.height * config.batch * tell(torch.float32) if callable(tell) else 0)
+    pixels = config.width * config.height * config.batch
+    needed = weights + pixels * upscaler.generator.memory_cost(torch.float32).bytes_per_pixel
     free = free_memory(upscaler.device)
     if needed > free:
         announce(f"{model}: no baseline, whole images in float32 need {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free")
@@ -319,7 +318,7 @@ class Stopwatch:
 
             return call
 
-        names = {*stages, *(name for name in AROUND if callable(getattr(generator, name, None)))}
+        names = {*stages, *(AROUND if stages else AROUND[:1])}
         with wrapped(generator, {name: functools.partial(timed, name) for name in names}):
             yield
 

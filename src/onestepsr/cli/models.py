@@ -274,10 +274,10 @@ def _count(architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]
     """Parameters of the network without its buffers; of an unknown architecture, all values in the file."""
     import torch
 
-    from onestepsr.models.architectures import ARCHITECTURES
+    from onestepsr.models.architectures import ARCHITECTURES, build_network
 
     if architecture not in ARCHITECTURES:
         return sum(tensor.numel() for tensor in tensors.values())
     with torch.device("meta"):
-        network = ARCHITECTURES[architecture](config)
+        network = build_network(architecture, config, architecture)
     return sum(parameter.numel() for parameter in network.parameters())

@@ -12,9 +12,9 @@ NOISE_BLOCK = 64
 
 
 class NoisePlane:
-    """Standard normal noise without end: each value follows from seed, draw, sample and place alone.
+    """Unbounded standard normal noise: each value follows from seed, draw, sample and position alone.
 
-    ``origin`` is where on the plane the latents lie that are asked for (row, column). Calling it is :data:`Noise`.
+    ``origin`` is the row and column on the plane of the latents that are asked for. Calling it is :data:`Noise`.
     """
 
     def __init__(self, seed: int, origin: tuple[int, int] = (0, 0)) -> None:
@@ -24,7 +24,7 @@ class NoisePlane:
     def drawn(cls, rng: torch.Generator | None, origin: tuple[int, int], scale: int, factor: int) -> NoisePlane:
         """The plane that ``rng`` decides (None: always the same one), at row and column ``origin`` of an LR image.
 
-        It is enlarged ``scale`` times, and a latent cell stands for ``factor`` pixels of the output.
+        The image is enlarged ``scale`` times; a latent position stands for ``factor`` pixels of the output.
         """
         seed = 0 if rng is None else int(torch.randint(2**62, (), generator=rng, device=rng.device))
         return cls(seed, (origin[0] * scale // factor, origin[1] * scale // factor))

@@ -42,7 +42,7 @@ class ResidualShiftConfig:
     power: float = 0.3
     """Exponent p of the schedule: below 1, most of the shift happens in the first steps."""
     input_scaling: InputScaling = "latent"
-    """What z_t is divided by before the network sees it: its standard deviation when latents have unit variance
+    """Divisor of z_t before the network sees it: its standard deviation when latents have unit variance
     ("latent"), the largest value that images in [-1, 1] are likely to reach ("pixel"), or nothing ("none")."""
 
     def __post_init__(self) -> None:
@@ -174,13 +174,6 @@ class ResidualShiftSchedule:
         """z_t-1 = k_t z_0 + m_t z_t + j_t z_y (TAD-SR, Eq. 3); at t = 0 that is ``z_0``."""
         return self._at(self.k, t, z_t) * z_0 + self._at(self.m, t, z_t) * z_t + self._at(self.j, t, z_t) * z_y
 
-    def inverse_step(self, z_0: Tensor, z_previous: Tensor, z_y: Tensor, t: int) -> Tensor:
-        """z_t of z_t-1: Eq. 3 solved for it. ``t`` is at least 1; at 0 nothing of z_t is left to recover."""
-        if t < 1:
-            raise ValueError(f"the deterministic step can be inverted from t = 1 on, got {t}")
-        k, m, j = (self._at(table, t, z_previous) for table in (self.k, self.m, self.j))
-        return (z_previous - k * z_0 - j * z_y) / m
-
     def estimate(self, predict: Predict, z_t: Tensor, t: int) -> Tensor:
         """The network's estimate of z_0 from ``z_t`` (N, C, h, w): scaled input, and the step it was trained with."""
         step = self.timesteps[t].to(z_t.device).expand(z_t.shape[0])
@@ -202,11 +195,3 @@ class ResidualShiftSchedule:
         for t in reversed(range(1, self.steps)):
             z = self.deterministic_step(self.estimate(predict, z, t), z, z_y, t)
         return self.estimate(predict, z, 0)
-
-    def invert(self, predict: Predict, z_0: Tensor, z_y: Tensor) -> Tensor:
-        """The start z_T from which deterministic sampling leads to about ``z_0``: the chain backwards, the network's
-        estimate taken at the latent before each step."""
-        z = z_0
-        for t in range(1, self.steps):
-            z = self.inverse_step(self.estimate(predict, z, t), z, z_y, t)
-        return z

@@ -1,7 +1,8 @@
-"""Resizing stored samples to an exact size, and colours for invisible pixels."""
+"""Resizing: stored samples to an exact size, tensors by a whole factor, and colours for invisible pixels."""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional
 
 _BAND_SAMPLES = 8_000_000
@@ -82,3 +84,51 @@ def _halve(values: NDArray[np.float32]) -> NDArray[np.float32]:
     padded = np.pad(values, ((0, height % 2), (0, width % 2), (0, 0)))
     rows = padded[0::2] + padded[1::2]
     return ((rows[:, 0::2] + rows[:, 1::2]) / 4).astype(np.float32, copy=False)
+
+
+# ---- enlargement of tensors by whole factors ----
+
+BICUBIC_REACH = 2
+"""Input pixels that bicubic interpolation looks at to each side."""
+
+
+def bicubic(x: Tensor, scale: int, *, a: float = -0.75) -> Tensor:
+    """(N, C, h, w) to (N, C, ``scale`` h, ``scale`` w) by Keys' cubic of parameter ``a``, not clamped, in the dtype of
+    ``x``.
+
+    -0.75 is PyTorch's and OpenCV's, with border pixels repeated outwards; networks were trained on it. -0.5 is
+    Pillow's, with the weights renormalised at borders. Results equal PyTorch's own but for rounding.
+    """
+    if a not in (-0.75, -0.5):
+        raise ValueError(f"the cubic's parameter a must be -0.75 or -0.5, got {a}")
+    if a == -0.5:
+        size = [scale * side for side in x.shape[-2:]]
+        return functional.interpolate(x, size, mode="bicubic", antialias=True)
+    if x.device.type != "cpu":
+        return functional.interpolate(x, scale_factor=float(scale), mode="bicubic", align_corners=False)
+    # Output pixels at equal offsets within an input pixel have equal weights: the whole is one small convolution and a
+    # pixel shuffle, several times as fast on a CPU as PyTorch's own kernel.
+    count, channels, height, width = x.shape
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    planes = x.to(dtype).reshape(count * channels, 1, height, width)
+    padded = functional.pad(planes, (BICUBIC_REACH,) * 4, mode="replicate")
+    enlarged = functional.pixel_shuffle(functional.conv2d(padded, _bicubic_weights(scale).to(dtype)), scale)
+    return enlarged.reshape(count, channels, scale * height, scale * width).to(x.dtype)
+
+
+@functools.cache
+@torch.inference_mode(False)  # tensors made in inference mode could not be used in training afterwards
+def _bicubic_weights(scale: int) -> Tensor:
+    """Weights (scale^2, 1, 5, 5) of the surrounding pixels for every offset within a pixel, in raster order."""
+    offsets = (torch.arange(scale, device="cpu", dtype=torch.float64) + 0.5) / scale - 0.5
+    pixels = torch.arange(-BICUBIC_REACH, BICUBIC_REACH + 1, device="cpu", dtype=torch.float64)
+    line = _cubic((offsets[:, None] - pixels[None]).abs(), a=-0.75)  # (scale, 5)
+    return torch.einsum("pi,qj->pqij", line, line).reshape(scale**2, 1, len(pixels), len(pixels))
+
+
+def _cubic(distance: Tensor, a: float) -> Tensor:
+    """Keys' kernel at distances of 0 and more: two cubic polynomials, zero from 2 on."""
+    d = distance
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = a * (((d - 5) * d + 8) * d - 4)
+    return torch.where(d <= 1, near, torch.where(d < 2, far, 0.0))

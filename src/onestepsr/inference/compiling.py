@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from onestepsr.core.errors import OneStepSRError, UserError
+from onestepsr.models.generators import Generator, LatentGenerator
 
 COMPILERS = ("g++", "clang++", "c++", "cl")
-"""Where the C++ compiler is looked for if ``CXX`` does not name it."""
-
+"""Names of C++ compilers to look for if ``CXX`` names none."""
 PARTS = ("encode", "decode")
 """Methods of an autoencoder that are compiled."""
 
@@ -33,33 +33,31 @@ def require_compiler(device: torch.device) -> None:
         raise UserError(f"compile: device '{device}'; accepted: cpu, cuda")
 
 
-def compile_networks(generator: nn.Module) -> None:
+def compile_networks(generator: Generator) -> None:
     """Let the networks of ``generator`` be compiled when they are first called, and again for another shape.
 
-    What surrounds them stays as it is: noise that depends on a tile's place would have every tile compiled anew.
+    The code around them stays as it is: noise that depends on a tile's origin would have every tile compiled anew.
     Weights keep their names. A generator that does not consist of ``autoencoder`` and ``unet`` is compiled as a whole.
     """
-    unet, autoencoder = getattr(generator, "unet", None), getattr(generator, "autoencoder", None)
-    if not isinstance(unet, nn.Module) or not isinstance(autoencoder, nn.Module):
+    if not isinstance(generator, LatentGenerator):
         generator.compile()
         return
-    unet.compile()
+    generator.unet.compile()
     for name in PARTS:
-        setattr(autoencoder, name, torch.compile(getattr(autoencoder, name)))
+        setattr(generator.autoencoder, name, torch.compile(getattr(generator.autoencoder, name)))
 
 
 def without_compiling(copied: nn.Module) -> nn.Module:
-    """``copied``, the copy of a generator, without what :func:`compile_networks` did to the original: compiled methods
-    would reach back to it."""
-    autoencoder = getattr(copied, "autoencoder", None)
-    for name in PARTS if isinstance(autoencoder, nn.Module) else ():
-        vars(autoencoder).pop(name, None)
+    """``copied``, the copy of a generator, without the changes of :func:`compile_networks` to the original: compiled
+    methods would reach back to it."""
+    for name in PARTS if isinstance(copied, LatentGenerator) else ():
+        vars(copied.autoencoder).pop(name, None)
     return copied
 
 
 @contextmanager
 def compiler_errors_named(name: str) -> Iterator[None]:
-    """Inside, what a compiler fails with becomes one :class:`OneStepSRError`; ``name`` is the model's."""
+    """Inside, a compiler's failure becomes one :class:`OneStepSRError`; ``name`` is the model's."""
     from torch._dynamo.exc import TorchDynamoException
 
     try:

@@ -1,4 +1,4 @@
-"""Names of devices and dtypes, and which are chosen where nobody names one."""
+"""Devices and dtypes by name, copies between host and GPU, and memory that runs out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BFLOAT16_GAIN = 1.2
-"""How many times as fast as float32 bfloat16 must be on a CPU to be worth its fewer digits."""
+"""Speed of bfloat16 over float32 on a CPU from which on it is worth its fewer digits."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -34,7 +34,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _computes(device: str) -> bool:
-    """Whether a device that is there can be used: it may be busy or full, or too old or too new for this PyTorch."""
+    """True if a present device can be used: it may be busy or full, or too old or too new for this PyTorch."""
     try:
         torch.ones(1, device=device)
     except RuntimeError as error:
@@ -59,19 +59,19 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _bfloat16_pays() -> bool:
-    """As ``doctor`` measured it on this processor; where it did not, if there are instructions for it."""
+    """True if bfloat16 is faster on this processor, as ``doctor`` measured it; else, if it has instructions for it."""
     from onestepsr.weights.download import cache_folder
 
     try:
         speeds = recall_speeds(cache_folder())
-    except UserError:  # there is no place for a cache, so nothing was kept
+    except UserError:  # there is no folder for a cache, so nothing was kept
         speeds = {}
     if {"bfloat16", "float32"} <= speeds.keys():
         return speeds["bfloat16"] > BFLOAT16_GAIN * speeds["float32"]
     return not {"amx_bf16", "avx512_bf16"}.isdisjoint(instructions())
 
 
-# Copies between the host and a CUDA GPU that neither waits for: through page-locked memory, in t ----------------------
+# ---- copies that neither host nor GPU waits for: through page-locked memory ----
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -101,7 +101,7 @@ class Arrival:
         return self._values.cpu()
 
 
-# What memory that runs out looks like, and what is said of it ---------------------------------------------------------
+# ---- memory that runs out ----
 
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|alloc_failed|bad_alloc"
@@ -122,7 +122,7 @@ def oom_as_user_error(message: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, whatever the device says that with."""
+    """True for an error by which memory ran out, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None

@@ -1,4 +1,4 @@
-"""What can be chosen when an image is upscaled, and how large it becomes."""
+"""Options of upscaling an image, and the size of the result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from onestepsr.core.errors import UserError
 from onestepsr.inference.tiling import OVERLAP, TileBlend
 
-TileNorms = Literal["picture", "tile"]
+TileNorms = Literal["image", "tile"]
 ColorFix = Literal["wavelet", "adain", "none"]
 Tile = int | Literal["auto", "off"]
 SCALE_RANGE = (1, 8)
@@ -23,7 +23,7 @@ SMALLEST_TILE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleOptions:
-    """How an image is upscaled; the defaults suit photographs."""
+    """Options of upscaling an image; the defaults suit photographs."""
 
     scale: float = 4.0
     """Output side / input side, 1 to 8; ignored when ``width`` or ``height`` is given."""
@@ -42,19 +42,19 @@ class UpscaleOptions:
     overlap: int = OVERLAP
     """Overlap of neighbouring tiles in input pixels, at most a third of a tile."""
     tile_blend: TileBlend = "smooth"
-    """How tiles are joined. "average" is what ResShift and SinSR published, for comparison: the plain mean where tiles
-    overlap, and tiles anywhere, also between a network's cells; those of 512, 256 and 64 overlap by 64, 32 and 16."""
-    tile_norms: TileNorms = "picture"
-    """Whose statistics the group norms of an autoencoder take: those of the whole "image", so that its tiles are what
-    the whole would be, at the price of a reduced copy that goes through the network first; or of each "tile", as does
-    ``tile_blend`` "average" and a compiled network."""
+    """The way tiles are joined. "average" is that of ResShift and SinSR, for comparison: the plain mean where tiles
+    overlap, and tiles at any pixel, whatever a network's stride; those of 512, 256 and 64 overlap by 64, 32 and 16."""
+    tile_norms: TileNorms = "image"
+    """Statistics of an autoencoder's group norms: those of the whole "image", so that its tiles equal the whole, at the
+    price of a reduced copy that goes through the network first; or those of each "tile", as with
+    ``tile_blend`` "average" and in a compiled network."""
     color_fix: ColorFix = "wavelet"
-    """Which colour statistics of the input the output is given; "none" leaves the network's colours."""
+    """Colour statistics of the input that the output is given; "none" leaves the network's colours."""
     seed: int | None = None
     """For generators that draw noise; None is 0. Others ignore it."""
     prompt_embedding: Tensor | None = field(default=None, compare=False, repr=False)
-    """What a generator that reads text is told about the image: (1, 77, C), see ``onestepsr.prompts``; None leaves it
-    to the prompt that it was saved with. An error for other generators."""
+    """Embedding (1, 77, C) of a text about the image for a generator that reads text, see ``onestepsr.prompts``; None
+    leaves it to the prompt that it was saved with. An error for other generators."""
 
     def __post_init__(self) -> None:
         if self.color_fix not in get_args(ColorFix):

@@ -1,6 +1,6 @@
-"""Group norms that treat all tiles of an image alike.
+"""Group norms with one set of statistics for all tiles of an image.
 
-A group norm divides by what it finds in the tile before it: sky becomes as lively as foliage, and neighbouring tiles
+A group norm divides by the deviation of the tile at hand: sky becomes as lively as foliage, and neighbouring tiles
 differ in tone and contrast. Inside :meth:`SharedNorms.calibrated_by`, norms take their statistics from a reduced copy
 of the whole image instead.
 """
@@ -18,15 +18,15 @@ from onestepsr.models.cpu_kernels import as_kind, replace_layers
 
 BAND = 2**22
 """Numbers that statistics are taken of at once."""
-SHARE_OF_PICTURE = 1 / 8
-"""Most of an image's pixels that its reduced copy has: what it costs beside the tiles."""
+CALIBRATION_SHARE = 1 / 8
+"""Largest part of an image's pixels in its reduced copy, and so its cost beside the tiles."""
 
 
 class SharedNorm(nn.GroupNorm):
     """A group norm that may be given mean and variance."""
 
     watching = False
-    """Whether the statistics of what comes are kept."""
+    """True while the statistics of the input are being kept."""
     kept: tuple[Tensor, Tensor] | None = None
     """Mean and variance of every channel's group, each (C,) in float32; None: those of the input."""
 
@@ -64,7 +64,7 @@ class SharedNorms:
 
     @contextmanager
     def calibrated_by(self, run: Callable[[], object]) -> Iterator[None]:
-        """Inside, every norm has the statistics of what it met in ``run``."""
+        """Inside, every norm has the statistics of its input in ``run``."""
         try:
             for norm in self._norms:
                 norm.watching = True
@@ -91,17 +91,17 @@ def reduced(source: Tensor, most: float, multiple: int) -> Tensor:
     """Evenly spread pixels of ``source`` (1, C, H, W), at most ``most`` of them: sides are multiples of ``multiple``,
     and no shorter than it.
 
-    Nothing is averaged: noise and grain would get lost, which are part of the statistics.
+    Nothing is averaged: noise and grain, which are part of the statistics, would get lost.
     """
 
-    def cells(side: float) -> int:
+    def rounded(side: float) -> int:
         return max(1, int(side / multiple)) * multiple
 
     height, width = source.shape[-2:]
     factor = min(1.0, (most / (height * width)) ** 0.5)
-    rows = cells(height * factor)
-    columns = cells(min(width * factor, most / rows))
-    rows = cells(min(height * factor, most / columns))  # where the columns could not be as few as that
+    rows = rounded(height * factor)
+    columns = rounded(min(width * factor, most / rows))
+    rows = rounded(min(height * factor, most / columns))  # where the columns could not be as few as that
     return source[..., _spread(height, rows), :][..., _spread(width, columns)]
 
 

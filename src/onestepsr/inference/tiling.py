@@ -1,4 +1,4 @@
-"""Work on images of any size in tiles: where they lie and how they are joined.
+"""Positions of the tiles of an image, and joining them.
 
 Tiles are laid over each other from left to right and from top to bottom, each with an opacity that is zero on the
 outermost pixels of a tile (where a network lacks context), rises smoothly across the rest of the overlap and is one
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +32,7 @@ Sides = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class TileJoin:
-    """Where tiles lie and how they become one image; sides in input pixels. :func:`join_of` makes it."""
+    """Positions of tiles and the way they are joined; sides in input pixels. Made by :func:`join_of`."""
 
     tile: Sides
     """Height and width of a tile."""
@@ -56,40 +56,40 @@ class TileJoin:
         """The tiles of ``source`` (1, C, H, W), as views of it."""
         return cut(source, self.tile, self.overlap)
 
-    def in_cells(self, cell: int) -> TileJoin:
-        """The same tiles in units of ``cell`` pixels, of which all sides are multiples."""
+    def in_units_of(self, side: int) -> TileJoin:
+        """The same tiles in units of ``side`` pixels, of which all lengths are multiples."""
         return TileJoin(
-            tile=(self.tile[0] // cell, self.tile[1] // cell),
-            overlap=self.overlap // cell,
-            multiple=self.multiple // cell,
+            tile=(self.tile[0] // side, self.tile[1] // side),
+            overlap=self.overlap // side,
+            multiple=self.multiple // side,
             blend=self.blend,
-            margin=self.margin // cell,
+            margin=self.margin // side,
         )
 
-    def starts(self, height: int, width: int) -> list[tuple[int, int]]:
+    def origins(self, height: int, width: int) -> list[tuple[int, int]]:
         """Row and column where each tile of a padded image starts, in order."""
-        return places(height, width, self.tile, self.overlap)
+        return tile_origins(height, width, self.tile, self.overlap)
 
 
 def join_of(tile: Sides, overlap: int, multiple: int, blend: TileBlend) -> TileJoin:
-    """How tiles of about ``tile`` and ``overlap`` are joined for a network whose cells are ``multiple`` pixels wide.
+    """The join of tiles of about ``tile`` and ``overlap`` for a network with a total stride of ``multiple`` pixels.
 
-    A network with strided layers sees a tile as it sees the whole only if the tile starts where its cells do. The
-    published way does not care.
+    A network with strided layers sees a tile as it sees the whole only if the tile starts at a multiple of its stride.
+    The published way ignores that.
     """
     if blend == "average":
         return TileJoin(tile=tile, overlap=published_overlap(min(tile), overlap), multiple=1, blend=blend)
     tile = (-(-tile[0] // multiple) * multiple, -(-tile[1] // multiple) * multiple)
-    overlap = _whole_cells(overlap, min(tile), multiple)
+    overlap = _whole_multiples(overlap, min(tile), multiple)
     return TileJoin(tile=tile, overlap=overlap, multiple=multiple, blend=blend, margin=min(MARGIN, overlap // 3))
 
 
-def _whole_cells(overlap: int, tile: int, multiple: int) -> int:
+def _whole_multiples(overlap: int, tile: int, multiple: int) -> int:
     """The overlap in multiples of ``multiple``: at most a third of a tile, except that one is better than a seam."""
-    cells = min(overlap, tile // 3) // multiple
-    if cells == 0 and overlap > 0 and tile >= 2 * multiple:
-        cells = 1
-    return cells * multiple
+    count = min(overlap, tile // 3) // multiple
+    if count == 0 and overlap > 0 and tile >= 2 * multiple:
+        count = 1
+    return count * multiple
 
 
 def starts_along(length: int, tile: int, overlap: int) -> list[int]:
@@ -109,27 +109,15 @@ def opacity(length: int, overlap: int, margin: int) -> Tensor:
     return torch.cat([torch.zeros(min(margin, overlap // 2)), ramp, torch.ones(length)])[:length]
 
 
-def tiled(
-    fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, tile: Sides, overlap: int = OVERLAP, *, margin: int = MARGIN
-) -> Tensor:
-    """``fn`` over the whole of ``x`` (1, C, H, W) in tiles: (1, D, H * scale, W * scale), on the CPU in float32.
-
-    ``fn`` maps (1, C, h, w) to (1, D, h * scale, w * scale). When the value of ``fn`` at a pixel depends on at most
-    ``margin`` input pixels around it, the result equals that of one call on the whole.
-    """
-    pieces = map(fn, cut(x, tile, overlap))
-    size = x.shape[-2], x.shape[-1]
-    return torch.cat(list(tiled_rows(pieces, size, scale, tile, overlap, margin=margin)), dim=2)
-
-
 def tiled_rows(
     pieces: Iterable[Tensor], size: Sides, scale: int, tile: Sides, overlap: int = OVERLAP, *, margin: int = MARGIN
 ) -> Iterator[Tensor]:
-    """The result of :func:`tiled` as consecutive bands of finished rows (1, D, rows, W * scale): of what comes of the
-    tiles that :func:`cut` makes of an image of ``size``, in their order.
+    """Consecutive bands of finished rows (1, D, rows, W * scale), float32 on the CPU, from the outputs ``pieces`` of
+    the tiles that :func:`cut` makes of an image of ``size``, in their order.
 
     No more than one row of tiles is in memory at a time, so that the caller can round and store each band. All tiles
-    have one shape.
+    have one shape. Where an output depends on at most ``margin`` input pixels around it, the result equals that of the
+    whole.
     """
     height, width = size
     starts, columns = starts_along(height, tile[0], overlap), starts_along(width, tile[1], overlap)
@@ -145,29 +133,20 @@ def tiled_rows(
         del band
 
 
-def places(height: int, width: int, tile: Sides, overlap: int = OVERLAP) -> list[tuple[int, int]]:
-    """Row and column where each tile of an image of this size starts, in the order in which ``fn`` is called."""
+def tile_origins(height: int, width: int, tile: Sides, overlap: int = OVERLAP) -> list[tuple[int, int]]:
+    """Row and column where each tile of an image of this size starts, from left to right and from top to bottom."""
     return list(itertools.product(starts_along(height, tile[0], overlap), starts_along(width, tile[1], overlap)))
 
 
 def cut(x: Tensor, tile: Sides, overlap: int = OVERLAP) -> Iterator[Tensor]:
-    """The tiles of ``x`` (1, C, H, W) in the order of :func:`places`, as views of it."""
-    for top, left in places(x.shape[-2], x.shape[-1], tile, overlap):
+    """The tiles of ``x`` (1, C, H, W) in the order of :func:`tile_origins`, as views of it."""
+    for top, left in tile_origins(x.shape[-2], x.shape[-1], tile, overlap):
         yield x[..., top : top + tile[0], left : left + tile[1]]
 
 
-def averaged(fn: Callable[[Tensor], Tensor], x: Tensor, scale: int, tile: Sides, overlap: int) -> Tensor:
-    """:func:`tiled` as ResShift and SinSR join tiles, for comparison: the plain mean where they overlap, seams and all.
-
-    Their own settings are in :data:`PUBLISHED_OVERLAPS`.
-    """
-    pieces = map(fn, cut(x, tile, overlap))
-    size = x.shape[-2], x.shape[-1]
-    return torch.cat(list(averaged_rows(pieces, size, scale, tile, overlap)), dim=2)
-
-
 def averaged_rows(pieces: Iterable[Tensor], size: Sides, scale: int, tile: Sides, overlap: int) -> Iterator[Tensor]:
-    """The result of :func:`averaged` as consecutive bands of finished rows, one row of tiles in memory at a time."""
+    """:func:`tiled_rows` as ResShift and SinSR join tiles, for comparison: the plain mean where they overlap, seams and
+    all. Their own settings are in :data:`PUBLISHED_OVERLAPS`."""
     height, width = size
     starts, columns = starts_along(height, tile[0], overlap), starts_along(width, tile[1], overlap)
     pieces, above = iter(pieces), None
@@ -184,35 +163,6 @@ def published_overlap(tile: int, overlap: int = OVERLAP) -> int:
     """The overlap of ResShift's and SinSR's tiles of side ``tile``; for a side they do not name, ``overlap``, at most a
     third of it."""
     return PUBLISHED_OVERLAPS.get(tile, min(overlap, tile // 3))
-
-
-def gaussian_blended(fn: Callable[[Tensor], Tensor], z: Tensor, tile: int = 96, overlap: int = 32) -> Tensor:
-    """A latent (N, C, h, w) through ``fn`` in tiles as OSEDiff joins them, for comparison: means by a Gaussian weight.
-
-    ``fn`` keeps shapes; the published code blends what the UNet predicts, one call for each tile of a latent of more
-    than 96 x 96 cells. A tile is no larger than the latent's shorter side.
-    """
-    side = min(tile, z.shape[-2], z.shape[-1])
-    weights = gaussian_weights(side, side).to(z.device)
-    total, sums = torch.zeros_like(z, dtype=torch.float32), torch.zeros_like(z[:1, :1], dtype=torch.float32)
-    for top, left in places(z.shape[-2], z.shape[-1], (side, side), overlap):
-        window = (..., slice(top, top + side), slice(left, left + side))
-        total[window] += fn(z[window]) * weights
-        sums[window] += weights
-    return (total / sums).to(z.dtype)
-
-
-def gaussian_weights(height: int, width: int) -> Tensor:
-    """OSEDiff's weights of a tile (height, width), float64: a narrow bell, centred half a row low there."""
-    columns = _bell(width, (width - 1) / 2)
-    rows = _bell(height, height / 2)  # not (height - 1) / 2: kept, so that results are the published ones
-    return torch.outer(rows, columns)
-
-
-def _bell(length: int, middle: float, variance: float = 0.01) -> Tensor:
-    """A Gaussian (length,) float64 of ``variance`` in units of the squared length."""
-    distance = (torch.arange(length, dtype=torch.float64) - middle) / length
-    return torch.exp(-(distance**2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
 
 
 def _row_of_tiles(

@@ -6,7 +6,6 @@ Lanczos filter below 4, enlarged bicubically above, so the network always works 
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from onestepsr.core.errors import UserError
 from onestepsr.imaging.color import Statistics, match_statistics, statistics
@@ -36,14 +35,19 @@ from onestepsr.imaging.resize import fill_transparent, resize
 from onestepsr.imaging.write import check_size, check_writable, format_of, write_image
 from onestepsr.inference.allocator import separate_mmaps
 from onestepsr.inference.compiling import compile_networks, compiler_errors_named, require_compiler
-from onestepsr.inference.devices import DTYPES, is_out_of_memory, resolve_device, resolve_dtype
-from onestepsr.inference.generator_cost import InputSize, MemoryCost
-from onestepsr.inference.memory_plan import Plan, Planner, smaller
+from onestepsr.inference.devices import (
+    DTYPES,
+    is_out_of_memory,
+    oom_as_user_error,
+    resolve_device,
+    resolve_dtype,
+)
+from onestepsr.inference.memory_plan import InputSize, Plan, Workload, bytes_per_pixel, fewer_pixels, plan_image
 from onestepsr.inference.options import ColorFix, UpscaleOptions, target_size
 from onestepsr.inference.shared_norms import SharedNorms
-from onestepsr.inference.tile_runner import Network, NonFiniteError, enlarge, input_dtype_of
-from onestepsr.inference.tiled import TiledRun
+from onestepsr.inference.tiled import LoadedGenerator, NonFiniteError, TiledRun, enlarge
 from onestepsr.inference.tiling import Sides, TileBlend
+from onestepsr.models.generators import Generator, LatentGenerator
 
 __all__ = [
     "ColorFix",
@@ -60,49 +64,41 @@ logger = logging.getLogger(__name__)
 
 LARGE_WORK = 100_000_000
 """Peak bytes of a tile on a CPU from which on freed memory is kept while the image is enlarged; smaller work lives on
-what the C library keeps by itself, and would only pay for handing it back."""
+memory that the C library keeps by itself, and would only pay for handing it back."""
 BAND_ROWS = 256
 """Output rows that are rounded at once."""
+Progress = Callable[[int, int], None]
 
 
 class Upscaler:
-    """A generator ready to enlarge images. It is moved to the device and dtype, not copied.
-
-    The generator is a module in eval mode with an int attribute ``scale`` that maps float RGB (N, 3, h, w) in [0, 1] of
-    any size to (N, 3, h * scale, w * scale) in about [0, 1]. It may have ``memory_per_pixel(dtype)``, peak bytes per
-    input pixel, ``lr_multiple``, at multiples of which tiles start, and ``largest_tile``, the side that "auto" stays
-    below; with ``takes_float32`` it is given float32 whatever the format of its weights, else its own format. It may
-    take a keyword ``rng``, a ``torch.Generator`` for the noise it draws, and ``origin``, the row and
-    column of a tile in the image, by which the noise of a place is the same in every tile; one that reads text takes
-    ``prompt_embedding`` (1, L, C) and has C as ``prompt_width``. One whose encoder, UNet and decoder can have tiles of
-    their own has ``stage_demands(dtype)`` and what :mod:`onestepsr.models.memory_cost` asks for.
-    """
+    """A generator ready to enlarge images."""
 
     def __init__(
         self,
-        generator: nn.Module,
+        generator: Generator,
         device: str = "auto",
         dtype: str = "auto",
         name: str = "generator",
         *,
         compiled: bool = False,
     ) -> None:
-        """``compiled``: through ``torch.compile``, for large images or many of one size."""
+        """``generator`` is any :class:`onestepsr.models.generators.Generator`; it is moved to the device and dtype, not
+        copied. ``compiled``: through ``torch.compile``, for large images or many of one size."""
+        if not isinstance(generator, Generator):
+            raise TypeError(f"a {type(generator).__name__} is no onestepsr.models.generators.Generator")
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         self.name = name
-        self.scale = int(cast(int, generator.scale))
+        self.scale = generator.scale
         self._chooses_dtype = dtype == "auto"
         self._most_pixels: int | None = None  # at once, since memory ran out with more
         self.last_plan: Plan | None = None
-        """How the last image went through the network: the plan with which it succeeded."""
-        reads_text = "prompt_embedding" in inspect.signature(generator.forward).parameters
-        self.prompt_width = int(cast(int, generator.prompt_width)) if reads_text else None
+        """The plan with which the last image succeeded."""
+        self.prompt_width = generator.prompt_width or None
         """Channels of the prompt embeddings that the generator reads; None if it reads no text."""
         self.generator = generator.eval().requires_grad_(False)
         self._convert(self.dtype)
-        autoencoder = getattr(self.generator, "autoencoder", None)
-        self._norms = SharedNorms(autoencoder) if isinstance(autoencoder, nn.Module) else None
+        self._norms = SharedNorms(generator.autoencoder) if isinstance(generator, LatentGenerator) else None
         self.compiled = compiled
         if compiled:
             require_compiler(self.device)
@@ -129,20 +125,16 @@ class Upscaler:
         from onestepsr.models.loading import load_generator
 
         target = resolve_device(device)
-        number_format = resolve_dtype(dtype, target)
-        try:
-            with separate_mmaps():
-                generator = load_generator(
-                    name_or_path, device=target, dtype=number_format, steps=steps, sampler=sampler, fidelity=fidelity
-                )
-                return cls(generator, str(target), dtype, str(name_or_path), compiled=compiled)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"{name_or_path}: not enough memory on {target} for its weights in "
-                f"{str(number_format).removeprefix('torch.')}; free some, or choose another --device or --dtype"
-            ) from error
+        weights_dtype = resolve_dtype(dtype, target)
+        full = (
+            f"{name_or_path}: not enough memory on {target} for its weights in "
+            f"{str(weights_dtype).removeprefix('torch.')}; free some, or choose another --device or --dtype"
+        )
+        with oom_as_user_error(full), separate_mmaps():
+            generator = load_generator(
+                name_or_path, device=target, dtype=weights_dtype, steps=steps, sampler=sampler, fidelity=fidelity
+            )
+            return cls(generator, str(target), dtype, str(name_or_path), compiled=compiled)
 
     def __call__(
         self,
@@ -193,10 +185,7 @@ class Upscaler:
         return path
 
     def upscale_image(
-        self,
-        image: LoadedImage,
-        options: UpscaleOptions | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        self, image: LoadedImage, options: UpscaleOptions | None = None, progress: Progress | None = None
     ) -> LoadedImage:
         """Enlarge ``image``, all its metadata kept; ``progress(done, total)`` is called after every tile.
 
@@ -234,10 +223,17 @@ class Upscaler:
                 f"{self.name}: reads prompts of {self.prompt_width} channels, the text encoder gives {width}"
             )
 
+    def _convert(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.generator.to(device=self.device, dtype=dtype)
+        self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    # ---- planning ----
+
     def plan(
         self, height: int, width: int, options: UpscaleOptions, *, pixel_bytes: int = 3, alpha_bytes: int = 0
     ) -> Plan:
-        """How an image of this size goes through the network, by the memory that is free now.
+        """The plan for an image of this size, by the memory that is free now.
 
         Where the dtype was left to choose, and float32 does not fit on a CPU, the plan is one for bfloat16.
         """
@@ -245,43 +241,50 @@ class Upscaler:
             InputSize(height=height, width=width, pixel_bytes=pixel_bytes, alpha_bytes=alpha_bytes), options
         )
 
-    def _plan(self, extent: InputSize, options: UpscaleOptions) -> Plan:
-        try:
-            return Planner(extent, self._demand(self.dtype), options, self.device).plan(self._most_pixels)
-        except UserError:
-            if not self._chooses_dtype or self.device.type != "cpu" or self.dtype != torch.float32:
-                raise
-            return Planner(extent, self._demand(torch.bfloat16), options, self.device).plan(self._most_pixels)
-
     def plan_tile(self, height: int, width: int, options: UpscaleOptions) -> Sides:
         """Height and width of the tiles in input pixels for an image of this size; the decoder's, where encoder, UNet
         and decoder have their own."""
         return self.plan(height, width, options).tile
 
-    def memory_per_pixel(self) -> float:
-        """Peak bytes that the generator needs per input pixel, and the colour fix with it."""
-        return self._demand(self.dtype).per_pixel
-
     def keeps_freed_memory(self, area: int) -> bool:
-        """Whether ``area`` input pixels at once are worth :func:`onestepsr.inference.allocator.no_malloc_trim`."""
-        return self.device.type == "cpu" and area * self.memory_per_pixel() > LARGE_WORK
+        """True if ``area`` input pixels at once are worth :func:`onestepsr.inference.allocator.no_malloc_trim`."""
+        return self.device.type == "cpu" and area * bytes_per_pixel(self.generator, self.dtype) > LARGE_WORK
 
-    def _demand(self, dtype: torch.dtype) -> MemoryCost:
-        return MemoryCost.of(self.generator, dtype, self.name)
-
-    def _convert(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.generator = cast(Any, self.generator).to(
-            device=self.device, dtype=dtype, memory_format=torch.channels_last
+    def _plan(self, size: InputSize, options: UpscaleOptions) -> Plan:
+        load = Workload(
+            generator=self.generator, name=self.name, dtype=self.dtype, size=size, options=options, device=self.device
         )
+        try:
+            return plan_image(load, self._most_pixels)
+        except UserError:
+            if not self._chooses_dtype or self.device.type != "cpu" or self.dtype != torch.float32:
+                raise
+            return plan_image(replace(load, dtype=torch.bfloat16), self._most_pixels)
+
+    def _plans(self, size: InputSize, options: UpscaleOptions) -> Iterator[Plan]:
+        """Plans with ever fewer pixels at once, each asked for when memory has run out with the one before. Later
+        images start with the last."""
+        plan = self._plan(size, options)
+        yield plan
+        while (most := fewer_pixels(plan, options)) is not None:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            first, self._most_pixels = self._most_pixels is None, most
+            failed, plan = plan, self._plan(size, options)
+            if plan.pixels >= failed.pixels:
+                return
+            if first:
+                logger.warning("%s: memory ran out with %s; using less at once from here on", self.name, failed)
+            plan = replace(plan, retries=failed.retries + 1)
+            yield plan
+
+    # ---- one image ----
 
     def _enlarge_within_memory(
-        self, image: LoadedImage, options: UpscaleOptions, progress: Callable[[int, int], None] | None
+        self, image: LoadedImage, options: UpscaleOptions, progress: Progress | None
     ) -> NDArray[Any]:
         """:meth:`_enlarge` with the first plan, of smaller and smaller ones, for which the memory suffices."""
-        extent = _extent(image)
-        plan = self._plan(extent, options)
-        while True:
+        for plan in self._plans(_size_of(image), options):
             logger.info("%s: %s", self.name, plan)
             if DTYPES[plan.dtype] != self.dtype:
                 logger.warning("%s in %s does not fit: %s from here on", self.name, self.dtype, plan.dtype)
@@ -294,39 +297,25 @@ class Upscaler:
             else:
                 self.last_plan = plan
                 return samples
-            plan = self._after_failure(plan, options, extent)  # here, where the error holds no tensors
-
-    def _after_failure(self, failed: Plan, options: UpscaleOptions, extent: InputSize) -> Plan:
-        """A plan with fewer pixels at once than ``failed``; :class:`UserError` if there is none."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        first, most = self._most_pixels is None, smaller(failed, options)
-        if most is not None:
-            self._most_pixels = most
-            plan = self._plan(extent, options)
-            if plan.pixels < failed.pixels:
-                if first:
-                    logger.warning("%s: memory ran out with %s; using less at once from here on", self.name, failed)
-                return replace(plan, retries=failed.retries + 1)
         raise UserError(
-            f"{self.name}: memory ran out on {self.device} even in tiles of {failed.tile_name} pixels in "
-            f"{failed.dtype}; free some, or try --dtype bfloat16 or --tile 64"
+            f"{self.name}: memory ran out on {self.device} even in tiles of {plan.tile_name} pixels in "
+            f"{plan.dtype}; free some, or try --dtype bfloat16 or --tile 64"
         )
 
     def _enlarge(
-        self, image: LoadedImage, options: UpscaleOptions, plan: Plan, progress: Callable[[int, int], None] | None
+        self, image: LoadedImage, options: UpscaleOptions, plan: Plan, progress: Progress | None
     ) -> NDArray[Any]:
         """The network's output at its own scale, colour-fixed, as samples of the image's kind."""
         pixels = image.pixels if image.alpha is None else fill_transparent(image.pixels, image.alpha)
         shape = (image.height * self.scale, image.width * self.scale, pixels.shape[2])
-        shared_norms = options.tile_norms == "picture" and options.tile_blend == "smooth" and not self.compiled
-        route = TiledRun(
-            self._network(),
+        shares_norms = options.tile_norms == "image" and options.tile_blend == "smooth" and not self.compiled
+        run = TiledRun(
+            LoadedGenerator(generator=self.generator, device=self.device, dtype=self.dtype, name=self.name),
             pixels,
             plan,
             options,
             profile=None if image.gray else color_profile(image.icc),
-            norms=self._norms if shared_norms else None,
+            norms=self._norms if shares_norms else None,
             progress=progress,
             fill=self.compiled,
             keep_memory=self.keeps_freed_memory(plan.pixels),
@@ -334,21 +323,11 @@ class Upscaler:
         errors = compiler_errors_named(self.name) if self.compiled else nullcontext()
         with errors, torch.inference_mode():
             if options.color_fix != "adain":
-                return _stored(_cropped(route.rows(), *shape[:2]), shape, pixels.dtype.type)
+                return _stored(_cropped(run.rows(), *shape[:2]), shape, pixels.dtype.type)
             # AdaIN needs statistics of the whole output: it is kept with 16 bits until they are known.
-            fine = _stored(_cropped(route.rows(), *shape[:2]), shape, np.uint16)
-            wanted = statistics(_cropped(route.enlarged_rows(), *shape[:2]))
+            fine = _stored(_cropped(run.rows(), *shape[:2]), shape, np.uint16)
+            wanted = statistics(_cropped(run.enlarged_rows(), *shape[:2]))
             return _stored(_matched(fine, statistics(_bands(fine)), wanted), shape, pixels.dtype.type)
-
-    def _network(self) -> Network:
-        return Network(
-            generator=self.generator,
-            device=self.device,
-            dtype=self.dtype,
-            input_dtype=input_dtype_of(self.generator, self.dtype),
-            scale=self.scale,
-            name=self.name,
-        )
 
 
 def _loaded(source: object) -> LoadedImage:
@@ -365,7 +344,7 @@ def _loaded(source: object) -> LoadedImage:
     )
 
 
-def _extent(image: LoadedImage) -> InputSize:
+def _size_of(image: LoadedImage) -> InputSize:
     item = image.pixels.itemsize
     return InputSize(
         height=image.height,

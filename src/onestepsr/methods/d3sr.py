@@ -7,7 +7,7 @@ iteration updates the generator, then the discriminator with the pair of latents
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -44,7 +44,7 @@ from onestepsr.models.backbones import load_backbone
 from onestepsr.models.generators import OneStepLatentGenerator, TrainableGenerator
 from onestepsr.models.lora import LoraConfig, add_lora
 from onestepsr.models.stable_diffusion.config import PromptConfig
-from onestepsr.models.tiny.edit import Depth, deepened, equalize_subpixel_contrast
+from onestepsr.models.tiny.generator import Depth, deepened, equalize_subpixel_contrast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ def _prepare_generator(config: D3SRConfig) -> OneStepLatentGenerator:
     extras = config.extras
     generator = deepened(generator, extras.deepen) if extras.deepen else generator
     generator = equalize_subpixel_contrast(generator) if extras.even_contrast else generator
-    generator.timestep = config.timestep
+    generator.config = replace(generator.config, timestep=config.timestep)
     for name, parameter in generator.autoencoder.named_parameters():
         parameter.requires_grad_(extras.train_decoder and _belongs_to_decoder(name))
     if config.gradient_checkpointing:

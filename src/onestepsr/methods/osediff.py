@@ -55,8 +55,14 @@ from onestepsr.methods.shared.vsd import (
 from onestepsr.models.backbones import load_backbone, read_prompt
 from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.lora import LoraConfig, add_lora, copy_sharing_weights
-from onestepsr.models.osediff.adapters import can_be_published, collect, copy_into_adapters
-from onestepsr.models.osediff.checkpoints import ARCHITECTURE, content_of, read_any
+from onestepsr.models.osediff.checkpoints import (
+    ARCHITECTURE,
+    can_be_published,
+    collect,
+    content_of,
+    copy_into_adapters,
+    read_any,
+)
 from onestepsr.models.osediff.generator import (
     DECODER_LAYERS,
     ENCODER_LAYERS,
@@ -129,9 +135,10 @@ class ConditionConfig:
         if self.kind == "text":
             texts = [self.text] if self.negative is None else [self.text, self.negative]
             prompt, *others = self._embedded(texts, width)[:, None]
-            generator.prompt, negative = nn.Parameter(prompt), others[0] if others else None
+            generator.set_prompt(prompt)
+            negative = others[0] if others else None
         elif self.file is not None:
-            generator.prompt = nn.Parameter(read_prompt(self.file, width))
+            generator.set_prompt(read_prompt(self.file, width))
         if self.negative_file is not None:
             negative = read_prompt(self.negative_file, width)
         generator.prompt.requires_grad_(self.kind == "learnable")
@@ -243,8 +250,11 @@ class TrainableOSEDiff(nn.Module):
         self.generator = generator
 
     def forward(self, lr: Tensor, prompt: Tensor | None = None, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """SR image (N, 3, s h, s w) and its latent; see :meth:`OSEDiffGenerator.restore`."""
-        return self.generator.restore(lr, prompt=prompt, noise=noise)
+        """SR image (N, 3, s h, s w) and its float32 latent, for LR (N, 3, h, w) with sides multiples of
+        ``lr_multiple``; ``noise``, shaped like the latent, samples the encoder's posterior, whose mean is taken
+        without."""
+        z_h = self.generator.step(self.generator.encode_with(lr, noise), prompt)
+        return self.generator.decode(z_h), z_h
 
 
 @register("osediff", OSEDiffConfig)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.methods.base import Batch, Exported, Method, Networks, Phase, SampleRandom, register
-from onestepsr.models.encoder_features import PromptedUNet
+from onestepsr.models.discriminators import PromptedUNet
 from onestepsr.models.loading import load_network
 from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.tiny.networks import TinyAutoencoder, TinyConfig

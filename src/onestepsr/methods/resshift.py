@@ -6,7 +6,7 @@ of latents alone; from version 3 on a perceptual distance of the decoded image j
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch.nn.functional as F
@@ -36,7 +36,8 @@ from onestepsr.methods.shared.residual_shift import (
     with_sampling,
 )
 from onestepsr.models.loading import load_residual_generator, residual_generator_on
-from onestepsr.models.resshift.generator import ResidualShiftGenerator, Sampler, conditioned
+from onestepsr.models.resshift.config import Sampler
+from onestepsr.models.resshift.generator import ResidualShiftGenerator, conditioned
 from onestepsr.models.resshift.unet import SwinUNet, SwinUNetConfig
 from onestepsr.models.tiny.denoiser import TinyDenoiser, TinyDenoiserConfig
 
@@ -88,7 +89,8 @@ def build(config: ResShiftConfig) -> Method:
     generator = _prepare_generator(config)
     schedule = whole_schedule(generator)
     spatial = SpatialLoss(SpatialWeights(mse=0.0, perceptual=config.perceptual_weight), config.perceptual)
-    shown = with_sampling(generator, _shown_schedule(schedule, config), config.sampler)
+    with error_context("config.steps"):
+        shown = with_sampling(generator, config.steps, config.sampler, respacing=config.respacing)
     return Method(
         networks={DENOISER: generator.unet},
         frozen={AUTOENCODER: FrozenAutoencoder(generator.autoencoder), **spatial.frozen},
@@ -110,20 +112,13 @@ def _load(config: ResShiftConfig) -> ResidualShiftGenerator:
 def _prepare_generator(config: ResShiftConfig) -> ResidualShiftGenerator:
     generator = _load(config)
     if config.schedule is not None:
-        generator.schedule = ResidualShiftSchedule(config.schedule)
+        generator.configure(replace(generator.config, schedule=config.schedule, steps=None))
     if config.from_scratch or config.model is None:  # here, so that the run's seed decides
-        sizes = cast(SwinUNetConfig | TinyDenoiserConfig, generator.unet.config)
+        sizes = cast(SwinUNet | TinyDenoiser, generator.unet).config
         generator.unet = SwinUNet(sizes) if isinstance(sizes, SwinUNetConfig) else TinyDenoiser(sizes)
     if config.gradient_checkpointing:
         checkpoint_gradients(generator.unet)
     return generator
-
-
-def _shown_schedule(schedule: ResidualShiftSchedule, config: ResShiftConfig) -> ResidualShiftSchedule:
-    if config.steps is None:
-        return schedule
-    with error_context("config.steps"):
-        return schedule.respaced(config.steps, config.respacing)
 
 
 def _loss(

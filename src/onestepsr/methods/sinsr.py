@@ -10,7 +10,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from onestepsr.core.errors import error_context
 from onestepsr.diffusion.residual_shift import ResidualShiftSchedule
@@ -74,8 +74,7 @@ class SinSRConfig:
 def build(config: SinSRConfig) -> Method:
     """One trained network, the student; its teacher and the autoencoder are frozen."""
     teacher = load_residual_generator(config.teacher)
-    schedule = whole_schedule(teacher)
-    student = with_sampling(_student_of(teacher, config), schedule.respaced(1), "deterministic")
+    student = with_sampling(teacher, 1, "deterministic", unet=_student_of(teacher, config))
     if config.gradient_checkpointing:
         checkpoint_gradients(student.unet)
     return Method(
@@ -93,15 +92,13 @@ def build(config: SinSRConfig) -> Method:
     )
 
 
-def _student_of(teacher: ResidualShiftGenerator, config: SinSRConfig) -> ResidualShiftGenerator:
-    """The student's network between the teacher's autoencoder."""
+def _student_of(teacher: ResidualShiftGenerator, config: SinSRConfig) -> nn.Module:
+    """The student's network."""
     if config.student is None:
-        network = copy.deepcopy(teacher.unet)
-    else:
-        loaded = load_residual_generator(config.student)
-        check_same_latents(teacher, loaded, (config.teacher, config.student))
-        network = loaded.unet
-    return ResidualShiftGenerator(teacher.autoencoder, network, teacher.schedule, scale=teacher.scale)
+        return copy.deepcopy(teacher.unet)
+    loaded = load_residual_generator(config.student)
+    check_same_latents(teacher, loaded, (config.teacher, config.student))
+    return loaded.unet
 
 
 def _loss(generator: ResidualShiftGenerator, config: SinSRConfig) -> LossFn:

@@ -1,68 +1,96 @@
-"""The architectures that a weights file can name: configuration to freshly initialised network, and back."""
+"""Every architecture that a weights file can name: its configuration, and the network that is built from it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from onestepsr.core.config import from_mapping, to_mapping
 from onestepsr.core.errors import UnknownModel, UserError, did_you_mean
-from onestepsr.models.generators import NoisedLatentGenerator, OneStepLatentGenerator
-from onestepsr.models.osediff.generator import OSEDiffGenerator, OSEDiffGeneratorConfig, osediff_generator
+from onestepsr.models.generators import LatentGenerator, OneStepLatentGenerator
+from onestepsr.models.osediff.generator import OSEDiffGeneratorConfig, osediff_generator
 from onestepsr.models.resshift.config import (
     RANDOM_RESIDUAL,
     ResidualShiftGeneratorConfig,
     TinyResidualShiftGeneratorConfig,
-    random_residual_generator,
-    residual_config,
-    residual_shift_generator,
-    tiny_residual_shift_generator,
 )
-from onestepsr.models.resshift.generator import ResidualShiftGenerator
+from onestepsr.models.resshift.generator import residual_shift_generator, tiny_residual_shift_generator
 from onestepsr.models.stable_diffusion.config import (
     SD21_BASE,
     SDXL_BASE,
-    PromptConfig,
     SDXLConditioning,
     StableDiffusionEncoderConfig,
     StableDiffusionGeneratorConfig,
 )
-from onestepsr.models.stable_diffusion.networks import (
-    StableDiffusionAutoencoder,
-    StableDiffusionUNet,
-    StableDiffusionUNetEncoder,
-    stable_diffusion_encoder,
-    stable_diffusion_generator,
-)
-from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_config, tiny_generator
-from onestepsr.models.tiny.networks import BUNDLED, TinyAutoencoder, TinyConfig, TinyUNet
+from onestepsr.models.stable_diffusion.networks import StableDiffusionUNetEncoder, stable_diffusion_generator
+from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
+from onestepsr.models.tiny.networks import BUNDLED, TinyAutoencoder, TinyConfig
 from onestepsr.weights.native import read_weights
 
-RANDOM = "random:"
-"""Prefix of names that mean an architecture with random weights: for tests, benchmarks and dry runs."""
+
+@dataclass(frozen=True)
+class Architecture:
+    """A kind of network: its name in weights files, the class of its configuration, and how it is built from that."""
+
+    name: str
+    config: type[Any]
+    build: Callable[[Any], nn.Module]
+
+
 RESIDUAL, TINY_RESIDUAL = "residual-shift", "tiny-residual-shift"
-Generator = OneStepLatentGenerator | ResidualShiftGenerator
-
-
-def _builder(config: type[Any], build: Callable[[Any], nn.Module]) -> Callable[[Mapping[str, Any]], nn.Module]:
-    return lambda values: build(from_mapping(config, values))
-
-
-ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
-    "tiny-autoencoder": _builder(TinyConfig, TinyAutoencoder),
-    "tiny-latent-diffusion": _builder(TinyGeneratorConfig, tiny_generator),
-    "stable-diffusion": _builder(StableDiffusionGeneratorConfig, stable_diffusion_generator),
-    "stable-diffusion-encoder": _builder(StableDiffusionEncoderConfig, stable_diffusion_encoder),
-    "osediff": _builder(OSEDiffGeneratorConfig, osediff_generator),
-    RESIDUAL: _builder(ResidualShiftGeneratorConfig, residual_shift_generator),
-    TINY_RESIDUAL: _builder(TinyResidualShiftGeneratorConfig, tiny_residual_shift_generator),
+ARCHITECTURES = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture("tiny-autoencoder", TinyConfig, TinyAutoencoder),
+        Architecture("tiny-latent-diffusion", TinyGeneratorConfig, tiny_generator),
+        Architecture("stable-diffusion", StableDiffusionGeneratorConfig, stable_diffusion_generator),
+        Architecture("stable-diffusion-encoder", StableDiffusionEncoderConfig, StableDiffusionUNetEncoder),
+        Architecture("osediff", OSEDiffGeneratorConfig, osediff_generator),
+        Architecture(RESIDUAL, ResidualShiftGeneratorConfig, residual_shift_generator),
+        Architecture(TINY_RESIDUAL, TinyResidualShiftGeneratorConfig, tiny_residual_shift_generator),
+    )
 }
-"""Builders of freshly initialised networks from their configuration; their weights are loaded right after."""
+"""All of them by name. A network keeps its configuration as ``config``, whose class tells its architecture."""
+
+
+class Configured(Protocol):
+    """A network of one of the architectures."""
+
+    config: Any
+    """The configuration it was built from."""
+
+
+def describe(network: nn.Module) -> tuple[str, dict[str, Any]]:
+    """Name of the architecture and configuration of a network, as its weights file records them."""
+    config = cast(Configured, network).config
+    return _architecture_of(config).name, to_mapping(config)
+
+
+def _architecture_of(config: object) -> Architecture:
+    for architecture in ARCHITECTURES.values():
+        if type(config) is architecture.config:
+            return architecture
+    raise TypeError(f"a network with a {type(config).__name__} has no weights file")
+
+
+def build_network(architecture: str, config: Mapping[str, Any], where: str | Path) -> nn.Module:
+    """A freshly initialised network as the weights file ``where`` describes it; its weights are loaded right after.
+
+    Raises :class:`UserError` in one line for an unknown architecture and a configuration that does not fit it.
+    """
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"{where}: unknown architecture '{architecture}': {did_you_mean(architecture, ARCHITECTURES)}")
+    known = ARCHITECTURES[architecture]
+    try:
+        return known.build(from_mapping(known.config, config))
+    except UserError as error:
+        raise UserError(f"{where}: configuration does not fit '{architecture}': {error}") from error
 
 
 def load_native(path: Path) -> nn.Module:
@@ -71,15 +99,10 @@ def load_native(path: Path) -> nn.Module:
     Raises :class:`UserError` in one line for a damaged file and for weights that do not fit their configuration.
     """
     architecture, config, tensors = read_weights(path)
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"{path}: unknown architecture '{architecture}': {did_you_mean(architecture, ARCHITECTURES)}")
+    with torch.device("meta"):  # nothing is initialised only to be overwritten
+        network = build_network(architecture, config, path)
     try:
-        with torch.device("meta"):  # nothing is initialised only to be overwritten
-            network = ARCHITECTURES[architecture](config)
-        copies = {key: _in_float32(tensor) for key, tensor in tensors.items()}
-        network.load_state_dict(copies, assign=True)
-    except UserError as error:
-        raise UserError(f"{path}: configuration does not fit '{architecture}': {error}") from error
+        network.load_state_dict({key: _in_float32(tensor) for key, tensor in tensors.items()}, assign=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"{path}: weights do not match their configuration: {reason}") from error
@@ -91,84 +114,51 @@ def _in_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
-def describe(network: nn.Module) -> tuple[str, dict[str, Any]]:
-    """Name of the architecture and configuration of a network, as its weights file records them."""
-    if isinstance(network, StableDiffusionUNetEncoder):
-        encoder = StableDiffusionEncoderConfig(unet=network.config, sdxl=network.sdxl)
-        return "stable-diffusion-encoder", to_mapping(encoder)
-    if isinstance(network, OneStepLatentGenerator):
-        return _describe_generator(network)
-    if isinstance(network, ResidualShiftGenerator):
-        residual = residual_config(network)
-        tiny = isinstance(residual, TinyResidualShiftGeneratorConfig)
-        return TINY_RESIDUAL if tiny else RESIDUAL, to_mapping(residual)
-    if isinstance(network, TinyAutoencoder):
-        return "tiny-autoencoder", to_mapping(network.config)
-    raise TypeError(f"a {type(network).__name__} has no weights file")
+# ---- architectures with random weights: for tests, benchmarks and dry runs ----
 
-
-def _describe_generator(generator: OneStepLatentGenerator) -> tuple[str, dict[str, Any]]:
-    common: dict[str, Any] = {
-        "schedule": generator.schedule.config,
-        "timestep": generator.timestep,
-        "scale": generator.scale,
-        "noised": isinstance(generator, NoisedLatentGenerator),
-    }
-    if isinstance(generator.unet, TinyUNet):
-        return "tiny-latent-diffusion", to_mapping(tiny_config(generator))
-    if isinstance(generator.unet, StableDiffusionUNet) and isinstance(
-        generator.autoencoder, StableDiffusionAutoencoder
-    ):
-        parts: dict[str, Any] = {
-            "unet": generator.unet.config,
-            "autoencoder": generator.autoencoder.config,
-            "prompt": PromptConfig(tokens=generator.prompt.shape[1]),
-        }
-        if isinstance(generator, OSEDiffGenerator):
-            prompted = OSEDiffGeneratorConfig(posterior=generator.posterior, **parts, **common)
-            return "osediff", to_mapping(prompted)
-        config = StableDiffusionGeneratorConfig(**parts, **common)
-        return "stable-diffusion", to_mapping(config)
-    raise TypeError(f"a generator on a {type(generator.unet).__name__} has no weights file")
-
-
-_RANDOM_GENERATORS: dict[str, Callable[[], OneStepLatentGenerator]] = {
-    "d3sr-tiny": lambda: tiny_generator(TinyGeneratorConfig(model=BUNDLED)),
-    "sd21-base": lambda: stable_diffusion_generator(StableDiffusionGeneratorConfig()),
+RANDOM = "random:"
+"""Prefix of the names of architectures with random weights."""
+RANDOM_GENERATORS: dict[str, Any] = {
+    "d3sr-tiny": TinyGeneratorConfig(model=BUNDLED),
+    "sd21-base": StableDiffusionGeneratorConfig(),
+    **RANDOM_RESIDUAL,
 }
-_RANDOM_ENCODERS = {"sd21-base": SD21_BASE, "sdxl-base": SDXL_BASE}
+"""Configurations of the generators by name."""
+_ENCODERS = {"sd21-base": SD21_BASE, "sdxl-base": SDXL_BASE}
+_BACKBONES = [name for name in RANDOM_GENERATORS if name not in RANDOM_RESIDUAL]
 
 
 def is_random(name: object) -> bool:
-    """Whether ``name`` asks for random weights (``random:ALIAS``)."""
+    """True for names that ask for random weights (``random:ALIAS``)."""
     return str(name).startswith(RANDOM)
 
 
-def random_generator(name: str) -> Generator:
+def random_generator(name: str) -> LatentGenerator:
     """The generator that ``random:ALIAS`` names, with the same random weights at every call."""
-    alias, known = name.removeprefix(RANDOM), [*_RANDOM_GENERATORS, *RANDOM_RESIDUAL]
-    if alias in _RANDOM_ENCODERS and alias not in known:
-        raise UserError(f"'{name}' can be a discriminator's backbone only, accepted: {', '.join(_RANDOM_GENERATORS)}")
-    if alias not in known:
-        raise UnknownModel(f"unknown name '{name}' of random weights: {did_you_mean(alias, known)}")
+    alias = name.removeprefix(RANDOM)
+    if alias in _ENCODERS and alias not in RANDOM_GENERATORS:
+        raise UserError(f"'{name}' can be a discriminator's backbone only, accepted: {', '.join(_BACKBONES)}")
+    if alias not in RANDOM_GENERATORS:
+        raise UnknownModel(f"unknown name '{name}' of random weights: {did_you_mean(alias, RANDOM_GENERATORS)}")
+    config = RANDOM_GENERATORS[alias]
     with repeatable():
-        return random_residual_generator(alias) if alias in RANDOM_RESIDUAL else _RANDOM_GENERATORS[alias]()
+        return cast(LatentGenerator, _architecture_of(config).build(config))
 
 
 def random_backbone(name: str) -> OneStepLatentGenerator:
     """The generator that ``random:ALIAS`` names, which must predict noise in one step."""
     if name.removeprefix(RANDOM) in RANDOM_RESIDUAL:
-        raise UserError(f"'{name}' is no latent-diffusion backbone, accepted: {', '.join(_RANDOM_GENERATORS)}")
+        raise UserError(f"'{name}' is no latent-diffusion backbone, accepted: {', '.join(_BACKBONES)}")
     return cast(OneStepLatentGenerator, random_generator(name))
 
 
 def random_encoder(name: str, sdxl: SDXLConditioning | None = None) -> StableDiffusionUNetEncoder | None:
     """The half UNet of a Stable Diffusion that ``random:ALIAS`` names, built by itself; None for other names."""
-    config = _RANDOM_ENCODERS.get(name.removeprefix(RANDOM))
+    config = _ENCODERS.get(name.removeprefix(RANDOM))
     if config is None:
         return None
     with repeatable():
-        return StableDiffusionUNetEncoder(config, sdxl)
+        return StableDiffusionUNetEncoder(StableDiffusionEncoderConfig(unet=config, sdxl=sdxl or SDXLConditioning()))
 
 
 @contextmanager

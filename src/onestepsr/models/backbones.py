@@ -1,4 +1,4 @@
-"""Pretrained backbones, from whatever they come in: a file of ours, a diffusers folder, a single-file checkpoint.
+"""Pretrained backbones from a file of ours, a diffusers folder or a single-file checkpoint.
 
 A backbone is a generator that has not been trained for super-resolution yet; of a discriminator's backbone only the
 half UNet is ever built and read.
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.models.architectures import is_random, load_native, random_backbone, random_encoder
-from onestepsr.models.generators import NoisePredictor, OneStepLatentGenerator
-from onestepsr.models.stable_diffusion import diffusers_folder, ldm_checkpoint
+from onestepsr.models.generators import OneStepLatentGenerator
+from onestepsr.models.stable_diffusion import checkpoints
 from onestepsr.models.stable_diffusion.config import (
     PromptConfig,
     SDXLConditioning,
+    StableDiffusionEncoderConfig,
     StableDiffusionGeneratorConfig,
     UNetConfig,
 )
@@ -46,7 +47,7 @@ LEAST_CORRELATION = 0.5
 OTHER_HALF = ("up_blocks.", "conv_norm_out.", "conv_out.")
 """Names of a UNet's tensors that a discriminator has no use for."""
 WHOLE = "unet.unet."
-"""What those names begin with in a generator of ours."""
+"""Prefix of those names in a generator of ours."""
 MAX_PROMPT_BYTES = 64 * 2**20
 
 
@@ -61,7 +62,7 @@ def load_backbone(
     """
     generator = _load_generator(name_or_path, prompt or PromptConfig())
     if prompt_file is not None:
-        generator.prompt = nn.Parameter(read_prompt(prompt_file, generator.prompt.shape[2]))
+        generator.set_prompt(read_prompt(prompt_file, generator.prompt.shape[2]))
     return generator
 
 
@@ -77,9 +78,10 @@ def load_discriminator_backbone(
     if own is not None or not isinstance(encoder, StableDiffusionUNetEncoder):
         return encoder, cast(Tensor, own)
     start = prompt or PromptConfig()
-    if encoder.config.addition_embed_type:
-        start = PromptConfig(tokens=encoder.sdxl.prompt_tokens, std=encoder.sdxl.prompt_std)
-    return encoder, initial_prompt(encoder.config, start)
+    unet, conditioning = encoder.config.unet, encoder.config.sdxl
+    if unet.addition_embed_type:
+        start = PromptConfig(tokens=conditioning.prompt_tokens, std=conditioning.prompt_std)
+    return encoder, initial_prompt(unet, start)
 
 
 def unet_encoder_of(generator: OneStepLatentGenerator) -> nn.Module:
@@ -124,20 +126,20 @@ def _load_generator(name_or_path: str | Path, prompt: PromptConfig) -> OneStepLa
 
 
 def _generator_from_folder(folder: Path, prompt: PromptConfig) -> OneStepLatentGenerator:
-    config = replace(diffusers_folder.read_generator_config(folder), prompt=prompt)
-    unet, autoencoder = (diffusers_folder.read_folder_weights(folder / part) for part in ("unet", "vae"))
+    config = replace(checkpoints.read_generator_config(folder), prompt=prompt)
+    unet, autoencoder = (checkpoints.read_folder_weights(folder / part) for part in ("unet", "vae"))
     return _assemble(config, unet, autoencoder, str(folder))
 
 
 def _generator_from_file(path: Path, prompt: PromptConfig) -> OneStepLatentGenerator:
-    tensors = ldm_checkpoint.open_checkpoint(path)
-    unet_sizes, autoencoder_sizes = ldm_checkpoint.detect(path, tensors)
+    tensors = checkpoints.open_checkpoint(path)
+    unet_sizes, autoencoder_sizes = checkpoints.detect(path, tensors)
     try:
         config = StableDiffusionGeneratorConfig(unet=unet_sizes, autoencoder=autoencoder_sizes, prompt=prompt)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    unet = ldm_checkpoint.unet_weights(tensors, config.unet)
-    autoencoder = ldm_checkpoint.autoencoder_weights(path, tensors, config.autoencoder)
+    unet = checkpoints.unet_weights(tensors, config.unet)
+    autoencoder = checkpoints.autoencoder_weights(path, tensors, config.autoencoder)
     generator = _assemble(config, unet, autoencoder, str(path))
     if noise_correlation(generator) < LEAST_CORRELATION:
         logger.warning(
@@ -156,8 +158,7 @@ def noise_correlation(generator: OneStepLatentGenerator) -> float:
     of an image (near 0).
     """
     noise = torch.randn(1, generator.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
-    predict = cast(NoisePredictor, generator.unet)
-    predicted = predict(noise, torch.tensor([generator.schedule.steps - 1]), generator.prompt)
+    predicted = generator.unet(noise, torch.tensor([generator.schedule.steps - 1]), generator.prompt)
     return float(torch.corrcoef(torch.stack([noise.flatten(), predicted.flatten()]))[0, 1])
 
 
@@ -178,15 +179,15 @@ def _load_encoder(name_or_path: str | Path, sdxl: SDXLConditioning | None) -> tu
         return _random_encoder(str(name_or_path), sdxl)
     if Path(name_or_path).is_dir():
         folder = Path(name_or_path)
-        config = diffusers_folder.read_unet_config(folder)
-        tensors = diffusers_folder.read_folder_weights(diffusers_folder.unet_folder(folder))
+        config = checkpoints.read_unet_config(folder)
+        tensors = checkpoints.read_folder_weights(checkpoints.unet_folder(folder))
         return _filled_encoder(config, sdxl, tensors, f"{folder}: unet"), None
     path = resolve(name_or_path)
     if architecture_of(path):
         return _own_encoder(path, sdxl)
-    checkpoint = ldm_checkpoint.open_checkpoint(path)
-    config, _ = ldm_checkpoint.detect(path, checkpoint)
-    return _filled_encoder(config, sdxl, ldm_checkpoint.unet_weights(checkpoint, config), f"{path}: unet"), None
+    checkpoint = checkpoints.open_checkpoint(path)
+    config, _ = checkpoints.detect(path, checkpoint)
+    return _filled_encoder(config, sdxl, checkpoints.unet_weights(checkpoint, config), f"{path}: unet"), None
 
 
 def _random_encoder(name: str, sdxl: SDXLConditioning | None) -> tuple[nn.Module, Tensor | None]:
@@ -198,7 +199,7 @@ def _random_encoder(name: str, sdxl: SDXLConditioning | None) -> tuple[nn.Module
 
 
 def _own_encoder(path: Path, sdxl: SDXLConditioning | None) -> tuple[nn.Module, Tensor | None]:
-    """The half of a network of ours; of a Stable Diffusion generator only that half is read."""
+    """The half UNet in a file of ours; of a Stable Diffusion generator only that half is read."""
     architecture, values, tensors = read_weights(path, _belongs_to_half)
     if architecture == "stable-diffusion":
         config = from_mapping(StableDiffusionGeneratorConfig, values, str(path))
@@ -208,7 +209,7 @@ def _own_encoder(path: Path, sdxl: SDXLConditioning | None) -> tuple[nn.Module, 
         return _filled_encoder(config.unet, sdxl, half, f"{path}: unet"), tensors["prompt"].float()
     network = load_native(path)
     if isinstance(network, StableDiffusionUNetEncoder):
-        network.sdxl = sdxl or network.sdxl
+        network.config = replace(network.config, sdxl=sdxl or network.config.sdxl)
         return network, None
     if isinstance(network, OneStepLatentGenerator):
         return unet_encoder_of(network), network.prompt.detach()
@@ -231,7 +232,7 @@ def _filled_encoder(
 def _empty_encoder(config: UNetConfig, sdxl: SDXLConditioning | None) -> StableDiffusionUNetEncoder:
     """The half UNet on the meta device, but for what no file holds."""
     with torch.device("meta"):
-        encoder = StableDiffusionUNetEncoder(config, sdxl)
+        encoder = StableDiffusionUNetEncoder(StableDiffusionEncoderConfig(unet=config, sdxl=sdxl or SDXLConditioning()))
     if config.addition_embed_type:
         encoder.pooled_prompt = nn.Parameter(torch.zeros(1, config.pooled_width))
     return encoder

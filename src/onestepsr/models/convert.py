@@ -1,7 +1,9 @@
-"""Foreign backbones and published checkpoints into weights files of ours."""
+"""Foreign backbones and published checkpoints into weights files of ours, and OSEDiff's adapters back again."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,27 +19,129 @@ from onestepsr.models.osediff.checkpoints import read_published, write_adapters,
 from onestepsr.models.osediff.generator import Posterior
 from onestepsr.models.resshift.checkpoints import is_published, load_published, looks_published
 from onestepsr.models.resshift.config import PUBLISHED
-from onestepsr.models.tiny.edit import blend, equalize_subpixel_contrast, match_architecture
+from onestepsr.models.tiny.generator import blend, equalize_subpixel_contrast, match_architecture
 from onestepsr.weights.native import architecture_of, save_model
 
 ADAPTERS = ".adapters.safetensors"
-"""How the file ends that keeps OSEDiff's adapters beside the model that they made."""
+"""Ending of the file that keeps OSEDiff's adapters beside the model that they made."""
 Part = Literal["generator", "discriminator"]
 """The whole backbone, or the half UNet that a discriminator is made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What a conversion has written."""
+    """A written file."""
 
     file: Path
     """The weights file."""
     architecture: str
     """Its architecture."""
     parameters: int
-    """Numbers in it."""
+    """Number of its parameters."""
     bytes: int
     """Its size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A file to write."""
+
+    file: Path
+    """Its path, which must end in ``.safetensors``."""
+    dtype: torch.dtype = torch.float32
+    """Dtype of the floating-point weights in it."""
+    overwrite: bool = False
+    """Replace a file that exists."""
+
+
+# ---- one function per kind of source ----
+
+
+def convert_backbone(
+    source: str | Path,
+    target: Target,
+    *,
+    part: Part = "generator",
+    towards: Path | None = None,
+    share: float = 0.5,
+    even_contrast: bool = False,
+) -> Converted:
+    """Write a backbone (see :func:`load_backbone`), or the half of it that a discriminator is made of.
+
+    ``towards`` is a second backbone of the same shape: the weights written lie the part ``share`` of the way to its
+    own. ``even_contrast`` is :func:`onestepsr.models.tiny.generator.equalize_subpixel_contrast`.
+    """
+
+    def load(name: str | Path) -> nn.Module:
+        return load_backbone(name) if part == "generator" else load_discriminator_backbone(name)[0]
+
+    network = load(source)
+    if towards is not None:
+        network = blend(*match_architecture(network, load(towards)), share)
+    if even_contrast:
+        network = equalize_subpixel_contrast(network)
+    return _written(network, target)
+
+
+def convert_residual_shift(
+    source: str | Path, target: Target, *, published_as: str | None = None, autoencoder: Path | None = None
+) -> Converted:
+    """Write a model of the ResShift family: an alias, a file of ours, or a published UNet.
+
+    A published UNet needs ``published_as``, the alias whose sizes, schedule and sampler it has; ``autoencoder`` is the
+    file of its autoencoder, by default that of the alias.
+    """
+    if architecture_of(source):
+        if published_as is not None or autoencoder is not None:
+            raise UserError(f"{source}: is a file of ours already; --as and --autoencoder are for published files")
+        return _written(load_network(source), target)
+    if is_published(source):
+        if published_as not in (None, str(source)):
+            raise UserError(f"--as {published_as}: '{source}' is a published model itself")
+        return _written(load_published(str(source), autoencoder=autoencoder), target)
+    if published_as is None:
+        raise UserError(f"--autoencoder {autoencoder}: needs --as with one of {', '.join(PUBLISHED)}")
+    return _written(load_published(published_as, unet=source, autoencoder=autoencoder), target)
+
+
+def convert_osediff(
+    source: str | Path,
+    target: Target,
+    *,
+    published_as: str | None = None,
+    backbone: str | Path | None = None,
+    prompt_file: Path | None = None,
+    posterior: Posterior = "mean",
+) -> Converted:
+    """Write OSEDiff's adapters added to their ``backbone``; the other arguments are those of :func:`load_osediff`.
+
+    The adapters as they are go into a second file, whose name ends in ``.adapters.safetensors``.
+    """
+    beside = target.file.with_name(target.file.name.removesuffix(".safetensors") + ADAPTERS)
+    _check_absent(beside, target.overwrite)
+    generator = load_osediff(
+        source, backbone=backbone, prompt_file=prompt_file, published_as=published_as, posterior=posterior
+    )
+    converted = _written(generator, target)
+    write_adapters(beside, adapters_of(source))
+    return converted
+
+
+def convert_to_published(source: str | Path, target: Path, *, overwrite: bool = False) -> Converted:
+    """Write OSEDiff's adapters in the layout of its published ``osediff.pkl``, from a file of adapters of ours."""
+    _check_absent(target, overwrite, ".pkl")
+    if not holds_adapters(source):
+        raise UserError(
+            f"{source}: holds no adapters of OSEDiff; they are in a file '*{ADAPTERS}' beside a converted model"
+        )
+    adapters = adapters_of(source)
+    with _write_errors_named(target):
+        write_published(target, adapters)
+    parameters = sum(value.numel() for state in (adapters.unet, adapters.vae) for value in state.values())
+    return Converted(file=target, architecture="osediff.pkl", parameters=parameters, bytes=target.stat().st_size)
+
+
+# ---- the function that a source asks for ----
 
 
 def convert(
@@ -56,103 +160,43 @@ def convert(
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> Converted:
-    """Write a backbone (see :func:`load_backbone`), a model of the ResShift family or OSEDiff's adapters added to their
-    ``backbone`` as a safetensors file of ours, and load that file as a proof.
+    """Convert ``source`` by the function for its kind; the written file is loaded as a proof.
 
-    A published UNet of that family needs ``published_as``, the alias whose sizes, schedule and sampler it has;
-    ``autoencoder`` is the file of its autoencoder, by default that of the alias. Raises :class:`UserError` in one line
-    when the source is none, ``target`` exists already or the numbers do not fit ``dtype``; nothing is left behind then.
-    Adapters stay as they are in a second file, whose name ends in ``.adapters.safetensors``; the model's prompt for
-    images that come without one is read from ``prompt_file``, and ``posterior`` says what its encoder gives, the mean
-    by default. ``towards`` is a second backbone of the same shape: the weights written lie the part ``share`` of the
-    way to its own. ``even_contrast`` is :func:`onestepsr.models.tiny.edit.equalize_subpixel_contrast`.
+    Raises :class:`UserError` in one line when the source is of no kind, ``target`` exists already, the numbers do not
+    fit ``dtype``, or an option is for sources of another kind; nothing is left behind then.
     """
-    _check_target(target, overwrite)
-    adapters = _adapters_file(target, overwrite) if holds_adapters(source) else None
-    if adapters is not None:
-        network: nn.Module = _osediff(
-            source,
-            part,
-            published_as=published_as,
-            backbone=backbone,
-            prompt_file=prompt_file,
-            posterior=posterior or "mean",
-        )
-    elif (backbone, prompt_file, posterior) != (None, None, None):
+    to = Target(file=target, dtype=dtype, overwrite=overwrite)
+    _check_absent(target, overwrite)
+    is_osediff = holds_adapters(source)
+    if not is_osediff and (backbone, prompt_file, posterior) != (None, None, None):
         if Path(source).suffix == ".pkl":
             read_published(Path(source))  # says what is wrong with it
         options = "--backbone, --prompt-embedding and --posterior"
         raise UserError(f"{source}: holds no adapters of OSEDiff, which {options} are for")
-    elif published_as is not None or autoencoder is not None or _is_residual(source):
-        network = _residual(source, part, published_as, autoencoder)
-    else:
-        network = load_backbone(source) if part == "generator" else load_discriminator_backbone(source)[0]
-    if towards is not None:
-        other = load_backbone(towards) if part == "generator" else load_discriminator_backbone(towards)[0]
-        network = blend(*match_architecture(network, other), share)
-    if even_contrast:
-        network = equalize_subpixel_contrast(network)
-    architecture, config = describe(network)
-    state = {key: _cast(key, value, dtype) for key, value in network.state_dict().items()}
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    del network  # two copies of a large backbone would not fit everywhere
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_model(target, architecture=architecture, config=config, state_dict=state)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
-    del state
-    load_network(target)
-    if adapters is not None:
-        write_adapters(adapters, adapters_of(source))
-    return Converted(file=target, architecture=architecture, parameters=parameters, bytes=target.stat().st_size)
-
-
-def convert_to_published(source: str | Path, target: Path, *, overwrite: bool = False) -> Converted:
-    """Write OSEDiff's adapters in the layout of its published ``osediff.pkl``, from a file of adapters of ours."""
-    _check_target(target, overwrite, ".pkl")
-    if not holds_adapters(source):
-        raise UserError(
-            f"{source}: holds no adapters of OSEDiff; they are in a file '*{ADAPTERS}' beside a converted model"
-        )
-    adapters = adapters_of(source)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_published(target, adapters)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
-    parameters = sum(value.numel() for state in (adapters.unet, adapters.vae) for value in state.values())
-    return Converted(file=target, architecture="osediff.pkl", parameters=parameters, bytes=target.stat().st_size)
-
-
-def _osediff(
-    source: str | Path,
-    part: Part,
-    *,
-    published_as: str | None,
-    backbone: str | Path | None,
-    prompt_file: Path | None,
-    posterior: Posterior,
-) -> nn.Module:
+    if not is_osediff and published_as is None and autoencoder is None and not _is_residual(source):
+        return convert_backbone(source, to, part=part, towards=towards, share=share, even_contrast=even_contrast)
     if part != "generator":
-        raise UserError(f"{source}: --part {part} is for a whole backbone, not for OSEDiff's adapters")
-    return load_osediff(
+        kinds = (
+            ("a whole backbone", "OSEDiff's adapters") if is_osediff else ("Stable Diffusion", "the ResShift family")
+        )
+        raise UserError(f"{source}: --part {part} is for {kinds[0]}, not for {kinds[1]}")
+    if towards is not None or even_contrast:
+        option = "--towards" if towards is not None else "--even-contrast"
+        raise UserError(f"{source}: {option} is for one-step generators in files of ours")
+    if not is_osediff:
+        return convert_residual_shift(source, to, published_as=published_as, autoencoder=autoencoder)
+    return convert_osediff(
         source,
+        to,
+        published_as=published_as,
         backbone=backbone,
         prompt_file=prompt_file,
-        published_as=published_as,
-        posterior=posterior,
+        posterior=posterior or "mean",
     )
 
 
-def _adapters_file(target: Path, overwrite: bool) -> Path:
-    file = target.with_name(target.name.removesuffix(".safetensors") + ADAPTERS)
-    _check_target(file, overwrite)
-    return file
-
-
 def _is_residual(source: str | Path) -> bool:
-    """Whether a name or file stands for a model of the ResShift family; raises for one that does not say which."""
+    """True for a name or file of a model of the ResShift family; raises for a file that does not say which."""
     if is_published(source) or architecture_of(source) in (RESIDUAL, TINY_RESIDUAL):
         return True
     path = Path(source)
@@ -164,27 +208,36 @@ def _is_residual(source: str | Path) -> bool:
     return False
 
 
-def _residual(source: str | Path, part: Part, published_as: str | None, autoencoder: Path | None) -> nn.Module:
-    if part != "generator":
-        raise UserError(f"{source}: --part {part} is for Stable Diffusion, not for the ResShift family")
-    if architecture_of(source):
-        if published_as is not None or autoencoder is not None:
-            raise UserError(f"{source}: is a file of ours already; --as and --autoencoder are for published files")
-        return load_network(source)
-    if is_published(source):
-        if published_as not in (None, str(source)):
-            raise UserError(f"--as {published_as}: '{source}' is a published model itself")
-        return load_published(str(source), autoencoder=autoencoder)
-    if published_as is None:
-        raise UserError(f"--autoencoder {autoencoder}: needs --as with one of {', '.join(PUBLISHED)}")
-    return load_published(published_as, unet=source, autoencoder=autoencoder)
+# ---- writing ----
 
 
-def _check_target(target: Path, overwrite: bool, suffix: str = ".safetensors") -> None:
+def _check_absent(target: Path, overwrite: bool, suffix: str = ".safetensors") -> None:
     if target.suffix != suffix:
         raise UserError(f"{target}: the file to write must end in {suffix}")
     if target.is_dir() or (target.exists() and not overwrite):
         raise UserError(f"{target}: is already there; --overwrite replaces a file")
+
+
+def _written(network: nn.Module, target: Target) -> Converted:
+    """Write the weights of ``network``, and load the file."""
+    architecture, config = describe(network)
+    state = {key: _cast(key, value, target.dtype) for key, value in network.state_dict().items()}
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    with _write_errors_named(target.file):
+        save_model(target.file, architecture=architecture, config=config, state_dict=state)
+    load_network(target.file)
+    return Converted(
+        file=target.file, architecture=architecture, parameters=parameters, bytes=target.file.stat().st_size
+    )
+
+
+@contextmanager
+def _write_errors_named(target: Path) -> Iterator[None]:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
 
 
 def _cast(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:

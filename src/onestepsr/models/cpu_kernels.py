@@ -1,9 +1,14 @@
-"""Layers that keep their weights in the order that the CPU's kernels want, for inference in bfloat16."""
+"""Faster kernels for inference in bfloat16 on a CPU: packed weights, and attention by blocks of queries.
+
+They rest on operators of PyTorch that are not public, all of them called in this file alone. The environment variable
+:data:`SWITCH` set to 0 turns them off; every network then computes with PyTorch's usual layers.
+"""
 
 from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -11,7 +16,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Attention on a CPU in bfloat16 without PyTorch's detour over float32 -------------------------------------------------
+SWITCH = "ONESTEPSR_CPU_KERNELS"
+"""Environment variable that turns the kernels off with 0."""
+
+
+def is_fast(x: Tensor) -> bool:
+    """True for input of the kernels here: bfloat16 on a CPU, without gradients and outside ``torch.compile``."""
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or os.environ.get(SWITCH) == "0"
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not plain
+
+
+def use_cpu_kernels(network: nn.Module) -> None:
+    """Replace the plain convolutions and linear layers below ``network`` by ones that pack their weights at their first
+    call; parameters and their names stay. For inference only: weights that an optimiser changes would be missed."""
+    has_operators = cast(Any, torch.backends.mkldnn).is_available() and hasattr(
+        torch._C._nn, "mkldnn_reorder_conv2d_weight"
+    )
+    if has_operators and os.environ.get(SWITCH) != "0":
+        replace_layers(network, _packing)
+
+
+# ---- attention without PyTorch's detour over float32 ----
 
 LEAST_KEYS = 512
 """Below this many keys, as for a prompt, PyTorch's own attention is as fast."""
@@ -22,14 +47,8 @@ LARGE_SCORE = 6.0
 46 dB where scores have a standard deviation of 1, to 37 dB where it is 4."""
 
 
-def is_fast(x: Tensor) -> bool:
-    """Whether ``x`` is bfloat16 on a CPU, and nothing keeps track of what is computed."""
-    plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not plain
-
-
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax(Q K^T / sqrt(C)) V for Q (N, H, Q, C), K and V (N, H, K, C), in the way that suits them."""
+    """Softmax(Q K^T / sqrt(C)) V for Q (N, H, Q, C), K and V (N, H, K, C), by whichever kernel is faster."""
     if is_fast(query) and key.shape[2] >= LEAST_KEYS:
         return attention_by_blocks(query, key, value)
     return F.scaled_dot_product_attention(query, key, value)
@@ -43,35 +62,35 @@ def attention_by_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     heads, rows, channels = query.shape[1:]
     query, value = (query * channels**-0.5).contiguous(), value.contiguous()
-    # Softmax does not see what all keys have in common, but the rounding of the scores does.
+    # Softmax ignores what all keys have in common, but the rounding of the scores does not.
     key = (key - key.mean(2, keepdim=True, dtype=torch.float32)).to(value.dtype).transpose(2, 3)
     result = query.new_empty(query.shape[0], rows, heads, channels).transpose(1, 2)
     step = max(LEAST_ROWS, channels)  # every block has the keys packed anew, which wide heads feel
-    for place in itertools.product(range(query.shape[0]), range(heads)):
+    for index in itertools.product(range(query.shape[0]), range(heads)):
         for start in range(0, rows, step):
-            scores = _scores(query[place][start : start + step], key[place])
-            result[place][start : start + step] = torch.mm(scores.softmax(-1), value[place])
+            scores = _scores(query[index][start : start + step], key[index])
+            result[index][start : start + step] = torch.mm(scores.softmax(-1), value[index])
     return result
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
-    """Q K for Q (Q, C) and K (C, K), but for a number for each row.
+    """Q K for Q (Q, C) and K (C, K), up to a constant per row.
 
-    Where they are large, they are computed again less the largest of their row: what matters most is then close to zero
-    when it is rounded.
+    Where scores are large, they are computed again less the largest of their row: those that matter most are then close
+    to zero when they are rounded.
     """
     scores = torch.mm(query, key)
     largest = scores.amax(-1, keepdim=True)
     return scores if largest.max() <= LARGE_SCORE else torch.addmm(-largest, query, key)
 
 
-# Layers of a network in exchange for others with the same parameters, under the same names ----------------------------
+# ---- layers exchanged for others with the same parameters, under the same names ----
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def replace_layers(network: nn.Module, replacement: Callable[[Any], nn.Module | None]) -> None:
-    """Put ``replacement(layer)`` in the place of every layer below ``network`` for which it is not None."""
+    """Replace every layer below ``network`` by ``replacement(layer)`` where that is not None."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             made = replacement(child)
@@ -87,23 +106,25 @@ def as_kind(kind: type[Kind], plain: nn.Module) -> Kind:
     return made
 
 
+# ---- packed weights ----
+
 LEAST_WEIGHT = 4
 """Weights of a convolution are packed where they hold this many times as many numbers as the image that they meet."""
 
 
 class _Packed(nn.Module):
-    """A layer that keeps its weights in the order that the CPU's kernel wants, once it has been called.
+    """A layer that, once called, keeps its weights in the memory layout of the CPU's kernel.
 
-    Otherwise they are brought into that order at every call, which at the coarse levels of a UNet, where there are
-    more weights than pixels, takes longer than a convolution. There is one copy of them: while they are packed,
-    ``weight`` has a shape but no contents. :meth:`unpack` brings these back, as do saving, loading, copying and moving.
+    Otherwise they are brought into that layout at every call, which at the coarse levels of a UNet, where there are
+    more weights than pixels, takes longer than the convolution. There is one copy of them: while they are packed,
+    ``weight`` has a shape but no contents. :meth:`unpack` restores these, as do saving, loading, copying and moving.
     """
 
     weight: Tensor
     _packed: Tensor | None = None
 
     def unpack(self) -> None:
-        """Bring back the contents of ``weight``; the next call packs them anew."""
+        """Restore the contents of ``weight``; the next call packs them anew."""
         if self._packed is None:
             return
         with torch.inference_mode(False), torch.no_grad():  # for use in training too, wherever this is called
@@ -117,7 +138,7 @@ class _Packed(nn.Module):
             self.weight = nn.Parameter(empty, requires_grad=self.weight.requires_grad)
 
     def _suits(self, x: Tensor) -> bool:
-        """Whether ``x`` may meet packed weights; otherwise they are plain from here on."""
+        """True if ``x`` can be computed with packed weights; otherwise they are unpacked."""
         if is_fast(x) and self.weight.dtype == x.dtype:
             return True
         self.unpack()
@@ -140,7 +161,7 @@ class _Packed(nn.Module):
         return self.__dict__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Packed:
-        if id(self.weight) not in memo:  # what is there already replaces the weights: they need not be unpacked for it
+        if id(self.weight) not in memo:  # a replacement of the weights is there already: they need not be unpacked
             self.unpack()
         made = memo[id(self)] = type(self).__new__(type(self))
         made.__dict__.update(copy.deepcopy({**self.__dict__, "_packed": None}, memo))
@@ -179,14 +200,6 @@ class PackedLinear(_Packed, nn.Linear):
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], ""))
 
 
-def pack_weights(network: nn.Module) -> None:
-    """Replace the plain convolutions and linear layers below ``network`` by ones that pack their weights at their first
-    call; parameters and their names stay. For inference only: weights that an optimiser changes would be missed."""
-    if not (cast(Any, torch.backends.mkldnn).is_available() and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")):
-        return
-    replace_layers(network, _packing)
-
-
 def _packing(layer: nn.Module) -> nn.Module | None:
     if type(layer) is nn.Conv2d and is_ordinary(layer):
         return as_kind(PackedConvolution, layer)
@@ -196,6 +209,6 @@ def _packing(layer: nn.Module) -> nn.Module | None:
 
 
 def is_ordinary(layer: nn.Conv2d) -> bool:
-    """Whether a convolution has no groups, no dilation and zeros around its input."""
+    """True for a convolution without groups and dilation that pads with zeros."""
     plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
     return plain and not isinstance(layer.padding, str)

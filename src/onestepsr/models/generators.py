@@ -1,10 +1,9 @@
-"""Generators: LR image in, SR image out, in one network evaluation. The only inference recipes of the package."""
+"""Generators: LR image in, SR image out. Their base classes, and those that evaluate a diffusion UNet once."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Protocol, cast
+from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -12,91 +11,103 @@ from torch import Tensor, nn
 
 from onestepsr.diffusion.noise_field import NoisePlane
 from onestepsr.diffusion.residual_shift import Noise
-from onestepsr.diffusion.schedule import DiffusionSchedule
-from onestepsr.models.memory_cost import Stage, StageCost, stage_costs
+from onestepsr.diffusion.schedule import DiffusionSchedule, DiffusionScheduleConfig
+from onestepsr.imaging.resize import bicubic
+from onestepsr.models.memory_cost import STAGES, MemoryCost, NetworkCost, Stage, StageCost
 
-# Bicubic enlargement by whole factors, as PyTorch computes it, several times as fast on a CPU -------------------------
+DEFAULT_BYTES_PER_PIXEL = 6000.0
+"""Peak bytes per LR pixel assumed of a generator that does not say, at 4 bytes per number."""
+Rng = torch.Generator | None
+"""Source of noise; None stands for a fixed one."""
+Origin = tuple[int, int] | None
+"""Row and column of a tile in the LR image; None is the first of both."""
 
-REACH = 2
-"""How many pixels of its input bicubic interpolation looks to each side."""
-SHARPNESS = -0.75
-"""The cubic's parameter a, PyTorch's own."""
 
+class Generator(nn.Module):
+    """Base class of all generators; :class:`onestepsr.Upscaler` takes any subclass.
 
-def bicubic(x: Tensor, scale: int) -> Tensor:
-    """(N, C, h, w) to (N, C, scale h, scale w): cubic with a = -0.75, borders repeated, not clamped, in the format of
-    ``x``.
-
-    Equals ``interpolate(mode="bicubic")`` but for rounding. Pixels of the output that lie alike between those of the
-    input have equal weights, so that the whole is one small convolution followed by a pixel shuffle.
+    A subclass implements :meth:`forward` and sets the attributes whose defaults do not suit it. Only generators that
+    run in stages implement :meth:`encode_lr`, :meth:`restore_latent` and :meth:`decode`.
     """
-    if x.device.type != "cpu":  # elsewhere PyTorch's own is as fast
-        return F.interpolate(x, scale_factor=float(scale), mode="bicubic", align_corners=False)
-    count, channels, height, width = x.shape
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    single = x.to(dtype).reshape(count * channels, 1, height, width)
-    padded = F.pad(single, (REACH,) * 4, mode="replicate")
-    enlarged = F.pixel_shuffle(F.conv2d(padded, _weights(scale).to(dtype)), scale)
-    return enlarged.reshape(count, channels, scale * height, scale * width).to(x.dtype)
 
+    scale: int = 4
+    """Output side / input side."""
+    lr_multiple: int = 1
+    """LR sides are padded to multiples of this, and tiles start at them."""
+    largest_tile: int | None = None
+    """Side in LR pixels beyond which a tile costs more time, not less; None: there is none."""
+    takes_batches: bool = True
+    """Several tiles of one image may be given together. False for a generator that draws noise by position: its tiles
+    come one by one, with ``rng`` and ``origin``."""
+    takes_float32: bool = False
+    """Images come in float32 even when the weights have 16 bits; otherwise in the dtype of the weights."""
+    prompt_width: int = 0
+    """Channels of the prompt embeddings that it reads; 0 for a generator that reads no text."""
+    stages: tuple[Stage, ...] = ()
+    """Stages that can be run one by one; empty for a generator that has only :meth:`forward`."""
 
-@functools.cache
-@torch.inference_mode(False)  # tensors made in inference mode could not be used in training afterwards
-def _weights(scale: int) -> Tensor:
-    """Weights (scale^2, 1, 5, 5) of the surrounding pixels for every place within a pixel, in raster order."""
-    offsets = (torch.arange(scale, device="cpu", dtype=torch.float64) + 0.5) / scale - 0.5
-    pixels = torch.arange(-REACH, REACH + 1, device="cpu", dtype=torch.float64)
-    line = _cubic((offsets[:, None] - pixels[None]).abs())  # (scale, 5)
-    return torch.einsum("pi,qj->pqij", line, line).reshape(scale**2, 1, len(pixels), len(pixels))
+    @property
+    def reads_text(self) -> bool:
+        """True if :meth:`forward` makes use of a ``prompt``."""
+        return self.prompt_width > 0
 
+    def forward(
+        self,
+        lr: Tensor,
+        *,
+        rng: Rng = None,
+        origin: Origin = None,
+        prompt: Tensor | None = None,
+    ) -> Tensor:
+        """SR image (N, 3, s h, s w) in about [0, 1], not clamped, of LR (N, 3, h, w) in [0, 1] of any size.
 
-def _cubic(distance: Tensor) -> Tensor:
-    """Keys' kernel at distances of 0 and more: two cubic polynomials, zero from 2 on."""
-    a, d = SHARPNESS, distance
-    near = ((a + 2) * d - (a + 3)) * d * d + 1
-    far = a * (((d - 5) * d + 8) * d - 4)
-    return torch.where(d <= 1, near, torch.where(d < 2, far, 0.0))
+        ``rng`` decides the noise, where any is drawn (None: always the same), and ``origin``, the row and column of
+        ``lr`` in the whole image, its part of the noise: all tiles of an image come with equal generators. ``prompt``
+        (1 or N, L, C) is the embedding of a text about the image; None leaves the generator's own.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
 
+    def encode_lr(self, lr: Tensor, *, rng: Rng = None, origin: Origin = None) -> Tensor:
+        """Stage "encode": latent (N, C, h', w') of the enlarged LR (N, 3, h, w), sides multiples of ``lr_multiple``."""
+        raise NotImplementedError(f"{type(self).__name__} has no stages")
 
-class LatentAutoencoder(Protocol):
-    """What a generator needs of an autoencoder; images are (N, 3, H, W) in [-1, 1], latents (N, C, H/factor,
-    W/factor)."""
-
-    factor: int
-    """Pixels per latent cell along each axis."""
-    latent_channels: int
-    """Channels of the latent."""
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Scaled latent of an image whose sides are multiples of ``factor``."""
-        ...
+    def restore_latent(
+        self, z_l: Tensor, lr: Tensor, *, rng: Rng = None, origin: Origin = None, prompt: Tensor | None = None
+    ) -> Tensor:
+        """Stage "unet": estimate of the HR latent, shaped like the latent ``z_l`` of the enlarged ``lr``."""
+        raise NotImplementedError(f"{type(self).__name__} has no stages")
 
     def decode(self, z: Tensor) -> Tensor:
-        """Image of a scaled latent."""
-        ...
+        """Stage "decode": SR image (N, 3, s h, s w) of a latent."""
+        raise NotImplementedError(f"{type(self).__name__} has no stages")
 
-    def memory_per_pixel(self, dtype: torch.dtype) -> float:
-        """Peak bytes per image pixel of encoding or decoding without gradients: feature maps, not weights."""
-        ...
+    def memory_cost(self, dtype: torch.dtype) -> MemoryCost:
+        """Memory that a tile takes with weights of ``dtype``: feature maps without gradients, not the weights."""
+        return MemoryCost(bytes_per_pixel=DEFAULT_BYTES_PER_PIXEL * dtype.itemsize / 4)
 
+    def speed_up(self) -> None:
+        """Use layers that take less time and memory in inference, where there are any; parameter names stay."""
 
-class LatentUNet(Protocol):
-    """What a generator needs of every UNet."""
-
-    size_multiple: int
-    """Latent sides must be multiples of this."""
-
-    def memory_per_position(self, dtype: torch.dtype) -> float:
-        """Peak bytes per latent position of one evaluation without gradients: feature maps, not weights."""
-        ...
+    def freeze_prompt(self) -> None:
+        """Compute once whatever depends on a fixed prompt alone, for inference."""
 
 
-class NoisePredictor(LatentUNet, Protocol):
-    """What a generator needs of a diffusion UNet."""
+class BicubicGenerator(Generator):
+    """No network: bicubic enlargement, the baseline that every result is compared with."""
 
-    def __call__(self, z_t: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
-        """Predicted noise, shaped like ``z_t`` (N, C, h, w), at integer steps ``t`` (N,)."""
-        ...
+    def forward(
+        self,
+        lr: Tensor,
+        *,
+        rng: Rng = None,
+        origin: Origin = None,
+        prompt: Tensor | None = None,
+    ) -> Tensor:
+        """Enlarged image (N, 3, 4h, 4w) of LR (N, 3, h, w) in [0, 1]; bicubic (a = -0.75), not clamped."""
+        return bicubic(lr, self.scale)
+
+
+# ---- padding to any size ----
 
 
 def pad_to(x: Tensor, height: int, width: int) -> Tensor:
@@ -118,112 +129,210 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return pad_to(x, height, width)
 
 
-def speed_up_parts(*networks: nn.Module) -> None:
-    """``speed_up()`` of those networks that have it."""
-    for network in networks:
-        faster = getattr(network, "speed_up", None)
-        if callable(faster):
-            faster()
+# ---- generators in latent space: upsample, encode, restore, decode ----
 
 
-def _wide(x: Tensor) -> Tensor:
-    """``x`` in float32 if it has 16 bits: between the networks no digit is lost."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+class LatentAutoencoder(nn.Module):
+    """Base class of autoencoders; images are (N, 3, H, W) in [-1, 1], latents (N, C, H/factor, W/factor)."""
+
+    factor: int
+    """Pixels per latent position along each axis."""
+    latent_channels: int
+    """Channels of the latent."""
+    largest_latent: int | None = None
+    """Side of latents beyond which a tile costs more time, not less; None: there is none."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Scaled latent of an image whose sides are multiples of ``factor``."""
+        raise NotImplementedError
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Image of a scaled latent."""
+        raise NotImplementedError
+
+    def memory_per_pixel(self, dtype: torch.dtype) -> float:
+        """Peak bytes per image pixel of encoding or decoding without gradients: feature maps, not weights."""
+        raise NotImplementedError
+
+    def network_costs(self, dtype: torch.dtype) -> tuple[NetworkCost, NetworkCost] | None:
+        """Cost of encoder and decoder; None where tiles of their own do not pay."""
+        return None
+
+    def speed_up(self) -> None:
+        """See :meth:`Generator.speed_up`."""
 
 
-class LatentGenerator(nn.Module):
-    """What generators have in common that enlarge an LR image, encode it, restore the latent and decode that."""
+class LatentUNet(nn.Module):
+    """Base class of UNets on latents."""
 
-    def __init__(self, autoencoder: nn.Module, unet: nn.Module, scale: int) -> None:
-        """``autoencoder`` is a :class:`LatentAutoencoder`, ``unet`` a :class:`LatentUNet`."""
+    size_multiple: int
+    """Latent sides must be multiples of this."""
+
+    def network_cost(self, dtype: torch.dtype) -> NetworkCost:
+        """Cost of one evaluation."""
+        raise NotImplementedError
+
+    def speed_up(self) -> None:
+        """See :meth:`Generator.speed_up`."""
+
+    def freeze_prompt(self, prompt: Tensor) -> None:
+        """Compute once whatever depends on ``prompt`` (1, L, C) alone; no other is given afterwards."""
+
+
+class LatentGenerator(Generator):
+    """Base class of generators in latent space. Public tensors are RGB in [0, 1]; [-1, 1] and latents exist only in
+    here."""
+
+    stages = STAGES
+    noise_stage: Stage | None = None
+    """The stage that draws noise, if any."""
+
+    def __init__(self, autoencoder: LatentAutoencoder, unet: LatentUNet, scale: int) -> None:
         super().__init__()
         self.autoencoder = autoencoder
         self.unet = unet
         self.scale = scale
-
-    @property
-    def _latent_autoencoder(self) -> LatentAutoencoder:
-        return cast(LatentAutoencoder, self.autoencoder)
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latents that encoder, UNet and decoder share."""
-        return self._latent_autoencoder.latent_channels
-
-    @property
-    def lr_multiple(self) -> int:
-        """LR sides are padded to multiples of this before encoding: 64 for the published x4 models of ResShift."""
-        cells = self._latent_autoencoder.factor * cast(LatentUNet, self.unet).size_multiple
-        return max(1, cells // self.scale)
-
-    def memory_per_pixel(self, dtype: torch.dtype) -> float:
-        """Peak bytes of one image per LR pixel: autoencoder and UNet run one after the other."""
-        unet = cast(LatentUNet, self.unet).memory_per_position(dtype) / self._latent_autoencoder.factor**2
-        return self.scale**2 * max(self._latent_autoencoder.memory_per_pixel(dtype), unet)
-
-    def stage_costs(self, dtype: torch.dtype) -> dict[Stage, StageCost] | None:
-        """What encoder, UNet and decoder take of tiles of their own; None where they have none."""
-        return stage_costs(self.autoencoder, self.unet, self.scale, dtype)
-
-    def speed_up(self) -> None:
-        """Let the networks compute faster where they can, for inference; parameters and their names stay."""
-        speed_up_parts(self.autoencoder, self.unet)
+        self.latent_channels = autoencoder.latent_channels
+        self.lr_multiple = max(1, autoencoder.factor * unet.size_multiple // scale)
+        if autoencoder.largest_latent is not None:
+            self.largest_tile = autoencoder.largest_latent * autoencoder.factor // scale
 
     def enlarge(self, lr: Tensor) -> Tensor:
         """The LR image at output size: bicubic (a = -0.75), not clamped."""
         return bicubic(lr, self.scale)
 
+    def restore(
+        self,
+        lr: Tensor,
+        *,
+        rng: Rng = None,
+        origin: Origin = None,
+        prompt: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """SR image (N, 3, s h, s w), not clamped, and its latent, for LR (N, 3, h, w) with sides multiples of
+        ``lr_multiple``; the rest as in :meth:`forward`."""
+        z_l = self.encode_lr(lr, rng=rng, origin=origin)
+        z_h = self.restore_latent(z_l, lr, rng=rng, origin=origin, prompt=prompt)
+        return self.decode(z_h), z_h
+
+    def forward(
+        self,
+        lr: Tensor,
+        *,
+        rng: Rng = None,
+        origin: Origin = None,
+        prompt: Tensor | None = None,
+    ) -> Tensor:
+        """SR image of LR of any size from 1x1 on; see :meth:`Generator.forward`."""
+        height, width = lr.shape[-2:]
+        sr, _ = self.restore(pad_to_multiple(lr, self.lr_multiple), rng=rng, origin=origin, prompt=prompt)
+        return sr[..., : self.scale * height, : self.scale * width]
+
+    def memory_cost(self, dtype: torch.dtype) -> MemoryCost:
+        """Cost of the whole, whose networks run one after the other, and of each stage where it can have own tiles."""
+        autoencoder, factor = self.autoencoder, self.autoencoder.factor
+        unet = self.unet.network_cost(dtype)
+        whole = self.scale**2 * max(autoencoder.memory_per_pixel(dtype), unet.bytes_per_position / factor**2)
+        parts = autoencoder.network_costs(dtype)
+        if parts is None or factor % self.scale:  # tiles in LR pixels need latent positions of whole pixels
+            return MemoryCost(bytes_per_pixel=whole)
+        side = factor // self.scale  # LR pixels per latent position along an axis
+        networks = (parts[0], unet, parts[1])
+        multiples = (side, side * self.unet.size_multiple, side)
+        stages = {
+            stage: StageCost(
+                bytes_per_pixel=network.bytes_per_position / side**2,
+                multiple=multiple,
+                attention_breakeven=network.attention_breakeven * side**2,
+                takes_batches=stage != self.noise_stage,
+            )
+            for stage, network, multiple in zip(STAGES, networks, multiples, strict=True)
+        }
+        return MemoryCost(
+            bytes_per_pixel=whole, stages=stages, latent_bytes_per_pixel=4.0 * self.latent_channels / side**2
+        )
+
+    def speed_up(self) -> None:
+        """Speed up both networks."""
+        self.autoencoder.speed_up()
+        self.unet.speed_up()
+
+    def noise_at(self, rng: Rng, origin: Origin) -> NoisePlane:
+        """The noise of a tile at ``origin``: overlapping tiles of one image see the same values where they overlap."""
+        return NoisePlane.drawn(rng, origin or (0, 0), self.scale, self.autoencoder.factor)
+
+
+# ---- one evaluation of a noise-predicting UNet ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneStepConfig:
+    """Settings of a one-step generator; the configuration of a backbone adds the sizes of its networks."""
+
+    schedule: DiffusionScheduleConfig = field(default_factory=DiffusionScheduleConfig)
+    """Noise schedule the UNet was pretrained with."""
+    timestep: int = 399
+    """T_L, the step at which the UNet is evaluated. The paper says only that it lies between 0 and T; a related
+    release of the same group fixes 399."""
+    scale: int = 4
+    """Upscaling factor."""
+    noised: bool = False
+    """Start from the LR latent noised to ``timestep``, as a student of a multi-step teacher does, not from the LR
+    latent itself."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.timestep < self.schedule.steps:
+            raise ValueError(f"timestep T_L must be 0..{self.schedule.steps - 1}, got {self.timestep}")
+
+    def with_prompt_tokens(self, tokens: int) -> Self:
+        """The same with a prompt embedding of another length."""
+        raise NotImplementedError
+
 
 class OneStepLatentGenerator(LatentGenerator):
-    """z_L = E(enlarged LR), one UNet evaluation at T_L, z_H by Eq. 1 of D3SR, SR = D(z_H). No noise is added.
-
-    Public tensors are RGB in [0, 1]; [-1, 1] and latents exist only in here.
-    """
+    """D3SR's generator: z_L = E(enlarged LR), one UNet evaluation at T_L, z_H by Eq. 1, SR = D(z_H). No noise is
+    added."""
 
     prompt: nn.Parameter
-    takes_float32 = True
-    """Whether images may be float32 while the networks have 16 bits: they are enlarged before they are rounded."""
+    takes_float32 = True  # images are enlarged before they are rounded to 16 bits
 
-    def __init__(
-        self,
-        autoencoder: nn.Module,
-        unet: nn.Module,
-        prompt: Tensor,
-        *,
-        timestep: int,
-        scale: int = 4,
-        schedule: DiffusionSchedule | None = None,
-    ) -> None:
-        """``prompt`` (1, L, C) is the learnable condition, ``timestep`` the fixed step T_L of the UNet evaluation."""
-        super().__init__(autoencoder, unet, scale)
+    def __init__(self, autoencoder: LatentAutoencoder, unet: LatentUNet, prompt: Tensor, config: OneStepConfig) -> None:
+        """``unet`` predicts noise from (z_t, t, prompt); ``prompt`` (1, L, C) is its learnable condition."""
+        super().__init__(autoencoder, unet, config.scale)
+        self.config = config
         self.prompt = nn.Parameter(prompt.detach().clone())
-        self.schedule = schedule or DiffusionSchedule()
-        if not 0 <= timestep < self.schedule.steps:
-            raise ValueError(f"timestep T_L must be 0..{self.schedule.steps - 1}, got {timestep}")
-        self.timestep = timestep
+        self.schedule = DiffusionSchedule(config.schedule)
+
+    @property
+    def timestep(self) -> int:
+        """T_L, the fixed step of the UNet evaluation."""
+        return self.config.timestep
 
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.autoencoder.parameters()).dtype
 
+    def set_prompt(self, prompt: Tensor) -> None:
+        """Replace the prompt embedding by ``prompt`` (1, L, C), which may have another length."""
+        self.prompt = nn.Parameter(prompt)
+        self.config = self.config.with_prompt_tokens(prompt.shape[1])
+
     def freeze_prompt(self) -> None:
-        """Compute once what depends on the prompt alone, for inference; a backbone that offers nothing stays as it is.
+        """Compute once what depends on the prompt alone.
 
         Weights that were needed for it are dropped: the state dict is no longer that of a weights file.
         """
-        freeze = getattr(self.unet, "freeze_prompt", None)
-        if callable(freeze):
-            freeze(self.prompt)
+        self.unet.freeze_prompt(self.prompt)
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent (N, C, H/f, W/f) of an image (N, 3, H, W) in [0, 1] whose sides are multiples of f; the image may have
         more digits than the network."""
-        return self._latent_autoencoder.encode((_wide(x) * 2 - 1).to(self._dtype))
+        return self.autoencoder.encode((_wide(x) * 2 - 1).to(self._dtype))
 
     def decode(self, z: Tensor) -> Tensor:
         """Image (N, 3, H, W) in about [0, 1], not clamped, of a latent, which may have more digits than the network;
         float32 where the network has 16 bits."""
-        return _wide(self._latent_autoencoder.decode(z.to(self._dtype))) * 0.5 + 0.5
+        return _wide(self.autoencoder.decode(z.to(self._dtype))) * 0.5 + 0.5
 
     def step(self, z_l: Tensor, prompt: Tensor | None = None) -> Tensor:
         """Latent estimate of the HR image: z_H = (z_L - sqrt(1 - alpha_bar) eps(z_L; T_L)) / sqrt(alpha_bar) (D3SR,
@@ -232,40 +341,43 @@ class OneStepLatentGenerator(LatentGenerator):
         In float32 where ``z_l`` has 16 bits: the division enlarges what the prediction and the difference lose.
         """
         t = torch.full((z_l.shape[0],), self.timestep, device=z_l.device, dtype=torch.long)
-        predict = cast(Callable[..., Tensor], self.unet)
-        eps = predict(z_l.to(self._dtype), t, self.prompt if prompt is None else prompt)
+        eps: Tensor = self.unet(z_l.to(self._dtype), t, self.prompt if prompt is None else prompt)
         return self.schedule.x0_from_eps(_wide(z_l), _wide(eps), self.timestep)
 
-    def encode_lr(self, lr: Tensor) -> Tensor:
+    def encode_lr(self, lr: Tensor, *, rng: Rng = None, origin: Origin = None) -> Tensor:
         """Latent (N, C, s h/f, s w/f) of the enlarged LR (N, 3, h, w)."""
         return self.encode(self.enlarge(_wide(lr)))
 
-    def restore_latent(self, z_l: Tensor, lr: Tensor) -> Tensor:
-        """Latent estimate of the HR image from that of the enlarged ``lr``, shaped like ``z_l``."""
-        return self.step(z_l)
-
-    def restore(self, lr: Tensor) -> tuple[Tensor, Tensor]:
-        """SR image (N, 3, s h, s w), not clamped, and its latent, for LR (N, 3, h, w) with sides multiples of
-        ``lr_multiple``."""
-        z_h = self.restore_latent(self.encode_lr(lr), lr)
-        return self.decode(z_h), z_h
-
-    def forward(self, lr: Tensor) -> Tensor:
-        """SR image (N, 3, s h, s w) in about [0, 1], not clamped, of LR (N, 3, h, w) in [0, 1] of any size from 1x1
-        on."""
-        height, width = lr.shape[-2:]
-        padded = pad_to_multiple(lr, self.lr_multiple)
-        return self.restore(padded)[0][..., : self.scale * height, : self.scale * width]
+    def restore_latent(
+        self, z_l: Tensor, lr: Tensor, *, rng: Rng = None, origin: Origin = None, prompt: Tensor | None = None
+    ) -> Tensor:
+        """Latent estimate of the HR image, by :meth:`step`."""
+        return self.step(z_l, prompt)
 
 
-class BicubicGenerator(nn.Module):
-    """No network at all: bicubic enlargement, the baseline that every result is compared with."""
+class NoisedLatentGenerator(OneStepLatentGenerator):
+    """z_T = F(E(enlarged LR), T) with T the fixed step, one UNet evaluation at T, z_0 by Eq. 1 of D3SR, SR = D(z_0)."""
 
-    scale = 4
+    takes_batches = False
+    noise_stage = "unet"
 
-    def forward(self, lr: Tensor) -> Tensor:
-        """Enlarged image (N, 3, 4h, 4w) of LR (N, 3, h, w) in [0, 1]; bicubic (a = -0.75), not clamped."""
-        return bicubic(lr, self.scale)
+    def restore_latent(
+        self, z_l: Tensor, lr: Tensor, *, rng: Rng = None, origin: Origin = None, prompt: Tensor | None = None
+    ) -> Tensor:
+        """Latent estimate of the HR image from the noised ``z_l``."""
+        return self.denoise(z_l, self.noise_at(rng, origin), prompt)
+
+    def denoise(self, z_y: Tensor, noise: Noise, prompt: Tensor | None = None) -> Tensor:
+        """Estimate of z_0 from the latent ``z_y`` of the enlarged LR image."""
+        return self.step(self.schedule.add_noise(z_y, noise(0, z_y), self.timestep), prompt)
+
+
+def one_step_generator(
+    autoencoder: LatentAutoencoder, unet: LatentUNet, prompt: Tensor, config: OneStepConfig
+) -> OneStepLatentGenerator:
+    """The generator that ``config`` asks for: from the LR latent itself, or from a noised one."""
+    kind = NoisedLatentGenerator if config.noised else OneStepLatentGenerator
+    return kind(autoencoder, unet, prompt, config)
 
 
 class TrainableGenerator(nn.Module):
@@ -288,42 +400,6 @@ class TrainableGenerator(nn.Module):
             return (*restored, self.generator.encode(hr))
 
 
-# A one-step generator that starts from a noised LR latent instead of the LR latent itself: the s ----------------------
-
-
-class NoisedLatentGenerator(OneStepLatentGenerator):
-    """z_T = F(E(enlarged LR), T) with T the fixed step, one UNet evaluation at T, z_0 by Eq. 1 of D3SR, SR = D(z_0).
-
-    The noise lies on an endless plane on which every tile of an image has its place, as in
-    :class:`onestepsr.models.resshift.generator.ResidualShiftGenerator`.
-    """
-
-    def restore(self, lr: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
-        """SR image (N, 3, s h, s w), not clamped, and its latent, for LR (N, 3, h, w) with sides multiples of
-        ``lr_multiple``; without ``noise`` always the same one."""
-        z_0 = self._denoised(self.encode_lr(lr), noise or NoisePlane(0))
-        return self.decode(z_0), z_0
-
-    def restore_latent(
-        self, z_l: Tensor, lr: Tensor, rng: torch.Generator | None = None, origin: tuple[int, int] = (0, 0)
-    ) -> Tensor:
-        """Latent estimate of the HR image from that of the enlarged ``lr``; ``rng`` and ``origin`` as in
-        :meth:`forward`."""
-        return self._denoised(z_l, self._noise(rng, origin))
-
-    def forward(self, lr: Tensor, rng: torch.Generator | None = None, origin: tuple[int, int] = (0, 0)) -> Tensor:
-        """SR image (N, 3, s h, s w) in about [0, 1], not clamped, of LR (N, 3, h, w) in [0, 1] of any size.
-
-        ``rng`` decides the plane of noise (None: always the same one) and ``origin``, the row and column of ``lr`` in
-        the whole image, the place on it.
-        """
-        height, width = lr.shape[-2:]
-        padded = pad_to_multiple(lr, self.lr_multiple)
-        sr = self.restore(padded, self._noise(rng, origin))[0]
-        return sr[..., : self.scale * height, : self.scale * width]
-
-    def _noise(self, rng: torch.Generator | None, origin: tuple[int, int]) -> Noise:
-        return NoisePlane.drawn(rng, origin, self.scale, self._latent_autoencoder.factor)
-
-    def _denoised(self, z_y: Tensor, noise: Noise) -> Tensor:
-        return self.step(self.schedule.add_noise(z_y, noise(0, z_y), self.timestep))
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in float32 if it has 16 bits: between the networks no digit is lost."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -99,7 +99,7 @@ def merged_state_dict(module: nn.Module) -> dict[str, Tensor]:
     return merged
 
 
-# Copies of a network that share its layers: one backbone several times, each time under other ad ----------------------
+# ---- copies of a network that share its layers: one backbone several times, under other adapters each time ----
 
 Network = TypeVar("Network", bound=nn.Module)
 

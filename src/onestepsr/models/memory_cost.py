@@ -1,84 +1,48 @@
-"""What each network of a generator takes of a tile, so that encoder, UNet and decoder can have tiles of their own.
-
-A generator that offers this has ``stage_demands(dtype)``, ``latent_channels`` and a method for each of the stages:
-``encode_lr(lr)``, ``restore_latent(latent, lr)`` and ``decode(latent)``. The first two may take ``rng``, ``origin`` and
-``prompt_embedding`` as its ``forward`` does. Between the stages the latents of all tiles are joined.
-"""
+"""Memory and attention cost of networks and generators per unit of a tile, from which tiles are planned."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
-
-import torch
-from torch import nn
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 Stage = Literal["encode", "unet", "decode"]
+STAGES: tuple[Stage, ...] = ("encode", "unet", "decode")
+"""The stages of a latent generator, in the order in which they run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkCost:
-    """What a network takes of a tile, in latent positions."""
+    """Cost of one network, in latent positions."""
 
-    per_cell: float
-    """Peak bytes per position of the feature maps, without gradients."""
-    balance: float = math.inf
+    bytes_per_position: float
+    """Peak bytes of the feature maps per position, without gradients."""
+    attention_breakeven: float = math.inf
     """Positions of a tile at which attention over all of them takes as long as everything else."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """What a stage takes of a tile, in LR pixels."""
+    """Cost of one stage of a generator, in LR pixels."""
 
-    per_pixel: float
-    """Peak bytes per pixel of the feature maps."""
-    multiple: int
-    """Tiles start at multiples of this: of the encoder, and in every stage, of an LR image's latent positions."""
-    balance: float = math.inf
+    bytes_per_pixel: float
+    """Peak bytes of the feature maps per pixel."""
+    multiple: int = 1
+    """Tiles start at multiples of this; that of the encoder is the side of a latent position."""
+    attention_breakeven: float = math.inf
     """Pixels of a tile at which attention over all of it takes as long as everything else."""
+    takes_batches: bool = True
+    """Several tiles of one image may be given together; not where each draws noise of its own."""
 
 
-@runtime_checkable
-class AutoencoderWithMemoryCost(Protocol):
-    """An autoencoder whose halves can have tiles of their own."""
+@dataclass(frozen=True, kw_only=True)
+class MemoryCost:
+    """Cost of a generator, in LR pixels."""
 
-    factor: int
-    latent_channels: int
-
-    def network_costs(self, dtype: torch.dtype) -> tuple[NetworkCost, NetworkCost]:
-        """Those of encoder and decoder."""
-        ...
-
-
-@runtime_checkable
-class UNetWithMemoryCost(Protocol):
-    """A UNet that can have tiles of its own."""
-
-    size_multiple: int
-
-    def network_cost(self, dtype: torch.dtype) -> NetworkCost:
-        """What it takes of a tile."""
-        ...
-
-
-def stage_costs(
-    autoencoder: nn.Module, unet: nn.Module, scale: int, dtype: torch.dtype
-) -> dict[Stage, StageCost] | None:
-    """The demands of a generator of these networks, which enlarges by ``scale``; None if it cannot have tiles of their
-    own: where a network does not tell, or a latent position is smaller than an LR pixel."""
-    if not isinstance(autoencoder, AutoencoderWithMemoryCost) or not isinstance(unet, UNetWithMemoryCost):
-        return None
-    if autoencoder.factor % scale:
-        return None
-    cell = autoencoder.factor // scale
-    encoder, decoder = autoencoder.network_costs(dtype)
-    networks: dict[Stage, tuple[NetworkCost, int]] = {
-        "encode": (encoder, 1),
-        "unet": (unet.network_cost(dtype), unet.size_multiple),
-        "decode": (decoder, 1),
-    }
-    return {
-        stage: StageCost(per_pixel=network.per_cell / cell**2, multiple=cells * cell, balance=network.balance * cell**2)
-        for stage, (network, cells) in networks.items()
-    }
+    bytes_per_pixel: float
+    """Peak bytes of the feature maps per pixel when all stages run on one tile."""
+    stages: Mapping[Stage, StageCost] = field(default_factory=dict)
+    """Cost of the stages that can have tiles of their own: all three or none."""
+    latent_bytes_per_pixel: float = 0.0
+    """Bytes per pixel of a joined latent in float32, of which two are kept between stages."""

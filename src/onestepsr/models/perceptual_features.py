@@ -1,4 +1,4 @@
-"""Feature networks for perceptual losses: VGG-16 when its weights are there, a fixed one of ours otherwise.
+"""Feature networks for perceptual losses and metrics: VGG-16, AlexNet, and a fixed filter bank that needs no weights.
 
 Each returns a list of feature maps of growing depth, beginning with the image itself, as DISTS wants it.
 """
@@ -145,9 +145,10 @@ def oriented_filters(orientations: int, size: int, sigma: float = 0.9) -> Tensor
     return (bank / bank.abs().sum(dim=(1, 2), keepdim=True)).float()[:, None]
 
 
-# AlexNet's convolutions, the features of LPIPS as tables print it -----------------------------------------------------
+# ---- AlexNet's convolutions, the features of LPIPS as tables print it ----
 
-"""Limit on weight files; the published one has 233 MiB, most of it the classifier."""
+ALEXNET_MAX_BYTES = 2**29
+"""Limit on AlexNet weight files; the published one has 233 MiB, most of it the classifier."""
 LAYERS = (("0", 3, 64, 11, 4, 2), ("3", 64, 192, 5, 1, 2), ("6", 192, 384, 3, 1, 1), ("8", 384, 256, 3, 1, 1))
 LAST_LAYER = ("10", 256, 256, 3, 1, 1)
 """Key, channels in and out, kernel, stride and padding of the convolutions."""
@@ -179,7 +180,7 @@ class AlexNetFeatures(nn.Module):
         """Load published weights (torchvision's keys, as ``.pth`` or safetensors; a classifier is ignored)."""
         network = cls()
         kind = "AlexNet weights with torchvision's keys"
-        network.load_state_dict(read_wanted(path, network.state_dict(), limit=2**29, kind=kind))
+        network.load_state_dict(read_wanted(path, network.state_dict(), limit=ALEXNET_MAX_BYTES, kind=kind))
         return network
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """OSEDiff on the Stable Diffusion of a few ten thousand parameters, with adapters that have learnt something."""
 
+from dataclasses import replace
+
 import torch
 from small_diffusion import AUTOENCODER, UNET
 
@@ -18,10 +20,7 @@ CONFIG = OSEDiffGeneratorConfig(unet=UNET, autoencoder=AUTOENCODER)
 def plain(seed: int = 0, **changes) -> OSEDiffGenerator:
     """A backbone, the same one for equal seeds."""
     torch.manual_seed(seed)
-    generator = osediff_generator(CONFIG).eval().requires_grad_(False)
-    for name, value in changes.items():
-        setattr(generator, name, value)
-    return generator
+    return osediff_generator(replace(CONFIG, **changes)).eval().requires_grad_(False)
 
 
 def adapted(rank: int = 4, alpha: float = 8.0) -> OSEDiffGenerator:

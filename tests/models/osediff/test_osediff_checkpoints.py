@@ -15,9 +15,12 @@ from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.models.backbones import load_backbone
 from onestepsr.models.lora import LoraConfig, add_lora
-from onestepsr.models.osediff.adapters import Adapters, collect, copy_into_adapters, merge
 from onestepsr.models.osediff.checkpoints import (
+    Adapters,
+    collect,
+    copy_into_adapters,
     looks_published,
+    merge,
     read_adapters,
     read_published,
     write_adapters,

@@ -15,8 +15,7 @@ from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.models import loading
 from onestepsr.models.loading import load_osediff
-from onestepsr.models.osediff.adapters import collect
-from onestepsr.models.osediff.checkpoints import write_published
+from onestepsr.models.osediff.checkpoints import collect, write_published
 from onestepsr.models.osediff.generator import OSEDiffGenerator
 from onestepsr.models.stable_diffusion.networks import stable_diffusion_generator
 from onestepsr.weights import download, native

@@ -20,13 +20,8 @@ from onestepsr.imaging.write import write_image
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
 from onestepsr.models.loading import load_generator, load_network, load_residual_generator, resolve
 from onestepsr.models.resshift.checkpoints import load_published
-from onestepsr.models.resshift.config import (
-    MICRO,
-    PUBLISHED,
-    RANDOM_RESIDUAL,
-    residual_config,
-    residual_shift_generator,
-)
+from onestepsr.models.resshift.config import MICRO, PUBLISHED, RANDOM_RESIDUAL
+from onestepsr.models.resshift.generator import residual_shift_generator
 from onestepsr.weights import catalog
 from onestepsr.weights.native import read_weights
 from weights_by_name import fill_by_name
@@ -158,7 +153,7 @@ def test_a_file_of_ours_changes_its_number_format(micro, tmp_path):
     files = ["--as", "sinsr", "--autoencoder", str(autoencoder)]
     assert run(app, ["models", "convert", str(unet), str(first), *files]).exit_code == 0
     assert run(app, ["models", "convert", str(first), str(second), "--dtype", "bfloat16"]).exit_code == 0
-    assert residual_config(load_network(second)) == PUBLISHED["sinsr"]
+    assert load_network(second).config == PUBLISHED["sinsr"]
     kinds = {tensor.dtype for tensor in read_weights(second)[2].values()}
     assert kinds == {torch.bfloat16, torch.int64}
 

@@ -104,7 +104,7 @@ def test_xl_is_a_discriminator_and_no_generator(tmp_path):
     encoder, prompt = load_discriminator_backbone(
         tmp_path, sdxl=SDXLConditioning(prompt_tokens=3, latent_scale="rescaled")
     )
-    assert encoder.config == XL
+    assert encoder.config.unet == XL
     assert encoder.latent_gain < 1
     assert torch.equal(encoder.unet.add_embedding.linear_1.weight, unet.add_embedding.linear_1.weight)
     assert prompt.shape == (1, 3, 24)

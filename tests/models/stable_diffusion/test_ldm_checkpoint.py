@@ -7,13 +7,13 @@ from small_diffusion import AUTOENCODER, UNET, XL, diffusers_unet, diffusers_vae
 
 from onestepsr.core.errors import UserError
 from onestepsr.models.backbones import LEAST_CORRELATION, load_backbone, load_discriminator_backbone, noise_correlation
-from onestepsr.models.stable_diffusion import ldm_checkpoint
+from onestepsr.models.stable_diffusion import checkpoints
 from onestepsr.models.stable_diffusion.config import SD21_BASE, SDXL_BASE
 
 
 @pytest.fixture(autouse=True)
 def small_models(monkeypatch):
-    monkeypatch.setattr(ldm_checkpoint, "KNOWN", {"a small one": (UNET, AUTOENCODER), "its XL": (XL, AUTOENCODER)})
+    monkeypatch.setattr(checkpoints, "KNOWN", {"a small one": (UNET, AUTOENCODER), "its XL": (XL, AUTOENCODER)})
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
@@ -67,19 +67,19 @@ def test_names_of_the_published_models_are_all_translated(config, known):
         unet = diffusers_unet(config)
     names = [f"model.diffusion_model.{ldm_unet_name(key, unet)}" for key in unet.state_dict()]
     assert all(f"model.diffusion_model.{name}" in names for name in known)
-    translated = ldm_checkpoint.unet_weights({name: lambda: None for name in names}, config)
+    translated = checkpoints.unet_weights({name: lambda: None for name in names}, config)
     assert translated.keys() == unet.state_dict().keys()
 
 
 def test_a_half_is_read_without_the_other(tmp_path, monkeypatch):
     write_single_file(tmp_path / "model.safetensors", diffusers_unet(), diffusers_vae())
     read = []
-    opened = ldm_checkpoint.open_weights
+    opened = checkpoints.open_weights
 
     def noting(path):
         return {key: lambda key=key, get=get: (read.append(key), get())[1] for key, get in opened(path).items()}
 
-    monkeypatch.setattr(ldm_checkpoint, "open_weights", noting)
+    monkeypatch.setattr(checkpoints, "open_weights", noting)
     load_discriminator_backbone(tmp_path / "model.safetensors")
     assert any("input_blocks" in key for key in read)
     assert not any(part in key for key in read for part in ("output_blocks", "first_stage", "cond_stage"))

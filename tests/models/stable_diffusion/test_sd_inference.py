@@ -88,7 +88,7 @@ def test_transformers_keep_the_order_in_memory(fast):
 
 
 def test_a_generator_loaded_for_inference_has_it_all(monkeypatch):
-    monkeypatch.setattr(loading, "_generator_without_file", lambda name: generator())
+    monkeypatch.setattr(loading, "load_network", lambda name: generator())
     made = loading.load_generator("any", dtype=torch.bfloat16)
     for part in (made.unet, made.autoencoder):
         assert any(isinstance(layer, PackedConvolution) for layer in part.modules())
@@ -97,7 +97,7 @@ def test_a_generator_loaded_for_inference_has_it_all(monkeypatch):
 
 
 def test_the_baseline_of_speed_is_what_diffusers_wrote(monkeypatch):
-    monkeypatch.setattr(loading, "_generator_without_file", lambda name: generator())
+    monkeypatch.setattr(loading, "load_network", lambda name: generator())
     made = load_plain("any", torch.device("cpu"))
     ours = {module.__class__.__module__ for module in made.modules()} & {
         inference.__name__,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from onestepsr.core.errors import UserError
-from onestepsr.models.tiny.edit import blend
+from onestepsr.models.tiny.generator import blend
 
 
 def network(seed, width=3):

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from onestepsr.core.config import from_mapping, to_mapping
 from onestepsr.core.errors import UserError
-from onestepsr.models.resshift.swin import SwinConfig
-from onestepsr.models.resshift.unet import SwinUNet, SwinUNetConfig
+from onestepsr.models.resshift.unet import SwinConfig, SwinUNet, SwinUNetConfig
 from onestepsr.models.tiny.denoiser import TinyDenoiser, TinyDenoiserConfig
 
 SMALL = TinyDenoiserConfig(widths=(8, 12, 16), down_blocks=(1, 1, 2), up_blocks=(1, 2, 1), time_width=16)

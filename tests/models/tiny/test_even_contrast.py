@@ -18,8 +18,12 @@ from onestepsr.models.convert import convert
 from onestepsr.models.generators import BicubicGenerator, OneStepLatentGenerator
 from onestepsr.models.loading import load_network
 from onestepsr.models.tiny.decoder import LARGEST_FACTOR, EvenContrast, local_mean
-from onestepsr.models.tiny.edit import equalize_subpixel_contrast, match_architecture
-from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
+from onestepsr.models.tiny.generator import (
+    TinyGeneratorConfig,
+    equalize_subpixel_contrast,
+    match_architecture,
+    tiny_generator,
+)
 from onestepsr.models.tiny.networks import TinyConfig
 from onestepsr.weights.native import save_model
 

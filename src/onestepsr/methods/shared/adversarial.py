@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from onestepsr.core.errors import UserError
 from onestepsr.core.machine import is_one_of_several
 from onestepsr.diffusion.schedule import DiffusionSchedule
+from onestepsr.imaging.resize import bicubic
 from onestepsr.losses.adversarial import bce_discriminator_loss, bce_generator_loss
 from onestepsr.methods.base import Batch, LossFn, Networks, Phase, SampleRandom, checkpoint_gradients
 from onestepsr.models.backbones import load_discriminator_backbone, unet_encoder_of
 from onestepsr.models.discriminators import DiffusionEncoder, NoiseAwareDiscriminator, PatchCritic
-from onestepsr.models.generators import OneStepLatentGenerator, bicubic
+from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.lora import LoraConfig, add_lora
 from onestepsr.models.stable_diffusion.config import SDXLConditioning
 

@@ -6,6 +6,7 @@ A generator of this family is a frozen autoencoder around a denoising network; o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError
 from onestepsr.diffusion.noise_field import NoisePlane
-from onestepsr.diffusion.residual_shift import ResidualShiftSchedule
+from onestepsr.diffusion.residual_shift import ResidualShiftSchedule, Respacing
 from onestepsr.methods.base import Batch, Exported, Networks, exported
-from onestepsr.models.generators import LatentAutoencoder, OneStepLatentGenerator
-from onestepsr.models.resshift.generator import ResidualShiftGenerator, Sampler, conditioned
+from onestepsr.models.generators import LatentAutoencoder, LatentUNet, OneStepLatentGenerator
+from onestepsr.models.resshift.config import Sampler
+from onestepsr.models.resshift.generator import ResidualShiftGenerator, conditioned
 
 DENOISER, AUTOENCODER = "denoiser", "autoencoder"
 """Names of the trained network and of the frozen one in :class:`onestepsr.methods.base.Method`."""
@@ -25,7 +27,9 @@ DENOISER, AUTOENCODER = "denoiser", "autoencoder"
 class FrozenAutoencoder(nn.Module):
     """An autoencoder as one callable, so that the loop's precision applies to it."""
 
-    def __init__(self, autoencoder: nn.Module) -> None:
+    autoencoder: LatentAutoencoder
+
+    def __init__(self, autoencoder: LatentAutoencoder) -> None:
         super().__init__()
         self.autoencoder = autoencoder
         self.requires_grad_(False).eval()
@@ -33,7 +37,7 @@ class FrozenAutoencoder(nn.Module):
     def forward(self, x: Tensor, *, decode: bool = False) -> Tensor:
         """Latent (N, C, H/f, W/f) of an image (N, 3, H, W) in [0, 1]; with ``decode`` the image, not clamped, of a
         latent."""
-        autoencoder = cast(LatentAutoencoder, self.autoencoder)
+        autoencoder = self.autoencoder
         return autoencoder.decode(x).float() * 0.5 + 0.5 if decode else autoencoder.encode(x * 2 - 1).float()
 
 
@@ -53,12 +57,16 @@ def whole_schedule(generator: ResidualShiftGenerator) -> ResidualShiftSchedule:
 
 
 def with_sampling(
-    generator: ResidualShiftGenerator, schedule: ResidualShiftSchedule, sampler: Sampler
+    generator: ResidualShiftGenerator,
+    steps: int | None,
+    sampler: Sampler,
+    *,
+    unet: nn.Module | None = None,
+    respacing: Respacing = "spread",
 ) -> ResidualShiftGenerator:
-    """The same networks, run by another schedule and sampler."""
-    return ResidualShiftGenerator(
-        generator.autoencoder, generator.unet, schedule, sampler=sampler, scale=generator.scale
-    )
+    """The same networks, or another ``unet`` between the same autoencoder, run in ``steps`` steps by ``sampler``."""
+    config = replace(generator.config, steps=steps, sampler=sampler, respacing=respacing)
+    return ResidualShiftGenerator(generator.autoencoder, cast(LatentUNet, unet or generator.unet), config)
 
 
 def check_same_latents(
@@ -68,8 +76,7 @@ def check_same_latents(
     user's names for the two."""
 
     def shape(generator: ResidualShiftGenerator) -> tuple[int, int, int]:
-        factor = cast(LatentAutoencoder, generator.autoencoder).factor
-        return generator.latent_channels, factor, generator.scale
+        return generator.latent_channels, generator.autoencoder.factor, generator.scale
 
     if shape(teacher) != shape(student):
         described = [
@@ -96,8 +103,7 @@ def export_of(generator: ResidualShiftGenerator) -> Callable[[Mapping[str, nn.Mo
     """The whole generator, with the trained network in it and its own steps."""
 
     def export(networks: Mapping[str, nn.Module]) -> Exported:
-        autoencoder, schedule, scale = generator.autoencoder, generator.schedule, generator.scale
-        trained = networks[DENOISER]
-        return exported(ResidualShiftGenerator(autoencoder, trained, schedule, sampler=generator.sampler, scale=scale))
+        trained = cast(LatentUNet, networks[DENOISER])
+        return exported(ResidualShiftGenerator(generator.autoencoder, trained, generator.config))
 
     return export

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from onestepsr.core.errors import UserError, error_context
 from onestepsr.diffusion.residual_shift import kept_steps
 from onestepsr.losses.distillation import diffusion_weight, residual_shift_weight
-from onestepsr.methods.shared.residual_shift import whole_schedule
+from onestepsr.methods.shared.residual_shift import whole_schedule, with_sampling
 from onestepsr.models.backbones import load_backbone
-from onestepsr.models.encoder_features import LatentDiffusionFeatures, PromptedUNet, ResidualShiftFeatures
-from onestepsr.models.generators import NoisedLatentGenerator, OneStepLatentGenerator
+from onestepsr.models.discriminators import LatentDiffusionFeatures, PromptedUNet, ResidualShiftFeatures
+from onestepsr.models.generators import LatentUNet, NoisedLatentGenerator, OneStepLatentGenerator
 from onestepsr.models.loading import load_residual_generator
 from onestepsr.models.resshift.generator import ResidualShiftGenerator, conditioned
 from onestepsr.models.stable_diffusion.config import PromptConfig
@@ -132,13 +132,7 @@ class ResidualShiftTeacher(Teacher):
 
     def student_generator(self, student: nn.Module) -> ResidualShiftGenerator:
         """The teacher's autoencoder and schedule, of which the last step alone is run."""
-        return ResidualShiftGenerator(
-            self.generator.autoencoder,
-            student,
-            self.schedule.respaced(1),
-            sampler="deterministic",
-            scale=self.generator.scale,
-        )
+        return with_sampling(cast(ResidualShiftGenerator, self.generator), 1, "deterministic", unet=student)
 
 
 class LatentDiffusionTeacher(Teacher):
@@ -191,14 +185,9 @@ class LatentDiffusionTeacher(Teacher):
     def student_generator(self, student: nn.Module) -> NoisedLatentGenerator:
         """The teacher's autoencoder around the student's UNet and prompt, evaluated at T on the noised LR latent."""
         trained = cast(PromptedUNet, student)
-        return NoisedLatentGenerator(
-            self.generator.autoencoder,
-            trained.unet,
-            trained.prompt,
-            timestep=self.steps - 1,
-            scale=self.generator.scale,
-            schedule=self.schedule,
-        )
+        config = replace(cast(OneStepLatentGenerator, self.generator).config, noised=True, timestep=self.steps - 1)
+        unet = cast(LatentUNet, trained.unet)
+        return NoisedLatentGenerator(self.generator.autoencoder, unet, trained.prompt, config)
 
 
 def student_of(teacher: Teacher) -> nn.Module:

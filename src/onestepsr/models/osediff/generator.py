@@ -7,15 +7,19 @@ differ from image to image, and an encoder whose posterior may be sampled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal, Self, cast
 
-import torch
 from torch import Tensor, nn
 
-from onestepsr.diffusion.noise_field import NoisePlane
-from onestepsr.diffusion.schedule import DiffusionSchedule
-from onestepsr.models.generators import OneStepLatentGenerator, pad_to_multiple
+from onestepsr.models.generators import (
+    LatentAutoencoder,
+    LatentUNet,
+    OneStepConfig,
+    OneStepLatentGenerator,
+    Origin,
+    Rng,
+)
 from onestepsr.models.stable_diffusion.config import StableDiffusionGeneratorConfig
 from onestepsr.models.stable_diffusion.networks import StableDiffusionAutoencoder, StableDiffusionUNet, initial_prompt
 from onestepsr.models.tiny.networks import TinyAutoencoder
@@ -41,7 +45,7 @@ class OSEDiffGeneratorConfig(StableDiffusionGeneratorConfig):
     timestep: int = TIMESTEP
     """The step at which the UNet is evaluated."""
     posterior: Posterior = "mean"
-    """What the encoder gives to the UNet: the mean, always the same, or a sample, as the published code draws it."""
+    """The encoder's output for the UNet: the mean, always the same, or a sample, as the published code draws it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,21 +56,23 @@ class OSEDiffGeneratorConfig(StableDiffusionGeneratorConfig):
 class OSEDiffGenerator(OneStepLatentGenerator):
     """A one-step generator under a text prompt; without one, under the embedding that it was saved with."""
 
-    takes_float32 = False  # a sampled posterior and its noise have the image's format
+    takes_float32 = False  # a sampled posterior and its noise have the image's dtype
 
     def __init__(
         self,
-        autoencoder: nn.Module,
-        unet: nn.Module,
+        autoencoder: LatentAutoencoder,
+        unet: LatentUNet,
         prompt: Tensor,
+        config: OneStepConfig,
         *,
-        timestep: int = TIMESTEP,
-        scale: int = 4,
-        schedule: DiffusionSchedule | None = None,
         posterior: Posterior = "mean",
     ) -> None:
-        super().__init__(autoencoder, unet, prompt, timestep=timestep, scale=scale, schedule=schedule)
+        """``config`` is an :class:`OSEDiffGeneratorConfig`, or, on another backbone, the plain one of that."""
+        super().__init__(autoencoder, unet, prompt, config)
+        self.prompt_width = prompt.shape[2]
         self.posterior = posterior
+        if posterior == "sample":
+            self.takes_batches, self.noise_stage = False, "encode"
 
     @classmethod
     def of(
@@ -78,22 +84,13 @@ class OSEDiffGenerator(OneStepLatentGenerator):
         posterior: Posterior = "mean",
     ) -> Self:
         """A generator of the networks and the prompt of ``backbone``, which are not copied."""
-        made = cls(
-            backbone.autoencoder,
-            backbone.unet,
-            torch.empty(1, 1, 1, device="meta"),
-            timestep=timestep,
-            scale=scale,
-            schedule=backbone.schedule,
-            posterior=posterior,
-        )
+        config = replace(backbone.config, timestep=timestep, scale=scale, noised=False)
+        if isinstance(config, StableDiffusionGeneratorConfig):
+            values = {field.name: getattr(config, field.name) for field in fields(config)}
+            config = OSEDiffGeneratorConfig(**values | {"posterior": posterior})
+        made = cls(backbone.autoencoder, backbone.unet, backbone.prompt, config, posterior=posterior)
         made.prompt = backbone.prompt
         return made
-
-    @property
-    def prompt_width(self) -> int:
-        """C, the channels of a prompt embedding (1 or N, L, C)."""
-        return self.prompt.shape[2]
 
     def freeze_prompt(self) -> None:
         """Nothing: every image may come with a prompt of its own."""
@@ -101,59 +98,20 @@ class OSEDiffGenerator(OneStepLatentGenerator):
     def latent_like(self, lr: Tensor) -> Tensor:
         """An empty latent (N, C, h, w) for LR (N, 3, H, W) with sides multiples of ``lr_multiple``: the shape of the
         noise that samples the posterior."""
-        factor = self._latent_autoencoder.factor
+        factor = self.autoencoder.factor
         height, width = (side * self.scale // factor for side in lr.shape[-2:])
         return lr.new_empty(lr.shape[0], self.latent_channels, height, width)
 
-    def restore(
-        self, lr: Tensor, *, prompt: Tensor | None = None, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """SR image (N, 3, s h, s w), not clamped, and its float32 latent, for LR (N, 3, h, w) with sides multiples of
-        ``lr_multiple``.
+    def encode_lr(self, lr: Tensor, *, rng: Rng = None, origin: Origin = None) -> Tensor:
+        """Latent (N, C, s h/f, s w/f) of the enlarged LR (N, 3, h, w): the posterior's mean, or a sample."""
+        noise = self.noise_at(rng, origin)(0, self.latent_like(lr)) if self.posterior == "sample" else None
+        return self.encode_with(lr, noise)
 
-        ``prompt`` is (1 or N, L, C). ``noise``, standard normal and shaped like the latent, samples the encoder's
-        posterior; without it the mean is taken.
-        """
-        z_h = self.step(self._encoded(lr, noise), prompt)
-        return self.decode(z_h), z_h
-
-    def encode_lr(self, lr: Tensor, rng: torch.Generator | None = None, origin: tuple[int, int] = (0, 0)) -> Tensor:
-        """Latent (N, C, s h/f, s w/f) of the enlarged LR (N, 3, h, w); ``rng`` and ``origin`` as in :meth:`forward`."""
-        return self._encoded(lr, self._noise(lr, rng, origin))
-
-    def restore_latent(self, z_l: Tensor, lr: Tensor, prompt_embedding: Tensor | None = None) -> Tensor:
-        """Latent estimate of the HR image from that of the enlarged ``lr``, under ``prompt_embedding`` (1 or N, L, C)
-        or the generator's own."""
-        return self.step(z_l, prompt_embedding)
-
-    def _encoded(self, lr: Tensor, noise: Tensor | None) -> Tensor:
+    def encode_with(self, lr: Tensor, noise: Tensor | None) -> Tensor:
+        """Latent of the enlarged LR: the posterior sampled at ``noise``, standard normal and shaped like it, or its
+        mean."""
         image = self.enlarge(lr) if self.scale != 1 else lr
         return self.encode(image) if noise is None else sampled_latent(self.autoencoder, image * 2 - 1, noise)
-
-    def forward(
-        self,
-        lr: Tensor,
-        rng: torch.Generator | None = None,
-        origin: tuple[int, int] = (0, 0),
-        prompt_embedding: Tensor | None = None,
-    ) -> Tensor:
-        """SR image (N, 3, s h, s w) in about [0, 1], not clamped, of LR (N, 3, h, w) in [0, 1] of any size.
-
-        ``prompt_embedding`` (1 or N, L, C) replaces the generator's own. With ``posterior: sample``, ``rng`` decides
-        the plane of noise (None: always the same one) and ``origin``, the row and column of ``lr`` in the whole
-        image, the place on it.
-        """
-        height, width = lr.shape[-2:]
-        padded = pad_to_multiple(lr, self.lr_multiple)
-        sr = self.restore(padded, prompt=prompt_embedding, noise=self._noise(padded, rng, origin))[0]
-        return sr[..., : self.scale * height, : self.scale * width]
-
-    def _noise(self, lr: Tensor, rng: torch.Generator | None, origin: tuple[int, int]) -> Tensor | None:
-        """What samples the posterior, where that is wanted."""
-        if self.posterior == "mean":
-            return None
-        plane = NoisePlane.drawn(rng, origin, self.scale, self._latent_autoencoder.factor)
-        return plane(0, self.latent_like(lr))
 
 
 def sampled_latent(autoencoder: nn.Module, x: Tensor, noise: Tensor) -> Tensor:
@@ -169,12 +127,6 @@ def sampled_latent(autoencoder: nn.Module, x: Tensor, noise: Tensor) -> Tensor:
 
 def osediff_generator(config: OSEDiffGeneratorConfig) -> OSEDiffGenerator:
     """Autoencoder, UNet and prompt embedding, freshly initialised, as one generator."""
-    return OSEDiffGenerator(
-        StableDiffusionAutoencoder(config.autoencoder),
-        StableDiffusionUNet(config.unet),
-        initial_prompt(config.unet, config.prompt),
-        timestep=config.timestep,
-        scale=config.scale,
-        schedule=DiffusionSchedule(config.schedule),
-        posterior=config.posterior,
-    )
+    autoencoder, unet = StableDiffusionAutoencoder(config.autoencoder), StableDiffusionUNet(config.unet)
+    prompt = initial_prompt(config.unet, config.prompt)
+    return OSEDiffGenerator(autoencoder, unet, prompt, config, posterior=config.posterior)

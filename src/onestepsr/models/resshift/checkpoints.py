@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from onestepsr.core.errors import UnknownModel, UserError, did_you_mean
-from onestepsr.models.resshift.config import PUBLISHED, residual_shift_generator
-from onestepsr.models.resshift.generator import ResidualShiftGenerator
+from onestepsr.models.resshift.config import PUBLISHED
+from onestepsr.models.resshift.generator import ResidualShiftGenerator, residual_shift_generator
 from onestepsr.models.resshift.vqgan import VQConfig
 from onestepsr.weights.catalog import get_model
 from onestepsr.weights.download import download_all
@@ -24,7 +24,7 @@ CODEBOOK = "quantize.embedding.weight"
 
 
 def is_published(name: object) -> bool:
-    """Whether ``name`` is the alias of a published model of this family, and no file."""
+    """True for the alias of a published model of this family that is no file."""
     return str(name) in PUBLISHED and not Path(str(name)).is_file()
 
 
@@ -33,7 +33,7 @@ def load_published(
 ) -> ResidualShiftGenerator:
     """The published generator called ``alias``, in float32 on the CPU, in eval mode.
 
-    Files that are not given come from the cache, into which they are fetched first if they are missing. Raises
+    Files that are not given come from the cache and are fetched first if they are missing. Raises
     :class:`UserError` in one line for other weights than the alias has: every key and shape must be the published one.
     """
     if alias not in PUBLISHED:
@@ -59,7 +59,7 @@ def _files(alias: str, *given: str | Path | None) -> list[Path]:
 
 
 def looks_published(path: Path) -> bool:
-    """Whether a file of weights holds a UNet of this family; False for what cannot be read."""
+    """True for a file of weights that holds a UNet of this family; False for one that cannot be read."""
     try:
         return UNET_MARK in _open(path)
     except UserError:

@@ -4,20 +4,17 @@ published settings by name."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, get_args
-
-from torch import nn
+from typing import Literal, get_args
 
 from onestepsr.core.errors import UserError
-from onestepsr.diffusion.residual_shift import ResidualShiftConfig, ResidualShiftSchedule, Respacing, kept_steps
-from onestepsr.models.resshift.generator import ResidualShiftGenerator, Sampler
-from onestepsr.models.resshift.swin import SwinConfig
-from onestepsr.models.resshift.unet import SwinUNet, SwinUNetConfig
-from onestepsr.models.resshift.vqgan import VQ_F8_FACE, VQAutoencoder, VQConfig
+from onestepsr.diffusion.residual_shift import ResidualShiftConfig, ResidualShiftSchedule, Respacing
+from onestepsr.models.resshift.unet import SwinConfig, SwinUNetConfig
+from onestepsr.models.resshift.vqgan import VQ_F8_FACE, VQConfig
 from onestepsr.models.tiny.decoder import FACTOR
-from onestepsr.models.tiny.denoiser import TinyDenoiser, TinyDenoiserConfig
-from onestepsr.models.tiny.networks import TinyAutoencoder, TinyConfig
+from onestepsr.models.tiny.denoiser import TinyDenoiserConfig
+from onestepsr.models.tiny.networks import TinyConfig
 
+Sampler = Literal["ancestral", "deterministic"]
 REALSR, FACE, SINSR, TINY, MICRO = "resshift-realsr", "resshift-face", "sinsr", "resshift-tiny", "resshift-micro"
 
 
@@ -33,14 +30,14 @@ class ResidualSamplingConfig:
     sampler: Sampler = "ancestral"
     """New noise in every step, as ResShift does, or only at the start, as its students learn it. One step is both."""
     respacing: Respacing = "spread"
-    """Which steps are kept where ``steps`` is smaller than the schedule's number; "published" leaves out the last and
-    is there for comparison only."""
+    """Rule for the steps kept where ``steps`` is smaller than the schedule's number; "published" leaves out the last
+    and is there for comparison only."""
     scale: int = 4
     """Upscaling factor; 1 restores without enlarging."""
 
     def __post_init__(self) -> None:
         if self.sampler not in get_args(Sampler):
-            raise ValueError(f"sampler must be one of {get_args(Sampler)}, got '{self.sampler}'")
+            raise UserError(f"sampler '{self.sampler}': accepted: {', '.join(get_args(Sampler))}")
         self.sampling_schedule()
 
     def sampling_schedule(self) -> ResidualShiftSchedule:
@@ -93,55 +90,6 @@ def _check_channels(unet: int, autoencoder: int) -> None:
         raise ValueError(f"latents of the UNet have {unet} channels, those of the autoencoder {autoencoder}")
 
 
-def residual_shift_generator(config: ResidualShiftGeneratorConfig) -> ResidualShiftGenerator:
-    """ResShift's autoencoder and denoising network, freshly initialised, as one generator."""
-    return _joined(VQAutoencoder(config.autoencoder), SwinUNet(config.unet), config)
-
-
-def tiny_residual_shift_generator(config: TinyResidualShiftGeneratorConfig) -> ResidualShiftGenerator:
-    """The tiny autoencoder and denoising network, freshly initialised, as one generator."""
-    return _joined(TinyAutoencoder(config.autoencoder), TinyDenoiser(config.denoiser), config)
-
-
-def _joined(autoencoder: nn.Module, unet: nn.Module, config: ResidualSamplingConfig) -> ResidualShiftGenerator:
-    schedule = config.sampling_schedule()
-    return ResidualShiftGenerator(autoencoder, unet, schedule, sampler=config.sampler, scale=config.scale)
-
-
-def residual_config(generator: ResidualShiftGenerator) -> ResidualSamplingConfig:
-    """The configuration that :func:`residual_shift_generator` or its tiny counterpart builds ``generator`` from.
-
-    Raises TypeError for networks, or a choice of steps, that no configuration gives.
-    """
-    sampling = _sampling(generator)
-    networks = (generator.unet, generator.autoencoder)
-    match networks:
-        case (SwinUNet() as unet, VQAutoencoder() as autoencoder):
-            return ResidualShiftGeneratorConfig(unet=unet.config, autoencoder=autoencoder.config, **sampling)
-        case (TinyDenoiser() as unet, TinyAutoencoder() as autoencoder):
-            return TinyResidualShiftGeneratorConfig(denoiser=unet.config, autoencoder=autoencoder.config, **sampling)
-    kinds = " and a ".join(type(network).__name__ for network in networks)
-    raise TypeError(f"a generator of a {kinds} has no weights file")
-
-
-def _sampling(generator: ResidualShiftGenerator) -> dict[str, Any]:
-    schedule = generator.schedule
-    every, count = schedule.config.steps, schedule.steps
-    respacing = next((rule for rule in get_args(Respacing) if _kept(every, count, rule) == schedule.kept), None)
-    if respacing is None:
-        raise TypeError(f"steps {schedule.kept} of {every} follow none of the rules {get_args(Respacing)}")
-    steps = None if count == every else count
-    common = {"sampler": generator.sampler, "scale": generator.scale}
-    return common | {"schedule": schedule.config, "steps": steps, "respacing": respacing}
-
-
-def _kept(every: int, count: int, rule: Respacing) -> list[int] | None:
-    try:
-        return kept_steps(every, count, rule)
-    except UserError:
-        return None
-
-
 _FOUR_STEPS = ResidualShiftConfig(steps=4, min_noise=0.2)
 _FACE = ResidualShiftGeneratorConfig(
     unet=SwinUNetConfig(latent_channels=8, lq_size=512), autoencoder=VQ_F8_FACE, schedule=_FOUR_STEPS, scale=1
@@ -178,11 +126,3 @@ RANDOM_RESIDUAL: dict[str, ResidualShiftGeneratorConfig | TinyResidualShiftGener
     ),
 }
 """Settings behind ``random:NAME``; the last is the smallest network with every part of the published ones."""
-
-
-def random_residual_generator(name: str) -> ResidualShiftGenerator:
-    """The generator of :data:`RANDOM_RESIDUAL` called ``name``, freshly initialised."""
-    config = RANDOM_RESIDUAL[name]
-    if isinstance(config, TinyResidualShiftGeneratorConfig):
-        return tiny_residual_shift_generator(config)
-    return residual_shift_generator(config)

@@ -16,17 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.models.cpu_kernels import attention
+from onestepsr.models.generators import LatentAutoencoder
 from onestepsr.models.memory_cost import NetworkCost
 
 DISTANCES_AT_ONCE = 2**24
-"""How many distances between latent positions and codes are in memory at a time: 64 MiB."""
+"""Number of distances between latent positions and codes in memory at a time: 64 MiB."""
 LARGEST_LATENT = 256
 """Side of latents beyond which tiles cost more, not less: the attention over all positions grows with the square of the
 area, and at 256 costs the decoder as much as everything else together."""
-ENCODER_BALANCE, DECODER_BALANCE = 28_000.0, 62_000.0
+ENCODER_BREAKEVEN, DECODER_BREAKEVEN = 28_000.0, 62_000.0
 """Latent positions of a tile at which it does, in encoder and decoder.
 
-From ``python benchmarks/stages.py random:resshift-realsr 64 128 192 256`` in bfloat16, two threads of an AMD EPYC
+From ``python scripts/stages.py random:resshift-realsr 64 128 192 256`` in bfloat16, two threads of an AMD EPYC
 without AMX.
 """
 
@@ -165,7 +166,7 @@ class Level(nn.Module):
         self.upsample = Upsample(widths[-1]) if resample == "up" else None
 
     def layers(self) -> list[nn.Module]:
-        """What maps (N, C, H, W) to (N, C', H', W'), one after the other.
+        """The layers that map (N, C, H, W) to (N, C', H', W'), one after the other.
 
         A forward of its own would keep its input until it ends, which is as much as the widest feature maps.
         """
@@ -252,7 +253,7 @@ class Codebook(nn.Module):
         return rounded.detach() + (z - z.detach())
 
 
-class VQAutoencoder(nn.Module):
+class VQAutoencoder(LatentAutoencoder):
     """Vector-quantised autoencoder; ``latent_channels`` and ``factor`` (pixels per latent position) follow from the
     configuration."""
 
@@ -294,11 +295,11 @@ class VQAutoencoder(nn.Module):
         return float((2 * widths[min(1, len(widths) - 1)] + 3 * widths[0]) * dtype.itemsize)
 
     def network_costs(self, dtype: torch.dtype) -> tuple[NetworkCost, NetworkCost]:
-        """What encoder and decoder take of a tile. Encoding takes 951 bytes per pixel in bfloat16, 1570 in float32."""
-        cell, encoder, decoder = self.factor**2, 4.0 * self.config.widths[0], self.memory_per_pixel(dtype)
+        """Cost of encoder and decoder. Encoding takes 951 bytes per pixel in bfloat16, 1570 in float32."""
+        pixels, encoder, decoder = self.factor**2, 4.0 * self.config.widths[0], self.memory_per_pixel(dtype)
         return (
-            NetworkCost(per_cell=encoder * dtype.itemsize * cell, balance=ENCODER_BALANCE),
-            NetworkCost(per_cell=decoder * cell, balance=DECODER_BALANCE),
+            NetworkCost(bytes_per_position=encoder * dtype.itemsize * pixels, attention_breakeven=ENCODER_BREAKEVEN),
+            NetworkCost(bytes_per_position=decoder * pixels, attention_breakeven=DECODER_BREAKEVEN),
         )
 
     def forward(self, x: Tensor) -> Tensor:

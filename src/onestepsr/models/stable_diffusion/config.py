@@ -5,10 +5,10 @@ Field names are those of diffusers' ``config.json``, so that a folder's file and
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
-from onestepsr.diffusion.schedule import DiffusionScheduleConfig
+from onestepsr.models.generators import OneStepConfig
 
 SD_SCALING = 0.18215
 """Factor that gives the latents of Stable Diffusion 1 and 2 about unit variance."""
@@ -44,7 +44,7 @@ class UNetConfig:
     cross_attention_dim: int = 1024
     """Channels of a prompt token."""
     use_linear_projection: bool = True
-    """Whether the projections around a transformer are linear layers; convolutions in Stable Diffusion 1."""
+    """Linear layers as projections around a transformer; convolutions in Stable Diffusion 1."""
     norm_num_groups: int = 32
     """Groups of every group norm."""
     upcast_attention: bool = False
@@ -109,7 +109,7 @@ class AutoencoderConfig:
     norm_num_groups: int = 32
     """Groups of every group norm."""
     scaling_factor: float = SD_SCALING
-    """What a latent is multiplied with before diffusion."""
+    """Factor on a latent before diffusion."""
 
     def __post_init__(self) -> None:
         if not self.block_out_channels or self.scaling_factor <= 0:
@@ -134,27 +134,18 @@ class PromptConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StableDiffusionGeneratorConfig:
+class StableDiffusionGeneratorConfig(OneStepConfig):
     """Everything that fixes a generator on a Stable Diffusion backbone, apart from its weights."""
 
     unet: UNetConfig = SD21_BASE
     """Sizes of the UNet."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """Sizes of the autoencoder."""
-    schedule: DiffusionScheduleConfig = field(default_factory=DiffusionScheduleConfig)
-    """Noise schedule the UNet was pretrained with."""
-    timestep: int = 399
-    """T_L, the step at which the UNet is evaluated. The paper says only that it lies between 0 and T; a related
-    release of the same group fixes 399."""
-    scale: int = 4
-    """Upscaling factor."""
-    noised: bool = False
-    """Start from the LR latent noised to ``timestep``, as a student of a multi-step teacher does, not from the LR
-    latent itself."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """The learnable prompt embedding."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.unet.in_channels != self.autoencoder.latent_channels:
             raise ValueError(
                 f"the UNet takes {self.unet.in_channels} latent channels, the autoencoder gives "
@@ -167,19 +158,23 @@ class StableDiffusionGeneratorConfig:
                 f"{SD21_BASE.cross_attention_dim}); SDXL can be the discriminator's backbone"
             )
 
+    def with_prompt_tokens(self, tokens: int) -> Self:
+        """The same with a prompt embedding of another length."""
+        return replace(self, prompt=replace(self.prompt, tokens=tokens))
+
 
 @dataclass(frozen=True, kw_only=True)
 class SDXLConditioning:
-    """What D3SR leaves open where SDXL judges latents of Stable Diffusion 2.1; without effect on other UNets."""
+    """Choices that D3SR leaves open for SDXL as judge of Stable Diffusion 2.1's latents; no effect on other UNets."""
 
     latent_scale: Literal["as_is", "rescaled"] = "as_is"
     """``as_is`` shows the latents with the scale (0.18215) that gives them unit variance, which the noise levels of any
     diffusion process assume; ``rescaled`` multiplies the raw latents with SDXL's own factor (0.13025) instead, which
     leaves them 0.715 times as large. Both spaces differ anyway; only the adapters can bridge that."""
     size: Literal["actual", "fixed"] = "actual"
-    """Size ids: those of the image that the latents stand for (8 pixels per cell), or always ``fixed_side``."""
+    """Size ids: those of the image that the latents stand for, 8 times as large, or always ``fixed_side``."""
     fixed_side: int = 1024
-    """Side that is told with ``size: fixed``; SDXL was trained at 1024."""
+    """Side in the size ids with ``size: fixed``; SDXL was trained at 1024."""
     prompt_tokens: int = 77
     """Length of the learnable prompt embedding, as SDXL was trained with."""
     prompt_std: float = 0.0
@@ -200,4 +195,4 @@ class StableDiffusionEncoderConfig:
     unet: UNetConfig = SD21_BASE
     """Sizes of the whole UNet that it is the half of."""
     sdxl: SDXLConditioning = field(default_factory=SDXLConditioning)
-    """How an SDXL UNet is conditioned."""
+    """Conditioning of an SDXL UNet."""

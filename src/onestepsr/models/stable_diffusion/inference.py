@@ -1,7 +1,7 @@
-"""What inference does differently from diffusers' code, for time and memory; parameters keep their names and values.
+"""Stable Diffusion's layers for inference in less time and memory; parameters keep their names and values.
 
-Everywhere: feature maps are overwritten, or forgotten, as soon as nobody reads them any more; the values are the same.
-On a CPU in bfloat16, outside ``torch.compile``: attention by blocks of queries, weights packed once, and last layers in
+Everywhere: feature maps are overwritten or freed as soon as nothing reads them any more; the values are the same. On a
+CPU in bfloat16, outside ``torch.compile``: attention by blocks of queries, weights packed once, and last layers in
 float32, whose digits cost nothing.
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestepsr.models.cpu_kernels import as_kind, attention, is_fast, is_ordinary, pack_weights, replace_layers
+from onestepsr.models.cpu_kernels import as_kind, attention, is_fast, is_ordinary, replace_layers, use_cpu_kernels
 
 CODERS = ("Encoder", "Decoder")
 """Names of diffusers' classes for the halves of its autoencoder."""
@@ -67,11 +67,11 @@ def _attend(attn: Any, tokens: Tensor, context: Tensor | None) -> Tensor:
 
 
 def speed_up(network: nn.Module) -> None:
-    """All of it, for inference with the weights that ``network`` has."""
+    """Apply all of it to ``network``, for inference with the weights that it has."""
     use_blockwise_attention(network)
     make_lean(network)
     widen_ends(network)
-    pack_weights(network)
+    use_cpu_kernels(network)
 
 
 def use_blockwise_attention(network: nn.Module) -> None:
@@ -83,13 +83,13 @@ def use_blockwise_attention(network: nn.Module) -> None:
 
 
 def _is_plain(attn: Any) -> bool:
-    """Whether an attention layer is one of a transformer block or of an autoencoder, without anything special."""
+    """True for an attention layer of a transformer block or an autoencoder without anything special."""
     extras = (attn.spatial_norm, attn.norm_q, attn.norm_k, attn.norm_cross, attn.rescale_output_factor != 1.0)
     return not any(extras) and (attn.group_norm is not None) == bool(attn.residual_connection)
 
 
 class LeanResidualBlock(nn.Module):
-    """A residual block of diffusers, its layers and their names, that writes over what nobody reads again.
+    """A residual block of diffusers, its layers and their names, that overwrites feature maps no longer read.
 
     The original makes a new tensor for each activation, sum and division, the last one by 1.
     """
@@ -115,10 +115,10 @@ class LeanResidualBlock(nn.Module):
 
 
 class LeanTransformer(nn.Module):
-    """The transformer blocks at one place of diffusers' UNet, with their layers and names, that leave the order of
-    feature maps in memory as it is.
+    """The transformer blocks of one level of diffusers' UNet, with their layers and names, that keep the memory format
+    of feature maps.
 
-    The original copies its result into another order, from which all that follows is copied back.
+    The original copies its result into another memory format, from which everything after it is copied back.
     """
 
     def __init__(self, block: Any) -> None:
@@ -130,7 +130,7 @@ class LeanTransformer(nn.Module):
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **others: Any
     ) -> tuple[Tensor]:
-        """Feature maps (N, C, H, W) of feature maps and of the prompt (N, L, C'); ``others``, masks and what else
+        """Feature maps (N, C, H, W) from feature maps and the prompt (N, L, C'); ``others``, masks and whatever else
         diffusers hands to such layers, must be None."""
         if any(value is not None for name, value in others.items() if name != "return_dict"):
             raise ValueError(f"transformer blocks here take a prompt alone, no {', '.join(sorted(others))}")
@@ -141,7 +141,7 @@ class LeanTransformer(nn.Module):
 
 
 class LeanCoder(nn.Module):
-    """Encoder or decoder of diffusers' autoencoder, its layers and their names, that forgets what has been read.
+    """Encoder or decoder of diffusers' autoencoder, its layers and their names, that frees feature maps once read.
 
     The original keeps the input of a block until the block is done, which at the resolution of the image is as much
     as the widest of the feature maps.
@@ -190,14 +190,14 @@ def _lean(layer: Any) -> nn.Module | None:
 
 
 def _is_usual(block: Any) -> bool:
-    """Whether a residual block keeps the size, and the step, if it knows one, shifts its first convolution's output."""
+    """True for a residual block that keeps the size, and in which the step, if any, shifts the first convolution."""
     plain = block.upsample is None and block.downsample is None and isinstance(block.nonlinearity, nn.SiLU)
     timeless = block.time_emb_proj is None and block.time_embedding_norm == "group"
     return plain and not block.skip_time_act and (timeless or block.time_embedding_norm == "default")
 
 
 def _is_linear(block: Any) -> bool:
-    """Whether a transformer reads feature maps through a linear layer, as from Stable Diffusion 2 on."""
+    """True for a transformer that reads feature maps through a linear layer, as from Stable Diffusion 2 on."""
     return bool(block.is_input_continuous and block.use_linear_projection)
 
 

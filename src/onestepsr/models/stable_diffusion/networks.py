@@ -13,15 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from onestepsr.diffusion.schedule import DiffusionSchedule
-from onestepsr.models.generators import NoisedLatentGenerator, OneStepLatentGenerator
+from onestepsr.models.generators import LatentAutoencoder, LatentUNet, OneStepLatentGenerator, one_step_generator
 from onestepsr.models.memory_cost import NetworkCost
 from onestepsr.models.stable_diffusion.config import (
     SD_SCALING,
     SDXL_SCALING,
     AutoencoderConfig,
     PromptConfig,
-    SDXLConditioning,
     StableDiffusionEncoderConfig,
     StableDiffusionGeneratorConfig,
     UNetConfig,
@@ -55,17 +53,17 @@ inference: encoding 2640, 1617; decoding 3614, 2937, which with a UNet after an 
 1370, 847; decoding 1866, 1543. Its attention over all positions adds nothing that grows faster than the image,
 because neither way of computing it ever holds the matrix of all pairs.
 """
-MEMORY_PER_CELL = 75_000.0
+MEMORY_PER_POSITION = 75_000.0
 """Peak bytes of the published UNet per latent position in float32, likewise: 73,503, and 37,448 in bfloat16."""
-UNET_BALANCE, ENCODER_BALANCE, DECODER_BALANCE = 11_700.0, 80_000.0, 118_000.0
+UNET_BREAKEVEN, ENCODER_BREAKEVEN, DECODER_BREAKEVEN = 11_700.0, 80_000.0, 118_000.0
 """Latent positions of a tile at which attention over all of them takes as long as everything else.
 
-From ``python benchmarks/stages.py random:sd21-base 48 64 80 96 128 160`` in bfloat16, two threads of an AMD EPYC
+From ``python scripts/stages.py random:sd21-base 48 64 80 96 128 160`` in bfloat16, two threads of an AMD EPYC
 without AMX.
 """
 
 
-class StableDiffusionAutoencoder(nn.Module):
+class StableDiffusionAutoencoder(LatentAutoencoder):
     """The KL autoencoder of Stable Diffusion: deterministic (posterior mean), latents scaled to about unit variance."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -96,15 +94,13 @@ class StableDiffusionAutoencoder(nn.Module):
         return (LEAN_MEMORY_PER_PIXEL if self._is_lean else MEMORY_PER_PIXEL) * self._published_share(dtype)
 
     def network_costs(self, dtype: torch.dtype) -> tuple[NetworkCost, NetworkCost]:
-        """What encoder and decoder take of a tile."""
+        """Cost of encoder and decoder."""
         share = self.factor**2 * self._published_share(dtype)
+        encoder = LEAN_ENCODER_MEMORY if self._is_lean else ENCODER_MEMORY
+        decoder = LEAN_DECODER_MEMORY if self._is_lean else DECODER_MEMORY
         return (
-            NetworkCost(
-                per_cell=share * (LEAN_ENCODER_MEMORY if self._is_lean else ENCODER_MEMORY), balance=ENCODER_BALANCE
-            ),
-            NetworkCost(
-                per_cell=share * (LEAN_DECODER_MEMORY if self._is_lean else DECODER_MEMORY), balance=DECODER_BALANCE
-            ),
+            NetworkCost(bytes_per_position=share * encoder, attention_breakeven=ENCODER_BREAKEVEN),
+            NetworkCost(bytes_per_position=share * decoder, attention_breakeven=DECODER_BREAKEVEN),
         )
 
     def _published_share(self, dtype: torch.dtype) -> float:
@@ -121,7 +117,7 @@ class StableDiffusionAutoencoder(nn.Module):
         self._is_lean = True
 
 
-class StableDiffusionUNet(nn.Module):
+class StableDiffusionUNet(LatentUNet):
     """The noise-predicting UNet of Stable Diffusion 1 or 2."""
 
     lora_targets = LORA_TARGETS
@@ -138,14 +134,10 @@ class StableDiffusionUNet(nn.Module):
         prompt = prompt.expand(z_t.shape[0], -1, -1)
         return cast(Tensor, self.unet(z_t, t, encoder_hidden_states=prompt, return_dict=False)[0])
 
-    def memory_per_position(self, dtype: torch.dtype) -> float:
-        """Peak bytes per latent position without gradients, in proportion to the widest feature maps."""
-        widths = self.config.block_out_channels[0] / UNetConfig().block_out_channels[0]
-        return MEMORY_PER_CELL * widths * dtype.itemsize / 4
-
     def network_cost(self, dtype: torch.dtype) -> NetworkCost:
-        """What it takes of a tile."""
-        return NetworkCost(per_cell=self.memory_per_position(dtype), balance=UNET_BALANCE)
+        """Cost of one evaluation, in proportion to the widest feature maps."""
+        share = self.config.block_out_channels[0] / UNetConfig().block_out_channels[0] * dtype.itemsize / 4
+        return NetworkCost(bytes_per_position=MEMORY_PER_POSITION * share, attention_breakeven=UNET_BREAKEVEN)
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass instead of keeping them."""
@@ -188,26 +180,25 @@ class StableDiffusionUNetEncoder(nn.Module):
     lora_targets = LORA_TARGETS
     trained_beside_lora = ("pooled_prompt",)
 
-    def __init__(self, config: UNetConfig, sdxl: SDXLConditioning | None = None) -> None:
+    def __init__(self, config: StableDiffusionEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.sdxl = sdxl or SDXLConditioning()
-        self.feature_channels = config.block_out_channels[-1]
-        self.latent_channels = config.in_channels
-        self.unet = _build_half(config)
-        if config.addition_embed_type:
-            self.pooled_prompt = nn.Parameter(torch.zeros(1, config.pooled_width))
+        self.feature_channels = config.unet.block_out_channels[-1]
+        self.latent_channels = config.unet.in_channels
+        self.unet = _build_half(config.unet)
+        if config.unet.addition_embed_type:
+            self.pooled_prompt = nn.Parameter(torch.zeros(1, config.unet.pooled_width))
 
     @property
     def latent_gain(self) -> float:
         """Factor on latents of Stable Diffusion 1 and 2 before noise is added; see :class:`SDXLConditioning`."""
-        rescaled = self.config.addition_embed_type is not None and self.sdxl.latent_scale == "rescaled"
+        rescaled = self.config.unet.addition_embed_type is not None and self.config.sdxl.latent_scale == "rescaled"
         return SDXL_SCALING / SD_SCALING if rescaled else 1.0
 
     def forward(self, z_t: Tensor, t: Tensor, prompt: Tensor) -> tuple[Tensor]:
         """Middle features (N, feature_channels, h', w') of ``z_t`` (N, C, h, w); ``t`` (N,), ``prompt`` (1 or N, L,
         cross_attention_dim)."""
-        added = self._added_conditions(z_t) if self.config.addition_embed_type else None
+        added = self._added_conditions(z_t) if self.config.unet.addition_embed_type else None
         prompt = prompt.expand(z_t.shape[0], -1, -1)
         features = self.unet(z_t, t, encoder_hidden_states=prompt, added_cond_kwargs=added, return_dict=False)
         return (cast(Tensor, features[0]),)
@@ -215,8 +206,9 @@ class StableDiffusionUNetEncoder(nn.Module):
     def _added_conditions(self, z_t: Tensor) -> dict[str, Tensor]:
         """SDXL's pooled text embedding (N, pooled_width), and ids (N, 6) of original size, crop corner, target
         size."""
-        fixed = self.sdxl.size == "fixed"
-        height, width = (self.sdxl.fixed_side if fixed else 8 * side for side in z_t.shape[-2:])
+        sdxl = self.config.sdxl
+        fixed = sdxl.size == "fixed"
+        height, width = (sdxl.fixed_side if fixed else 8 * side for side in z_t.shape[-2:])
         ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=z_t.device)
         count = z_t.shape[0]
         return {"text_embeds": self.pooled_prompt.expand(count, -1), "time_ids": ids.expand(count, -1)}
@@ -228,20 +220,8 @@ class StableDiffusionUNetEncoder(nn.Module):
 
 def stable_diffusion_generator(config: StableDiffusionGeneratorConfig) -> OneStepLatentGenerator:
     """Autoencoder, UNet and prompt embedding, freshly initialised, as one generator."""
-    kind = NoisedLatentGenerator if config.noised else OneStepLatentGenerator
-    return kind(
-        StableDiffusionAutoencoder(config.autoencoder),
-        StableDiffusionUNet(config.unet),
-        initial_prompt(config.unet, config.prompt),
-        timestep=config.timestep,
-        scale=config.scale,
-        schedule=DiffusionSchedule(config.schedule),
-    )
-
-
-def stable_diffusion_encoder(config: StableDiffusionEncoderConfig) -> StableDiffusionUNetEncoder:
-    """The half UNet, freshly initialised."""
-    return StableDiffusionUNetEncoder(config.unet, config.sdxl)
+    autoencoder, unet = StableDiffusionAutoencoder(config.autoencoder), StableDiffusionUNet(config.unet)
+    return one_step_generator(autoencoder, unet, initial_prompt(config.unet, config.prompt), config)
 
 
 def initial_prompt(unet: UNetConfig, config: PromptConfig) -> Tensor:

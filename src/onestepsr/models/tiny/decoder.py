@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FACTOR = 4
-"""Pixels per latent cell along each axis."""
+"""Pixels per latent position along each axis."""
 DETAIL = ((1, 3), (3, 1), (5, 5))
 """Height and width of the local means whose differences from the image :class:`EvenContrast` evens, one after the
 other: the finest detail across and down, then all that is fine."""
 WINDOW = 9
-"""Cells along each side of the surroundings over which the strength of detail is measured."""
+"""Blocks along each side of the surroundings over which the strength of detail is measured."""
 NO_DETAIL = 0.004
 """Half a gray level of 255, in [-1, 1]: surroundings with much less detail than that are left as they are."""
 LARGEST_FACTOR = 1.3
@@ -44,9 +44,9 @@ class TinyDecoder(nn.Module):
     """The decoder's residual branch: latent resolution, twice that, then pixels.
 
     Convolutions in front of a pixel shuffle carry no bias: biases there are constants per position of the 4x4 lattice,
-    which shows as a grid. Pixels made by a shuffle know nothing of their neighbours in the next cell, which shows as
-    steps across the cells' borders; a few channels at full resolution mend that, and more would cost more than the rest
-    of the network together.
+    which shows as a grid. Pixels made by a shuffle do not depend on those of the next latent position, which shows as
+    steps at the borders of 4x4 blocks; a few channels at full resolution mend that, and more would cost more than the
+    rest of the network together.
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class Refinement(nn.Module):
 
 
 class EvenContrast(nn.Module):
-    """Fine contrast of brightness, made equally strong at the 4x4 positions of a latent cell.
+    """Fine contrast of brightness, made equally strong at the 4x4 pixels of a latent position.
 
-    A decoder of shuffled pixels draws detail a little stronger at some positions of its cells than at others, which
-    shows as faint dots along edges and as a weave in texture. Which positions those are differs with the degradation
-    and with what is in the image, so they are measured in the output itself: for every filter of :data:`DETAIL`, the
-    mean absolute detail at each position over the :data:`WINDOW` x :data:`WINDOW` cells around is brought to that of
-    all sixteen positions. Nothing is learnt, and no pixel's detail changes by more than :data:`LARGEST_FACTOR`.
+    A decoder of shuffled pixels draws detail a little stronger at some pixels of its 4x4 blocks than at others, which
+    shows as faint dots along edges and as a weave in texture. Which pixels those are differs with the degradation and
+    the content of the image, so they are measured in the output itself: for every filter of :data:`DETAIL`, the mean
+    absolute detail at each of the sixteen over the :data:`WINDOW` x :data:`WINDOW` blocks around is brought to that of
+    all sixteen. Nothing is learnt, and no pixel's detail changes by more than :data:`LARGEST_FACTOR`.
     """
 
     def forward(self, image: Tensor) -> Tensor:

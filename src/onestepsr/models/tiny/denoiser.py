@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onestepsr.models.generators import LatentUNet
+from onestepsr.models.memory_cost import NetworkCost
 from onestepsr.models.tiny.decoder import FACTOR, ResidualBlock
 from onestepsr.models.tiny.networks import MEMORY_PER_PIXEL, TinyConfig, timestep_embedding
 
@@ -43,7 +45,7 @@ class TinyDenoiserConfig:
             raise ValueError(f"time_width must be even, got {self.time_width}")
 
 
-class TinyDenoiser(nn.Module):
+class TinyDenoiser(LatentUNet):
     """Predicts the clean latent from a noisy one, the step and the LR image.
 
     Latents are (N, C, h, w) with sides multiples of :attr:`size_multiple`. The noisy latent comes scaled to about unit
@@ -83,9 +85,9 @@ class TinyDenoiser(nn.Module):
         """Type of the weights."""
         return self.conv_in.weight.dtype
 
-    def memory_per_position(self, dtype: torch.dtype) -> float:
-        """Peak bytes per latent position; what the autoencoder says was measured over both, so this adds nothing."""
-        return FACTOR**2 * MEMORY_PER_PIXEL * dtype.itemsize / 4
+    def network_cost(self, dtype: torch.dtype) -> NetworkCost:
+        """Cost of one evaluation; the autoencoder's figure was measured over both, so this adds nothing to it."""
+        return NetworkCost(bytes_per_position=FACTOR**2 * MEMORY_PER_PIXEL * dtype.itemsize / 4)
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Activated time embedding (N, :attr:`time_channels`) of integer steps (N,)."""

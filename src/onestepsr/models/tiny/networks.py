@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.core.machine import is_one_of_several
+from onestepsr.models.generators import LatentAutoencoder, LatentUNet
+from onestepsr.models.memory_cost import NetworkCost
 from onestepsr.models.tiny.decoder import FACTOR, ResidualBlock, TinyDecoder
 
 LORA_TARGETS = r".*(conv\w*|to_q|to_k|to_v|to_out|time|skip_gain)"
@@ -52,11 +54,11 @@ class TinyConfig:
     """Residual blocks of the decoder at twice the latent's resolution, beside the one at the latent's own."""
     refine_width: int = 0
     """Channels of the decoder's last convolutions, at the resolution of the image, which see across the borders of
-    latent cells; 0 leaves them out."""
+    latent positions; 0 leaves them out."""
     refine_blocks: int = 0
     """Residual blocks of the decoder at the resolution of the image, used with a ``refine_width``."""
     even_contrast: bool = False
-    """Make fine contrast equally strong at all positions in a latent cell; meant for after training."""
+    """Make fine contrast equally strong at all pixels of a latent position; meant for after training."""
     widths: tuple[int, ...] = (48, 64, 128)
     """UNet channels by level, the first at latent resolution, each further one at half the resolution before."""
     down_blocks: tuple[int, ...] = (1, 1, 2)
@@ -118,7 +120,7 @@ def block_dct(luma: int, chroma: int) -> Tensor:
     return torch.cat(rows).float()
 
 
-class TinyAutoencoder(nn.Module):
+class TinyAutoencoder(LatentAutoencoder):
     """KL autoencoder of factor 4 whose linear path starts as a block DCT.
 
     :meth:`encode` and :meth:`decode` work on latents of zero mean and unit variance per channel; the statistics behind
@@ -211,7 +213,7 @@ class TinyAutoencoder(nn.Module):
         return torch.as_tensor(self.decoder(z, F.pixel_shuffle(self.decoder_linear(raw), FACTOR)))
 
     def memory_per_pixel(self, dtype: torch.dtype) -> float:
-        """Peak bytes per image pixel of a whole generator on this backbone, without gradients."""
+        """Peak bytes per image pixel of a whole generator on this backbone, UNet included."""
         return MEMORY_PER_PIXEL * dtype.itemsize / 4
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -316,7 +318,7 @@ class TinyUNetEncoder(nn.Module):
         return h, skips, emb
 
 
-class TinyUNet(nn.Module):
+class TinyUNet(LatentUNet):
     """Predicts eps from (z_t, t, prompt); latents (N, C, h, w) with h and w multiples of :attr:`size_multiple`."""
 
     lora_targets = LORA_TARGETS
@@ -325,6 +327,7 @@ class TinyUNet(nn.Module):
         super().__init__()
         self.config = config or TinyConfig()
         widths, time_width = self.config.widths, self.config.time_width
+        self.size_multiple = 2 ** (len(widths) - 1)
         self.encoder = TinyUNetEncoder(self.config)
         self.levels = nn.ModuleList(
             nn.ModuleList(ResidualBlock(width, time_width) for _ in range(count))
@@ -337,14 +340,9 @@ class TinyUNet(nn.Module):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias if module.bias is not None else torch.empty(0))
 
-    @property
-    def size_multiple(self) -> int:
-        """Latent height and width must be multiples of this."""
-        return int(2 ** (len(self.config.widths) - 1))
-
-    def memory_per_position(self, dtype: torch.dtype) -> float:
-        """Peak bytes per latent position; what the autoencoder says was measured over both, so this adds nothing."""
-        return FACTOR**2 * MEMORY_PER_PIXEL * dtype.itemsize / 4
+    def network_cost(self, dtype: torch.dtype) -> NetworkCost:
+        """Cost of one evaluation; the autoencoder's figure was measured over both, so this adds nothing to it."""
+        return NetworkCost(bytes_per_position=FACTOR**2 * MEMORY_PER_PIXEL * dtype.itemsize / 4)
 
     def forward(self, z_t: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
         """Predicted noise, shaped like ``z_t``; ``t`` is (N,) integers, ``prompt`` (1 or N, L, prompt_width).

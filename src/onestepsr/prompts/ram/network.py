@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestepsr.models.resshift.swin import MASKED, relative_positions
+from onestepsr.models.resshift.unet import MASKED, relative_positions
 
 HEAD_NORM_EPS = 1e-12
 

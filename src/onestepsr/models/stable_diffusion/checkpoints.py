@@ -1,4 +1,4 @@
-"""Reading a diffusers folder: ``unet/``, ``vae/``, ``scheduler/``, each a ``config.json`` beside its weights.
+"""Reading Stable Diffusion from a diffusers folder or from a single-file checkpoint.
 
 Only what a one-step generator or a discriminator needs is read, and nothing is ever fetched.
 """
@@ -9,14 +9,24 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from onestepsr.core.config import from_mapping, read_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.diffusion.schedule import DiffusionScheduleConfig
-from onestepsr.models.stable_diffusion.config import AutoencoderConfig, StableDiffusionGeneratorConfig, UNetConfig
-from onestepsr.weights.foreign import LazyTensors, open_weights
+from onestepsr.models.stable_diffusion.config import (
+    SD21_BASE,
+    SDXL_BASE,
+    SDXL_SCALING,
+    AutoencoderConfig,
+    StableDiffusionGeneratorConfig,
+    UNetConfig,
+)
+from onestepsr.weights.foreign import LazyTensors, materialize, open_weights
+
+# ---- a diffusers folder: unet/, vae/ and scheduler/, each a config.json beside its weights ----
 
 WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
@@ -70,18 +80,18 @@ def read_folder_weights(folder: Path) -> LazyTensors:
 
 
 def _open_shards(index: Path) -> LazyTensors:
-    places = read_mapping(index).get("weight_map")
-    if not isinstance(places, Mapping) or not all(isinstance(name, str) for name in places.values()):
+    files = read_mapping(index).get("weight_map")
+    if not isinstance(files, Mapping) or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f"{index}: not an index of shards (no 'weight_map')")
     shards: dict[str, LazyTensors] = {}
-    for name in sorted(set(places.values())):
+    for name in sorted(set(files.values())):
         if Path(name).name != name:
             raise UserError(f"{index}: shard '{name}' is not a file of the same folder")
         shards[name] = open_weights(index.parent / name)
-    for key, name in places.items():
+    for key, name in files.items():
         if key not in shards[name]:
             raise UserError(f"{index.parent / name}: no weight '{key}', which the index places there")
-    return {key: shards[name][key] for key, name in places.items()}
+    return {key: shards[name][key] for key, name in files.items()}
 
 
 def _present_name(key: str) -> str:
@@ -129,3 +139,65 @@ def _same(value: Any, default: Any) -> bool:
 
 def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+# ---- a single-file checkpoint: all networks in one file, with the names of Stable Diffusion's first code ----
+
+UNET = "model.diffusion_model."
+AUTOENCODER = "first_stage_model."
+CROSS_ATTENTION = "transformer_blocks.0.attn2.to_k.weight"
+KNOWN = {
+    "Stable Diffusion 2.1-base": (SD21_BASE, AutoencoderConfig()),
+    "SDXL base": (SDXL_BASE, AutoencoderConfig(scaling_factor=SDXL_SCALING)),
+}
+"""Models that such a file can hold: it says nothing of attention heads, so that its sizes have to be known."""
+
+
+def open_checkpoint(path: Path) -> LazyTensors:
+    """The file's tensors under their own names; :class:`UserError` if there is no diffusion UNet among them."""
+    tensors = open_weights(path)
+    if f"{UNET}input_blocks.0.0.weight" not in tensors:
+        raise UserError(
+            f"{path}: neither onestepsr weights nor a Stable Diffusion checkpoint (no weight "
+            f"'{UNET}input_blocks.0.0.weight')"
+        )
+    return tensors
+
+
+def detect(path: Path, tensors: LazyTensors) -> tuple[UNetConfig, AutoencoderConfig]:
+    """Sizes of the networks in the file, recognised by the width of the UNet's cross-attention."""
+    channels = tensors[f"{UNET}input_blocks.0.0.weight"]().shape[1]
+    if channels != SD21_BASE.in_channels:
+        raise UserError(f"{path}: a UNet of {channels} latent channels, expected {SD21_BASE.in_channels}")
+    attention = next((key for key in tensors if key.startswith(UNET) and key.endswith(CROSS_ATTENTION)), None)
+    width = tensors[attention]().shape[1] if attention is not None else 0
+    for unet, autoencoder in KNOWN.values():
+        if unet.cross_attention_dim == width:
+            return unet, autoencoder
+    accepted = ", ".join(f"{unet.cross_attention_dim} ({name})" for name, (unet, _) in KNOWN.items())
+    raise UserError(f"{path}: a UNet of cross-attention width {width}, expected {accepted}")
+
+
+def unet_weights(tensors: LazyTensors, config: UNetConfig) -> LazyTensors:
+    """The UNet's tensors under diffusers' names; translated on names alone, so that only what is used is read."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    own = {key: key for key in tensors if key.startswith(UNET)}  # the names stand for their tensors
+    names: dict[str, str | None] = convert_ldm_unet_checkpoint(own, _as_settings(config))
+    return {key: tensors[name] for key, name in names.items() if name is not None}
+
+
+def autoencoder_weights(path: Path, tensors: LazyTensors, config: AutoencoderConfig) -> LazyTensors:
+    """The autoencoder's tensors under diffusers' names."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    own = {key: tensors[key]() for key in tensors if key.startswith(AUTOENCODER)}
+    if not own:
+        raise UserError(f"{path}: holds no autoencoder (no weights '{AUTOENCODER}*')")
+    levels = [None] * len(config.block_out_channels)
+    converted = convert_ldm_vae_checkpoint(own, {"down_block_types": levels, "up_block_types": levels})
+    return {key: partial(materialize, value) for key, value in converted.items()}
+
+
+def _as_settings(config: UNetConfig) -> dict[str, Any]:
+    return {"layers_per_block": config.layers_per_block, "addition_embed_type": config.addition_embed_type}
