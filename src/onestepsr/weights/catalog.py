@@ -36,7 +36,7 @@ class ModelSpec:
     licence_url: str = ""
     """Address of its text; empty for the package's own."""
     notice: str = ""
-    """Demands of an unusual licence on the user, in one sentence; empty for permissive ones."""
+    """Obligations that an unusual licence puts on the user, in one sentence; empty for permissive ones."""
     kind: Kind = "upscaler"
     """Purpose of the model."""
     family: str = ""

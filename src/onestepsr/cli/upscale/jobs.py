@@ -210,7 +210,7 @@ class Result:
     error: str | None = None
     prompt: str | None = None
     plan: dict[str, Any] | None = None
-    """How it went through the network: tiles, dtype, expected memory."""
+    """Plan of the run: tiles, dtype, expected memory."""
 
 
 def result_of(job: Job, status: Literal["skipped", "failed"]) -> Result:
