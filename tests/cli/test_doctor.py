@@ -87,11 +87,24 @@ def test_the_measured_speeds_decide_the_dtype(monkeypatch: pytest.MonkeyPatch) -
         assert resolve_dtype("auto", cpu) == getattr(torch, chosen)
 
 
-def test_without_a_measurement_the_instructions_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    for flags, chosen in (("avx2 avx512_bf16", torch.bfloat16), ("avx2", torch.float32)):
-        described = {"model name": "Some CPU", "flags": flags}
-        monkeypatch.setattr(machine, "processor", lambda described=described: described)
-        assert resolve_dtype("auto", torch.device("cpu")) == chosen
+@pytest.mark.parametrize(
+    ("flags", "limit", "chosen"),
+    [
+        ("avx2 avx512_bf16", "", torch.bfloat16),
+        ("avx2 avx512f avx512_bf16 amx_bf16", "avx512_core_bf16", torch.bfloat16),
+        ("avx2 avx512_bf16", "AVX2", torch.float32),
+        ("avx2 avx512_bf16", "avx512_core", torch.float32),
+        ("avx2 avx512f", "", torch.float32),
+        ("avx2", "", torch.float32),
+        ("asimd sve bf16", "", torch.float32),
+    ],
+)
+def test_without_a_measurement_the_instructions_decide(
+    flags: str, limit: str, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "processor", lambda: {"model name": "Some CPU", "flags": flags})
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert resolve_dtype("auto", torch.device("cpu")) == chosen
 
 
 def test_a_folder_that_cannot_be_written_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -136,6 +136,18 @@ def test_a_type_that_only_a_gpu_computes_in(folder: Path, capsys: pytest.Capture
     assert "train.mixed_precision: fp16 needs a GPU" in refusal(folder, capsys, "train.mixed_precision=fp16")
 
 
+@pytest.mark.parametrize(("native", "lines"), [(True, 0), (False, 1)])
+def test_a_type_that_this_processor_is_slow_in_is_no_refusal(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, native: bool, lines: int
+) -> None:
+    monkeypatch.setattr("onestepsr.train.run.multiplies_bfloat16", lambda: native)
+    recipe, change = str(folder / "recipe.yaml"), "train.mixed_precision=bf16"
+    with pytest.raises(SystemExit) as end:
+        main(["train", "d3sr", change, "--recipe", recipe, "--dry-run", "--out", str(folder / "never")])
+    assert end.value.code == 0
+    assert caplog.text.count("train.mixed_precision: bf16 takes") == lines
+
+
 def test_a_missing_package(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     said = refusal(folder, capsys, "train.optimizers.generator.kind=adamw8bit")

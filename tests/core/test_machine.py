@@ -44,6 +44,35 @@ def test_the_description_names_processor_cores_accelerators_and_versions(monkeyp
     assert ", torch 2." in machine.describe_machine(["torch"])
 
 
+@pytest.mark.skipif("avx2" not in machine.instructions(), reason="names of x86, as Linux tells them")
+@pytest.mark.parametrize("limit", [None, "AVX2", "AVX512_CORE"])
+def test_instructions_for_bfloat16_are_those_that_onednn_says_it_uses(
+    limit: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = (
+        "import torch; from onestepsr.core import machine\n"
+        "torch.nn.functional.conv2d(torch.ones(1, 64, 64, 64), torch.ones(64, 64, 3, 3))\n"
+        "print('multiplies', machine.multiplies_bfloat16())"
+    )
+    monkeypatch.setenv("ONEDNN_VERBOSE", "1")
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    uses = next(line for line in said.splitlines() if ",cpu,isa:" in line)
+    # AVX2 can have bfloat16 too (avx2_vnni_2), but to load and store it: products are float32's.
+    assert f"multiplies {'AVX-512' in uses and 'bfloat16' in uses}" in said
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"])
+def test_speeds_under_a_limit_are_not_those_without(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for known in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.delenv(known, raising=False)
+    machine.remember_speeds(tmp_path, SPEEDS)
+    assert machine.recall_speeds(tmp_path) == SPEEDS
+    monkeypatch.setenv(name, "AVX2")
+    assert machine.recall_speeds(tmp_path) == {}
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
 def test_resident_memory_sees_what_is_written_to() -> None:
     script = (  # in a process of its own: in this one, memory that earlier tests have freed may serve again

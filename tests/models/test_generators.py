@@ -6,9 +6,13 @@ import copy
 
 import pytest
 import torch
+from agreement import decibels
+from torch import nn
 
 from onestepsr.diffusion.noise_field import NoisePlane
 from onestepsr.inference.upscaler import Upscaler
+from onestepsr.models import cpu_kernels, generators
+from onestepsr.models.cpu_kernels import PackedConvolution, PackedLinear
 from onestepsr.models.generators import NoisedLatentGenerator, OneStepLatentGenerator, TrainableGenerator, pad_to
 from onestepsr.models.tiny.generator import TinyGeneratorConfig
 from small import SMALL, small_generator
@@ -95,3 +99,19 @@ def test_a_prompt_of_another_length_is_kept_in_the_configuration() -> None:
 def test_timestep_outside_the_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.\.999"):
         TinyGeneratorConfig(model=SMALL, timestep=1000)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_every_layer_multiplies_in_float32_where_that_is_faster(generator, native, monkeypatch):
+    for module in (generators, cpu_kernels):
+        monkeypatch.setattr(module, "multiplies_bfloat16", lambda: native)
+    plain = copy.deepcopy(generator).bfloat16()
+    made = copy.deepcopy(plain)
+    made.speed_up()
+    layers = [layer for layer in made.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    assert all(isinstance(layer, (PackedConvolution, PackedLinear)) != native for layer in layers)
+    lr = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        exact, usual, found = generator(lr), plain(lr), made(lr)
+    assert decibels(exact, found) > decibels(exact, usual) - 1.0
+    assert made.state_dict().keys() == plain.state_dict().keys()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onestepsr.core.errors import UserError, first_line
-from onestepsr.core.machine import instructions, recall_speeds
+from onestepsr.core.machine import instructions, multiplies_bfloat16, recall_speeds
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def _bfloat16_pays() -> bool:
         speeds = {}
     if {"bfloat16", "float32"} <= speeds.keys():
         return speeds["bfloat16"] > BFLOAT16_GAIN * speeds["float32"]
-    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(instructions())
+    return multiplies_bfloat16() and "bf16" not in instructions()  # ARM's, of which we have no measurement
 
 
 # ---- copies that neither host nor GPU waits for: through page-locked memory ----

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from onestepsr.core.errors import UserError
-from onestepsr.core.machine import free_memory
+from onestepsr.core.machine import free_memory, multiplies_bfloat16
 from onestepsr.inference.options import UpscaleOptions, target_size
 from onestepsr.inference.tiling import OVERLAP, PUBLISHED_OVERLAPS, Sides, TileJoin, join_of, starts_along
 from onestepsr.models.generators import Generator
@@ -173,16 +173,22 @@ class Workload:
     stage: Stage | None = None
     """The stage; None: all of the generator on one tile after the other."""
 
+    @property
+    def computed(self) -> torch.dtype:
+        """Dtype of the products: float32 for bfloat16 weights where the processor has no instructions for these."""
+        wide = self.device.type == "cpu" and self.dtype == torch.bfloat16 and not multiplies_bfloat16()
+        return torch.float32 if wide else self.dtype
+
     @cached_property
     def cost(self) -> StageCost:
         """Cost of the stage or of the whole, with the colour fix where an image comes out."""
         if self.stage is None:
             return StageCost(
-                bytes_per_pixel=bytes_per_pixel(self.generator, self.dtype),
+                bytes_per_pixel=bytes_per_pixel(self.generator, self.computed),
                 multiple=self.generator.lr_multiple,
                 takes_batches=self.generator.takes_batches,
             )
-        own = self.generator.memory_cost(self.dtype).stages[self.stage]
+        own = self.generator.memory_cost(self.computed).stages[self.stage]
         fix = _colour_fix_bytes(self.generator) if self.stage == "decode" else 0.0
         return replace(own, bytes_per_pixel=own.bytes_per_pixel + fix)
 
@@ -270,7 +276,7 @@ class Workload:
     @property
     def latent_bytes_per_pixel(self) -> float:
         """Bytes per pixel of a joined latent, of which two are kept between stages."""
-        return 0.0 if self.stage is None else self.generator.memory_cost(self.dtype).latent_bytes_per_pixel
+        return 0.0 if self.stage is None else self.generator.memory_cost(self.computed).latent_bytes_per_pixel
 
     @property
     def row_bytes(self) -> float:
@@ -467,7 +473,7 @@ def plan_image(load: Workload, most_pixels: int | None = None) -> Plan:
 
 def _staged_plan(load: Workload, most_pixels: int | None) -> Plan | None:
     """A plan with tiles of their own for all stages; None where one tile for all does as well."""
-    stages = {stage: replace(load, stage=stage) for stage in load.generator.memory_cost(load.dtype).stages}
+    stages = {stage: replace(load, stage=stage) for stage in load.generator.memory_cost(load.computed).stages}
     if not stages or load.options.tile == "off" or load.options.tile_blend == "average":
         return None
     plans = dict[Stage, Plan]()

@@ -1,5 +1,7 @@
 """Faster kernels for inference in bfloat16 on a CPU: packed weights, and attention by blocks of queries.
 
+Where the processor does not multiply bfloat16, the layers multiply in float32, which is faster there
+(:func:`onestepsr.core.machine.multiplies_bfloat16`): only weights and what passes between layers are bfloat16.
 They rest on operators of PyTorch that are not public, all of them called in this file alone. The environment variable
 :data:`SWITCH` set to 0 turns them off; every network then computes with PyTorch's usual layers.
 """
@@ -15,6 +17,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from onestepsr.core.machine import multiplies_bfloat16
 
 SWITCH = "ONESTEPSR_CPU_KERNELS"
 """Environment variable that turns the kernels off with 0."""
@@ -49,7 +53,7 @@ LARGE_SCORE = 6.0
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax(Q K^T / sqrt(C)) V for Q (N, H, Q, C), K and V (N, H, K, C), by whichever kernel is faster."""
-    if is_fast(query) and key.shape[2] >= LEAST_KEYS:
+    if is_fast(query) and key.shape[2] >= LEAST_KEYS and multiplies_bfloat16():
         return attention_by_blocks(query, key, value)
     return F.scaled_dot_product_attention(query, key, value)
 
@@ -175,6 +179,8 @@ class PackedConvolution(_Packed, nn.Conv2d):
         """Output (N, out_channels, h, w) of ``x`` (N, in_channels, H, W)."""
         if not self._suits(x):
             return super().forward(x)
+        if not multiplies_bfloat16():
+            return cast(Tensor, self._conv_forward(x.float(), *_wide(self)).to(x.dtype))
         if self._packed is None:
             if self.weight.numel() < LEAST_WEIGHT * x.numel():
                 return super().forward(x)
@@ -194,10 +200,17 @@ class PackedLinear(_Packed, nn.Linear):
         """Output (..., out_features) of ``x`` (..., in_features)."""
         if not self._suits(x):
             return super().forward(x)
+        if not multiplies_bfloat16():
+            return F.linear(x.float(), *_wide(self)).to(x.dtype)
         if self._packed is None:
             rows = x.numel() // self.in_features
             self._replace_weight(torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), rows))
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], ""))
+
+
+def _wide(layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of ``layer`` in float32."""
+    return layer.weight.float(), None if layer.bias is None else layer.bias.float()
 
 
 def _packing(layer: nn.Module) -> nn.Module | None:

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onestepsr.core.machine import multiplies_bfloat16
 from onestepsr.diffusion.noise_field import NoisePlane
 from onestepsr.diffusion.residual_shift import Noise
 from onestepsr.diffusion.schedule import DiffusionSchedule, DiffusionScheduleConfig
 from onestepsr.imaging.resize import bicubic
+from onestepsr.models.cpu_kernels import use_cpu_kernels
 from onestepsr.models.memory_cost import STAGES, MemoryCost, NetworkCost, Stage, StageCost
 
 DEFAULT_BYTES_PER_PIXEL = 6000.0
@@ -256,6 +258,8 @@ class LatentGenerator(Generator):
         """Speed up both networks."""
         self.autoencoder.speed_up()
         self.unet.speed_up()
+        if not multiplies_bfloat16():
+            use_cpu_kernels(self)  # in all other layers too: in bfloat16 they then take less time
 
     def noise_at(self, rng: Rng, origin: Origin) -> NoisePlane:
         """The noise of a tile at ``origin``: overlapping tiles of one image see the same values where they overlap."""

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import decibels
 from torch import Tensor
 
 from onestepsr.core.config import from_mapping, to_mapping
 from onestepsr.core.errors import UserError
+from onestepsr.core.machine import instructions, multiplies_bfloat16
 from onestepsr.models import cpu_kernels
 from onestepsr.models.cpu_kernels import PackedConvolution
 from onestepsr.models.resshift.unet import (
@@ -60,13 +62,19 @@ def small_inputs(n: int = 2, height: int = 16, width: int = 32, factor: int = 1)
     return x, torch.arange(n) * 7, torch.randn(n, 3, factor * height, factor * width, generator=rng)
 
 
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="no instructions for bfloat16, so weights are not packed")
 def test_packed_weights_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_kernels, "LEAST_WEIGHT", 0)
     plain = small_network().eval().requires_grad_(False).bfloat16().to(memory_format=torch.channels_last)
     made, inputs = copy.deepcopy(plain), small_inputs()
     made.speed_up()
     with torch.inference_mode():
-        assert torch.equal(made(*inputs), plain(*inputs))
+        found, expected = made(*inputs), plain(*inputs)
+        exact = copy.deepcopy(plain).float()(*inputs)
+    if "amx_bf16" in instructions():  # the order of sums may depend on that of the weights, as agreement.agree says
+        assert decibels(exact, found) > decibels(exact, expected) - 1.0
+    else:
+        assert torch.equal(found, expected)
     packed = [layer for layer in made.modules() if isinstance(layer, PackedConvolution)]
     assert packed
     assert all(layer.weight.is_meta for layer in packed)
