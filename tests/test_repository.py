@@ -135,3 +135,19 @@ def test_the_tour_quotes_the_sources() -> None:
     assert len(quotes) >= 8
     missing = [quote for name, quote in quotes if quote not in (SOURCES / name).read_text(encoding="utf-8")]
     assert missing == []
+
+
+def test_every_file_has_its_line_in_the_tree() -> None:
+    tree = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## The tree")[2]
+    listed: list[str] = []
+    folders: list[str] = []
+    for line in re.findall(r"^( *)([\w.]+/?)(?= {1,}\S)", tree, flags=re.MULTILINE):
+        depth, name = len(line[0]) // 2, line[1]
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        elif name.endswith(".py"):
+            listed.append("".join(folders) + name)
+    files = [str(path.relative_to(SOURCES)) for path in SOURCES.rglob("*.py")]
+    top = ("__init__.py", "__main__.py")
+    assert sorted(listed) == sorted(file for file in files if Path(file).name != "__init__.py" or file in top)
