@@ -99,7 +99,7 @@ def run(
 
     ``others`` is the record of pairs from other photos that lie in ``out_dir`` already.
     """
-    from onestepsr.data.degradation.photo_files import draw_for
+    from onestepsr.data.degradation.pipeline import draw_for
 
     recipe = load_recipe(header["recipe"])
     # Parameters do not depend on the photo, so the record is complete before the first image is written.
@@ -144,7 +144,7 @@ def usual_scale(name: str) -> int:
 
 def write_pair(job: Job, drawn: Degradation, header: dict[str, Any]) -> None:
     """Degrade one photo and write its LR and cropped HR image as PNG; leftovers of a killed run stay."""
-    from onestepsr.data.degradation.photo_files import make_pair
+    from onestepsr.data.degradation.pipeline import make_pair
     from onestepsr.imaging.read import from_array
     from onestepsr.imaging.write import write_image
 

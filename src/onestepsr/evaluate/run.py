@@ -15,8 +15,7 @@ import torch
 from onestepsr.core.errors import OneStepSRError, UserError
 from onestepsr.core.files import remove_leftovers
 from onestepsr.core.machine import cores
-from onestepsr.data.degradation.photo_files import draw_for, make_pair
-from onestepsr.data.degradation.pipeline import Recipe
+from onestepsr.data.degradation.pipeline import Recipe, draw_for, make_pair
 from onestepsr.evaluate.pairing import Case, CaseSet
 from onestepsr.evaluate.result import EvaluationResult, Files, ModelRecord, Setting, machine_entries, now
 from onestepsr.evaluate.scoring import Problem, Score, Scorer
