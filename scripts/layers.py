@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestepsr.inference.allocator import no_malloc_trim
+from onestepsr.inference.devices import no_malloc_trim
 from onestepsr.inference.shared_norms import SharedNorms
 from onestepsr.models.cpu_kernels import attention_by_blocks, use_cpu_kernels
 

@@ -9,6 +9,7 @@ import torch
 from onestepsr.benchmark.complexity import Complexity, default_names, measure
 from onestepsr.benchmark.complexity_report import (
     Report,
+    Table,
     as_document,
     as_markdown,
     billions,
@@ -18,7 +19,6 @@ from onestepsr.benchmark.complexity_report import (
 )
 from onestepsr.benchmark.counting import size_of
 from onestepsr.core.errors import UnknownModel, UserError
-from onestepsr.core.tables import Table
 from onestepsr.methods.base import Method
 from onestepsr.methods.d3sr import D3SRConfig, DiscriminatorConfig
 from onestepsr.methods.d3sr import build as build_d3sr

@@ -7,7 +7,7 @@ import pytest
 
 from evaluation_results import PSNR, make_result
 from onestepsr.evaluate.comparison import compare
-from onestepsr.evaluate.statistics import summarize
+from onestepsr.evaluate.result import summarize
 from onestepsr.evaluate.tables import (
     Grid,
     cell,

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from onestepsr.diffusion.noise_field import NoisePlane
+from onestepsr.diffusion.residual_shift import NoisePlane
 from onestepsr.inference.upscaler import Upscaler
 from onestepsr.models.generators import NoisedLatentGenerator, OneStepLatentGenerator, TrainableGenerator, pad_to
 from onestepsr.models.tiny.generator import TinyGeneratorConfig

@@ -33,7 +33,7 @@ from onestepsr.core.machine import free_memory, resident_memory
 from onestepsr.imaging.color import wavelet
 from onestepsr.imaging.read import LoadedImage, read_image, samples_to_tensor, tensor_to_samples
 from onestepsr.imaging.write import write_image
-from onestepsr.inference.compiling import compiler_errors_named
+from onestepsr.inference.devices import compiler_errors_named
 from onestepsr.inference.tiled import LoadedGenerator
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler, enlarge
 from onestepsr.models.generators import Generator, pad_to_multiple

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from onestepsr.benchmark.complexity_report import Table
 from onestepsr.core.machine import cores
-from onestepsr.core.tables import Table
 
 if TYPE_CHECKING:
     from onestepsr.benchmark.speed import SpeedConfig

@@ -21,8 +21,8 @@ from onestepsr.core.machine import describe_machine
 from onestepsr.core.progress import progress
 
 if TYPE_CHECKING:
+    from onestepsr.benchmark.complexity_report import Table
     from onestepsr.benchmark.speed import SpeedConfig
-    from onestepsr.core.tables import Table
 
 STDOUT = "-"
 MEASURED_WITH = ("torch", "diffusers", "peft")

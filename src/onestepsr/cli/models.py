@@ -256,7 +256,7 @@ def _describe_file(wanted: Download) -> dict[str, Any]:
 def _describe_weights(model: str) -> dict[str, Any]:
     from onestepsr.core.files import file_sha256
     from onestepsr.weights.catalog import resolve
-    from onestepsr.weights.native import read_weights
+    from onestepsr.weights.files import read_weights
 
     path = resolve(model)
     architecture, config, tensors = read_weights(path)

@@ -14,8 +14,7 @@ from typing import Literal
 from onestepsr.core.config import from_mapping, read_mapping
 from onestepsr.core.errors import UserError, did_you_mean
 from onestepsr.evaluate.comparison import Comparison
-from onestepsr.evaluate.result import EvaluationResult, MetricRecord, Setting, safe_text
-from onestepsr.evaluate.statistics import Summary
+from onestepsr.evaluate.result import EvaluationResult, MetricRecord, Setting, Summary, safe_text
 
 NOTHING = "-"
 UP, DOWN = "↑", "↓"

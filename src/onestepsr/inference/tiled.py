@@ -19,14 +19,12 @@ from onestepsr.imaging.color import gray, wavelet
 from onestepsr.imaging.icc import ColorProfile
 from onestepsr.imaging.read import samples_to_tensor
 from onestepsr.imaging.resize import bicubic
-from onestepsr.inference.allocator import no_malloc_trim
-from onestepsr.inference.devices import Arrival, to_device
+from onestepsr.inference.devices import Arrival, no_malloc_trim, to_device
 from onestepsr.inference.memory_plan import Plan, StagePlan
 from onestepsr.inference.options import UpscaleOptions
 from onestepsr.inference.shared_norms import CALIBRATION_SHARE, SharedNorms, reduced
 from onestepsr.inference.tiling import TileJoin, join_of
-from onestepsr.models.generators import Generator
-from onestepsr.models.memory_cost import Stage
+from onestepsr.models.generators import Generator, Stage
 
 AHEAD = {"cuda": 1}
 """Batches that a kind of device is given before the result of the first is waited for: while the host joins tiles, the
@@ -98,7 +96,7 @@ class TiledRun:
         """``pixels`` (H, W, C) are stored samples of the colour space ``profile``. ``norms`` are to treat all tiles
         alike, where there are tiles. ``progress(done, total)`` is called after every tile. ``fill``: the last batch
         repeats its last tile until it is as large as the others. ``keep_memory``: see
-        :func:`onestepsr.inference.allocator.no_malloc_trim`."""
+        :func:`onestepsr.inference.devices.no_malloc_trim`."""
         self.loaded, self.generator, self.scale = loaded, loaded.generator, loaded.generator.scale
         self.plan, self.options, self.profile = plan, options, profile
         self.fill, self.keep_memory, self._norms = fill, keep_memory, norms

@@ -33,14 +33,16 @@ from onestepsr.imaging.read import (
 )
 from onestepsr.imaging.resize import fill_transparent, resize
 from onestepsr.imaging.write import check_size, check_writable, format_of, write_image
-from onestepsr.inference.allocator import separate_mmaps
-from onestepsr.inference.compiling import compile_networks, compiler_errors_named, require_compiler
 from onestepsr.inference.devices import (
     DTYPES,
+    compile_networks,
+    compiler_errors_named,
     is_out_of_memory,
     oom_as_user_error,
+    require_compiler,
     resolve_device,
     resolve_dtype,
+    separate_mmaps,
 )
 from onestepsr.inference.memory_plan import InputSize, Plan, Workload, bytes_per_pixel, fewer_pixels, plan_image
 from onestepsr.inference.options import ColorFix, UpscaleOptions, target_size
@@ -247,7 +249,7 @@ class Upscaler:
         return self.plan(height, width, options).tile
 
     def keeps_freed_memory(self, area: int) -> bool:
-        """True if ``area`` input pixels at once are worth :func:`onestepsr.inference.allocator.no_malloc_trim`."""
+        """True if ``area`` input pixels at once are worth :func:`onestepsr.inference.devices.no_malloc_trim`."""
         return self.device.type == "cpu" and area * bytes_per_pixel(self.generator, self.dtype) > LARGE_WORK
 
     def _plan(self, size: InputSize, options: UpscaleOptions) -> Plan:

@@ -61,7 +61,7 @@ class ExtrasConfig:
     even_contrast: bool = False
     """Equalise the contrast of detail over the positions within a latent position, on a tiny backbone and while
     training: critics see no lattice then, and the generator gains nothing by one. See
-    :class:`onestepsr.models.tiny.decoder.EvenContrast`."""
+    :class:`onestepsr.models.tiny.networks.EvenContrast`."""
     train_decoder: bool = False
     """Also train the autoencoder's decoder, which the paper freezes; a small one gains from knowing the generator's
     latents."""

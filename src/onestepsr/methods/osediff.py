@@ -146,7 +146,7 @@ class ConditionConfig:
 
     def _embedded(self, texts: list[str], width: int) -> Tensor:
         if torch.empty(0).device.type == "meta":  # a dry run has no use for values
-            from onestepsr.prompts.base import TOKENS
+            from onestepsr.prompts.sources import TOKENS
 
             with torch.device("cpu"):  # whatever importing transformers makes has values
                 self.check(width, texts)

@@ -37,8 +37,7 @@ from onestepsr.models.stable_diffusion.networks import (
 )
 from onestepsr.models.tiny.networks import TinyUNet
 from onestepsr.weights.catalog import resolve
-from onestepsr.weights.foreign import LazyTensors, fill, materialize, read_tensors
-from onestepsr.weights.native import architecture_of, read_weights
+from onestepsr.weights.files import LazyTensors, architecture_of, fill, materialize, read_tensors, read_weights
 
 logger = logging.getLogger(__name__)
 

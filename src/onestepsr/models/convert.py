@@ -20,7 +20,7 @@ from onestepsr.models.osediff.generator import Posterior
 from onestepsr.models.resshift.checkpoints import is_published, load_published, looks_published
 from onestepsr.models.resshift.config import PUBLISHED
 from onestepsr.models.tiny.generator import blend, equalize_subpixel_contrast, match_architecture
-from onestepsr.weights.native import architecture_of, save_model
+from onestepsr.weights.files import architecture_of, save_model
 
 ADAPTERS = ".adapters.safetensors"
 """Ending of the file that keeps OSEDiff's adapters beside the model that they made."""

@@ -25,7 +25,7 @@ from onestepsr.models.tiny.generator import blend, match_architecture
 from onestepsr.models.tiny.networks import TinyAutoencoder
 from onestepsr.weights.catalog import BICUBIC, OSEDIFF_SCALES, get_model, list_models, require_upscaler, resolve
 from onestepsr.weights.download import download_all
-from onestepsr.weights.native import architecture_of
+from onestepsr.weights.files import architecture_of
 
 logger = logging.getLogger(__name__)
 

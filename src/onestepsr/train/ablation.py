@@ -32,7 +32,7 @@ from onestepsr.core.config import apply_overrides, from_mapping, read_mapping, t
 from onestepsr.core.errors import UserError, did_you_mean, error_context
 from onestepsr.core.files import locked, write_text, writing
 from onestepsr.core.signals import Interruption
-from onestepsr.data.config import DataConfig
+from onestepsr.data.datasets import DataConfig
 from onestepsr.methods.shared.image_loss import PerceptualConfig
 from onestepsr.models.loading import load_generator
 from onestepsr.train.checkpoint import Checkpoints

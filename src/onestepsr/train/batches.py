@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from onestepsr.core.errors import UserError
 from onestepsr.core.files import locked
 from onestepsr.core.rng import generator
-from onestepsr.data.config import DataConfig
-from onestepsr.data.datasets import PHOTO, Sample
+from onestepsr.data.datasets import PHOTO, DataConfig, Sample
 from onestepsr.methods.base import Batch, Method
 from onestepsr.train.recipes import TrainConfig
 

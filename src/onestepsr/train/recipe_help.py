@@ -20,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from onestepsr.core.config import to_mapping
-from onestepsr.data.config import DataConfig
+from onestepsr.data.datasets import DataConfig
 from onestepsr.methods.base import get_method, method_names
 from onestepsr.train.recipes import RunConfig, TrainConfig, ValidationConfig, load_methods
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from onestepsr import methods
 from onestepsr.core.config import apply_overrides, from_mapping, merged, read_mapping, to_mapping
 from onestepsr.core.errors import UserError, did_you_mean
-from onestepsr.data.config import DataConfig
+from onestepsr.data.datasets import DataConfig
 from onestepsr.methods.base import get_method
 
 # ---- The training loop: everything under ``train:`` ------------------------------------------------------------------

@@ -16,8 +16,7 @@ from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.core.files import locked, write_text, writing
 from onestepsr.core.rng import derived_seed
-from onestepsr.data.config import DataConfig
-from onestepsr.data.datasets import Pool, build_dataset, fingerprint
+from onestepsr.data.datasets import DataConfig, Pool, build_dataset, fingerprint
 from onestepsr.methods.base import Exported, Method, get_method
 from onestepsr.train.batches import with_prompts
 from onestepsr.train.checkpoint import Checkpoint, Checkpoints
@@ -193,7 +192,7 @@ def export(method: Method, networks: NetworkSet, path: Path, notes: dict[str, st
 
 def write_exported(exported: Exported, path: Path, notes: dict[str, str]) -> None:
     """Write a model in float32, and the files beside it."""
-    from onestepsr.weights.native import save_model
+    from onestepsr.weights.files import save_model
 
     save_model(
         path,

@@ -16,8 +16,7 @@ from onestepsr.core.progress import progress
 if TYPE_CHECKING:
     from onestepsr.evaluate.pairing import CaseSet
     from onestepsr.evaluate.result import EvaluationResult
-    from onestepsr.evaluate.run import Degrader, EvaluatedModel
-    from onestepsr.evaluate.scoring import Score, Scorer
+    from onestepsr.evaluate.run import Degrader, EvaluatedModel, Score, Scorer
     from onestepsr.imaging.read import LoadedImage
     from onestepsr.inference.options import UpscaleOptions
     from onestepsr.inference.upscaler import Upscaler
@@ -53,7 +52,7 @@ class MeasureOptions:
         """The metrics, loaded; those that cannot be are reported on stderr, before the work and in one line each."""
         from onestepsr.evaluate.metrics.catalog import select_metrics
         from onestepsr.evaluate.protocols import applicable, get_protocol
-        from onestepsr.evaluate.scoring import Scorer
+        from onestepsr.evaluate.run import Scorer
         from onestepsr.inference.devices import resolve_device
 
         if self.label == "":

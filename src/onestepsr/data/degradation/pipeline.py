@@ -153,6 +153,9 @@ def draw_face_degradation(config: FaceDegradationConfig, rng: torch.Generator) -
     )
 
 
+# ---- Second-order model ----------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One round of blur, resize and noise; the defaults are Real-ESRGAN's first."""

@@ -23,8 +23,7 @@ from onestepsr.core.errors import UserError
 from onestepsr.core.files import replacing
 from onestepsr.models.osediff.generator import DECODER_LAYERS, OSEDiffGenerator
 from onestepsr.models.stable_diffusion.networks import StableDiffusionAutoencoder, StableDiffusionUNet
-from onestepsr.weights.foreign import describe_read_error
-from onestepsr.weights.native import read_weights, save_model
+from onestepsr.weights.files import describe_read_error, read_weights, save_model
 
 Part = Literal["unet", "vae"]
 PARTS: tuple[Part, ...] = ("unet", "vae")

@@ -15,7 +15,7 @@ from onestepsr.models.resshift.generator import ResidualShiftGenerator, residual
 from onestepsr.models.resshift.vqgan import VQConfig
 from onestepsr.weights.catalog import get_model
 from onestepsr.weights.download import download_all
-from onestepsr.weights.foreign import LazyTensors, canonical_keys, fill, open_weights
+from onestepsr.weights.files import LazyTensors, canonical_keys, fill, open_weights
 
 UNET_MARK = "input_blocks.1.1.patch_embed.proj.weight"
 """A weight that only a UNet of this family has."""

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from onestepsr.models.cpu_kernels import use_cpu_kernels
-from onestepsr.models.generators import LatentUNet
-from onestepsr.models.memory_cost import NetworkCost
+from onestepsr.models.generators import LatentUNet, NetworkCost
 from onestepsr.models.tiny.networks import timestep_embedding
 
 # ---- attention inside windows ----

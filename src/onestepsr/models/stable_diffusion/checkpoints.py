@@ -24,7 +24,7 @@ from onestepsr.models.stable_diffusion.config import (
     StableDiffusionGeneratorConfig,
     UNetConfig,
 )
-from onestepsr.weights.foreign import LazyTensors, materialize, open_weights
+from onestepsr.weights.files import LazyTensors, materialize, open_weights
 
 # ---- a diffusers folder: unet/, vae/ and scheduler/, each a config.json beside its weights ----
 

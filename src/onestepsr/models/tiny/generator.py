@@ -11,8 +11,7 @@ from torch import nn
 
 from onestepsr.core.errors import UserError
 from onestepsr.models.generators import OneStepConfig, OneStepLatentGenerator, one_step_generator
-from onestepsr.models.tiny.decoder import ResidualBlock
-from onestepsr.models.tiny.networks import TinyAutoencoder, TinyConfig, TinyUNet
+from onestepsr.models.tiny.networks import ResidualBlock, TinyAutoencoder, TinyConfig, TinyUNet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ def _check_grows(name: str, now: int | tuple[int, ...], wanted: int | tuple[int,
 
 
 def equalize_subpixel_contrast(generator: nn.Module) -> OneStepLatentGenerator:
-    """A tiny generator of the same weights whose output passes :class:`onestepsr.models.tiny.decoder.EvenContrast`.
+    """A tiny generator of the same weights whose output passes :class:`onestepsr.models.tiny.networks.EvenContrast`.
 
     Raises UserError for a generator of another kind.
     """

@@ -22,7 +22,7 @@ from onestepsr.core.files import read_text
 from onestepsr.models.perceptual_features import IMAGENET_MEAN, IMAGENET_STD
 from onestepsr.prompts.ram.network import RamConfig, RamNetwork
 from onestepsr.weights.download import cache_folder
-from onestepsr.weights.foreign import LazyTensors, fill, open_weights, read_tensors
+from onestepsr.weights.files import LazyTensors, fill, open_weights, read_tensors
 
 logger = logging.getLogger(__name__)
 
