@@ -119,10 +119,11 @@ def measure_speed(
         product, baseline, *_ = *(_path_speed(*each, config) for each in zip(paths, runs, strict=True)), {}
         memory = _memory(model, sources[0], config, steps, announce) if config.memory else None
     rows, columns, _ = runs[0][0].pixels[0].shape
+    network: nn.Module = upscaler.generator
     images, tflops = config.batch / product["whole"]["median"], product["tflops"]
     return {
         "model": model,
-        "steps": _steps_of(upscaler.generator),
+        "steps": network.schedule.steps if isinstance(network, ResidualShiftGenerator) else 1,
         "output": [columns, rows],
         "batch": config.batch,
         "images_per_second": images,
@@ -231,10 +232,6 @@ def _plain(
         return None
     generator = load_plain(model, upscaler.device, steps)
     return BatchPath(generator, upscaler.device, torch.float32, torch.contiguous_format)
-
-
-def _steps_of(generator: nn.Module) -> int:
-    return generator.schedule.steps if isinstance(generator, ResidualShiftGenerator) else 1
 
 
 # ---- runs ----

@@ -93,7 +93,7 @@ def ablate(
 
 def show(ablation: Ablation, held_out: HeldOut) -> None:
     """Print what would be trained and compared."""
-    from onestepsr.evaluate.tables import Grid
+    from onestepsr.core.tables import Grid
     from onestepsr.train.ablation import override_lines
 
     config = ablation.suite.config

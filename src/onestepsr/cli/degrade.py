@@ -66,7 +66,9 @@ def degrade_command(
         raise UserError(f"--crop-multiple {multiple}: expected a multiple of the scale, {scale}")
     jobs = plan(hr_dir, out_dir, recursive)
     header = {"schema": SCHEMA, "recipe": recipe, "scale": scale, "seed": seed, "crop_multiple": multiple}
-    _check_existing(jobs, skip_existing, overwrite)
+    existing = [job.lr for job in jobs if job.lr.exists() or job.hr.exists()]
+    if existing and not (skip_existing or overwrite):
+        raise UserError(f"{existing[0]}: exists; give --skip-existing or --overwrite")
     others = _other_pairs(jobs, out_dir, header, overwrite)
     failures = run(jobs, out_dir, header, skip_existing, others)
     typer.echo(f"{len(jobs) - len(failures)} pairs in {out_dir} (LR, HR, {RECORD})")
@@ -162,13 +164,6 @@ def write_record(
 
     images = {**(others or {}), **{name: to_mapping(entry) for name, entry in drawn.items()}}
     write_text(out_dir / RECORD, json.dumps({**header, "images": images}, indent=1) + "\n")
-
-
-def _check_existing(jobs: list[Job], skip: bool, overwrite: bool) -> None:
-    """Refuse to overwrite unasked."""
-    existing = [job.lr for job in jobs if job.lr.exists() or job.hr.exists()]
-    if existing and not (skip or overwrite):
-        raise UserError(f"{existing[0]}: exists; give --skip-existing or --overwrite")
 
 
 def _other_pairs(jobs: list[Job], out_dir: Path, header: dict[str, Any], overwrite: bool) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -340,16 +339,7 @@ def now() -> str:
 
 def machine_entries() -> dict[str, Setting]:
     """Entries of :attr:`EvaluationResult.machine` that need no PyTorch."""
-    return {
-        "system": platform.system(),
-        "processor": processor_name(),
-        "python": platform.python_version(),
-    }
-
-
-def safe_text(text: str) -> str:
-    """``text`` without control characters and lone surrogates, which file names may hold and terminals interpret."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
+    return {"system": platform.system(), "processor": processor_name(), "python": platform.python_version()}
 
 
 def _check_means(written: object, result: EvaluationResult) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,10 @@ class TiledRun:
 
     def rows(self) -> Iterator[Tensor]:
         """The enlarged image, padding and all, as consecutive bands (1, C, rows, W * scale) of float32."""
-        with self._calibrated_norms():
+        # Where some norms only meet tiles, they have statistics of the whole image. The reduced copy that gives these
+        # is no smaller than ``_padding``, which may be more than the memory is planned for.
+        calibrated = self._norms and self.plan.cuts_autoencoder and self._padding**2 <= self.plan.pixels
+        with self._norms.calibrated_by(self._calibration_pass) if self._norms and calibrated else nullcontext():
             if self.plan.stages is None:
                 yield from self.run_stage(None, self.plan, None)
                 return
@@ -127,7 +130,9 @@ class TiledRun:
         """Bands of joined rows that ``stage`` makes of the tiles of the image, and of ``latent``: of a latent, or of
         the enlarged image. None is the whole generator."""
         join, makes_latent = self._join_of(stage_plan), stage in ("encode", "unet")
-        with no_malloc_trim(self.keep_memory), self._own_norms(stage_plan):
+        # Norms have statistics of their input if that is the whole image.
+        own_norms = self._norms.disabled() if self._norms and stage_plan.tiles == 1 else nullcontext()
+        with no_malloc_trim(self.keep_memory), own_norms:
             pieces = self._outputs(stage, self._tiles(join, latent), stage_plan.batch)
             if makes_latent:
                 size = (self._size[0] // self.plan.position, self._size[1] // self.plan.position)
@@ -151,23 +156,12 @@ class TiledRun:
 
     # ---- norms with statistics of the whole image ----
 
-    def _calibrated_norms(self) -> AbstractContextManager[None]:
-        """Inside, norms have statistics of the whole image, if some of them only meet tiles."""
-        # The reduced copy is no smaller than ``_padding``, which may be more than the memory is planned for.
-        if self._norms and self.plan.cuts_autoencoder and self._padding**2 <= self.plan.pixels:
-            return self._norms.calibrated_by(self._calibration_pass)
-        return nullcontext()
-
     def _calibration_pass(self) -> None:
         """Send a reduced copy of the image through the network, whole."""
         # Not where freed memory is kept: its blocks have other sizes, and would only break up the heap.
         most = min(self.plan.pixels, self._size[0] * self._size[1] * CALIBRATION_SHARE)
         tile = Tile(origin=(0, 0), lr=reduced(self._source, most, self._padding))
         self._evaluate(None, [tile], _on(self._home, [tile]))
-
-    def _own_norms(self, stage_plan: StagePlan) -> AbstractContextManager[None]:
-        """Inside, norms have statistics of their input if that is the whole image."""
-        return self._norms.disabled() if self._norms and stage_plan.tiles == 1 else nullcontext()
 
     # ---- tiles through the network and the colour fix ----
 

@@ -370,12 +370,9 @@ def _generator_loss(
 
 def _export(networks: Mapping[str, nn.Module]) -> Exported:
     generator = cast(TrainableOSEDiff, networks["generator"]).generator
-    return exported(generator, _unmerged(generator))
-
-
-def _unmerged(generator: OSEDiffGenerator) -> dict[str, Exported]:
-    """The adapters as they are, from which the published layout can be written and another run can start."""
     if not can_be_published(generator):
-        return {}
+        return exported(generator, {})
+    # The adapters as they are, from which the published layout can be written and another run can start.
     described, state = content_of(collect(generator))
-    return {"adapters": Exported(state_dict=state, architecture=ARCHITECTURE, config=described)}
+    beside = Exported(state_dict=state, architecture=ARCHITECTURE, config=described)
+    return exported(generator, {"adapters": beside})

@@ -96,14 +96,7 @@ class Generator(nn.Module):
         """True if :meth:`forward` makes use of a ``prompt``."""
         return self.prompt_width > 0
 
-    def forward(
-        self,
-        lr: Tensor,
-        *,
-        rng: Rng = None,
-        origin: Origin = None,
-        prompt: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, lr: Tensor, *, rng: Rng = None, origin: Origin = None, prompt: Tensor | None = None) -> Tensor:
         """SR image (N, 3, s h, s w) in about [0, 1], not clamped, of LR (N, 3, h, w) in [0, 1] of any size.
 
         ``rng`` decides the noise, where any is drawn (None: always the same), and ``origin``, the row and column of
@@ -140,14 +133,7 @@ class Generator(nn.Module):
 class BicubicGenerator(Generator):
     """No network: bicubic enlargement, the baseline that every result is compared with."""
 
-    def forward(
-        self,
-        lr: Tensor,
-        *,
-        rng: Rng = None,
-        origin: Origin = None,
-        prompt: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, lr: Tensor, *, rng: Rng = None, origin: Origin = None, prompt: Tensor | None = None) -> Tensor:
         """Enlarged image (N, 3, 4h, 4w) of LR (N, 3, h, w) in [0, 1]; bicubic (a = -0.75), not clamped."""
         return bicubic(lr, self.scale)
 
@@ -247,12 +233,7 @@ class LatentGenerator(Generator):
         return bicubic(lr, self.scale)
 
     def restore(
-        self,
-        lr: Tensor,
-        *,
-        rng: Rng = None,
-        origin: Origin = None,
-        prompt: Tensor | None = None,
+        self, lr: Tensor, *, rng: Rng = None, origin: Origin = None, prompt: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """SR image (N, 3, s h, s w), not clamped, and its latent, for LR (N, 3, h, w) with sides multiples of
         ``lr_multiple``; the rest as in :meth:`forward`."""
@@ -260,14 +241,7 @@ class LatentGenerator(Generator):
         z_h = self.restore_latent(z_l, lr, rng=rng, origin=origin, prompt=prompt)
         return self.decode(z_h), z_h
 
-    def forward(
-        self,
-        lr: Tensor,
-        *,
-        rng: Rng = None,
-        origin: Origin = None,
-        prompt: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, lr: Tensor, *, rng: Rng = None, origin: Origin = None, prompt: Tensor | None = None) -> Tensor:
         """SR image of LR of any size from 1x1 on; see :meth:`Generator.forward`."""
         height, width = lr.shape[-2:]
         sr, _ = self.restore(pad_to_multiple(lr, self.lr_multiple), rng=rng, origin=origin, prompt=prompt)

@@ -107,15 +107,11 @@ def load_network(name_or_path: str | Path) -> nn.Module:
     Raises :class:`UserError` in one line for an unknown name, a damaged file and weights that do not fit.
     """
     require_upscaler(name_or_path)
-    return LOADERS[_family_of(name_or_path)](str(name_or_path)).eval()
-
-
-def _family_of(name_or_path: str | Path) -> str:
-    if is_random(name_or_path):
-        return "random"
-    if Path(name_or_path).is_file():
-        return "native"
-    return next((family for family, names in ALIASES.items() if str(name_or_path) in names), "native")
+    name = str(name_or_path)
+    family = next((family for family, names in ALIASES.items() if name in names), "native")
+    if is_random(name_or_path) or Path(name_or_path).is_file():
+        family = "random" if is_random(name_or_path) else "native"
+    return LOADERS[family](name).eval()
 
 
 # ---- a generator for inference ----
@@ -139,7 +135,11 @@ def load_generator(
     """
     name = str(name_or_path)
     generator = _as_generator(load_network(name_or_path), name)
-    generator = _with_sampling(generator, name, steps, sampler)
+    if isinstance(generator, ResidualShiftGenerator):
+        generator.choose_sampling(steps, sampler)
+    elif steps is not None or sampler is not None:
+        wish = f"--steps {steps}" if steps is not None else f"--sampler {sampler}"
+        raise UserError(f"{wish}: '{name}' takes no steps; the ResShift family does, see 'onestepsr models list'")
     generator = _with_fidelity(generator, name, fidelity)
     return _prepared(generator, device, dtype, faster=faster)
 
@@ -148,15 +148,6 @@ def _as_generator(network: nn.Module, name: str) -> Generator:
     if not isinstance(network, Generator):
         raise UserError(f"{name}: a {type(network).__name__} is no generator; it cannot upscale by itself")
     return network
-
-
-def _with_sampling(generator: Generator, name: str, steps: int | None, sampler: str | None) -> Generator:
-    if isinstance(generator, ResidualShiftGenerator):
-        generator.choose_sampling(steps, sampler)
-    elif steps is not None or sampler is not None:
-        wish = f"--steps {steps}" if steps is not None else f"--sampler {sampler}"
-        raise UserError(f"{wish}: '{name}' takes no steps; the ResShift family does, see 'onestepsr models list'")
-    return generator
 
 
 def _with_fidelity(generator: Generator, name: str, fidelity: float | None) -> Generator:

@@ -27,10 +27,10 @@ from onestepsr.core.files import file_sha256, replacing, writing
 from onestepsr.core.machine import describe_machine
 from onestepsr.core.progress import progress
 from onestepsr.core.rng import derived_seed
+from onestepsr.core.tables import DOWN, UP, Grid
 from onestepsr.data.datasets import build_dataset
 from onestepsr.evaluate.metrics.catalog import METRICS, MetricSpec, Reference
 from onestepsr.evaluate.metrics.fidelity import as_eight_bit
-from onestepsr.evaluate.tables import DOWN, UP, Grid
 from onestepsr.inference.upscaler import resolve_device
 from onestepsr.methods.shared.image_loss import PerceptualConfig, build_perceptual
 from onestepsr.models.loading import load_generator

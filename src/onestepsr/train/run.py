@@ -120,7 +120,7 @@ def execute(plan: Plan) -> Path:
     with locked(plan.run.out / LOCK, wait=False) as alone:
         if not alone:
             raise UserError(f"{plan.run.out}: another process trains there; wait for it or choose another --out")
-        _write_config(plan.run)
+        write_text(plan.run.out / CONFIG, config_text(plan.run))
         return _execute(plan)
 
 
@@ -220,10 +220,6 @@ def _find_checkpoint(run: RunConfig, resume: bool) -> Checkpoint | None:
                 f"train.steps: {run.train.steps}, but {run.out} has finished {checkpoint.step} steps already"
             )
     return checkpoint
-
-
-def _write_config(run: RunConfig) -> None:
-    write_text(run.out / CONFIG, config_text(run))
 
 
 def config_text(run: RunConfig) -> str:

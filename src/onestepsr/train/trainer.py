@@ -181,7 +181,11 @@ class Trainer:
             means = self._finite_means(phase, sums)
             self.accelerator.unscale_gradients(optimizer)
             norm = self._clip(phase.network)
-            self._step_optimizer(phase.network)
+            rate = self.config.optimizer_of(phase.network).lr * learning_rate_factor(self.config, self.step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
         return means, norm
 
     def _backward(self, index: int, phase: Phase, batch: Batch, micro: int) -> dict[str, Tensor]:
@@ -211,14 +215,6 @@ class Trainer:
         if not math.isfinite(norm) and self.accelerator.scaler is None:
             self._fail(f"the gradient of network '{name}' is {norm}")
         return norm
-
-    def _step_optimizer(self, name: str) -> None:
-        optimizer = self.networks.optimizers[name]
-        rate = self.config.optimizer_of(name).lr * learning_rate_factor(self.config, self.step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
 
     def _any(self, mine: bool) -> bool:
         """True if it is in any process: signals reach processes at different steps, and all stop together."""

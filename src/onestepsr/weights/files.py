@@ -142,7 +142,10 @@ def open_weights(path: Path, *, limit: int = MAX_BYTES) -> LazyTensors:
     try:
         if path.stat().st_size > limit:
             raise UserError(f"{path}: larger than {limit / 2**20:,.0f} MiB")
-        return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+        if path.suffix != ".safetensors":
+            return _open_pickle(path)
+        handle: Any = safe_open(path, framework="pt")  # it stays open as long as one of its readers lives
+        return {key: partial(handle.get_tensor, key) for key in handle.keys()}  # noqa: SIM118
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
@@ -161,25 +164,16 @@ def describe_read_error(error: Exception) -> str:
     return first_line(error)
 
 
-def _open_safetensors(path: Path) -> LazyTensors:
-    handle: Any = safe_open(path, framework="pt")  # it stays open as long as one of its readers lives
-    return {key: partial(handle.get_tensor, key) for key in handle.keys()}  # noqa: SIM118
-
-
 def _open_pickle(path: Path) -> LazyTensors:
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    with path.open("rb") as handle:  # PyTorch's present format, a zip, is the only one that can be mapped into memory
+        is_zip = handle.read(4) == b"PK\x03\x04"
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     for inner in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(inner), Mapping):
             content = content[inner]
     if not isinstance(content, Mapping):
         raise ValueError(f"a {type(content).__name__}, not a dictionary")
     return {str(key): partial(materialize, value) for key, value in content.items() if isinstance(value, Tensor)}
-
-
-def _is_zip(path: Path) -> bool:
-    """True for PyTorch's present format, the only one that can be mapped into memory."""
-    with path.open("rb") as handle:
-        return handle.read(4) == b"PK\x03\x04"
 
 
 def materialize(value: Tensor) -> Tensor:

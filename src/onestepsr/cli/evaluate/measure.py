@@ -36,8 +36,7 @@ class MeasureOptions:
 
     protocol: Annotated[str, typer.Option(help="basic, d3sr or osediff: metrics, crops, borders.")] = "basic"
     metrics: Annotated[
-        str | None,
-        typer.Option(help=f"Comma-separated, instead of the protocol's; '{LIST_METRICS}' lists them."),
+        str | None, typer.Option(help=f"Comma-separated, instead of the protocol's; '{LIST_METRICS}' lists them.")
     ] = None
     crop_border: Annotated[int | None, typer.Option(help="Pixels cut from every side before measuring.")] = None
     resize: Annotated[
@@ -239,7 +238,7 @@ def show_unavailable(reasons: Mapping[str, str]) -> None:
 
 
 def _show_unmatched(title: str, paths: Sequence[Path]) -> None:
-    from onestepsr.evaluate.result import safe_text
+    from onestepsr.core.tables import safe_text
 
     if paths:
         names = safe_text(join_names([path.name for path in paths], LISTED_NAMES))

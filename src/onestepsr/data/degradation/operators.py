@@ -53,7 +53,8 @@ def rescale(images: Tensor, factor: float, mode: ResizeMode, *, antialias: bool 
     if factor == 1:
         return images
     if min(images.shape[-2:]) * factor < 1:
-        return resize(images, _at_least_one(images, factor), mode, antialias=antialias)
+        height, width = (max(1, int(side * factor)) for side in images.shape[-2:])
+        return resize(images, (height, width), mode, antialias=antialias)
     if mode == "area":
         return F.interpolate(images, scale_factor=factor, mode=mode)
     return F.interpolate(images, scale_factor=factor, mode=mode, antialias=antialias)
@@ -129,11 +130,6 @@ def _normal(shape: torch.Size, like: Tensor, rng: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=rng, dtype=like.dtype, device=like.device)
 
 
-def _at_least_one(images: Tensor, factor: float) -> tuple[int, int]:
-    height, width = (max(1, int(side * factor)) for side in images.shape[-2:])
-    return height, width
-
-
 def _reflected_indices(length: int, pad: int, device: torch.device) -> Tensor:
     if length == 1:
         return torch.zeros(1 + 2 * pad, dtype=torch.long, device=device)
@@ -193,20 +189,18 @@ def jpeg(images: Tensor, quality: Tensor | float, *, variant: Variant = "publish
     fill = "replicate" if is_standard else "constant"
     padded = F.pad(images, (0, -width % 16, 0, -height % 16), mode=fill) * 255
     luma, chroma = _to_ycbcr_420(padded.round() if is_standard else padded)
-    luma = _requantize(luma, _steps(_luma_table(images, variant), quality, variant))
-    chroma = _requantize(chroma, _steps(_chroma_table(images), quality, variant))
+    luma_table, chroma_table = images.new_tensor(LUMA_TABLE), images.new_full((BLOCK, BLOCK), 99)
+    chroma_table[:4, :4] = images.new_tensor(CHROMA_CORNER)
+    luma = _requantize(luma, _steps((luma_table if is_standard else luma_table.T).reshape(-1), quality, variant))
+    chroma = _requantize(chroma, _steps(chroma_table.reshape(-1), quality, variant))
     result = _to_rgb(luma, chroma)[..., :height, :width]
     return result.clamp(0, 255) / 255
 
 
-def quality_percentage(quality: Tensor) -> Tensor:
-    """Percentage of the quantisation tables: ``5000 / q`` below quality 50, else ``200 - 2 q``."""
-    return torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)
-
-
 def _steps(table: Tensor, quality: Tensor, variant: Variant) -> Tensor:
     """Quantisation steps (N, 1, 64) of ``table`` (64,) for ``quality`` (N,)."""
-    percentage = quality_percentage(quality)[:, None, None]
+    # Percentage of the tables: 5000 / q below quality 50, else 200 - 2 q.
+    percentage = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)[:, None, None]
     if variant == "published":
         return (table * (percentage / 100)).clamp(min=FINEST_STEP)
     return ((table * percentage.floor() + 50) / 100).floor().clamp(1, 255)
@@ -245,14 +239,3 @@ def _block_transform(dtype: torch.dtype, device: torch.device) -> Tensor:
     basis = 0.5 * torch.cos((2 * position + 1) * frequency * math.pi / (2 * BLOCK))
     basis[0] /= math.sqrt(2)
     return torch.kron(basis, basis).to(device, dtype)
-
-
-def _luma_table(like: Tensor, variant: Variant) -> Tensor:
-    table = like.new_tensor(LUMA_TABLE)
-    return (table if variant == "standard" else table.T).reshape(-1)
-
-
-def _chroma_table(like: Tensor) -> Tensor:
-    table = like.new_full((BLOCK, BLOCK), 99)
-    table[:4, :4] = like.new_tensor(CHROMA_CORNER)
-    return table.reshape(-1)

@@ -156,17 +156,15 @@ def load_iqa(name: str) -> Callable[[Tensor], Tensor]:
         try:
             metric = on(image.device)
             with _lock, torch.no_grad():
-                values = [_one(metric, single[None].float()) for single in image]
+                values = []
+                for single in image:
+                    with _seeded():
+                        values.append(float(metric(single[None].float())))
         except Exception as error:
             raise UserError(f"pyiqa's {name}: {first_line(error)}") from error
         return torch.tensor(values, dtype=torch.float64)
 
     return measure
-
-
-def _one(metric: Any, image: Tensor) -> float:
-    with _seeded():
-        return float(metric(image))
 
 
 @cache

@@ -88,10 +88,7 @@ def adversarial_phases(
         )
         for start, stop in zip(starts, [*starts[1:], None], strict=True)
     ]
-    return (
-        *phases,
-        *(Phase(network=term.network, loss=term.discriminator_loss, start=term.start) for term in terms),
-    )
+    return (*phases, *(Phase(network=term.network, loss=term.discriminator_loss, start=term.start) for term in terms))
 
 
 # ---- Noise on latents ------------------------------------------------------------------------------------------------

@@ -43,7 +43,9 @@ def load_published(
     with torch.device("meta"):  # nothing is initialised only to be overwritten
         generator = residual_shift_generator(config)
     weights = _open(own)
-    _check_unet(weights, f"{own}: UNet of '{alias}'")
+    if UNET_MARK not in weights:
+        kind = "an autoencoder" if CODEBOOK in weights else "another network"
+        raise UserError(f"{own}: UNet of '{alias}': holds {kind} (no weight '{UNET_MARK}')")
     fill(generator.unet, weights, f"{own}: UNet of '{alias}'")
     weights = _open(coder)
     _check_codebook(weights, config.autoencoder, f"{coder}: autoencoder of '{alias}'")
@@ -70,12 +72,6 @@ def _open(path: Path) -> LazyTensors:
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
     return canonical_keys(open_weights(path))
-
-
-def _check_unet(tensors: LazyTensors, where: str) -> None:
-    if UNET_MARK not in tensors:
-        kind = "an autoencoder" if CODEBOOK in tensors else "another network"
-        raise UserError(f"{where}: holds {kind} (no weight '{UNET_MARK}')")
 
 
 def _check_codebook(tensors: LazyTensors, config: VQConfig, where: str) -> None:

@@ -121,7 +121,8 @@ class WindowAttention(nn.Module):
         """Map tokens (R, M, L, C) to the same shape; R is the rows of windows in the map, M the windows per row."""
         qkv = self.qkv(windows).reshape(*windows.shape[:3], 3, self.config.heads, self.config.head_width)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # each (R, M, heads, L, head_width)
-        bias = self._bias().to(q.dtype)
+        table = self.relative_position_bias_table
+        bias = table[self.relative_position_index].permute(2, 0, 1).to(q.dtype)  # (heads, L, L)
         if shifted:
             masked = bias + column_mask(self.config.window, bias.device).to(bias.dtype)
             last = _attend(q[-1:], k[-1:], v[-1:], masked)
@@ -130,10 +131,6 @@ class WindowAttention(nn.Module):
             attended = _attend(q, k, v, bias)
         out: Tensor = self.proj(attended.transpose(2, 3).flatten(3))
         return out
-
-    def _bias(self) -> Tensor:
-        """(heads, L, L)."""
-        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -461,7 +458,8 @@ def _up_stages(config: SwinUNetConfig) -> Iterator[Stage]:
             if block == 0:
                 modules.append(_attention(config, width, side))
             if level and block == config.res_blocks:
-                modules.append(_doubling(width))
+                enlarge, conv = nn.Upsample(scale_factor=2.0), nn.Conv2d(width, width, 3, padding=1)
+                modules.append(nn.Sequential(OrderedDict(enlarge=enlarge, conv=conv)))
                 side *= 2
             yield Stage(*modules)
             channels = width
@@ -485,9 +483,3 @@ def _attention(config: SwinUNetConfig, channels: int, side: int) -> SwinLayer:
 
 def _halving(channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(op=nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)))
-
-
-def _doubling(channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(enlarge=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(channels, channels, 3, padding=1))
-    )

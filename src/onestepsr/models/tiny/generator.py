@@ -68,7 +68,10 @@ def deepened(generator: OneStepLatentGenerator, depth: Depth) -> OneStepLatentGe
     wanted = {name: count for name, count in asdict(depth).items() if count is not None}
     present = asdict(config.model)
     for name, count in wanted.items():
-        _check_grows(name, present[name], count)
+        now = present[name]
+        pairs = ([now], [count]) if isinstance(now, int) or isinstance(count, int) else (now, count)
+        if len(pairs[0]) != len(pairs[1]) or any(after < before for before, after in zip(*pairs, strict=True)):
+            raise UserError(f"{name}: {count}, expected at least {now}, which the model has already")
     result = tiny_generator(replace(config, model=replace(config.model, **wanted)))
     own = generator.state_dict()
     for name, module in result.named_modules():
@@ -77,12 +80,6 @@ def deepened(generator: OneStepLatentGenerator, depth: Depth) -> OneStepLatentGe
             nn.init.zeros_(cast(torch.Tensor, module.conv2.bias))
     result.load_state_dict(result.state_dict() | own)
     return result.train(generator.training)
-
-
-def _check_grows(name: str, now: int | tuple[int, ...], wanted: int | tuple[int, ...]) -> None:
-    pairs = ([now], [wanted]) if isinstance(now, int) or isinstance(wanted, int) else (now, wanted)
-    if len(pairs[0]) != len(pairs[1]) or any(after < before for before, after in zip(*pairs, strict=True)):
-        raise UserError(f"{name}: {wanted}, expected at least {now}, which the model has already")
 
 
 # ---- even contrast, and the line between two models ----

@@ -319,7 +319,8 @@ class TinyAutoencoder(LatentAutoencoder):
         raw = self.encoder_linear(patches) + self.encoder(patches)
         if self.training and self.encoder_linear.weight.requires_grad:  # a frozen encoder keeps its statistics
             self._track(raw.detach())
-        return self._normalize(raw), self.log_variance
+        mean, std = self._scale()
+        return (raw - mean) / std, self.log_variance
 
     def _track(self, raw: Tensor) -> None:
         mean, variance = raw.float().mean(dim=(0, 2, 3)), raw.float().var(dim=(0, 2, 3))
@@ -330,10 +331,6 @@ class TinyAutoencoder(LatentAutoencoder):
 
     def _scale(self) -> tuple[Tensor, Tensor]:
         return self.latent_mean[:, None, None], self.latent_variance.sqrt()[:, None, None]
-
-    def _normalize(self, raw: Tensor) -> Tensor:
-        mean, std = self._scale()
-        return (raw - mean) / std
 
     def encode(self, x: Tensor) -> Tensor:
         """Posterior mean (N, C, H/4, W/4), about unit variance, of ``x`` (N, 3, H, W) in [-1, 1]."""
