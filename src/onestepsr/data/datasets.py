@@ -84,7 +84,11 @@ class DataConfig:
             raise ValueError("paths is empty: expected one or more folders of photos")
         if not 1 <= self.scale <= 16:
             raise ValueError(f"scale is {self.scale}: expected 1 to 16")
-        self._check_crop()
+        whole = self.crop == 0 and self.kind == "pairs"
+        if not whole and (self.crop % self.scale or not self.scale <= self.crop <= MAX_CROP):
+            raise ValueError(f"crop is {self.crop}: expected a multiple of {self.scale} up to {MAX_CROP}")
+        if whole and self.pool_size:
+            raise ValueError("pool_size needs images of one size: set crop")
         if not 0 < self.hr_scale[0] <= self.hr_scale[1] <= 1:
             raise ValueError(f"hr_scale is {self.hr_scale}: expected 0 < low <= high <= 1")
         if self.pool_size < 0 or self.cache_bytes < 0:
@@ -98,13 +102,6 @@ class DataConfig:
         if self.prompts is not None and self.pool_size:
             raise ValueError(f"prompts with a pool_size of {self.pool_size}: expected pool_size 0")
         self.recipe()
-
-    def _check_crop(self) -> None:
-        whole = self.crop == 0 and self.kind == "pairs"
-        if not whole and (self.crop % self.scale or not self.scale <= self.crop <= MAX_CROP):
-            raise ValueError(f"crop is {self.crop}: expected a multiple of {self.scale} up to {MAX_CROP}")
-        if whole and self.pool_size:
-            raise ValueError("pool_size needs images of one size: set crop")
 
     def recipe(self) -> Recipe:
         """The degradation that ``degradation`` stands for."""
@@ -399,7 +396,13 @@ class Pool(Dataset[Sample]):
             shapes = {name: tuple(image.shape) for name, image in self.source[0].items()}
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _require_space(self.folder, self.size * sum(int(np.prod(shape)) for shape in shapes.values()))
+                # The arrays start as holes: running out of room later would kill the process, so it is checked now.
+                length = self.size * sum(int(np.prod(shape)) for shape in shapes.values())
+                needed = length - sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
+                free = shutil.disk_usage(self.folder).free
+                if needed > free:
+                    sizes = f"needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
+                    raise UserError(f"{self.folder}: the pool {sizes}; lower data.pool_size")
                 self._arrays = {name: self._map(name, np.uint8, shape) for name, shape in shapes.items()}
                 self._arrays["made"] = self._map("made", np.uint64, ())
             except OSError as error:
@@ -414,15 +417,6 @@ class Pool(Dataset[Sample]):
         with path.open("ab"):
             os.truncate(path, length)
         return np.memmap(path, dtype=kind, mode="r+", shape=full_shape)
-
-
-def _require_space(folder: Path, length: int) -> None:
-    """The arrays start as holes: running out of room later would kill the process, so it is checked beforehand."""
-    taken = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
-    free = shutil.disk_usage(folder).free
-    if length - taken > free:
-        needed = f"{(length - taken) / 1e9:.1f} GB"
-        raise UserError(f"{folder}: the pool needs {needed} more, {free / 1e9:.1f} GB are free; lower data.pool_size")
 
 
 def fingerprint(values: Any) -> str:

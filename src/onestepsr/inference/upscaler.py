@@ -46,9 +46,8 @@ from onestepsr.inference.devices import (
 )
 from onestepsr.inference.memory_plan import InputSize, Plan, Workload, bytes_per_pixel, fewer_pixels, plan_image
 from onestepsr.inference.options import ColorFix, UpscaleOptions, target_size
-from onestepsr.inference.shared_norms import SharedNorms
-from onestepsr.inference.tiled import LoadedGenerator, NonFiniteError, TiledRun, enlarge
-from onestepsr.inference.tiling import Sides, TileBlend
+from onestepsr.inference.tiled import LoadedGenerator, NonFiniteError, SharedNorms, TiledRun, enlarge
+from onestepsr.inference.tiling import TileBlend
 from onestepsr.models.generators import Generator, LatentGenerator
 
 __all__ = [
@@ -242,11 +241,6 @@ class Upscaler:
         return self._plan(
             InputSize(height=height, width=width, pixel_bytes=pixel_bytes, alpha_bytes=alpha_bytes), options
         )
-
-    def plan_tile(self, height: int, width: int, options: UpscaleOptions) -> Sides:
-        """Height and width of the tiles in input pixels for an image of this size; the decoder's, where encoder, UNet
-        and decoder have their own."""
-        return self.plan(height, width, options).tile
 
     def keeps_freed_memory(self, area: int) -> bool:
         """True if ``area`` input pixels at once are worth :func:`onestepsr.inference.devices.no_malloc_trim`."""

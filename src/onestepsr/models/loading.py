@@ -141,7 +141,11 @@ def load_generator(
         wish = f"--steps {steps}" if steps is not None else f"--sampler {sampler}"
         raise UserError(f"{wish}: '{name}' takes no steps; the ResShift family does, see 'onestepsr models list'")
     generator = _with_fidelity(generator, name, fidelity)
-    return _prepared(generator, device, dtype, faster=faster)
+    generator.requires_grad_(False).to(device=device, dtype=dtype)
+    generator.freeze_prompt()
+    if faster:
+        generator.speed_up()
+    return generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def _as_generator(network: nn.Module, name: str) -> Generator:
@@ -160,14 +164,6 @@ def _with_fidelity(generator: Generator, name: str, fidelity: float | None) -> G
     if name not in counterparts:
         raise UserError(f"fidelity: '{name}' has no faithful counterpart; accepted: {', '.join(counterparts)}")
     return _as_generator(blend(*match_architecture(generator, load_network(counterparts[name])), fidelity), name)
-
-
-def _prepared(generator: Generator, device: torch.device | str, dtype: torch.dtype, *, faster: bool) -> Generator:
-    generator.requires_grad_(False).to(device=device, dtype=dtype)
-    generator.freeze_prompt()
-    if faster:
-        generator.speed_up()
-    return generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 # ---- generators of the residual-shifting family, to train from ----

@@ -23,7 +23,7 @@ from onestepsr.core.config import read_mapping
 from onestepsr.core.errors import MissingExtra, UserError
 from onestepsr.core.files import read_text
 from onestepsr.prompts.hub import load_network, load_preprocessing, model_folder
-from onestepsr.prompts.ram.tagger import RamTagger, format_tags, is_tagger, read_thresholds, select_tags, usual_folder
+from onestepsr.prompts.ram import RamTagger, format_tags, is_tagger, read_thresholds, select_tags, usual_folder
 
 # ---- Interfaces ------------------------------------------------------------------------------------------------------
 
@@ -101,7 +101,10 @@ class FilePrompts:
         self.path = path
         self._table: dict[str, str] | None = None
         if path.suffix in (".json", ".yaml", ".yml"):
-            self._table = _read_table(path)
+            self._table = {str(name): prompt for name, prompt in read_mapping(path).items()}
+            for name, prompt in self._table.items():
+                if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT_BYTES:
+                    raise UserError(f"{path}: the prompt of '{name}' is {str(prompt)[:40]!r}, expected a text")
         elif not path.is_dir():
             _read_prompt(path)
 
@@ -142,14 +145,6 @@ def _read_prompt(path: Path) -> str:
     if not prompt:
         raise UserError(f"{path}: empty; for images without a prompt, give --prompt ''")
     return prompt
-
-
-def _read_table(path: Path) -> dict[str, str]:
-    table = read_mapping(path)
-    for name, prompt in table.items():
-        if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT_BYTES:
-            raise UserError(f"{path}: the prompt of '{name}' is {str(prompt)[:40]!r}, expected a text")
-    return {str(name): prompt for name, prompt in table.items()}
 
 
 # ---- Captioners and taggers ------------------------------------------------------------------------------------------

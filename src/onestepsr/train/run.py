@@ -161,21 +161,17 @@ class Validations:
 
     def __call__(self, step: int, networks: NetworkSet) -> None:
         """Validate after ``step`` iterations."""
-        scores = self._preview(step, networks)
-        folder = self.plan.run.out
+        folder, scores = self.plan.run.out, dict[str, float]()
+        if self.plan.validator is not None:
+            device, channels_last = self.trainer.accelerator.device, self.plan.run.train.channels_last
+            found = self.plan.validator.run(step, networks, device, channels_last)
+            self.reporter.on_validation(step, found.scores, found.image)
+            scores = found.scores
         export(self.plan.method, networks, folder / MODEL, self._notes(step))
         name, memory = self.plan.run.validation.best, self.trainer.hooks.memory
         if name in scores and is_better(name, scores[name], memory.get(f"best_{name}")):
             memory[f"best_{name}"] = scores[name]
             export(self.plan.method, networks, folder / BEST, self._notes(step))
-
-    def _preview(self, step: int, networks: NetworkSet) -> dict[str, float]:
-        if self.plan.validator is None:
-            return {}
-        channels_last = self.plan.run.train.channels_last
-        found = self.plan.validator.run(step, networks, self.trainer.accelerator.device, channels_last)
-        self.reporter.on_validation(step, found.scores, found.image)
-        return found.scores
 
     def _notes(self, step: int) -> dict[str, str]:
         return {"method": self.plan.run.method, "step": str(step), "seed": str(self.plan.run.train.seed)}

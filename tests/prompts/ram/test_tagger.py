@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from onestepsr.core.errors import UserError
-from onestepsr.prompts.ram.network import RamConfig, RamNetwork
-from onestepsr.prompts.ram.tagger import (
+from onestepsr.prompts.ram import (
+    RamConfig,
+    RamNetwork,
     RamTagger,
     adapter_delta,
     format_tags,

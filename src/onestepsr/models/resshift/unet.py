@@ -450,7 +450,10 @@ def _down_stages(config: SwinUNetConfig) -> Iterator[Stage]:
 
 
 def _up_stages(config: SwinUNetConfig) -> Iterator[Stage]:
-    skips = _skip_channels(config)
+    # Channels of what each stage on the way down leaves for the way up, in the order of its making.
+    skips = [config.widths[0]]
+    for level, width in enumerate(config.widths):
+        skips += [width] * (config.res_blocks + (level < len(config.widths) - 1))
     channels, side = config.widths[-1], config.image_size >> (len(config.widths) - 1)
     for level, width in reversed(list(enumerate(config.widths))):
         for block in range(config.res_blocks + 1):
@@ -463,14 +466,6 @@ def _up_stages(config: SwinUNetConfig) -> Iterator[Stage]:
                 side *= 2
             yield Stage(*modules)
             channels = width
-
-
-def _skip_channels(config: SwinUNetConfig) -> list[int]:
-    """Channels of what each stage on the way down leaves for the way up, in the order of its making."""
-    channels = [config.widths[0]]
-    for level, width in enumerate(config.widths):
-        channels += [width] * (config.res_blocks + (level < len(config.widths) - 1))
-    return channels
 
 
 def _residual(config: SwinUNetConfig, channels: int, out_channels: int) -> ResidualBlock:
