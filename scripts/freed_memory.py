@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from onestepsr.core.machine import describe_machine
-from onestepsr.inference.allocator import no_malloc_trim
+from onestepsr.inference.devices import no_malloc_trim
 
 
 def processor_milliseconds(run: Callable[[], Tensor], runs: int) -> float:

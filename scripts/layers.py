@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestepsr.inference.allocator import no_malloc_trim
-from onestepsr.inference.shared_norms import SharedNorms
+from onestepsr.inference.devices import no_malloc_trim
+from onestepsr.inference.tiled import SharedNorms
 from onestepsr.models.cpu_kernels import attention_by_blocks, use_cpu_kernels
 
 ATTENTION = ((5, 4096, 64, 1.0), (2, 1024, 64, 2.0), (1, 4096, 512, 1.0))

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from onestepsr.data.config import DataConfig
-from onestepsr.data.datasets import build_dataset
+from onestepsr.data.datasets import DataConfig, build_dataset
 
 BATCH, WARM_UP = 4, 40
 

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from onestepsr.core.machine import resident_memory
-from onestepsr.inference.allocator import no_malloc_trim
-from onestepsr.inference.devices import DTYPES
+from onestepsr.inference.devices import DTYPES, no_malloc_trim
 from onestepsr.models.loading import load_generator
 
 STAGES = ("encode", "unet", "decode")

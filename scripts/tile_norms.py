@@ -29,8 +29,7 @@ from onestepsr.data.photos import find_images
 from onestepsr.imaging.read import LoadedImage, read_image, samples_to_tensor
 from onestepsr.imaging.resize import resize
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
-from onestepsr.models.generators import LatentGenerator, LatentUNet
-from onestepsr.models.memory_cost import MemoryCost, NetworkCost
+from onestepsr.models.generators import LatentGenerator, LatentUNet, MemoryCost, NetworkCost
 from onestepsr.models.stable_diffusion.config import AutoencoderConfig
 from onestepsr.models.stable_diffusion.networks import StableDiffusionAutoencoder
 

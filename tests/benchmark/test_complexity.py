@@ -18,7 +18,7 @@ from onestepsr.benchmark.complexity_report import (
 )
 from onestepsr.benchmark.counting import size_of
 from onestepsr.core.errors import UnknownModel, UserError
-from onestepsr.core.tables import Table
+from onestepsr.core.tables import Grid
 from onestepsr.methods.base import Method
 from onestepsr.methods.d3sr import D3SRConfig, DiscriminatorConfig
 from onestepsr.methods.d3sr import build as build_d3sr
@@ -284,5 +284,5 @@ def test_page_in_the_documentation_is_what_the_command_prints(report: Report) ->
 def test_numbers_read_well() -> None:
     assert millions(865_910_724) == "865.911"
     assert (billions(2_132_343_339_008), billions(638_582_784)) == ("2,132.3", "0.639")
-    table = Table(title="T", columns=("a", "b"), rows=(("x", "1"),))
-    assert table.markdown() == "## T\n\n| a | b |\n| --- | ---: |\n| x | 1 |"
+    table = Grid(title="T", columns=("a", "b"), rows=(("x", "1"),))
+    assert table.section() == "## T\n\n| a | b |\n| --- | ---: |\n| x | 1 |"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from onestepsr.benchmark.complexity import measure
 from onestepsr.benchmark.counting import Call, Cost, count, count_stages, stages_of, without_contents
-from onestepsr.inference.compiling import compile_networks
+from onestepsr.inference.devices import compile_networks
 from onestepsr.models.loading import load_generator
 
 

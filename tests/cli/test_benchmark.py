@@ -13,7 +13,7 @@ from onestepsr.cli import benchmark
 from onestepsr.cli.main import app, main
 from onestepsr.core import machine
 from onestepsr.core.errors import UnknownModel, UserError
-from onestepsr.inference import compiling
+from onestepsr.inference import devices
 
 run = CliRunner().invoke
 TINY = ["benchmark", "complexity", "--model", "d3sr-tiny"]
@@ -134,7 +134,7 @@ def test_compiling_is_part_of_the_report(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_without_a_compiler_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     monkeypatch.setenv("CXX", "no-such-compiler")
     result = run(app, [*SPEED, "--model", "bicubic", "--compile", "--warmup", "1"])
     assert isinstance(result.exception, UserError)

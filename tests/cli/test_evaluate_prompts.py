@@ -112,7 +112,7 @@ def test_one_text_for_all_and_none(run, tmp_path: Path, text_folder: Path) -> No
 
 def test_an_extractor_sees_what_the_model_gets(run, tmp_path: Path, text_folder: Path, monkeypatch) -> None:
     """Images in files in groups; those that are made from photos one by one."""
-    from onestepsr.prompts.extractors import load_extractor
+    from onestepsr.prompts.sources import load_extractor
 
     sizes: list[tuple[int, int]] = []
     extractor = load_extractor(str(write_tagger(tmp_path / "tagger")), "cpu")

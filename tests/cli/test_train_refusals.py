@@ -17,7 +17,7 @@ from onestepsr.core.config import to_mapping
 from onestepsr.methods.pretraining import AutoencoderConfig, build_autoencoder
 from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.tiny.networks import TinyConfig
-from onestepsr.weights.native import save_model
+from onestepsr.weights.files import save_model
 
 SMALL = {"encoder_width": 8, "decoder_width": 8, "widths": (8, 16), "down_blocks": (1, 1), "up_blocks": (1, 1)}
 

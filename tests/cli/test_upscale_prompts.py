@@ -23,7 +23,7 @@ from onestepsr.core.errors import UserError
 from onestepsr.inference.upscaler import Upscaler
 from onestepsr.models import loading
 from onestepsr.models.generators import Generator
-from onestepsr.weights import download, native
+from onestepsr.weights import download, files
 
 
 class Reader(Generator):
@@ -160,7 +160,7 @@ def test_a_generator_of_osediff_follows_the_prompt_in_every_tile(
     torch.manual_seed(0)
     weights = osediff_generator(config).state_dict()
     path = tmp_path / "osediff.safetensors"
-    native.save_model(path, architecture="osediff", config=to_mapping(config), state_dict=weights)
+    files.save_model(path, architecture="osediff", config=to_mapping(config), state_dict=weights)
     upscaler = Upscaler.from_pretrained(path, "cpu", "float32")
     assert upscaler.prompt_width == WIDTH
     samples = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)

@@ -86,6 +86,6 @@ def test_a_folder_has_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         class run:  # noqa: N801
             out = tmp_path
 
-    monkeypatch.setattr(run, "_write_config", lambda run: pytest.fail("nothing is written"))
+    monkeypatch.setattr(run, "write_text", lambda path, text: pytest.fail("nothing is written"))
     with held(tmp_path / run.LOCK), pytest.raises(UserError, match="another process trains there"):
         run.execute(Planned)  # type: ignore[arg-type]

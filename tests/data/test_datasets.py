@@ -9,8 +9,7 @@ from torch.utils.data import DataLoader
 from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.core.rng import generator
-from onestepsr.data.config import DataConfig
-from onestepsr.data.datasets import build_dataset, epoch_position, random_crop
+from onestepsr.data.datasets import DataConfig, build_dataset, epoch_position, random_crop
 
 
 def save(path, height, width, seed=0, scale=1):

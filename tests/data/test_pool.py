@@ -7,8 +7,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from onestepsr.core.errors import UserError
-from onestepsr.data.config import DataConfig
-from onestepsr.data.datasets import Pool, build_dataset
+from onestepsr.data.datasets import DataConfig, Pool, build_dataset
 
 
 @pytest.fixture

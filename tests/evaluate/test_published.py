@@ -8,10 +8,10 @@ import pytest
 from evaluation_results import NIQE, PSNR, make_result
 from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
+from onestepsr.core.tables import Grid
 from onestepsr.evaluate.result import EvaluationResult, ProtocolRecord
 from onestepsr.evaluate.tables import (
     MARK,
-    Grid,
     PublishedSet,
     beside,
     counterpart,

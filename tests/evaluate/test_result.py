@@ -8,6 +8,7 @@ import pytest
 
 from evaluation_results import NIQE, PSNR, make_result
 from onestepsr.core.errors import UserError
+from onestepsr.core.tables import safe_text
 from onestepsr.evaluate import result as module
 from onestepsr.evaluate.result import (
     EvaluationResult,
@@ -16,7 +17,6 @@ from onestepsr.evaluate.result import (
     ProtocolRecord,
     WholeValue,
     read_result,
-    safe_text,
     write_result,
 )
 

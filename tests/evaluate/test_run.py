@@ -21,13 +21,14 @@ from onestepsr.evaluate.result import EvaluationResult, Files, ModelRecord
 from onestepsr.evaluate.run import (
     Degrader,
     EvaluatedModel,
+    Score,
+    Scorer,
     evaluate_images,
     evaluate_model,
     load_case,
     without_images,
     worker_count,
 )
-from onestepsr.evaluate.scoring import Score, Scorer
 from onestepsr.imaging.read import LoadedImage, read_image
 
 PLAIN = Protocol(name="test", summary="", metrics=("psnr",))

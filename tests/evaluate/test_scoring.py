@@ -12,7 +12,7 @@ from onestepsr.core.errors import UserError
 from onestepsr.evaluate.metrics.catalog import METRICS, MetricSpec, select_metrics
 from onestepsr.evaluate.metrics.fidelity import psnr_y, ssim_y
 from onestepsr.evaluate.protocols import PROTOCOLS, Protocol, applicable, get_protocol
-from onestepsr.evaluate.scoring import Problem, Scorer
+from onestepsr.evaluate.run import Problem, Scorer
 
 BASIC = PROTOCOLS["basic"]
 ALL = Protocol(name="test", summary="", metrics=("psnr", "ssim", "grid"))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from onestepsr.evaluate import statistics
-from onestepsr.evaluate.statistics import compare_paired, holm, summarize, wilcoxon_test
+from onestepsr.evaluate import result
+from onestepsr.evaluate.result import compare_paired, holm, summarize, wilcoxon_test
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "statistics.json").read_text())
 """Recorded from an implementation without SciPy: incomplete beta by its continued fraction, signs counted exactly."""
@@ -72,5 +72,5 @@ def test_holm_is_for_the_number_of_comparisons() -> None:
 
 
 def test_mean_leaves_out_what_is_missing() -> None:
-    assert statistics.mean([1.0, None, 3.0]) == 2.0
-    assert statistics.mean([None]) is None
+    assert result.mean([1.0, None, 3.0]) == 2.0
+    assert result.mean([None]) is None

@@ -6,10 +6,10 @@ import io
 import pytest
 
 from evaluation_results import PSNR, make_result
+from onestepsr.core.tables import Grid
 from onestepsr.evaluate.comparison import compare
-from onestepsr.evaluate.statistics import summarize
+from onestepsr.evaluate.result import summarize
 from onestepsr.evaluate.tables import (
-    Grid,
     cell,
     decimals_of,
     difference_grid,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onestepsr.core.errors import OneStepSRError, UserError
 from onestepsr.imaging.read import LoadedImage
-from onestepsr.inference import compiling
+from onestepsr.inference import devices
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
 from onestepsr.models.generators import Generator
 from small import small_generator
@@ -65,7 +65,7 @@ def test_compiled_equals_plain_and_every_part_is_compiled_once(
 def test_weights_keep_their_names() -> None:
     generator = small_generator()
     names = list(generator.state_dict())
-    compiling.compile_networks(generator)
+    devices.compile_networks(generator)
     assert list(generator.state_dict()) == names
 
 
@@ -82,13 +82,13 @@ def test_a_compiler_that_fails_is_one_line(use_backend: Callable[[Any], None]) -
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"found none \(g\+\+, clang"):
         Upscaler(Whole(), "cpu", "float32", compiled=True)
-    monkeypatch.setattr(compiling.shutil, "which", lambda name: "/usr/bin/" + name)
-    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs Triton"):
-        compiling.require_compiler(torch.device("cuda"))
+        devices.require_compiler(torch.device("cuda"))
     with pytest.raises(UserError, match="device 'mps'; accepted: cpu, cuda"):
-        compiling.require_compiler(torch.device("mps"))
+        devices.require_compiler(torch.device("mps"))

@@ -25,8 +25,7 @@ from onestepsr.inference.devices import is_out_of_memory
 from onestepsr.inference.memory_plan import InputSize, Plan, Workload, fewer_pixels, plan_image
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
 from onestepsr.models.architectures import random_generator
-from onestepsr.models.generators import Generator
-from onestepsr.models.memory_cost import MemoryCost
+from onestepsr.models.generators import Generator, MemoryCost
 from onestepsr.models.stable_diffusion.config import StableDiffusionGeneratorConfig
 from onestepsr.models.stable_diffusion.networks import stable_diffusion_generator
 from small import Nearest

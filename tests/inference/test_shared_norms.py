@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from onestepsr.inference.shared_norms import SharedNorm, SharedNorms, reduced
+from onestepsr.inference.tiled import SharedNorm, SharedNorms, reduced
 
 
 def network() -> nn.Sequential:

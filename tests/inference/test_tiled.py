@@ -14,8 +14,7 @@ from torch.nn import functional
 from onestepsr.imaging.read import LoadedImage
 from onestepsr.inference import memory_plan
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
-from onestepsr.models.generators import LatentAutoencoder, LatentGenerator, LatentUNet
-from onestepsr.models.memory_cost import NetworkCost
+from onestepsr.models.generators import LatentAutoencoder, LatentGenerator, LatentUNet, NetworkCost
 from small import Nearest, small_generator
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (203, 250, 3), dtype=np.uint8)

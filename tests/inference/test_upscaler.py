@@ -146,9 +146,9 @@ def test_published_tiles_leave_seams_and_ours_do_not() -> None:
 def test_published_tiles_have_a_published_side(monkeypatch: pytest.MonkeyPatch) -> None:
     upscaler = Upscaler(Bicubic(), "cpu", "float32")
     monkeypatch.setattr(memory_plan, "largest_side", lambda *values: 300)
-    assert upscaler.plan_tile(900, 900, UpscaleOptions(tile_blend="average")) == (256, 256)
-    assert upscaler.plan_tile(900, 900, UpscaleOptions()) == (249, 322), "four rows as 300 would need, three columns"
-    assert upscaler.plan_tile(200, 400, UpscaleOptions(tile_blend="average")) == (200, 400)
+    assert upscaler.plan(900, 900, UpscaleOptions(tile_blend="average")).tile == (256, 256)
+    assert upscaler.plan(900, 900, UpscaleOptions()).tile == (249, 322), "four rows as 300 would need, three columns"
+    assert upscaler.plan(200, 400, UpscaleOptions(tile_blend="average")).tile == (200, 400)
 
 
 @pytest.mark.parametrize("color_fix", ["wavelet", "adain"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from onestepsr.methods.base import Method, SampleRandom
-from onestepsr.weights.native import save_model
+from onestepsr.weights.files import save_model
 from weights_by_name import fill_by_name
 
 MICRO = "random:resshift-micro"

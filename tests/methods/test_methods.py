@@ -17,7 +17,7 @@ from onestepsr.models.lora import LoraConfig
 from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.tiny.networks import TinyConfig
 from onestepsr.train.recipes import load_methods
-from onestepsr.weights import native
+from onestepsr.weights import files
 
 SMALL = TinyConfig(
     encoder_width=8, decoder_width=8, widths=(8, 16), down_blocks=(1, 1), up_blocks=(1, 1), time_width=16
@@ -40,7 +40,7 @@ def backbone(tmp_path):
     generator = tiny_generator(config)
     torch.nn.init.normal_(generator.unet.conv_out.weight, std=0.1)
     path = tmp_path / "backbone.safetensors"
-    native.save_model(
+    files.save_model(
         path, architecture="tiny-latent-diffusion", config=to_mapping(config), state_dict=generator.state_dict()
     )
     return path
@@ -110,14 +110,14 @@ def test_diffusion_trains_unet_and_prompt_and_exports_a_whole_backbone(tmp_path)
     source = pretraining.build_autoencoder(pretraining.AutoencoderConfig(model=SMALL))
     exported = source.export(source.networks)
     path = tmp_path / "autoencoder.safetensors"
-    native.save_model(path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict)
+    files.save_model(path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict)
     other_sizes = TinyGeneratorConfig(model=replace(SMALL, luma_channels=9))
     method = pretraining.build_diffusion(pretraining.DiffusionConfig(autoencoder=path, backbone=other_sizes))
     torch.nn.init.normal_(method.networks["unet"].unet.conv_out.weight, std=0.1)
     assert set(run_phase(method, method.phases[0], pair())) == {"eps"}
     assert with_gradient(method.networks["unet"]) == trainable(method.networks["unet"])
     whole = method.export(method.networks)
-    native.save_model(path, architecture=whole.architecture, config=whole.config, state_dict=whole.state_dict)
+    files.save_model(path, architecture=whole.architecture, config=whole.config, state_dict=whole.state_dict)
     assert loading.load_generator(path)(torch.rand(1, 3, 5, 7)).shape == (1, 3, 20, 28)
 
 
@@ -130,7 +130,7 @@ def test_diffusion_takes_every_setting_of_its_autoencoder(tmp_path, changes):
     source = pretraining.build_autoencoder(pretraining.AutoencoderConfig(model=sizes))
     exported = source.export(source.networks)
     path = tmp_path / "autoencoder.safetensors"
-    native.save_model(path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict)
+    files.save_model(path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict)
     unet = {"widths": (4, 12), "down_blocks": (2, 1), "up_blocks": (1, 2), "time_width": 24}
     unet |= {"prompt_tokens": 3, "prompt_width": 20}
     wanted = TinyGeneratorConfig(model=replace(SMALL, **unet))
@@ -145,7 +145,7 @@ def test_diffusion_takes_every_setting_of_its_autoencoder(tmp_path, changes):
     torch.testing.assert_close(frozen.decode(z), own.decode(z))
     assert run_phase(method, method.phases[0], pair())["eps"].isfinite()
     whole = method.export(method.networks)
-    native.save_model(path, architecture=whole.architecture, config=whole.config, state_dict=whole.state_dict)
+    files.save_model(path, architecture=whole.architecture, config=whole.config, state_dict=whole.state_dict)
     assert loading.load_generator(path)(torch.rand(1, 3, 5, 7)).shape == (1, 3, 20, 28)
 
 
@@ -294,7 +294,7 @@ def test_exported_generator_equals_the_trained_one_with_adapters_merged(backbone
             torch.nn.init.normal_(parameter, std=0.05)
     exported = method.export(method.networks)
     path = tmp_path / "model.safetensors"
-    native.save_model(path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict)
+    files.save_model(path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict)
     lr = pair()["lr"]
     loaded = loading.load_generator(path)
     with torch.no_grad():

@@ -25,7 +25,7 @@ from onestepsr.models.stable_diffusion.networks import stable_diffusion_generato
 from onestepsr.prompts.embedder import EmbeddingCache
 from onestepsr.train.recipes import load_run
 from onestepsr.train.run import write_exported
-from onestepsr.weights import native
+from onestepsr.weights import files
 
 WIDTH = 16
 FULL = {"tuning": "full", "vsd": VariationalConfig(tuning="full")}
@@ -50,7 +50,7 @@ def backbone(tmp_path_factory) -> str:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("backbone") / "sd.safetensors"
     state = stable_diffusion_generator(SMALL).state_dict()
-    native.save_model(path, architecture="stable-diffusion", config=to_mapping(SMALL), state_dict=state)
+    files.save_model(path, architecture="stable-diffusion", config=to_mapping(SMALL), state_dict=state)
     return str(path)
 
 
@@ -343,7 +343,7 @@ def test_exported_model_is_the_trained_one_and_starts_another_run(backbone, tmp_
     exported = method.export(method.networks)
     assert exported.architecture == "osediff"
     path = tmp_path / "model.safetensors"
-    native.save_model(path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict)
+    files.save_model(path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict)
     loaded = loading.load_generator(path)
     lr = pair()["lr"]
     with torch.no_grad():

@@ -14,7 +14,7 @@ from onestepsr.methods.resshift import ResShiftConfig, build
 from onestepsr.methods.shared.image_loss import PerceptualConfig
 from onestepsr.models.loading import load_generator, load_residual_generator
 from onestepsr.models.tiny.networks import TinyAutoencoder, TinyConfig
-from onestepsr.weights.native import save_model
+from onestepsr.weights.files import save_model
 
 ORIENTED = PerceptualConfig(distance="lpips", features="oriented")
 

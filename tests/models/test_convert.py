@@ -12,7 +12,7 @@ from onestepsr.core.errors import UserError
 from onestepsr.models.backbones import load_backbone, load_discriminator_backbone
 from onestepsr.models.loading import load_generator
 from onestepsr.models.stable_diffusion.config import SDXLConditioning
-from onestepsr.weights.native import read_weights
+from onestepsr.weights.files import read_weights
 
 
 @pytest.fixture

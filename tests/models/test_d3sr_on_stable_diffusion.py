@@ -10,7 +10,7 @@ from onestepsr.core.errors import UserError
 from onestepsr.methods import d3sr
 from onestepsr.methods.base import SampleRandom
 from onestepsr.models import loading
-from onestepsr.weights import native
+from onestepsr.weights import files
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_exported_generator_is_merged_and_loads_as_any_other(folders, tmp_path):
     exported = method.export(method.networks)
     assert not any("lora" in key for key in exported.state_dict)
     path = tmp_path / "model.safetensors"
-    native.save_model(path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict)
+    files.save_model(path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict)
     lr = pair()["lr"]
     with torch.no_grad():
         expected = method.networks["generator"].eval()(lr)[0]
@@ -107,7 +107,7 @@ def test_backbones_of_other_latents_are_refused(folders, tmp_path):
     config = TinyGeneratorConfig(model=sizes)
     path = tmp_path / "tiny.safetensors"
     state = tiny_generator(config).state_dict()
-    native.save_model(path, architecture="tiny-latent-diffusion", config=to_mapping(config), state_dict=state)
+    files.save_model(path, architecture="tiny-latent-diffusion", config=to_mapping(config), state_dict=state)
     settings = d3sr.DiscriminatorConfig(backbone=str(path))
     with pytest.raises(UserError, match=r"takes latents of 20 channels, those of .*sd have 4"):
         d3sr.build(config_of(folders, discriminator=settings))

@@ -26,7 +26,7 @@ from onestepsr.models.stable_diffusion.networks import stable_diffusion_generato
 from onestepsr.models.tiny.denoiser import TinyDenoiserConfig
 from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
 from onestepsr.weights.catalog import get_model
-from onestepsr.weights.native import read_weights, save_model
+from onestepsr.weights.files import read_weights, save_model
 from small import SMALL, SMALL_RESIDUAL
 from weights_by_name import fill_by_name
 

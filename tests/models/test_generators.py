@@ -9,7 +9,7 @@ import torch
 from agreement import decibels
 from torch import nn
 
-from onestepsr.diffusion.noise_field import NoisePlane
+from onestepsr.diffusion.residual_shift import NoisePlane
 from onestepsr.inference.upscaler import Upscaler
 from onestepsr.models import cpu_kernels, generators
 from onestepsr.models.cpu_kernels import PackedConvolution, PackedLinear

@@ -13,7 +13,7 @@ from onestepsr.core.errors import UnknownModel, UserError
 from onestepsr.models import loading
 from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.tiny.networks import TinyAutoencoder
-from onestepsr.weights import catalog, download, native
+from onestepsr.weights import catalog, download, files
 from small import SMALL
 
 KINDS = get_args(catalog.Kind)
@@ -32,7 +32,7 @@ def saved(tmp_path):
 
 def save(path, state_dict, config=None):
     config = to_mapping(CONFIG) if config is None else config
-    native.save_model(path, architecture="tiny-latent-diffusion", config=config, state_dict=state_dict)
+    files.save_model(path, architecture="tiny-latent-diffusion", config=config, state_dict=state_dict)
 
 
 def test_equal_weights_give_equal_files(saved):
@@ -40,12 +40,12 @@ def test_equal_weights_give_equal_files(saved):
     extra = {str(i): "x" * i for i in range(12)}
     contents = set()
     for _ in range(4):
-        native.save_model(
+        files.save_model(
             path, architecture="any", config=to_mapping(CONFIG), state_dict=generator.state_dict(), extra=extra
         )
         contents.add(path.read_bytes())
     assert len(contents) == 1
-    assert native.read_weights(path)[0] == "any"
+    assert files.read_weights(path)[0] == "any"
 
 
 def test_non_finite_weights_are_named(saved):
@@ -90,7 +90,7 @@ def test_files_that_are_no_weights_of_ours_are_refused(tmp_path):
 def test_an_autoencoder_is_no_generator(tmp_path):
     path = tmp_path / "ae.safetensors"
     state = TinyAutoencoder(SMALL).state_dict()
-    native.save_model(path, architecture="tiny-autoencoder", config=to_mapping(SMALL), state_dict=state)
+    files.save_model(path, architecture="tiny-autoencoder", config=to_mapping(SMALL), state_dict=state)
     assert isinstance(loading.load_network(path), TinyAutoencoder)
     with pytest.raises(UserError, match="no generator"):
         loading.load_generator(path)

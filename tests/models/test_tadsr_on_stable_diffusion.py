@@ -15,7 +15,7 @@ from onestepsr.methods.base import Method, SampleRandom
 from onestepsr.methods.tadsr import TADSRConfig, build
 from onestepsr.models.generators import NoisedLatentGenerator
 from onestepsr.models.loading import load_generator
-from onestepsr.weights.native import save_model
+from onestepsr.weights.files import save_model
 
 OWN: dict[str, Any] = {
     "family": "latent_diffusion",

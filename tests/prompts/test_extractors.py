@@ -8,8 +8,8 @@ from PIL import Image
 from small_text_model import WORDS, write_captioner, write_tagger
 
 from onestepsr.core.errors import MissingExtra, UserError
-from onestepsr.prompts import base
-from onestepsr.prompts.extractors import Captioner, ClassTagger, load_extractor
+from onestepsr.prompts import sources
+from onestepsr.prompts.sources import Captioner, ClassTagger, load_extractor
 
 
 def image(seed, size=(48, 40)):
@@ -99,7 +99,7 @@ def test_code_in_a_folder_is_never_run(tagger_folder, tmp_path):
 
 
 def test_without_transformers_the_extra_is_named(tagger_folder, monkeypatch):
-    monkeypatch.setattr(base, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'onestepsr\[prompts\]'"):
         load_extractor(tagger_folder).describe(image(0))
 

@@ -19,7 +19,7 @@ from onestepsr.core.rng import generator
 from onestepsr.methods.base import Method, get_method
 from onestepsr.train.recipes import OptimizerConfig, TrainConfig, load_methods
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
-from onestepsr.weights.native import save_model
+from onestepsr.weights.files import save_model
 
 STEPS = 3
 KILLED_STEPS, CHECKPOINT_STEPS = 9, 3

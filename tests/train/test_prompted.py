@@ -15,8 +15,7 @@ from small_text_model import write_text_encoder
 
 from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
-from onestepsr.data.config import DataConfig
-from onestepsr.data.datasets import build_dataset
+from onestepsr.data.datasets import DataConfig, build_dataset
 from onestepsr.methods.base import Method
 from onestepsr.prompts.embedder import EmbeddingCache
 from onestepsr.train.batches import with_prompts

@@ -19,7 +19,7 @@ from onestepsr.models.architectures import describe
 from onestepsr.models.loading import load_residual_generator
 from onestepsr.train.checkpoint import Checkpoints
 from onestepsr.train.trainer import Hooks, StepRecord, Trainer
-from onestepsr.weights.native import save_model
+from onestepsr.weights.files import save_model
 
 TOY = Path(__file__).parent / "toy_training.py"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from onestepsr.core.errors import UserError
-from onestepsr.weights.foreign import canonical_keys
+from onestepsr.weights.files import canonical_keys
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])

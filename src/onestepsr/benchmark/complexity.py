@@ -28,9 +28,9 @@ from onestepsr.models.resshift.checkpoints import is_published
 from onestepsr.models.resshift.config import PUBLISHED
 from onestepsr.models.resshift.generator import ResidualShiftGenerator, residual_shift_generator
 from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet, StableDiffusionUNetEncoder
-from onestepsr.models.tiny.decoder import FACTOR as TINY_FACTOR
+from onestepsr.models.tiny.networks import FACTOR as TINY_FACTOR
 from onestepsr.weights import catalog
-from onestepsr.weights.native import read_weights
+from onestepsr.weights.files import read_weights
 
 SD_FACTOR = 8
 """Pixels per latent position of Stable Diffusion."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from onestepsr.benchmark.complexity import Complexity
 from onestepsr.benchmark.counting import Cost
-from onestepsr.core.tables import Table
+from onestepsr.core.tables import Grid
 
 # ---- published figures, as printed ----
 
@@ -110,17 +110,17 @@ def as_document(report: Report) -> dict[str, Any]:
     }
 
 
-def tables(report: Report) -> list[Table]:
+def tables(report: Report) -> list[Grid]:
     """Stages, parts, the published comparison where the size is the published one, and the sets of adapters."""
     parts = [(network.name, part, millions(n)) for network in report.networks for part, n in network.parts.items()]
     found = [stage_table(report)]
-    found.append(Table(title="Parts", columns=("network", "part", "parameters, M"), rows=tuple(parts), words=2))
+    found.append(Grid(title="Parts", columns=("network", "part", "parameters, M"), rows=tuple(parts), words=2))
     if report.side == COMPLEXITY_SIDE:
         found.append(published_table(report))
     return [*found, adapter_table(report)] if report.adapters else found
 
 
-def stage_table(report: Report) -> Table:
+def stage_table(report: Report) -> Grid:
     """Parameters and MACs of every stage of every network, with totals where there is more than one stage."""
     rows: list[tuple[str, ...]] = []
 
@@ -136,10 +136,10 @@ def stage_table(report: Report) -> Table:
             add(network.name, "total", network)
     counted = ("parameters, M", "trainable, M", "MACs, G (all products)", "MACs, G (layers only)")
     title = f"Stages, for one image of {report.side} x {report.side} pixels"
-    return Table(title=title, note=STAGES, columns=("network", "stage", *counted), rows=tuple(rows), words=2)
+    return Grid(title=title, lead=STAGES, columns=("network", "stage", *counted), rows=tuple(rows), words=2)
 
 
-def published_table(report: Report) -> Table:
+def published_table(report: Report) -> Grid:
     """The paper's table, and under it the generators counted here."""
     rows: list[tuple[str, ...]] = []
     for row in COMPLEXITY:
@@ -150,10 +150,10 @@ def published_table(report: Report) -> Table:
         name, parameters = f"{network.name}, counted here", f"{network.parameters / 1e6:,.1f}"
         rows.append((name, str(network.steps), "", parameters, macs))
     columns = ("method", "steps", "time, s", "parameters, M", "MACs, G")
-    return Table(title=f"Beside {COMPLEXITY_SOURCE}", note=PUBLISHED_NOTE, columns=columns, rows=tuple(rows))
+    return Grid(title=f"Beside {COMPLEXITY_SOURCE}", lead=PUBLISHED_NOTE, columns=columns, rows=tuple(rows))
 
 
-def adapter_table(report: Report) -> Table:
+def adapter_table(report: Report) -> Grid:
     """D3SR by layers that have adapters: true parameters, layers only, and the figures of the profiler thop."""
     rows = tuple(
         (
@@ -162,9 +162,9 @@ def adapter_table(report: Report) -> Table:
         )
         for found in report.adapters
     )
-    return Table(
+    return Grid(
         title="D3SR on Stable Diffusion 2.1-base by layers that have adapters",
-        note=ADAPTERS,
+        lead=ADAPTERS,
         columns=("adapters on", "parameters, M", "MACs, G (layers only)", "thop: M", "thop: G", "gives the paper's"),
         rows=rows,
     )
@@ -189,7 +189,7 @@ def as_markdown(report: Report, *, command: str, machine: str) -> str:
     )
     summaries = "\n".join(f"- `{network.name}`: {network.summary}" for network in report.networks)
     sections = ["# Complexity: parameters and operations", made, COUNTING, summaries]
-    return "\n\n".join([*sections, *(table.markdown() for table in tables(report))]) + "\n"
+    return "\n\n".join([*sections, *(table.section() for table in tables(report))]) + "\n"
 
 
 def millions(count: float) -> str:

@@ -29,7 +29,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from onestepsr.inference.compiling import without_compiling
+from onestepsr.inference.devices import without_compiling
 from onestepsr.models.generators import LatentGenerator
 from onestepsr.models.resshift.generator import ResidualShiftGenerator
 

@@ -33,7 +33,7 @@ from onestepsr.core.machine import free_memory, resident_memory
 from onestepsr.imaging.color import wavelet
 from onestepsr.imaging.read import LoadedImage, read_image, samples_to_tensor, tensor_to_samples
 from onestepsr.imaging.write import write_image
-from onestepsr.inference.compiling import compiler_errors_named
+from onestepsr.inference.devices import compiler_errors_named
 from onestepsr.inference.tiled import LoadedGenerator
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler, enlarge
 from onestepsr.models.generators import Generator, pad_to_multiple
@@ -119,10 +119,11 @@ def measure_speed(
         product, baseline, *_ = *(_path_speed(*each, config) for each in zip(paths, runs, strict=True)), {}
         memory = _memory(model, sources[0], config, steps, announce) if config.memory else None
     rows, columns, _ = runs[0][0].pixels[0].shape
+    network: nn.Module = upscaler.generator
     images, tflops = config.batch / product["whole"]["median"], product["tflops"]
     return {
         "model": model,
-        "steps": _steps_of(upscaler.generator),
+        "steps": network.schedule.steps if isinstance(network, ResidualShiftGenerator) else 1,
         "output": [columns, rows],
         "batch": config.batch,
         "images_per_second": images,
@@ -231,10 +232,6 @@ def _plain(
         return None
     generator = load_plain(model, upscaler.device, steps)
     return BatchPath(generator, upscaler.device, torch.float32, torch.contiguous_format)
-
-
-def _steps_of(generator: nn.Module) -> int:
-    return generator.schedule.steps if isinstance(generator, ResidualShiftGenerator) else 1
 
 
 # ---- runs ----

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from onestepsr.core.machine import cores
-from onestepsr.core.tables import Table
+from onestepsr.core.tables import Grid
 
 if TYPE_CHECKING:
     from onestepsr.benchmark.speed import SpeedConfig
@@ -78,22 +78,22 @@ def _diffusion(path: Figures) -> float | None:
     return next((stage["median"] for stage in path["stages"] if stage["name"] in ("steps", "unet")), None)
 
 
-def tables(report: Figures) -> list[Table]:
+def tables(report: Figures) -> list[Grid]:
     """Figures of the models, their stages, and one step beside several where both were measured."""
     ratios = [ratio_table(report)] if report["speedup_over_steps"] else []
     return [model_table(report), stage_table(report), *ratios]
 
 
-def model_table(report: Figures) -> Table:
+def model_table(report: Figures) -> Grid:
     """One row for each model."""
     settings = report["settings"]
     columns = ("model", "steps", "dtype", "network, s", "whole, s", "images/s", "Mpixel/s", "TFLOP/s")
     more = ("ceiling: conv.", "matrix", "fraction", "speed-up", "agreement, dB", "memory, MB", "device, MB")
-    return Table(
+    return Grid(
         title=f"Speed for images of {settings['width']} x {settings['height']} pixels"
         + (f", {settings['batch']} at once" if settings["batch"] > 1 else "")
         + (", compiled" if settings["compiled"] else ""),
-        note=THROUGHPUT,
+        lead=THROUGHPUT,
         columns=(*columns, *more),
         rows=tuple(_model_row(found) for found in report["models"]),
     )
@@ -115,7 +115,7 @@ def _model_row(found: Figures) -> tuple[str, ...]:
     )
 
 
-def stage_table(report: Figures) -> Table:
+def stage_table(report: Figures) -> Grid:
     """One row for each stage of each path."""
     rows = [
         (f"{found['model']}, {_steps(found['steps'])}", path, *cells)
@@ -125,7 +125,7 @@ def stage_table(report: Figures) -> Table:
         for cells in _stage_rows(found[path])
     ]
     columns = ("model", "path", "stage", "median, ms", "quartiles, ms", "MACs, G", "TFLOP/s")
-    return Table(title="Stages", note=MEASURING, columns=columns, rows=tuple(rows), words=3)
+    return Grid(title="Stages", lead=MEASURING, columns=columns, rows=tuple(rows), words=3)
 
 
 def _stage_rows(path: Figures) -> list[tuple[str, ...]]:
@@ -143,7 +143,7 @@ def _stage_rows(path: Figures) -> list[tuple[str, ...]]:
     ]
 
 
-def ratio_table(report: Figures) -> Table:
+def ratio_table(report: Figures) -> Grid:
     """One row for every one-step model and model of several steps."""
     rows = tuple(
         (
@@ -154,7 +154,7 @@ def ratio_table(report: Figures) -> Table:
         for ratio in report["speedup_over_steps"]
     )
     columns = ("one step", "beside", "network", "steps alone", "file to file")
-    return Table(title="One step against several: times faster", note=STEPS, columns=columns, rows=rows, words=2)
+    return Grid(title="One step against several: times faster", lead=STEPS, columns=columns, rows=rows, words=2)
 
 
 def circumstances(report: Figures) -> str:
@@ -170,7 +170,7 @@ def circumstances(report: Figures) -> str:
 
 def as_markdown(report: Figures) -> str:
     """A page: the circumstances, and every table with its note."""
-    sections = ["# Speed", circumstances(report), *(table.markdown() for table in tables(report))]
+    sections = ["# Speed", circumstances(report), *(table.section() for table in tables(report))]
     return "\n\n".join(sections) + "\n"
 
 

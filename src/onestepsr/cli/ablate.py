@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import shlex
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,12 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from onestepsr.core.errors import UserError
-from onestepsr.core.machine import describe_machine
-from onestepsr.core.progress import progress
 
 if TYPE_CHECKING:
     from onestepsr.train.ablation import Ablation
-    from onestepsr.train.ablation_report import HeldOut, Results
+    from onestepsr.train.ablation_report import HeldOut
 
 DEFAULT_SEEDS = "0,1,2"
 
@@ -61,7 +57,7 @@ def ablate(
     with exit code 1 if a run failed; the others are trained and compared all the same.
     """
     from onestepsr.train.ablation import load_suite, plan_ablation, suite_names, train_all
-    from onestepsr.train.ablation_report import HeldOut, compare
+    from onestepsr.train.ablation_report import HeldOut, compare, results_grid
     from onestepsr.weights.download import without_downloads
 
     if list_suites:
@@ -74,26 +70,22 @@ def ablate(
     with without_downloads("a dry run fetches nothing") if dry_run else nullcontext():
         ablation = plan_ablation(loaded, only=_names(only), seeds=_seeds(seeds), out=folder, reuse=reuse or [])
         held_out = HeldOut(loaded.config.evaluation)
-    prefix = _words(launcher)
+    try:
+        prefix = shlex.split(launcher)
+    except ValueError as error:
+        raise UserError(f"--launcher {launcher}: {error}") from error
     if report is not None and report.exists() and not report.is_dir():
         raise UserError(f"--report {report}: is a file, expected a folder")
     if dry_run:
         show(ablation, held_out)
         return
     failures = train_all(ablation, launcher=prefix, announce=_say)
-    chosen = [("--seeds", seeds), ("--only", only), ("--out", out), ("--report", report)]
-    chosen += [*(("--reuse", path) for path in reuse or []), ("--launcher", launcher)]
-    results, paths = compare(
-        ablation,
-        held_out,
-        failures,
-        report or folder,
-        lambda items, title: progress(items, f"Measuring {title}"),
-        command=_command(suite, settings or [], chosen),
-        machine=describe_machine(),
-        date=datetime.date.today().isoformat(),
-    )
-    show_results(results)
+    chosen: list[tuple[str, str | Path | None]] = [("--seeds", seeds), ("--only", only), ("--out", out)]
+    chosen += [("--report", report), *(("--reuse", path) for path in reuse or []), ("--launcher", launcher)]
+    given = [word for name, value in chosen if value for word in (name, str(value))]
+    command = shlex.join(["onestepsr", "ablate", suite, *(settings or []), *given])
+    results, paths = compare(ablation, held_out, failures, report or folder, command=command)
+    results_grid(results).show()
     _say(f"report: {', '.join(map(str, paths))}")
     if failures:
         raise typer.Exit(1)
@@ -101,55 +93,24 @@ def ablate(
 
 def show(ablation: Ablation, held_out: HeldOut) -> None:
     """Print what would be trained and compared."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from onestepsr.core.tables import Grid
     from onestepsr.train.ablation import override_lines
 
     config = ablation.suite.config
-    console = Console()
-    table = Table("variant", "settings of its own", title=f"{config.title} ({config.source})")
-    for name in ablation.variants:
-        table.add_row(name, "\n".join(config.variants[name].differences) or "-")
-    console.print(table)
-    runs = Table("run", "state", "steps", "batch", "folder")
+    variants = tuple((name, ", ".join(config.variants[name].differences) or "-") for name in ablation.variants)
+    title = f"{config.title} ({config.source})"
+    Grid(title=title, columns=("variant", "settings of its own"), rows=variants, words=2).show()
+    runs = []
     for run in ablation.runs:
-        train = run.config.train
         state = f"{run.state} at {run.step}" if run.state == "interrupted" else run.state
-        runs.add_row(run.name, state, f"{train.steps:,}", str(train.batch_size), str(run.folder))
-    console.print(runs)
+        runs.append((run.name, state, str(run.folder), f"{run.config.train.steps:,}", str(run.config.train.batch_size)))
+    Grid(title="", columns=("run", "state", "folder", "steps", "batch"), rows=tuple(runs), words=3).show()
     common = [*override_lines(config.overrides), *ablation.suite.changes]
     typer.echo(f"recipe: {config.recipe} with {' '.join(common) or 'no changes'}")
     typer.echo(f"held out: {len(held_out.indices)} pairs from {len(held_out.pairs)} photos, on {held_out.device}")
     typer.echo(f"metrics: {', '.join(metric.title for metric in held_out.metrics)}")
     for note in held_out.notes:
         typer.echo(note)
-
-
-def show_results(results: Results) -> None:
-    """Print the means over seeds."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("variant", *(metric["title"] for metric in results["metrics"]), "runs", title=results["title"])
-    for row in results["rows"]:
-        scores = [row["scores"].get(metric["name"], {}).get("mean") for metric in results["metrics"]]
-        shown = ["-" if score is None else f"{score:.4f}" for score in scores]
-        table.add_row(row["title"], *shown, str(len(row["runs"])) if "differences" in row else "-")
-    Console().print(table)
-
-
-def _command(suite: str, settings: Sequence[str], options: Sequence[tuple[str, str | Path | None]]) -> str:
-    """The command line that repeats this one: the options that were given."""
-    given = [word for name, value in options if value for word in (name, str(value))]
-    return shlex.join(["onestepsr", "ablate", suite, *settings, *given])
-
-
-def _words(launcher: str) -> list[str]:
-    try:
-        return shlex.split(launcher)
-    except ValueError as error:
-        raise UserError(f"--launcher {launcher}: {error}") from error
 
 
 def _names(text: str) -> list[str]:

@@ -22,7 +22,6 @@ from onestepsr.core.progress import progress
 
 if TYPE_CHECKING:
     from onestepsr.benchmark.speed import SpeedConfig
-    from onestepsr.core.tables import Table
 
 STDOUT = "-"
 MEASURED_WITH = ("torch", "diffusers", "peft")
@@ -66,8 +65,7 @@ LARGEST_INPUT = 16_384
 def speed(
     *,
     model: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Model, file or random:NAME; may be repeated. {DEFAULT_MODEL} by default."),
+        list[str] | None, typer.Option(help=f"Model, file or random:NAME; may be repeated. {DEFAULT_MODEL} by default.")
     ] = None,
     size: Annotated[str, typer.Option(help="Image that is enlarged: its side, or WIDTHxHEIGHT, in pixels.")] = "128",
     steps: Annotated[
@@ -78,8 +76,7 @@ def speed(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     tile: Annotated[str, typer.Option(help="Tile side in input pixels, auto or off.")] = "auto",
     compiled: Annotated[
-        bool,
-        typer.Option("--compile", help="Compile the network first, as upscale does; the baseline stays as it is."),
+        bool, typer.Option("--compile", help="Compile the network first, as upscale does; the baseline stays as it is.")
     ] = False,
     file_format: Annotated[str, typer.Option("--format", help="Files read and written: jpg, png, webp, tiff.")] = "jpg",
     repeats: Annotated[int, typer.Option(help="Runs that are timed.")] = 5,
@@ -124,7 +121,8 @@ def speed(
     if markdown:
         typer.echo(as_markdown(report), nl=False)
     elif json_file != STDOUT:
-        _show(tables(report), pipe_width=200)
+        for table in tables(report):
+            table.show()
         typer.echo(circumstances(report))
 
 
@@ -180,8 +178,7 @@ LARGEST_OUTPUT = 65_536
 @benchmark.command(cls=OptionalJsonFile)
 def complexity(
     model: Annotated[
-        list[str] | None,
-        typer.Option(help="Network to count; may be repeated. All by default.", show_default=False),
+        list[str] | None, typer.Option(help="Network to count; may be repeated. All by default.", show_default=False)
     ] = None,
     size: Annotated[int, typer.Option(min=1, max=LARGEST_OUTPUT, help="Side of the output image, in pixels.")] = 512,
     json_file: JsonFile = None,
@@ -205,7 +202,8 @@ def complexity(
         command = shlex.join(["onestepsr", "benchmark", "complexity", *options, "--markdown"])
         typer.echo(as_markdown(report, command=command, machine=describe_machine(MEASURED_WITH)), nl=False)
     elif json_file != STDOUT:
-        _show(tables(report), pipe_width=160)
+        for table in tables(report):
+            table.show()
 
 
 # ---- output of both ----
@@ -226,20 +224,3 @@ def _write_json(path: str, document: Mapping[str, Any]) -> None:
         typer.echo(text)
     else:
         write_text(Path(path), text + "\n")
-
-
-def _show(tables: Sequence[Table], pipe_width: int) -> None:
-    """Print every table; a pipe has no width of its own, and nothing needs to be cut there."""
-    from rich.console import Console
-    from rich.table import Table as Drawing
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=pipe_width)
-    for content in tables:
-        drawing = Drawing(*content.columns, title=content.title, title_justify="left")
-        for column in drawing.columns[content.words :]:
-            column.justify = "right"
-        for row in content.rows:
-            drawing.add_row(*row)
-        console.print(drawing)

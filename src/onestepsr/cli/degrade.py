@@ -66,7 +66,9 @@ def degrade_command(
         raise UserError(f"--crop-multiple {multiple}: expected a multiple of the scale, {scale}")
     jobs = plan(hr_dir, out_dir, recursive)
     header = {"schema": SCHEMA, "recipe": recipe, "scale": scale, "seed": seed, "crop_multiple": multiple}
-    _check_existing(jobs, skip_existing, overwrite)
+    existing = [job.lr for job in jobs if job.lr.exists() or job.hr.exists()]
+    if existing and not (skip_existing or overwrite):
+        raise UserError(f"{existing[0]}: exists; give --skip-existing or --overwrite")
     others = _other_pairs(jobs, out_dir, header, overwrite)
     failures = run(jobs, out_dir, header, skip_existing, others)
     typer.echo(f"{len(jobs) - len(failures)} pairs in {out_dir} (LR, HR, {RECORD})")
@@ -99,7 +101,7 @@ def run(
 
     ``others`` is the record of pairs from other photos that lie in ``out_dir`` already.
     """
-    from onestepsr.data.degradation.photo_files import draw_for
+    from onestepsr.data.degradation.pipeline import draw_for
 
     recipe = load_recipe(header["recipe"])
     # Parameters do not depend on the photo, so the record is complete before the first image is written.
@@ -144,7 +146,7 @@ def usual_scale(name: str) -> int:
 
 def write_pair(job: Job, drawn: Degradation, header: dict[str, Any]) -> None:
     """Degrade one photo and write its LR and cropped HR image as PNG; leftovers of a killed run stay."""
-    from onestepsr.data.degradation.photo_files import make_pair
+    from onestepsr.data.degradation.pipeline import make_pair
     from onestepsr.imaging.read import from_array
     from onestepsr.imaging.write import write_image
 
@@ -162,13 +164,6 @@ def write_record(
 
     images = {**(others or {}), **{name: to_mapping(entry) for name, entry in drawn.items()}}
     write_text(out_dir / RECORD, json.dumps({**header, "images": images}, indent=1) + "\n")
-
-
-def _check_existing(jobs: list[Job], skip: bool, overwrite: bool) -> None:
-    """Refuse to overwrite unasked."""
-    existing = [job.lr for job in jobs if job.lr.exists() or job.hr.exists()]
-    if existing and not (skip or overwrite):
-        raise UserError(f"{existing[0]}: exists; give --skip-existing or --overwrite")
 
 
 def _other_pairs(jobs: list[Job], out_dir: Path, header: dict[str, Any], overwrite: bool) -> dict[str, Any]:

@@ -14,9 +14,7 @@ from onestepsr.core.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from onestepsr.models.convert import Converted
     from onestepsr.weights.catalog import ModelSpec
-    from onestepsr.weights.download import Download
 
 SCHEMA = 1
 PARTS = ("generator", "discriminator")
@@ -108,8 +106,7 @@ def convert(
     target: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .pkl with --to osediff-pkl.")],
     *,
     part: Annotated[
-        str,
-        typer.Option(help="generator: the whole backbone; discriminator: the half UNet that one is made of."),
+        str, typer.Option(help="generator: the whole backbone; discriminator: the half UNet that one is made of.")
     ] = "generator",
     published_as: Annotated[
         str | None, typer.Option("--as", help="Published model that SOURCE is, for example resshift-realsr-v3.")
@@ -175,20 +172,16 @@ def convert(
             dtype=getattr(torch, dtype),
             overwrite=overwrite,
         )
-    _show_converted(done, as_json)
+    if as_json:
+        document = {"schema": SCHEMA, "file": str(done.file), "architecture": done.architecture}
+        typer.echo(json.dumps(document | {"parameters": done.parameters, "bytes": done.bytes}, indent=2))
+    else:
+        typer.echo(f"{done.file}: {done.architecture}, {done.parameters:,} parameters, {done.bytes:,} bytes")
 
 
 def _check_choice(option: str, value: str | None, accepted: Sequence[str]) -> None:
     if value is not None and value not in accepted:
         raise UserError(f"{option} '{value}': accepted: {', '.join(accepted)}")
-
-
-def _show_converted(done: Converted, as_json: bool) -> None:
-    if as_json:
-        document = {"schema": SCHEMA, "file": str(done.file), "architecture": done.architecture}
-        typer.echo(json.dumps(document | {"parameters": done.parameters, "bytes": done.bytes}, indent=2))
-        return
-    typer.echo(f"{done.file}: {done.architecture}, {done.parameters:,} parameters, {done.bytes:,} bytes")
 
 
 def _for_each(specs: list[ModelSpec], action: Callable[[ModelSpec], str]) -> None:
@@ -244,19 +237,17 @@ def _describe(model: str) -> dict[str, Any]:
     described |= {"state": spec.state}
     if spec.bundled:
         return described | _describe_weights(model)
-    files = [_describe_file(wanted) for wanted in spec.downloads]
+    files = [
+        {"file": str(each.path), "bytes": each.bytes, "sha256": each.sha256, "sources": list(each.urls)}
+        for each in spec.downloads
+    ]
     return described | ({"files": files} if len(files) > 1 else dict(*files))
-
-
-def _describe_file(wanted: Download) -> dict[str, Any]:
-    file = {"file": str(wanted.path), "bytes": wanted.bytes, "sha256": wanted.sha256}
-    return file | {"sources": list(wanted.urls)}
 
 
 def _describe_weights(model: str) -> dict[str, Any]:
     from onestepsr.core.files import file_sha256
     from onestepsr.weights.catalog import resolve
-    from onestepsr.weights.native import read_weights
+    from onestepsr.weights.files import read_weights
 
     path = resolve(model)
     architecture, config, tensors = read_weights(path)

@@ -11,14 +11,7 @@ import typer
 from onestepsr.core.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from onestepsr.train.memory_estimate import Estimate
     from onestepsr.train.run import Plan
-
-
-WIDTH = 96
-"""Columns of the tables of a dry run, at least."""
 
 
 def register(app: typer.Typer) -> None:
@@ -89,69 +82,31 @@ def _fields(method: str | None, recipe: str | None, changes: list[str]) -> str:
 
 def show(plan: Plan) -> None:
     """Print networks, memory, data and the resolved configuration."""
-    from rich.console import Console
+    from onestepsr.core.tables import Grid
+    from onestepsr.train.run import config_text, process_count
 
-    from onestepsr.train.run import config_text
-
-    estimate = plan.estimate()
-    console = Console()
-    console.width = max(console.width, WIDTH)  # a number cut short is worse than a wrapped line
-    console.print(_networks_table(plan, estimate))
-    console.print(_phases_table(estimate))
-    for line in (*_memory_lines(plan, estimate), *_data_lines(plan)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    begins = f"step {plan.checkpoint.step}" if plan.checkpoint else "step 0"
-    console.print(f"starts at {begins} of {plan.run.train.steps:,}", highlight=False)
-    typer.echo(config_text(plan.run), nl=False)
-
-
-def _networks_table(plan: Plan, estimate: Estimate) -> Table:
-    title = f"{plan.run.method} -> {plan.run.out}: parameters, and memory in MB"
-    table = _table(title, "network", "trainable", "frozen", "weights", "optimiser", "average", "gradients")
+    estimate, train, data = plan.estimate(), plan.run.train, plan.run.data
+    rows: list[tuple[str, ...]] = []
     for network in estimate.networks:
         memory = (network.weights, network.optimizer, network.average, network.gradients + network.buckets)
-        counts = (f"{network.trainable:,}", f"{network.frozen:,}")
-        table.add_row(network.name, *counts, *map(megabytes, memory))
-    return table
-
-
-def _phases_table(estimate: Estimate) -> Table:
-    table = _table("", "phase", "loss terms", "activations and gradients at their peak, MB")
-    table.columns[1].justify = "left"
-    for phase in estimate.phases:
-        table.add_row(phase.network, ", ".join(phase.terms), megabytes(phase.peak))
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD)
-    for column in table.columns[1:]:
-        column.justify = "right"
-        column.no_wrap = True
-    return table
-
-
-def _memory_lines(plan: Plan, estimate: Estimate) -> list[str]:
-    from onestepsr.train.run import process_count
-
-    train = plan.run.train
+        rows.append((network.name, f"{network.trainable:,}", f"{network.frozen:,}", *map(megabytes, memory)))
+    columns = ("network", "trainable", "frozen", "weights", "optimiser", "average", "gradients")
+    title = f"{plan.run.method} -> {plan.run.out}: parameters, and memory in MB"
+    Grid(title=title, columns=columns, rows=tuple(rows)).show()
+    rows = [(phase.network, ", ".join(phase.terms), megabytes(phase.peak)) for phase in estimate.phases]
+    phase_columns = ("phase", "loss terms", "activations and gradients at their peak, MB")
+    Grid(title="", columns=phase_columns, rows=tuple(rows), words=2).show()
     share = f"{process_count()} processes x {train.accumulation} micro-batches x {estimate.micro_batch}"
     peak, held = estimate.peak / 1e9, estimate.held / 1e9
     whole = f"{peak:,.2f} GB ({held:,.2f} GB held all the time, the rest in the phase that needs most)"
-    return [
-        f"batch: {train.batch_size} = {share}",
-        f"memory per device: {whole}; estimated; on a GPU, its context and workspaces come on top, about 1 GB",
-    ]
-
-
-def _data_lines(plan: Plan) -> list[str]:
-    data = plan.run.data
-    names = ", ".join(str(path) for path in data.paths)
+    typer.echo(f"batch: {train.batch_size} = {share}")
+    typer.echo(f"memory per device: {whole}; estimated; on a GPU, its context and workspaces come on top, about 1 GB")
     crops = "whole images" if data.crop == 0 else f"crops of {data.crop} x {data.crop}"
-    return [f"photos: {plan.photos:,} in {names}", f"samples: {crops}, {_low_resolution(plan)}"]
+    typer.echo(f"photos: {plan.photos:,} in {', '.join(map(str, data.paths))}")
+    typer.echo(f"samples: {crops}, {_low_resolution(plan)}")
+    begins = f"step {plan.checkpoint.step}" if plan.checkpoint else "step 0"
+    typer.echo(f"starts at {begins} of {train.steps:,}")
+    typer.echo(config_text(plan.run), nl=False)
 
 
 def _low_resolution(plan: Plan) -> str:

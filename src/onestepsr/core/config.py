@@ -184,16 +184,12 @@ def _convert_sequence(value: Any, origin: type, arguments: tuple[Any, ...], wher
 def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):  # a string, because YAML reads 5e-5 (no dot) as one
-            return _finite(float(value), where)
+            number = float(value)
+            if not math.isfinite(number):  # nan would pass most checks of a range
+                raise UserError(f"{where}: expected a finite number, got {number}")
+            return number
     if hint is Path and isinstance(value, (str, Path)):
         return Path(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
-
-
-def _finite(value: float, where: str) -> float:
-    """``value`` if it is finite: nan would pass most checks of a range."""
-    if not math.isfinite(value):
-        raise UserError(f"{where}: expected a finite number, got {value}")
-    return value

@@ -8,8 +8,15 @@ from functools import cached_property
 from typing import Any
 
 from onestepsr.core.errors import UserError, join_names
-from onestepsr.evaluate.result import EvaluationResult, MetricRecord
-from onestepsr.evaluate.statistics import PairedComparison, Summary, compare_paired, holm, summarize
+from onestepsr.evaluate.result import (
+    EvaluationResult,
+    MetricRecord,
+    PairedComparison,
+    Summary,
+    compare_paired,
+    holm,
+    summarize,
+)
 
 SCHEMA = 1
 SIGNIFICANCE = 0.05

@@ -22,9 +22,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from onestepsr import __version__
 from onestepsr.core.errors import UserError
 from onestepsr.core.files import replacing, write_text
+from onestepsr.core.tables import NOTHING, Grid, safe_text
 from onestepsr.evaluate.comparison import Comparison
-from onestepsr.evaluate.result import EvaluationResult, Files, now, safe_text
-from onestepsr.evaluate.tables import NOTHING, Grid, decimals_of, difference_grid, heading, method_grid
+from onestepsr.evaluate.result import EvaluationResult, Files, now
+from onestepsr.evaluate.tables import decimals_of, difference_grid, heading, method_grid
 
 if TYPE_CHECKING:
     from onestepsr.imaging.read import Samples
@@ -234,6 +235,8 @@ def render(
     """The page as text; ``views`` are the images that can be looked at, by name."""
     labels, several = comparison.labels, len(comparison.results) > 1
     style, script = (TEMPLATES.joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    own = f"style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'"
     decimals = {metric: decimals_of(comparison, metric) for metric in comparison.metrics}
     roles = {"lr": "LR", **{f"sr{number}": label for number, label in enumerate(labels)}, "hr": "HR"}
     lines = [*comparison.warnings, *problems]
@@ -259,7 +262,7 @@ def render(
         generator=GENERATOR,
         version=__version__,
         date=now(),
-        policy=_policy(style, script),
+        policy=f"default-src 'none'; img-src 'self' file: data:; {own}; base-uri 'none'; form-action 'none'",
         style=style,
         script=script,
         comparison=comparison,
@@ -284,12 +287,6 @@ def render(
         },
     )
     return page.strip() + "\n"
-
-
-def _policy(style: str, script: str) -> str:
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
-    own = f"style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'"
-    return f"default-src 'none'; img-src 'self' file: data:; {own}; base-uri 'none'; form-action 'none'"
 
 
 def _image_data(

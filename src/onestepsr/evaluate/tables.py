@@ -9,108 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 from onestepsr.core.config import from_mapping, read_mapping
 from onestepsr.core.errors import UserError, did_you_mean
+from onestepsr.core.tables import DOWN, NOTHING, UP, Grid, safe_text
 from onestepsr.evaluate.comparison import Comparison
-from onestepsr.evaluate.result import EvaluationResult, MetricRecord, Setting, safe_text
-from onestepsr.evaluate.statistics import Summary
-
-NOTHING = "-"
-UP, DOWN = "↑", "↓"
-FOLDED = 12
-"""Characters that a column of words keeps in a narrow terminal."""
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    UP: r"$\uparrow$",
-    DOWN: r"$\downarrow$",
-    "±": r"$\pm$",
-    "†": r"$^\dagger$",
-}
-_MARKDOWN = re.compile(r"([\\`*_\[\]<>|])")
-
-
-# ---- grids of text ----
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """A table of text cells under headings."""
-
-    title: str
-    """Caption."""
-    columns: tuple[str, ...]
-    """Headings."""
-    rows: tuple[tuple[str, ...], ...]
-    """Cells, as many in each row as there are columns."""
-    best: frozenset[tuple[int, int]] = frozenset()
-    """(row, column) of cells to print bold."""
-    words: int = 1
-    """Number of columns of words, from the left; the others are numbers, aligned right."""
-    notes: tuple[str, ...] = ()
-    """Lines below the table."""
-
-    def show(self) -> None:
-        """Print the table and its notes on stdout; where it is too wide for the terminal, no digits are cut off.
-
-        Names are shown as they are, whatever markup they hold.
-        """
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=Text(safe_text(self.title)) if self.title else None, title_justify="left")
-        for index, text in enumerate(self.columns):
-            word = index < self.words
-            justify: Literal["left", "right"] = "left" if word else "right"
-            table.add_column(Text(safe_text(text)), justify=justify, overflow="fold", no_wrap=not word)
-        for number, row in enumerate(self.rows):
-            styles = ["bold" if (number, column) in self.best else "" for column in range(len(row))]
-            table.add_row(*(Text(safe_text(text), style) for text, style in zip(row, styles, strict=True)))
-        # Width of the table when words are folded and numbers are not.
-        widths = [max(map(len, cells)) for cells in zip(self.columns, *self.rows, strict=True)]
-        words = [min(width, FOLDED) for width in widths[: self.words]]
-        narrowest = sum(words) + sum(widths[self.words :]) + 3 * len(widths) + 1
-        console = Console(width=max(Console().width, narrowest))
-        console.print(table)
-        for note in self.notes:
-            console.print(Text(safe_text(note)))
-
-    def markdown(self) -> str:
-        """Rows of Markdown, the heading first; no final line break."""
-        rule = ["---" if index < self.words else "---:" for index in range(len(self.columns))]
-        lines = [[_markdown(cell) for cell in self.columns], rule]
-        for number, row in enumerate(self.rows):
-            cells = [_markdown(cell) for cell in row]
-            lines.append([f"**{c}**" if (number, index) in self.best else c for index, c in enumerate(cells)])
-        notes = [f"\n{_markdown(note)}" for note in self.notes]
-        return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *notes])
-
-    def latex(self) -> str:
-        """A ``tabular`` with rules of the package booktabs; its rows can be copied alone. No final line break."""
-        lines = [" & ".join(map(_latex, self.columns)) + r" \\", r"\midrule"]
-        for number, row in enumerate(self.rows):
-            cells = [_latex(cell) for cell in row]
-            bold = [rf"\textbf{{{c}}}" if (number, index) in self.best else c for index, c in enumerate(cells)]
-            lines.append(" & ".join(bold) + r" \\")
-        shape = "l" * self.words + "r" * (len(self.columns) - self.words)
-        notes = [f"% {safe_text(note)}" for note in self.notes]
-        return "\n".join(
-            [*notes, rf"\begin{{tabular}}{{{shape}}}", r"\toprule", *lines, r"\bottomrule", r"\end{tabular}"]
-        )
-
-
-def _markdown(text: str) -> str:
-    return _MARKDOWN.sub(r"\\\1", safe_text(text))
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in safe_text(text))
-
+from onestepsr.evaluate.result import EvaluationResult, MetricRecord, Setting, Summary
 
 # ---- tables of results ----
 

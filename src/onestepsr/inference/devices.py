@@ -1,18 +1,26 @@
-"""Devices and dtypes by name, copies between host and GPU, and memory that runs out."""
+"""Devices and dtypes by name, copies between host and GPU, memory, and ``torch.compile``."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib.util
 import logging
+import os
+import platform
 import re
+import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from onestepsr.core.errors import UserError, first_line
+from onestepsr.core.errors import OneStepSRError, UserError, first_line
 from onestepsr.core.machine import instructions, multiplies_bfloat16, recall_speeds
+from onestepsr.models.generators import Generator, LatentGenerator
 
 logger = logging.getLogger(__name__)
 
@@ -126,3 +134,138 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+# ---- Freed memory ----------------------------------------------------------------------------------------------------
+# By default glibc hands freed blocks beyond 32 MB back to the system at once. The next tensor of that size is made of
+# new pages, each with a page fault and filled with zeros first: in the autoencoder of Stable Diffusion at 512 x 512
+# pixels that takes several times as long as an activation function itself. Before a process has freed a block that
+# large, the same happens to smaller ones, from 128 kB on.
+
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
+"""Parameters of mallopt, from malloc.h."""
+USUAL = {MMAP_MAX: 65_536, MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}
+"""Values that glibc arrives at by itself in a process that has used large blocks."""
+SEPARATE = {MMAP_MAX: 65_536, MMAP_THRESHOLD: 128 << 10}
+"""Values that it begins with, but for good: by itself it raises the threshold when the first large block is freed."""
+KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: -1}
+"""Values with which freed memory stays with the process."""
+
+_lock = threading.Lock()
+_users = 0
+
+
+@contextmanager
+def no_malloc_trim(wanted: bool = True) -> Iterator[None]:
+    """Inside, freed memory stays with the process for later allocations; when the last user leaves, all is handed back.
+
+    Unless ``wanted``, the process only gets the :data:`USUAL` settings, for good: small images never free a block from
+    which glibc would learn them. Blocks of other threads than the main one may be treated as ever.
+    """
+    global _users  # noqa: PLW0603  (as global as what it counts the users of)
+    library = _glibc()
+    if library is None or not wanted:
+        _set(USUAL)
+        yield
+        return
+    with _lock:
+        _users += 1
+        if _users == 1:
+            library.malloc_trim(0)
+            _apply(library, KEPT)
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                _apply(library, USUAL)
+                library.malloc_trim(0)
+
+
+@contextmanager
+def separate_mmaps() -> Iterator[None]:
+    """Inside, every block from 128 kB on has pages of its own: whenever it is freed, they go back to the system.
+
+    Made for weights. Those that are converted or packed later would leave gaps between the others, in which nothing of
+    the size of a feature map fits.
+    """
+    _set(SEPARATE)
+    try:
+        yield
+    finally:
+        _set(USUAL)
+
+
+def _set(settings: dict[int, int]) -> None:
+    """Apply ``settings`` unless freed memory is being kept."""
+    library = _glibc()
+    with _lock:
+        if library is not None and _users == 0:
+            _apply(library, settings)
+
+
+def _apply(library: ctypes.CDLL, settings: dict[int, int]) -> None:
+    for parameter, value in settings.items():
+        library.mallopt(parameter, value)
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+# than without.
+
+COMPILERS = ("g++", "clang++", "c++", "cl")
+"""Names of C++ compilers to look for if ``CXX`` names none."""
+PARTS = ("encode", "decode")
+"""Methods of an autoencoder that are compiled."""
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise :class:`UserError` where ``torch.compile`` lacks what it needs: a C++ compiler, for CUDA Triton too."""
+    named = os.environ.get("CXX")
+    if not any(shutil.which(name) for name in ([named] if named else COMPILERS)):
+        looked = named or ", ".join(COMPILERS)
+        raise UserError(f"compile: needs a C++ compiler, found none ({looked}); install g++, or leave --compile out")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("compile: needs Triton for a CUDA GPU; pip install triton, or leave --compile out")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"compile: device '{device}'; accepted: cpu, cuda")
+
+
+def compile_networks(generator: Generator) -> None:
+    """Let the networks of ``generator`` be compiled when they are first called, and again for another shape.
+
+    The code around them stays as it is: noise that depends on a tile's origin would have every tile compiled anew.
+    Weights keep their names. A generator that does not consist of ``autoencoder`` and ``unet`` is compiled as a whole.
+    """
+    if not isinstance(generator, LatentGenerator):
+        generator.compile()
+        return
+    generator.unet.compile()
+    for name in PARTS:
+        setattr(generator.autoencoder, name, torch.compile(getattr(generator.autoencoder, name)))
+
+
+def without_compiling(copied: nn.Module) -> nn.Module:
+    """``copied``, the copy of a generator, without the changes of :func:`compile_networks` to the original: compiled
+    methods would reach back to it."""
+    for name in PARTS if isinstance(copied, LatentGenerator) else ():
+        vars(copied.autoencoder).pop(name, None)
+    return copied
+
+
+@contextmanager
+def compiler_errors_named(name: str) -> Iterator[None]:
+    """Inside, a compiler's failure becomes one :class:`OneStepSRError`; ``name`` is the model's."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        cause = getattr(error, "inner_exception", error)
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+        raise OneStepSRError(f"{name}: cannot be compiled here ({lines[0]}); leave --compile out") from error

@@ -21,8 +21,7 @@ from onestepsr.core.errors import UserError
 from onestepsr.core.machine import free_memory, multiplies_bfloat16
 from onestepsr.inference.options import UpscaleOptions, target_size
 from onestepsr.inference.tiling import OVERLAP, PUBLISHED_OVERLAPS, Sides, TileJoin, join_of, starts_along
-from onestepsr.models.generators import Generator
-from onestepsr.models.memory_cost import STAGES, Stage, StageCost
+from onestepsr.models.generators import STAGES, Generator, Stage, StageCost
 
 # ---- policy ----
 

@@ -5,28 +5,126 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from onestepsr.core.errors import OneStepSRError
 from onestepsr.imaging.color import gray, wavelet
 from onestepsr.imaging.icc import ColorProfile
 from onestepsr.imaging.read import samples_to_tensor
 from onestepsr.imaging.resize import bicubic
-from onestepsr.inference.allocator import no_malloc_trim
-from onestepsr.inference.devices import Arrival, to_device
+from onestepsr.inference.devices import Arrival, no_malloc_trim, to_device
 from onestepsr.inference.memory_plan import Plan, StagePlan
 from onestepsr.inference.options import UpscaleOptions
-from onestepsr.inference.shared_norms import CALIBRATION_SHARE, SharedNorms, reduced
 from onestepsr.inference.tiling import TileJoin, join_of
-from onestepsr.models.generators import Generator
-from onestepsr.models.memory_cost import Stage
+from onestepsr.models.cpu_kernels import as_kind, replace_layers
+from onestepsr.models.generators import Generator, Stage
+
+# ---- Group norms with one set of statistics for all tiles of an image ------------------------------------------------
+# A group norm divides by the deviation of the tile at hand: sky becomes as lively as foliage, and neighbouring tiles
+# differ in tone and contrast. Inside :meth:`SharedNorms.calibrated_by`, norms take their statistics from a reduced copy
+# of the whole image instead.
+
+BAND = 2**22
+"""Numbers that statistics are taken of at once."""
+CALIBRATION_SHARE = 1 / 8
+"""Largest part of an image's pixels in its reduced copy, and so its cost beside the tiles."""
+
+
+class SharedNorm(nn.GroupNorm):
+    """A group norm that may be given mean and variance."""
+
+    watching = False
+    """True while the statistics of the input are being kept."""
+    kept: tuple[Tensor, Tensor] | None = None
+    """Mean and variance of every channel's group, each (C,) in float32; None: those of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised ``x`` (N, C, H, W)."""
+        if self.watching:
+            self.kept = self._statistics(x)
+        elif self.kept is not None:
+            weight, bias = (None if given is None else given.float() for given in (self.weight, self.bias))
+            return F.batch_norm(x, *self.kept, weight, bias, training=False, eps=self.eps)
+        return super().forward(x)
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Over all samples, in bands, because all of ``x`` in float32 would be the largest tensor of all."""
+        own = [axis for axis in range(x.ndim) if axis != 1]
+        totals = torch.zeros(2, self.num_channels, device=x.device)
+        for band in torch.split(x, max(1, BAND // x[:, :, :1].numel()), dim=2):
+            values = band.float()
+            totals += torch.stack([values.sum(own), values.square().sum(own)])
+        width = self.num_channels // self.num_groups
+        mean, square = totals.reshape(2, -1, width).sum(2) / (x.numel() // self.num_groups)
+        return mean.repeat_interleave(width), (square - mean.square()).clamp_min(0.0).repeat_interleave(width)
+
+
+class SharedNorms:
+    """All group norms of a network, as :class:`SharedNorm`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        """Replaces the plain ones below ``network``; parameters and their names stay."""
+        replace_layers(network, lambda layer: as_kind(SharedNorm, layer) if type(layer) is nn.GroupNorm else None)
+        self._norms = [layer for layer in network.modules() if isinstance(layer, SharedNorm)]
+
+    def __len__(self) -> int:
+        return len(self._norms)
+
+    @contextmanager
+    def calibrated_by(self, run: Callable[[], object]) -> Iterator[None]:
+        """Inside, every norm has the statistics of its input in ``run``."""
+        try:
+            for norm in self._norms:
+                norm.watching = True
+            run()
+            for norm in self._norms:
+                norm.watching = False
+            yield
+        finally:
+            for norm in self._norms:
+                norm.watching, norm.kept = False, None
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, norms take the statistics of their input again: exact ones, where that is the whole image."""
+        kept = [norm.kept for norm in self._norms]
+        for norm in self._norms:
+            norm.kept = None
+        yield
+        for norm, statistics in zip(self._norms, kept, strict=True):
+            norm.kept = statistics
+
+
+def reduced(source: Tensor, most: float, multiple: int) -> Tensor:
+    """Evenly spread pixels of ``source`` (1, C, H, W), at most ``most`` of them: sides are multiples of ``multiple``,
+    and no shorter than it.
+
+    Nothing is averaged: noise and grain, which are part of the statistics, would get lost.
+    """
+
+    def rounded(side: float) -> int:
+        return max(1, int(side / multiple)) * multiple
+
+    height, width = source.shape[-2:]
+    factor = min(1.0, (most / (height * width)) ** 0.5)
+    rows = rounded(height * factor)
+    columns = rounded(min(width * factor, most / rows))
+    rows = rounded(min(height * factor, most / columns))  # where the columns could not be as few as that
+    return source[..., _spread(height, rows), :][..., _spread(width, columns)]
+
+
+def _spread(length: int, count: int) -> Tensor:
+    """``count`` of ``length`` indices."""
+    return ((torch.arange(count) + 0.5) * (length / count)).long()
+
 
 AHEAD = {"cuda": 1}
 """Batches that a kind of device is given before the result of the first is waited for: while the host joins tiles, the
@@ -98,7 +196,7 @@ class TiledRun:
         """``pixels`` (H, W, C) are stored samples of the colour space ``profile``. ``norms`` are to treat all tiles
         alike, where there are tiles. ``progress(done, total)`` is called after every tile. ``fill``: the last batch
         repeats its last tile until it is as large as the others. ``keep_memory``: see
-        :func:`onestepsr.inference.allocator.no_malloc_trim`."""
+        :func:`onestepsr.inference.devices.no_malloc_trim`."""
         self.loaded, self.generator, self.scale = loaded, loaded.generator, loaded.generator.scale
         self.plan, self.options, self.profile = plan, options, profile
         self.fill, self.keep_memory, self._norms = fill, keep_memory, norms
@@ -111,7 +209,10 @@ class TiledRun:
 
     def rows(self) -> Iterator[Tensor]:
         """The enlarged image, padding and all, as consecutive bands (1, C, rows, W * scale) of float32."""
-        with self._calibrated_norms():
+        # Where some norms only meet tiles, they have statistics of the whole image. The reduced copy that gives these
+        # is no smaller than ``_padding``, which may be more than the memory is planned for.
+        calibrated = self._norms and self.plan.cuts_autoencoder and self._padding**2 <= self.plan.pixels
+        with self._norms.calibrated_by(self._calibration_pass) if self._norms and calibrated else nullcontext():
             if self.plan.stages is None:
                 yield from self.run_stage(None, self.plan, None)
                 return
@@ -129,7 +230,9 @@ class TiledRun:
         """Bands of joined rows that ``stage`` makes of the tiles of the image, and of ``latent``: of a latent, or of
         the enlarged image. None is the whole generator."""
         join, makes_latent = self._join_of(stage_plan), stage in ("encode", "unet")
-        with no_malloc_trim(self.keep_memory), self._own_norms(stage_plan):
+        # Norms have statistics of their input if that is the whole image.
+        own_norms = self._norms.disabled() if self._norms and stage_plan.tiles == 1 else nullcontext()
+        with no_malloc_trim(self.keep_memory), own_norms:
             pieces = self._outputs(stage, self._tiles(join, latent), stage_plan.batch)
             if makes_latent:
                 size = (self._size[0] // self.plan.position, self._size[1] // self.plan.position)
@@ -153,23 +256,12 @@ class TiledRun:
 
     # ---- norms with statistics of the whole image ----
 
-    def _calibrated_norms(self) -> AbstractContextManager[None]:
-        """Inside, norms have statistics of the whole image, if some of them only meet tiles."""
-        # The reduced copy is no smaller than ``_padding``, which may be more than the memory is planned for.
-        if self._norms and self.plan.cuts_autoencoder and self._padding**2 <= self.plan.pixels:
-            return self._norms.calibrated_by(self._calibration_pass)
-        return nullcontext()
-
     def _calibration_pass(self) -> None:
         """Send a reduced copy of the image through the network, whole."""
         # Not where freed memory is kept: its blocks have other sizes, and would only break up the heap.
         most = min(self.plan.pixels, self._size[0] * self._size[1] * CALIBRATION_SHARE)
         tile = Tile(origin=(0, 0), lr=reduced(self._source, most, self._padding))
         self._evaluate(None, [tile], _on(self._home, [tile]))
-
-    def _own_norms(self, stage_plan: StagePlan) -> AbstractContextManager[None]:
-        """Inside, norms have statistics of their input if that is the whole image."""
-        return self._norms.disabled() if self._norms and stage_plan.tiles == 1 else nullcontext()
 
     # ---- tiles through the network and the colour fix ----
 
@@ -221,7 +313,10 @@ class TiledRun:
         else:
             rgb = (lr if self.profile is None else self.profile.to_srgb(lr)).expand(-1, 3, -1, -1)
             rgb = _channels_last(rgb.to(self.loaded.device, self.loaded.input_dtype))
-            noise, prompt = self._noise(tiles[0].origin), self._prompt()
+            noise, embedding = self._noise(tiles[0].origin), self.options.prompt_embedding
+            prompt: dict[str, Any] = {}
+            if embedding is not None and self.generator.reads_text:
+                prompt = {"prompt": embedding.to(self.loaded.device, self.loaded.dtype)}
             if stage == "encode":
                 output = self.generator.encode_lr(rgb, **noise)
             elif stage == "unet":
@@ -241,12 +336,6 @@ class TiledRun:
             return {}
         seed = (self.options.seed or 0) * 1_000_003 % 2**64  # PyTorch takes no larger ones
         return {"rng": torch.Generator().manual_seed(seed), "origin": origin}
-
-    def _prompt(self) -> dict[str, Any]:
-        embedding = self.options.prompt_embedding
-        if embedding is None or not self.generator.reads_text:
-            return {}
-        return {"prompt": embedding.to(self.loaded.device, self.loaded.dtype)}
 
     def _color_fixed(self, output: Tensor, lr: Tensor) -> Tensor:
         """``output`` in the image's own colour space, with the low frequencies of ``lr`` where these are wanted."""

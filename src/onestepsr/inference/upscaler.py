@@ -33,20 +33,21 @@ from onestepsr.imaging.read import (
 )
 from onestepsr.imaging.resize import fill_transparent, resize
 from onestepsr.imaging.write import check_size, check_writable, format_of, write_image
-from onestepsr.inference.allocator import separate_mmaps
-from onestepsr.inference.compiling import compile_networks, compiler_errors_named, require_compiler
 from onestepsr.inference.devices import (
     DTYPES,
+    compile_networks,
+    compiler_errors_named,
     is_out_of_memory,
     oom_as_user_error,
+    require_compiler,
     resolve_device,
     resolve_dtype,
+    separate_mmaps,
 )
 from onestepsr.inference.memory_plan import InputSize, Plan, Workload, bytes_per_pixel, fewer_pixels, plan_image
 from onestepsr.inference.options import ColorFix, UpscaleOptions, target_size
-from onestepsr.inference.shared_norms import SharedNorms
-from onestepsr.inference.tiled import LoadedGenerator, NonFiniteError, TiledRun, enlarge
-from onestepsr.inference.tiling import Sides, TileBlend
+from onestepsr.inference.tiled import LoadedGenerator, NonFiniteError, SharedNorms, TiledRun, enlarge
+from onestepsr.inference.tiling import TileBlend
 from onestepsr.models.generators import Generator, LatentGenerator
 
 __all__ = [
@@ -241,13 +242,8 @@ class Upscaler:
             InputSize(height=height, width=width, pixel_bytes=pixel_bytes, alpha_bytes=alpha_bytes), options
         )
 
-    def plan_tile(self, height: int, width: int, options: UpscaleOptions) -> Sides:
-        """Height and width of the tiles in input pixels for an image of this size; the decoder's, where encoder, UNet
-        and decoder have their own."""
-        return self.plan(height, width, options).tile
-
     def keeps_freed_memory(self, area: int) -> bool:
-        """True if ``area`` input pixels at once are worth :func:`onestepsr.inference.allocator.no_malloc_trim`."""
+        """True if ``area`` input pixels at once are worth :func:`onestepsr.inference.devices.no_malloc_trim`."""
         return self.device.type == "cpu" and area * bytes_per_pixel(self.generator, self.dtype) > LARGE_WORK
 
     def _plan(self, size: InputSize, options: UpscaleOptions) -> Plan:

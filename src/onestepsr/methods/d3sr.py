@@ -61,7 +61,7 @@ class ExtrasConfig:
     even_contrast: bool = False
     """Equalise the contrast of detail over the positions within a latent position, on a tiny backbone and while
     training: critics see no lattice then, and the generator gains nothing by one. See
-    :class:`onestepsr.models.tiny.decoder.EvenContrast`."""
+    :class:`onestepsr.models.tiny.networks.EvenContrast`."""
     train_decoder: bool = False
     """Also train the autoencoder's decoder, which the paper freezes; a small one gains from knowing the generator's
     latents."""
@@ -155,14 +155,11 @@ def _prepare_generator(config: D3SRConfig) -> OneStepLatentGenerator:
     generator = equalize_subpixel_contrast(generator) if extras.even_contrast else generator
     generator.config = replace(generator.config, timestep=config.timestep)
     for name, parameter in generator.autoencoder.named_parameters():
-        parameter.requires_grad_(extras.train_decoder and _belongs_to_decoder(name))
+        is_decoder = any(part.startswith("decoder") or part == "post_quant_conv" for part in name.split("."))
+        parameter.requires_grad_(extras.train_decoder and is_decoder)
     if config.gradient_checkpointing:
         checkpoint_gradients(generator.unet, generator.autoencoder)
     return generator
-
-
-def _belongs_to_decoder(name: str) -> bool:
-    return any(part.startswith("decoder") or part == "post_quant_conv" for part in name.split("."))
 
 
 def _generator_phase(spatial: SpatialLoss, terms: list[AdversarialTerm]) -> LossFn:

@@ -146,7 +146,7 @@ class ConditionConfig:
 
     def _embedded(self, texts: list[str], width: int) -> Tensor:
         if torch.empty(0).device.type == "meta":  # a dry run has no use for values
-            from onestepsr.prompts.base import TOKENS
+            from onestepsr.prompts.sources import TOKENS
 
             with torch.device("cpu"):  # whatever importing transformers makes has values
                 self.check(width, texts)
@@ -370,12 +370,9 @@ def _generator_loss(
 
 def _export(networks: Mapping[str, nn.Module]) -> Exported:
     generator = cast(TrainableOSEDiff, networks["generator"]).generator
-    return exported(generator, _unmerged(generator))
-
-
-def _unmerged(generator: OSEDiffGenerator) -> dict[str, Exported]:
-    """The adapters as they are, from which the published layout can be written and another run can start."""
     if not can_be_published(generator):
-        return {}
+        return exported(generator, {})
+    # The adapters as they are, from which the published layout can be written and another run can start.
     described, state = content_of(collect(generator))
-    return {"adapters": Exported(state_dict=state, architecture=ARCHITECTURE, config=described)}
+    beside = Exported(state_dict=state, architecture=ARCHITECTURE, config=described)
+    return exported(generator, {"adapters": beside})

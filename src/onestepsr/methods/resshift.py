@@ -14,16 +14,7 @@ from torch import Tensor
 
 from onestepsr.core.errors import error_context
 from onestepsr.diffusion.residual_shift import ResidualShiftConfig, ResidualShiftSchedule, Respacing
-from onestepsr.methods.base import (
-    Batch,
-    LossFn,
-    Method,
-    Networks,
-    Phase,
-    SampleRandom,
-    checkpoint_gradients,
-    register,
-)
+from onestepsr.methods.base import Batch, LossFn, Method, Networks, Phase, SampleRandom, checkpoint_gradients, register
 from onestepsr.methods.shared.image_loss import PerceptualConfig, SpatialLoss, SpatialWeights
 from onestepsr.methods.shared.residual_shift import (
     AUTOENCODER,

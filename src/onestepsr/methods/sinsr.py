@@ -15,16 +15,7 @@ from torch import Tensor, nn
 from onestepsr.core.errors import error_context
 from onestepsr.diffusion.residual_shift import ResidualShiftSchedule
 from onestepsr.losses.distillation import Student, distillation_loss, ground_truth_loss, inverse_loss
-from onestepsr.methods.base import (
-    Batch,
-    LossFn,
-    Method,
-    Networks,
-    Phase,
-    SampleRandom,
-    checkpoint_gradients,
-    register,
-)
+from onestepsr.methods.base import Batch, LossFn, Method, Networks, Phase, SampleRandom, checkpoint_gradients, register
 from onestepsr.methods.shared.residual_shift import (
     AUTOENCODER,
     DENOISER,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError
-from onestepsr.diffusion.noise_field import NoisePlane
+from onestepsr.diffusion.residual_shift import NoisePlane
 from onestepsr.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
 from onestepsr.losses.distillation import distillation_loss, gradient_loss, hsd_gradient, sds_gradient
 from onestepsr.methods.base import (

@@ -31,7 +31,7 @@ from onestepsr.models.stable_diffusion.config import (
 from onestepsr.models.stable_diffusion.networks import StableDiffusionUNetEncoder, stable_diffusion_generator
 from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.tiny.networks import BUNDLED, TinyAutoencoder, TinyConfig
-from onestepsr.weights.native import read_weights
+from onestepsr.weights.files import read_weights
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,7 @@ from onestepsr.models.stable_diffusion.networks import (
 )
 from onestepsr.models.tiny.networks import TinyUNet
 from onestepsr.weights.catalog import resolve
-from onestepsr.weights.foreign import LazyTensors, fill, materialize, read_tensors
-from onestepsr.weights.native import architecture_of, read_weights
+from onestepsr.weights.files import LazyTensors, architecture_of, fill, materialize, read_tensors, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +114,10 @@ def _load_generator(name_or_path: str | Path, prompt: PromptConfig) -> OneStepLa
     if is_random(name_or_path):
         return random_backbone(str(name_or_path))
     if Path(name_or_path).is_dir():
-        return _generator_from_folder(Path(name_or_path), prompt)
+        folder = Path(name_or_path)
+        config = replace(checkpoints.read_generator_config(folder), prompt=prompt)
+        unet, autoencoder = (checkpoints.read_folder_weights(folder / part) for part in ("unet", "vae"))
+        return _assemble(config, unet, autoencoder, str(folder))
     path = resolve(name_or_path)
     if not architecture_of(path):
         return _generator_from_file(path, prompt)
@@ -123,12 +125,6 @@ def _load_generator(name_or_path: str | Path, prompt: PromptConfig) -> OneStepLa
     if not isinstance(generator, OneStepLatentGenerator):
         raise UserError(f"{path}: holds a {type(generator).__name__}, expected a latent-diffusion backbone")
     return generator
-
-
-def _generator_from_folder(folder: Path, prompt: PromptConfig) -> OneStepLatentGenerator:
-    config = replace(checkpoints.read_generator_config(folder), prompt=prompt)
-    unet, autoencoder = (checkpoints.read_folder_weights(folder / part) for part in ("unet", "vae"))
-    return _assemble(config, unet, autoencoder, str(folder))
 
 
 def _generator_from_file(path: Path, prompt: PromptConfig) -> OneStepLatentGenerator:
@@ -176,7 +172,11 @@ def _assemble(
 def _load_encoder(name_or_path: str | Path, sdxl: SDXLConditioning | None) -> tuple[nn.Module, Tensor | None]:
     """The half UNet, and the prompt that its file holds, if any."""
     if is_random(name_or_path):
-        return _random_encoder(str(name_or_path), sdxl)
+        random = random_encoder(str(name_or_path), sdxl)
+        if random is not None:
+            return random, None
+        generator = random_backbone(str(name_or_path))
+        return unet_encoder_of(generator), generator.prompt.detach()
     if Path(name_or_path).is_dir():
         folder = Path(name_or_path)
         config = checkpoints.read_unet_config(folder)
@@ -188,14 +188,6 @@ def _load_encoder(name_or_path: str | Path, sdxl: SDXLConditioning | None) -> tu
     checkpoint = checkpoints.open_checkpoint(path)
     config, _ = checkpoints.detect(path, checkpoint)
     return _filled_encoder(config, sdxl, checkpoints.unet_weights(checkpoint, config), f"{path}: unet"), None
-
-
-def _random_encoder(name: str, sdxl: SDXLConditioning | None) -> tuple[nn.Module, Tensor | None]:
-    encoder = random_encoder(name, sdxl)
-    if encoder is not None:
-        return encoder, None
-    generator = random_backbone(name)
-    return unet_encoder_of(generator), generator.prompt.detach()
 
 
 def _own_encoder(path: Path, sdxl: SDXLConditioning | None) -> tuple[nn.Module, Tensor | None]:

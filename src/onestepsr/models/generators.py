@@ -2,20 +2,65 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.core.machine import multiplies_bfloat16
-from onestepsr.diffusion.noise_field import NoisePlane
-from onestepsr.diffusion.residual_shift import Noise
+from onestepsr.diffusion.residual_shift import Noise, NoisePlane
 from onestepsr.diffusion.schedule import DiffusionSchedule, DiffusionScheduleConfig
 from onestepsr.imaging.resize import bicubic
 from onestepsr.models.cpu_kernels import use_cpu_kernels
-from onestepsr.models.memory_cost import STAGES, MemoryCost, NetworkCost, Stage, StageCost
+
+# ---- Memory and attention cost, from which tiles are planned ---------------------------------------------------------
+
+Stage = Literal["encode", "unet", "decode"]
+STAGES: tuple[Stage, ...] = ("encode", "unet", "decode")
+"""The stages of a latent generator, in the order in which they run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkCost:
+    """Cost of one network, in latent positions."""
+
+    bytes_per_position: float
+    """Peak bytes of the feature maps per position, without gradients."""
+    attention_breakeven: float = math.inf
+    """Positions of a tile at which attention over all of them takes as long as everything else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """Cost of one stage of a generator, in LR pixels."""
+
+    bytes_per_pixel: float
+    """Peak bytes of the feature maps per pixel."""
+    multiple: int = 1
+    """Tiles start at multiples of this; that of the encoder is the side of a latent position."""
+    attention_breakeven: float = math.inf
+    """Pixels of a tile at which attention over all of it takes as long as everything else."""
+    takes_batches: bool = True
+    """Several tiles of one image may be given together; not where each draws noise of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryCost:
+    """Cost of a generator, in LR pixels."""
+
+    bytes_per_pixel: float
+    """Peak bytes of the feature maps per pixel when all stages run on one tile."""
+    stages: Mapping[Stage, StageCost] = field(default_factory=dict)
+    """Cost of the stages that can have tiles of their own: all three or none."""
+    latent_bytes_per_pixel: float = 0.0
+    """Bytes per pixel of a joined latent in float32, of which two are kept between stages."""
+
+
+# ---- Generators ------------------------------------------------------------------------------------------------------
 
 DEFAULT_BYTES_PER_PIXEL = 6000.0
 """Peak bytes per LR pixel assumed of a generator that does not say, at 4 bytes per number."""
@@ -53,14 +98,7 @@ class Generator(nn.Module):
         """True if :meth:`forward` makes use of a ``prompt``."""
         return self.prompt_width > 0
 
-    def forward(
-        self,
-        lr: Tensor,
-        *,
-        rng: Rng = None,
-        origin: Origin = None,
-        prompt: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, lr: Tensor, *, rng: Rng = None, origin: Origin = None, prompt: Tensor | None = None) -> Tensor:
         """SR image (N, 3, s h, s w) in about [0, 1], not clamped, of LR (N, 3, h, w) in [0, 1] of any size.
 
         ``rng`` decides the noise, where any is drawn (None: always the same), and ``origin``, the row and column of
@@ -97,14 +135,7 @@ class Generator(nn.Module):
 class BicubicGenerator(Generator):
     """No network: bicubic enlargement, the baseline that every result is compared with."""
 
-    def forward(
-        self,
-        lr: Tensor,
-        *,
-        rng: Rng = None,
-        origin: Origin = None,
-        prompt: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, lr: Tensor, *, rng: Rng = None, origin: Origin = None, prompt: Tensor | None = None) -> Tensor:
         """Enlarged image (N, 3, 4h, 4w) of LR (N, 3, h, w) in [0, 1]; bicubic (a = -0.75), not clamped."""
         return bicubic(lr, self.scale)
 
@@ -204,12 +235,7 @@ class LatentGenerator(Generator):
         return bicubic(lr, self.scale)
 
     def restore(
-        self,
-        lr: Tensor,
-        *,
-        rng: Rng = None,
-        origin: Origin = None,
-        prompt: Tensor | None = None,
+        self, lr: Tensor, *, rng: Rng = None, origin: Origin = None, prompt: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """SR image (N, 3, s h, s w), not clamped, and its latent, for LR (N, 3, h, w) with sides multiples of
         ``lr_multiple``; the rest as in :meth:`forward`."""
@@ -217,14 +243,7 @@ class LatentGenerator(Generator):
         z_h = self.restore_latent(z_l, lr, rng=rng, origin=origin, prompt=prompt)
         return self.decode(z_h), z_h
 
-    def forward(
-        self,
-        lr: Tensor,
-        *,
-        rng: Rng = None,
-        origin: Origin = None,
-        prompt: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, lr: Tensor, *, rng: Rng = None, origin: Origin = None, prompt: Tensor | None = None) -> Tensor:
         """SR image of LR of any size from 1x1 on; see :meth:`Generator.forward`."""
         height, width = lr.shape[-2:]
         sr, _ = self.restore(pad_to_multiple(lr, self.lr_multiple), rng=rng, origin=origin, prompt=prompt)

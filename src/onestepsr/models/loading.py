@@ -25,7 +25,7 @@ from onestepsr.models.tiny.generator import blend, match_architecture
 from onestepsr.models.tiny.networks import TinyAutoencoder
 from onestepsr.weights.catalog import BICUBIC, OSEDIFF_SCALES, get_model, list_models, require_upscaler, resolve
 from onestepsr.weights.download import download_all
-from onestepsr.weights.native import architecture_of
+from onestepsr.weights.files import architecture_of
 
 logger = logging.getLogger(__name__)
 
@@ -107,15 +107,11 @@ def load_network(name_or_path: str | Path) -> nn.Module:
     Raises :class:`UserError` in one line for an unknown name, a damaged file and weights that do not fit.
     """
     require_upscaler(name_or_path)
-    return LOADERS[_family_of(name_or_path)](str(name_or_path)).eval()
-
-
-def _family_of(name_or_path: str | Path) -> str:
-    if is_random(name_or_path):
-        return "random"
-    if Path(name_or_path).is_file():
-        return "native"
-    return next((family for family, names in ALIASES.items() if str(name_or_path) in names), "native")
+    name = str(name_or_path)
+    family = next((family for family, names in ALIASES.items() if name in names), "native")
+    if is_random(name_or_path) or Path(name_or_path).is_file():
+        family = "random" if is_random(name_or_path) else "native"
+    return LOADERS[family](name).eval()
 
 
 # ---- a generator for inference ----
@@ -139,24 +135,23 @@ def load_generator(
     """
     name = str(name_or_path)
     generator = _as_generator(load_network(name_or_path), name)
-    generator = _with_sampling(generator, name, steps, sampler)
+    if isinstance(generator, ResidualShiftGenerator):
+        generator.choose_sampling(steps, sampler)
+    elif steps is not None or sampler is not None:
+        wish = f"--steps {steps}" if steps is not None else f"--sampler {sampler}"
+        raise UserError(f"{wish}: '{name}' takes no steps; the ResShift family does, see 'onestepsr models list'")
     generator = _with_fidelity(generator, name, fidelity)
-    return _prepared(generator, device, dtype, faster=faster)
+    generator.requires_grad_(False).to(device=device, dtype=dtype)
+    generator.freeze_prompt()
+    if faster:
+        generator.speed_up()
+    return generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def _as_generator(network: nn.Module, name: str) -> Generator:
     if not isinstance(network, Generator):
         raise UserError(f"{name}: a {type(network).__name__} is no generator; it cannot upscale by itself")
     return network
-
-
-def _with_sampling(generator: Generator, name: str, steps: int | None, sampler: str | None) -> Generator:
-    if isinstance(generator, ResidualShiftGenerator):
-        generator.choose_sampling(steps, sampler)
-    elif steps is not None or sampler is not None:
-        wish = f"--steps {steps}" if steps is not None else f"--sampler {sampler}"
-        raise UserError(f"{wish}: '{name}' takes no steps; the ResShift family does, see 'onestepsr models list'")
-    return generator
 
 
 def _with_fidelity(generator: Generator, name: str, fidelity: float | None) -> Generator:
@@ -169,14 +164,6 @@ def _with_fidelity(generator: Generator, name: str, fidelity: float | None) -> G
     if name not in counterparts:
         raise UserError(f"fidelity: '{name}' has no faithful counterpart; accepted: {', '.join(counterparts)}")
     return _as_generator(blend(*match_architecture(generator, load_network(counterparts[name])), fidelity), name)
-
-
-def _prepared(generator: Generator, device: torch.device | str, dtype: torch.dtype, *, faster: bool) -> Generator:
-    generator.requires_grad_(False).to(device=device, dtype=dtype)
-    generator.freeze_prompt()
-    if faster:
-        generator.speed_up()
-    return generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 # ---- generators of the residual-shifting family, to train from ----

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError
-from onestepsr.weights.foreign import read_wanted
+from onestepsr.weights.files import read_wanted
 
 MAX_BYTES = 2**30
 """Limit on VGG weight files; the published one has 528 MiB."""

@@ -23,8 +23,8 @@ from torch import Tensor
 from onestepsr.core.config import read_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.core.files import file_sha256, replacing
-from onestepsr.prompts.base import TOKENS, require_transformers
 from onestepsr.prompts.hub import load_network, load_preprocessing, model_folder
+from onestepsr.prompts.sources import TOKENS, require_transformers
 from onestepsr.weights.download import cache_folder
 
 logger = logging.getLogger(__name__)

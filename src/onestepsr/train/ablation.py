@@ -18,9 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -31,7 +32,7 @@ from onestepsr.core.config import apply_overrides, from_mapping, read_mapping, t
 from onestepsr.core.errors import UserError, did_you_mean, error_context
 from onestepsr.core.files import locked, write_text, writing
 from onestepsr.core.signals import Interruption
-from onestepsr.data.config import DataConfig
+from onestepsr.data.datasets import DataConfig
 from onestepsr.methods.shared.image_loss import PerceptualConfig
 from onestepsr.models.loading import load_generator
 from onestepsr.train.checkpoint import Checkpoints
@@ -47,21 +48,6 @@ HELD_OUT = "validation"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 Overrides = dict[str, Any] | tuple[str, ...]
 """Settings as ``key=value`` lines, or as a mapping whose keys may be dotted or nested."""
-
-
-class Candidate(NamedTuple):
-    """A generator to measure."""
-
-    model: str | Path
-    """Its name or weights file."""
-    steps: int | None = None
-    """Network evaluations, for a model that takes several; none is the number it was made for."""
-    sampler: str | None = None
-    """Sampler of these evaluations, likewise."""
-
-    def load(self, device: torch.device | str = "cpu") -> nn.Module:
-        """The generator, ready for inference."""
-        return load_generator(self.model, device=device, steps=self.steps, sampler=self.sampler)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +83,10 @@ class VariantConfig:
         """Differences from the suite's recipe in ``key=value`` lines for a reader."""
         given = {key: getattr(self, key) for key in ("recipe", "method", "model", "steps", "sampler")}
         return [*(f"{key}={value}" for key, value in given.items() if value), *override_lines(self.overrides)]
+
+    def load(self, device: torch.device | str = "cpu") -> nn.Module:
+        """The existing generator, ready for inference."""
+        return load_generator(str(self.model), device=device, steps=self.steps, sampler=self.sampler)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +200,14 @@ def load_suite(suite: str, settings: Sequence[str] = ()) -> Suite:
     for setting in settings:
         key, _, value = setting.partition("=")
         if key == HELD_OUT:
-            values = apply_overrides(values, [f"evaluation.data.paths={json.dumps(_folders(value))}"])
+            if not value.strip():  # as an unset variable of the shell leaves it; it would mean the present folder
+                raise UserError(f"{HELD_OUT}=: expected a folder of held-out photos")
+            try:
+                folders = yaml.safe_load(value)
+            except yaml.YAMLError:  # a folder may have any name
+                folders = value
+            paths = list(map(str, folders)) if isinstance(folders, list) else [value]
+            values = apply_overrides(values, [f"evaluation.data.paths={json.dumps(paths)}"])
         elif key.split(".")[0] in ("evaluation", "variants"):
             values = apply_overrides(values, [setting])
         else:
@@ -229,16 +226,6 @@ def override_lines(overrides: Overrides) -> list[str]:
     if isinstance(overrides, tuple):
         return list(overrides)
     return [f"{name}={json.dumps(value)}" for name, value in flatten(overrides).items()]
-
-
-def _folders(text: str) -> list[str]:
-    if not text.strip():  # as an unset variable of the shell leaves it; it would mean the present folder
-        raise UserError(f"{HELD_OUT}=: expected a folder of held-out photos")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:  # a folder may have any name
-        return [text]
-    return [str(folder) for folder in value] if isinstance(value, list) else [text]
 
 
 def _refuse_ineffective(config: SuiteConfig, changes: Sequence[str]) -> None:
@@ -292,34 +279,29 @@ class Ablation:
     out: Path
     runs: list[Run]
 
-    @property
-    def models(self) -> dict[str, Candidate]:
-        """Existing generators by variant."""
-        found = {name: self.suite.config.variants[name] for name in self.variants}
-        return {name: Candidate(v.model, v.steps, v.sampler) for name, v in found.items() if v.model is not None}
-
 
 def plan_ablation(
     suite: Suite, *, only: Sequence[str], seeds: Sequence[int], out: Path, reuse: Sequence[Path] = ()
 ) -> Ablation:
     """Check everything that can be wrong with any run of the suite, and find the progress on disk."""
-    variants = suite.chosen(only)
+    variants, config = suite.chosen(only), suite.config
     runs = plan_runs(suite, variants, seeds, out)
     _check_out(suite, out)
     others = _finished_runs(reuse)
     runs = [_with_progress(run, others) for run in runs]
-    for variant in dict.fromkeys(run.variant for run in runs):
-        first, *more = [run for run in runs if run.variant == variant]
-        _refuse_training_photos(suite.config.evaluation.data, first.config.data)
-        unfinished = next((run for run in (first, *more) if run.state != "finished"), None)
-        if unfinished is not None:  # absent photos and backbones, wrong sizes, networks that do not exist
-            with error_context(f"variant '{variant}'"):
-                prepare(unfinished.config, resume=True, dry=True)
-    ablation = Ablation(suite=suite, variants=variants, seeds=list(seeds), out=out, runs=runs)
-    for name, model in ablation.models.items():
+    for run in runs:
+        _refuse_training_photos(config.evaluation.data, run.config.data)
+    first: dict[str, Run] = {}
+    for run in runs:
+        if run.state != "finished":
+            first.setdefault(run.variant, run)
+    for run in first.values():
+        with error_context(f"variant '{run.variant}'"):  # absent photos and backbones, wrong sizes, unknown networks
+            prepare(run.config, resume=True, dry=True)
+    for name in (name for name in variants if config.variants[name].model is not None):
         with error_context(f"variant '{name}'"):
-            model.load()
-    return ablation
+            config.variants[name].load()
+    return Ablation(suite=suite, variants=variants, seeds=list(seeds), out=out, runs=runs)
 
 
 def plan_runs(suite: Suite, variants: Sequence[str], seeds: Sequence[int], out: Path) -> list[Run]:
@@ -334,12 +316,11 @@ def plan_runs(suite: Suite, variants: Sequence[str], seeds: Sequence[int], out: 
         raise UserError(f"nothing to train: {', '.join(variants)} are existing models; choose another variant too")
     first = runs[0]
     equal = ("steps", "batch_size") if suite.config.budget == "steps" else ("batch_size",)
-    for run in runs:
-        for key in equal:
-            own, other = getattr(run.config.train, key), getattr(first.config.train, key)
-            if own != other:
-                named = f"{own} in variant '{run.variant}' but {other} in '{first.variant}'"
-                raise UserError(f"train.{key}: {named}; a suite compares at equal budget")
+    for run, key in itertools.product(runs, equal):
+        own, other = getattr(run.config.train, key), getattr(first.config.train, key)
+        if own != other:
+            named = f"{own} in variant '{run.variant}' but {other} in '{first.variant}'"
+            raise UserError(f"train.{key}: {named}; a suite compares at equal budget")
     return runs
 
 
@@ -377,21 +358,19 @@ def _check_out(suite: Suite, out: Path) -> None:
 
 
 def _with_progress(run: Run, others: Sequence[tuple[Path, RunConfig]]) -> Run:
-    steps = run.config.train.steps
-    if (run.folder / CONFIG).is_file():
-        change = _difference(_load_saved(run.folder / CONFIG), run.config)
+    steps, saved = run.config.train.steps, run.folder / CONFIG
+    if saved.is_file():
+        change = _difference(_load_saved(saved), run.config)
         if change:
             raise UserError(
                 f"{run.folder} holds a run with other settings ({change}); remove it or choose another --out"
             )
-        if _is_finished(run.folder, run.config):
-            return replace(run, state="finished", step=steps)
+        others = [(run.folder, run.config), *others] if _is_finished(run.folder, run.config) else others
     for folder, config in others:
         if _difference(config, run.config) is None:
             return replace(run, state="finished", step=steps, folder=folder)
     checkpoint = Checkpoints(run.folder / "checkpoints").latest()
-    step = checkpoint.step if checkpoint else 0
-    return replace(run, state="interrupted" if step else "new", step=step)
+    return run if checkpoint is None else replace(run, state="interrupted", step=checkpoint.step)
 
 
 def _load_saved(path: Path) -> RunConfig:
@@ -402,15 +381,12 @@ def _load_saved(path: Path) -> RunConfig:
 def _finished_runs(folders: Sequence[Path]) -> list[tuple[Path, RunConfig]]:
     """Finished runs in, or up to two levels below, each of ``folders``."""
     found: list[tuple[Path, RunConfig]] = []
-    for folder in folders:
+    for folder, pattern in itertools.product(folders, (CONFIG, f"*/{CONFIG}", f"*/*/{CONFIG}")):
         if not folder.is_dir():
             raise UserError(f"--reuse {folder}: no such folder")
-        for pattern in (CONFIG, f"*/{CONFIG}", f"*/*/{CONFIG}"):
-            for path in sorted(folder.glob(pattern)):
-                try:
-                    config = _load_saved(path)
-                except UserError:
-                    continue  # settings of another version: certainly no equal run
+        for path in sorted(folder.glob(pattern)):
+            with suppress(UserError):  # settings of another version: certainly no equal run
+                config = _load_saved(path)
                 if _is_finished(path.parent, config):
                     found.append((path.parent, config))
     return found
@@ -453,8 +429,9 @@ def train_all(
 ) -> dict[str, str]:
     """Train the unfinished runs; returns the reason, by run, of those that failed. A failure does not stop the others.
 
-    ``launcher`` replaces the Python interpreter in front of ``-m onestepsr train``. Ctrl-C and SIGTERM let the current
-    run write a checkpoint and then raise KeyboardInterrupt.
+    The resolved settings of a run are written beside its folder as a recipe. ``launcher`` replaces the Python
+    interpreter in front of ``-m onestepsr train``. Ctrl-C and SIGTERM let the current run write a checkpoint and then
+    raise KeyboardInterrupt.
     """
     out, failures = ablation.out, {}
     with writing(out):
@@ -468,7 +445,11 @@ def train_all(
                 continue
             resumed = f", resumed at step {run.step}" if run.step else ""
             announce(f"[{number}/{len(ablation.runs)}] {run.name}{resumed}")
-            code = run_process(train_command(run, launcher))
+            recipe = run.folder.with_suffix(".yaml")
+            write_text(recipe, config_text(run.config))
+            python = list(launcher) or [sys.executable]
+            words = ["-m", "onestepsr", "train", run.config.method, "--recipe", str(recipe), "--resume"]
+            code = run_process([*python, *words])
             if code:
                 failures[run.name] = f"training ended with exit code {code}"
             elif not _is_finished(run.folder, run.config):
@@ -476,14 +457,6 @@ def train_all(
             if run.name in failures:
                 announce(f"{run.name}: {failures[run.name]}")
     return failures
-
-
-def train_command(run: Run, launcher: Sequence[str] = ()) -> list[str]:
-    """The command of one run; its resolved settings are written beside its folder as a recipe."""
-    recipe = run.folder.with_suffix(".yaml")
-    write_text(recipe, config_text(run.config))
-    python = list(launcher) or [sys.executable]
-    return [*python, "-m", "onestepsr", "train", run.config.method, "--recipe", str(recipe), "--resume"]
 
 
 def run_process(command: Sequence[str]) -> int:
@@ -503,10 +476,10 @@ def run_process(command: Sequence[str]) -> int:
                     process.terminate()
                     asked = True
                 time.sleep(POLL_SECONDS)
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
+        finally:
+            if process.returncode is None:
+                process.terminate()
+                process.wait()
         if interruption.requested:
             raise KeyboardInterrupt
     return process.returncode

@@ -5,16 +5,18 @@ Tables are made from the JSON alone: whatever they show can be computed again, o
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jinja2 import StrictUndefined, Template
 from PIL import ImageFont
 from torch import Tensor, nn
 
@@ -22,13 +24,17 @@ from onestepsr import __version__
 from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UserError, did_you_mean
 from onestepsr.core.files import file_sha256, replacing, writing
+from onestepsr.core.machine import describe_machine
+from onestepsr.core.progress import progress
 from onestepsr.core.rng import derived_seed
+from onestepsr.core.tables import DOWN, UP, Grid
 from onestepsr.data.datasets import build_dataset
 from onestepsr.evaluate.metrics.catalog import METRICS, MetricSpec, Reference
 from onestepsr.evaluate.metrics.fidelity import as_eight_bit
 from onestepsr.inference.upscaler import resolve_device
 from onestepsr.methods.shared.image_loss import PerceptualConfig, build_perceptual
-from onestepsr.train.ablation import Ablation, Candidate, EvaluationConfig, override_lines
+from onestepsr.models.loading import load_generator
+from onestepsr.train.ablation import Ablation, EvaluationConfig, override_lines
 from onestepsr.train.report import FONT_SIZE, draw_grid
 from onestepsr.weights.catalog import BICUBIC
 
@@ -36,8 +42,6 @@ Values = dict[str, list[float | None]]
 """By metric, one value for each held-out pair; none where an image cannot be measured (NIQE of a flat one)."""
 Results = dict[str, Any]
 """Content of the JSON file."""
-Track = Callable[[Sequence[int], str], Iterable[int]]
-"""A progress bar around a loop: items and title to the same items."""
 
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
@@ -47,9 +51,12 @@ OPTIONAL = "niqe"
 """Metric that is left out, with a note, where the statistics it needs are not available."""
 
 
-def untracked(items: Sequence[int], title: str) -> Iterable[int]:
-    """No progress bar."""
-    return items
+class Measured(NamedTuple):
+    """Values of one generator, and images to show."""
+
+    values: Values
+    images: list[Tensor]
+    """Centre parts (3, side, side) of the first images."""
 
 
 class HeldOut:
@@ -74,48 +81,26 @@ class HeldOut:
                     raise
                 self.notes.append(f"NIQE was not measured: {error}")
 
-    def measure(self, candidate: Candidate, track: Track = untracked, title: str = "") -> Values:
-        """Values of a generator, computed in float32 and rounded to 8 bits."""
-        generator = candidate.load(self.device)
-        title = title or str(candidate.model)
-        return self._collect(lambda pair: self._restore(generator, pair["lr"]), self.metrics, track, title)
+    def measure(self, generator: nn.Module | None, title: str = "") -> Measured:
+        """Values and images of a generator, computed in float32 and rounded to 8 bits.
 
-    def measure_references(self, track: Track = untracked) -> Values:
-        """Values of the HR images themselves, for the metrics that compare with nothing."""
-        alone = [metric for metric in self.metrics if not metric.needs_reference]
-        return self._collect(lambda pair: pair["hr"][None], alone, track, "HR")
-
-    def images(self, candidates: Mapping[str, Candidate]) -> list[dict[str, Tensor]]:
-        """Rows of the image sheet: centre parts (3, side, side) by title, bicubic first and HR last."""
-        rows: list[dict[str, Tensor]] = [{} for _ in self.indices[: self.config.shown]]
-        for title, candidate in {"bicubic": Candidate(BICUBIC), **candidates}.items():
-            generator = candidate.load(self.device)
-            for index, row in enumerate(rows):
-                row[title] = self._centre(self._restore(generator, self.pairs[index]["lr"])[0])
-        for index, row in enumerate(rows):
-            row["HR"] = self._centre(self.pairs[index]["hr"])
-        return rows
-
-    def _restore(self, generator: nn.Module, lr: Tensor) -> Tensor:
-        """SR image (1, 3, s h, s w) of one LR image (3, h, w), in [0, 1] on the levels of 8 bits, on the CPU."""
-        with torch.no_grad():
-            return as_eight_bit(generator(lr[None].to(self.device)).float().cpu())
-
-    def _centre(self, image: Tensor) -> Tensor:
-        side = self.config.shown_side
-        top, left = (max(0, length - side) // 2 for length in image.shape[-2:])
-        return image[:, top : top + side, left : left + side]
-
-    def _collect(
-        self, image_of: Callable[[dict[str, Tensor]], Tensor], metrics: Sequence[MetricSpec], track: Track, title: str
-    ) -> Values:
-        values: Values = {metric.name: [] for metric in metrics}
-        for index in track(self.indices, title):
+        Without a generator, those of the HR images themselves, for the metrics that compare with nothing.
+        """
+        metrics = [metric for metric in self.metrics if generator is not None or not metric.needs_reference]
+        measured = Measured({metric.name: [] for metric in metrics}, [])
+        for index in progress(self.indices, f"Measuring {title}"):
             pair = self.pairs[index]
-            sr, hr = image_of(pair), pair["hr"][None]
-            for name, column in values.items():
+            sr = hr = pair["hr"][None]
+            if generator is not None:
+                with torch.no_grad():
+                    sr = as_eight_bit(generator(pair["lr"][None].to(self.device)).float().cpu())
+            for name, column in measured.values.items():
                 column.append(self._value(name, sr, hr))
-        return values
+            if index < self.config.shown:
+                side = self.config.shown_side
+                top, left = (max(0, length - side) // 2 for length in sr.shape[-2:])
+                measured.images.append(sr[0, :, top : top + side, left : left + side])
+        return measured
 
     def _value(self, name: str, sr: Tensor, hr: Tensor) -> float | None:
         try:
@@ -171,93 +156,71 @@ def training_seconds(folder: Path) -> float | None:
 SCHEMA = 1
 
 
-def measure(
-    ablation: Ablation,
-    held_out: HeldOut,
-    failures: Mapping[str, str],
-    track: Track = untracked,
-    *,
-    command: str,
-    machine: str,
-    date: str,
-) -> Results:
+def compare(
+    ablation: Ablation, held_out: HeldOut, failures: Mapping[str, str], folder: Path, *, command: str
+) -> tuple[Results, list[Path]]:
     """Measure every trained model of the suite, bicubic enlargement and the HR images themselves.
 
-    ``command``, ``machine`` and ``date`` document for a reader how the results were made.
+    Writes ``SUITE.md``, ``SUITE.json`` and ``SUITE.png`` into ``folder``. ``command`` tells a reader how the results
+    were made.
     """
-    suite, config, rows = ablation.suite, ablation.suite.config, []
+    suite, config = ablation.suite, ablation.suite.config
     trained = [run for run in ablation.runs if run.name not in failures]
     if not trained:
         raise UserError(f"none of the {len(ablation.runs)} runs was finished; see the messages above")
+    bicubic = held_out.measure(load_generator(BICUBIC, device=held_out.device), "bicubic")
+    rows, shown = [_row("bicubic", "bicubic", [{"values": bicubic.values}])], {"bicubic": bicubic.images}
     for name in ablation.variants:
         variant, runs = config.variants[name], [run for run in trained if run.variant == name]
-        if name in ablation.models:
-            path = Path(str(variant.model))
+        measured: list[dict[str, Any]] = []
+        if variant.model is not None:
+            found, path = held_out.measure(variant.load(held_out.device), variant.model), Path(variant.model)
             checksum = file_sha256(path) if path.is_file() else None
-            values = held_out.measure(ablation.models[name], track)
-            measured: list[dict[str, Any]] = [{"model": str(path), "sha256": checksum, "values": values}]
-        else:
-            measured = [
-                {
-                    "seed": run.seed,
-                    "folder": str(run.folder),
-                    "sha256": file_sha256(run.model),
-                    "seconds": training_seconds(run.folder),
-                    "values": held_out.measure(Candidate(run.model), track, run.name),
-                }
-                for run in runs
-            ]
+            measured.append({"model": str(path), "sha256": checksum, "values": found.values})
+            shown[variant.title] = found.images
+        for run in runs:
+            found = held_out.measure(load_generator(run.model, device=held_out.device), run.name)
+            origin = {"seed": run.seed, "folder": str(run.folder), "sha256": file_sha256(run.model)}
+            measured.append({**origin, "seconds": training_seconds(run.folder), "values": found.values})
+            if run.seed == ablation.seeds[0]:
+                shown[variant.title] = found.images
         steps = runs[0].config.train.steps if runs else None
-        more = {"differences": variant.differences, "trained": name not in ablation.models, "steps": steps}
+        more = {"differences": variant.differences, "trained": variant.model is None, "steps": steps}
         rows.append(_row(name, variant.title, measured) | more)
-    baseline = _row("bicubic", "bicubic", [{"values": held_out.measure(Candidate(BICUBIC), track)}])
-    reference = _row("hr", "HR", [{"values": held_out.measure_references(track)}])
-    training = trained[0].config.train
-    return {
+    reference = held_out.measure(None, "HR")
+    rows.append(_row("hr", "HR", [{"values": reference.values}]))
+    shown["HR"] = reference.images
+    results = {
         "schema": SCHEMA,
         "suite": suite.name,
         "title": config.title,
         "source": config.source,
         "version": __version__,
         "command": command,
-        "machine": machine,
-        "date": date,
+        "machine": describe_machine(),
+        "date": datetime.date.today().isoformat(),
         "recipe": config.recipe,
         "overrides": [*override_lines(config.overrides), *suite.changes],
         "seeds": ablation.seeds,
         "budget": config.budget,
-        "steps": training.steps,
-        "batch_size": training.batch_size,
+        "steps": trained[0].config.train.steps,
+        "batch_size": trained[0].config.train.batch_size,
         "evaluation": to_mapping(config.evaluation) | {"pairs": len(held_out.indices)},
         "metrics": [
             {"name": m.name, "title": f"{m.title} {m.unit}".strip(), "higher_is_better": m.higher_is_better}
             for m in held_out.metrics
         ],
-        "rows": [baseline, *rows, reference],
+        "rows": rows,
         "failures": dict(failures),
         "notes": held_out.notes,
         "published": to_mapping(config.published),
     }
+    images = [dict(zip(shown, row, strict=True)) for row in zip(*shown.values(), strict=True)]
+    return results, write_report(results, images, folder)
 
 
 def _row(name: str, title: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"name": name, "title": title, "runs": runs, "scores": over_seeds([run["values"] for run in runs])}
-
-
-def compare(
-    ablation: Ablation,
-    held_out: HeldOut,
-    failures: Mapping[str, str],
-    folder: Path,
-    track: Track = untracked,
-    **circumstances: str,
-) -> tuple[Results, list[Path]]:
-    """Measure the trained models and write ``SUITE.md``, ``SUITE.json`` and ``SUITE.png`` into ``folder``."""
-    results = measure(ablation, held_out, failures, track, **circumstances)
-    first = (run for run in ablation.runs if run.seed == ablation.seeds[0] and run.name not in failures)
-    found = {run.variant: Candidate(run.model) for run in first} | ablation.models
-    shown = {ablation.suite.config.variants[name].title: found[name] for name in ablation.variants if name in found}
-    return results, write_report(results, held_out.images(shown), folder)
 
 
 def write_report(results: Results, rows: Sequence[Mapping[str, Tensor]], folder: Path) -> list[Path]:
@@ -274,93 +237,60 @@ def write_report(results: Results, rows: Sequence[Mapping[str, Tensor]], folder:
 
 # ---- Report ----------------------------------------------------------------------------------------------------------
 
+TEMPLATE = Path(__file__).parent / "templates" / "ablation.md"
 MAX_SHEET_BYTES = 1_500_000
 DIGITS = {"psnr": 2, "psnr_rgb": 2, "niqe": 2, "overshoot": 2}
 """Decimals shown; four for the others, whose values are around 0.01 to 1."""
 
 
 def markdown(results: Results, image: str) -> str:
-    """The report as Markdown: table, images, the paper's table, and the commands to repeat it."""
+    """The report as Markdown (``ablation.md``): table, images, the paper's table, and the commands to repeat it."""
     variants = [row for row in results["rows"] if "differences" in row]
     trained = [row for row in variants if row.get("trained", True)]
-    others = [row["title"] for row in variants if row not in trained]
-    runs, seeds = sum(len(row["runs"]) for row in trained), results["seeds"]
     budget = f"{results['steps']:,} steps"
     if results.get("budget") == "time":
         steps = [f"{row['steps']:,} ({row['title']})" for row in trained if row.get("steps")]
         budget = f"about equal time, which is {', '.join(steps)} steps,"
-    spread = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
-    if len(seeds) == 1:
-        spread = f"one seed ({seeds[0]}), so that chance may be behind any difference"
-    beside = f" Measured beside them, not trained here: {', '.join(others)}." if others else ""
-    lines = [
-        f"# {results['title']}",
-        "",
-        f"Follows {results['source']}. {runs} {'run' if runs == 1 else 'runs'} of {budget} with batch "
-        f"{results['batch_size']}, {spread}; {results['evaluation']['pairs']} held-out pairs, the same for every "
-        f"model. Best variant in bold.{beside}",
-        "",
-        *_table(results, trained),
-        "",
-        *(f"- {note}" for note in results["notes"]),
-        *(f"- {name} is missing: {reason}" for name, reason in results["failures"].items()),
-        "",
-        f"![The first held-out pairs; every variant with seed {seeds[0]}]({image})",
-        "",
-        f"The first held-out pairs, not chosen ones; every variant with seed {seeds[0]}.",
-        "",
-        *_published(results["published"]),
-        "## How it was made",
-        f"`{results['command']}`",
-        "",
-        f"onestepsr {results['version']}, {results['machine']}, {results['date']}. Base recipe `{results['recipe']}` "
-        f"with {_code(results['overrides'])}. Every value: [{results['suite']}.json]({results['suite']}.json).",
-        "",
-        *(f"- **{row['title']}**: {_code(row['differences'])}" for row in variants),
-    ]
-    return re.sub("\n{3,}", "\n\n", "\n".join(lines)).rstrip("\n") + "\n"
+    published = results["published"]
+    if published is not None:
+        values = [["-" if v is None else f"{v:g}" for v in row] for row in published["rows"].values()]
+        rows = tuple((label, *row) for label, row in zip(published["rows"], values, strict=True))
+        published = {**published, "table": Grid(title="", columns=("", *published["columns"]), rows=rows).markdown()}
+    page = Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, undefined=StrictUndefined).render(
+        **{**results, "published": published, "budget": budget},
+        image=image,
+        table=results_grid(results).markdown(),
+        variants=variants,
+        beside=[row["title"] for row in variants if row not in trained],
+        count=sum(len(row["runs"]) for row in trained),
+    )
+    return re.sub("\n{3,}", "\n\n", page)
 
 
-def _table(results: Results, trained: Sequence[Mapping[str, Any]]) -> list[str]:
-    metrics = results["metrics"]
-    titles = [f"{m['title']} {'↑' if m['higher_is_better'] else '↓'}" for m in metrics]
-    best = {m["name"]: _best(trained, m) for m in metrics}
-    lines = [f"| variant | {' | '.join(titles)} | minutes per run |", f"|---|{'---|' * (len(metrics) + 1)}"]
+def results_grid(results: Results) -> Grid:
+    """A row for bicubic enlargement, each variant and the HR images; means and standard deviations over seeds."""
+    metrics, rows, best = results["metrics"], [], set()
     for row in results["rows"]:
-        scores = [_score(row["scores"].get(name), DIGITS.get(name, 4), row["name"] == best[name]) for name in best]
+        scores = [_score(row["scores"].get(m["name"]), DIGITS.get(m["name"], 4)) for m in metrics]
         seconds = [run["seconds"] for run in row["runs"] if run.get("seconds") is not None]
-        minutes = f"{statistics.fmean(seconds) / 60:.1f}" if seconds else "-"
-        lines.append(f"| {row['title']} | {' | '.join(scores)} | {minutes} |")
-    return lines
+        rows.append((row["title"], *scores, f"{statistics.fmean(seconds) / 60:.1f}" if seconds else "-"))
+    for column, metric in enumerate(metrics, 1):  # the best of those with equal budgets, where there are several
+        means = {
+            number: mean * (1 if metric["higher_is_better"] else -1)
+            for number, row in enumerate(results["rows"])
+            if "differences" in row and row.get("trained", True)
+            if (mean := row["scores"].get(metric["name"], {}).get("mean")) is not None
+        }
+        best |= {(max(means, key=means.__getitem__), column)} if len(means) > 1 else set()
+    titles = [f"{metric['title']} {UP if metric['higher_is_better'] else DOWN}" for metric in metrics]
+    columns = ("variant", *titles, "minutes per run")
+    return Grid(title=results["title"], columns=columns, rows=tuple(rows), best=frozenset(best))
 
 
-def _best(trained: Sequence[Mapping[str, Any]], metric: Mapping[str, Any]) -> str | None:
-    scores = {row["name"]: row["scores"].get(metric["name"], {}).get("mean") for row in trained}
-    known: dict[str, float] = {name: score for name, score in scores.items() if score is not None}
-    pick = max if metric["higher_is_better"] else min
-    return pick(known, key=lambda name: known[name]) if len(known) > 1 else None
-
-
-def _score(score: Mapping[str, float | None] | None, digits: int, best: bool) -> str:
+def _score(score: Mapping[str, float | None] | None, digits: int) -> str:
     if score is None or score["mean"] is None:
         return "-"
-    text = f"{score['mean']:.{digits}f}"
-    text = f"**{text}**" if best else text
-    return text if score["std"] is None else f"{text} ± {score['std']:.{digits}f}"
-
-
-def _published(table: Mapping[str, Any] | None) -> list[str]:
-    if table is None:
-        return []
-    lines = ["## The paper's own table", table["note"], ""]
-    lines += [f"| | {' | '.join(table['columns'])} |", f"|---|{'---|' * len(table['columns'])}"]
-    for label, row in table["rows"].items():
-        lines.append(f"| {label} | {' | '.join('-' if value is None else f'{value:g}' for value in row)} |")
-    return [*lines, ""]
-
-
-def _code(settings: Sequence[str]) -> str:
-    return ", ".join(f"`{setting}`" for setting in settings) if settings else "no changes"
+    return f"{score['mean']:.{digits}f}" + ("" if score["std"] is None else f" ± {score['std']:.{digits}f}")
 
 
 def sheet(rows: Sequence[Mapping[str, Tensor]], limit: int = MAX_SHEET_BYTES) -> bytes:

@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from onestepsr.core.errors import UserError
 from onestepsr.core.files import locked
 from onestepsr.core.rng import generator
-from onestepsr.data.config import DataConfig
-from onestepsr.data.datasets import PHOTO, Sample
+from onestepsr.data.datasets import PHOTO, DataConfig, Sample
 from onestepsr.methods.base import Batch, Method
 from onestepsr.train.recipes import TrainConfig
 
@@ -94,7 +93,9 @@ def micro_batches(
         # The traceback would keep the loader alive, and with it workers for which this process waits when it ends.
         traceback.clear_frames(error.__traceback__)
         if isinstance(error, UserError):
-            raise UserError(_message(error)) from None
+            # From a worker process it arrives as the last line of a printed traceback.
+            last_line = str(error).rstrip().rpartition("\n")[2]
+            raise UserError(last_line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from None
         raise
 
 
@@ -109,12 +110,6 @@ def place(tensor: Tensor, device: torch.device, channels_last: bool) -> Tensor:
     if channels_last and tensor.ndim == 4:
         return tensor.contiguous(memory_format=torch.channels_last)
     return tensor
-
-
-def _message(error: UserError) -> str:
-    """The message of an error from a worker process, which arrives as the last line of a printed traceback."""
-    last_line = str(error).rstrip().rpartition("\n")[2]
-    return last_line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
 
 
 def _leave_signals_to_the_loop(worker: int) -> None:

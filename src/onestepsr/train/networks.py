@@ -201,7 +201,9 @@ class NetworkSet:
         """Digests of the frozen weights, taken before their conversion."""
         for network in (*method.networks.values(), *method.frozen.values()):
             keep_frozen_in(network, getattr(torch, config.frozen_dtype))
-            _place(network, accelerator.device, config.channels_last)
+            network.to(accelerator.device)
+            if config.channels_last:
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for name, network in method.networks.items():
             self._add(name, network, name in method.ema, config)
         self._frozen: dict[str, Callable[..., Any]] = {
@@ -282,12 +284,6 @@ class NetworkSet:
         for name, state in self.states.items():
             for parameter in state.parameters.values():
                 parameter.requires_grad_(wanted(name))
-
-
-def _place(network: nn.Module, device: torch.device, channels_last: bool) -> None:
-    network.to(device)
-    if channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 # ---- State in checkpoints: everything that changes while a run trains ------------------------------------------------

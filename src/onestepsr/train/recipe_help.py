@@ -20,8 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from onestepsr.core.config import to_mapping
-from onestepsr.core.tables import Table
-from onestepsr.data.config import DataConfig
+from onestepsr.data.datasets import DataConfig
 from onestepsr.methods.base import get_method, method_names
 from onestepsr.train.recipes import RunConfig, TrainConfig, ValidationConfig, load_methods
 
@@ -106,7 +105,8 @@ def fields_of(
                 continue
             used = in_use and not (own is None and recipe)
             if len(groups) > 1:
-                yield RecipeField(path=path + ANY, kind="one such group", value="", meaning=_doc(group), in_use=used)
+                meaning = _on_one_line(str(group.__doc__))
+                yield RecipeField(path=path + ANY, kind="one such group", value="", meaning=meaning, in_use=used)
             yield from fields_of(group, path, values=own, recipe=recipe, in_use=used)
 
 
@@ -129,10 +129,6 @@ def _on_one_line(text: str) -> str:
     return " ".join(text.split()).replace("``", "`")
 
 
-def _doc(cls: type[Any]) -> str:
-    return _on_one_line(inspect.getdoc(cls) or "")
-
-
 def _groups(hint: Any) -> list[type[Any]]:
     """The dataclasses of which a value of this type may be one."""
     if get_origin(hint) in (Union, types.UnionType):
@@ -150,23 +146,18 @@ def _shown(value: Any) -> str:
 
 def _kind(hint: Any, several: bool = False) -> str:
     """A type in words; for ``several`` values of it in the plural."""
-    *before, last = dict.fromkeys(_kinds(hint, several))
-    return f"{', '.join(before)} or {last}" if before else last
-
-
-def _kinds(hint: Any, several: bool) -> list[str]:
-    """The alternatives of a type in words."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return [str(argument) for argument in arguments]
-    if origin in (Union, types.UnionType):
-        return [kind for argument in arguments for kind in _kinds(argument, several)]
+    if origin in (Literal, Union, types.UnionType):
+        choices = [each for a in arguments for each in (get_args(a) if get_origin(a) is Literal else (a,))]
+        kinds = [str(each) if isinstance(each, (str, int)) else _kind(each, several) for each in choices]
+        *before, last = dict.fromkeys(kinds)
+        return f"{', '.join(before)} or {last}" if before else last
     if origin in (dict, Mapping):
-        return [f"{_kind(arguments[1], several=True)} by name"]
+        return f"{_kind(arguments[1], several=True)} by name"
     if origin in (tuple, list):
         count = f"{len(arguments)} " if origin is tuple and Ellipsis not in arguments else ""
-        return [f"list of {count}{_kind(arguments[0], several=True)}"]
-    return [WORDS.get(hint, ("group", "groups"))[several]]
+        return f"list of {count}{_kind(arguments[0], several=True)}"
+    return WORDS.get(hint, ("group", "groups"))[several]
 
 
 # ---- Text for a terminal, and the page ``docs/recipes.md`` -----------------------------------------------------------
@@ -189,50 +180,48 @@ Every name is an override as it stands, `onestepsr train d3sr --recipe d3sr-tiny
 through the YAML file: `train: {{optimizer: {{lr: 1e-4}}}}`. Beside these fields, `extends: RECIPE` takes over from
 another recipe what the file does not say, but for `out` ([runs](training.md#a-run-is-a-recipe-plus-overrides)).
 
-What stands before the first `config` holds for every method."""
+What stands before the first `config` holds for every method.
+"""
 
 
 def as_text(fields: Sequence[RecipeField]) -> str:
     """Name, value and type of each field in columns, and below them its meaning."""
-    unused = ["Values in parentheses: what fields begin with in groups that the recipe does not use.", ""]
-    lines = [] if all(field.in_use for field in fields) else unused
-    width, indent = max(len(field.path) for field in fields), " " * 4
+    unused = "Values in parentheses: what fields begin with in groups that the recipe does not use.\n\n"
+    text = "" if all(field.in_use for field in fields) else unused
+    width = max(len(field.path) for field in fields)
     for field in fields:
         value = field.value if field.in_use or not field.value else f"({field.value})"
-        lines.append(f"{field.path:{width}}  {value:{WIDEST_VALUE}}  {field.kind}")
-        lines += textwrap.wrap(
-            field.meaning, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-        )
-    return "\n".join(lines) + "\n"
+        text += f"{field.path:{width}}  {value:{WIDEST_VALUE}}  {field.kind}\n"
+        meaning = textwrap.wrap(field.meaning, WIDTH - 4, break_on_hyphens=False)
+        text += "".join(f"    {line}\n" for line in meaning)
+    return text
 
 
 def as_markdown() -> str:
     """The page with the fields of all methods, those that they share once."""
     load_methods()
-    blocks, shared = [INTRODUCTION], recipe_fields(method_names()[0])
+    page, shared = INTRODUCTION, recipe_fields(method_names()[0])
     for group, cls in SHARED.items():
         below = [field for field in shared if (field.path.startswith(f"{group}.") if group else "." not in field.path)]
-        blocks += _sections(f"`{group}`" if group else "Every recipe", cls, below)
+        page += _section(f"`{group}`" if group else "Every recipe", cls, below)
     for method in method_names():
         below = [field for field in recipe_fields(method) if field.path.startswith("config.")]
-        blocks += _sections(f"`config` of {method}", get_method(method).config, below)
-    return "\n\n".join(blocks) + "\n"
+        page += _section(f"`config` of {method}", get_method(method).config, below)
+    return page
 
 
-def _sections(title: str, cls: type, fields: Sequence[RecipeField]) -> Iterator[str]:
+def _section(title: str, cls: type, fields: Sequence[RecipeField]) -> str:
     """One table, and one more for each of several groups that may stand in the same place."""
-    alternatives = tuple({field.path.removesuffix("*") for field in fields if field.path.endswith(ANY)})
-    notes, rows, name = {title: _doc(cls)}, {title: list[tuple[str, ...]]()}, title
+    alternatives = tuple(field.path.removesuffix("*") for field in fields if field.path.endswith(ANY))
+    head = "\n| field | type | default | meaning |\n| --- | --- | --- | --- |\n"
+    tables, name = {title: f"\n## {title}\n\n{_on_one_line(str(cls.__doc__))}\n{head}"}, title
     for field in fields:
         if field.path.endswith(ANY):
-            name = f"`{field.path.removesuffix(ANY)}`, group {len(rows)}"
-            notes[name], rows[name] = field.meaning, []
+            name = f"`{field.path.removesuffix(ANY)}`, group {len(tables)}"
+            tables[name] = f"\n## {name}\n\n{field.meaning}\n{head}"
             continue
         name = name if field.path.startswith(alternatives) else title
         value = field.value if field.value in ("", REQUIRED, *SUPPLIED.values()) else f"`{field.value}`"
-        row = (f"`{field.path}`", field.kind, value, field.meaning)
-        rows[name].append(tuple(text.replace("|", "\\|") for text in row))
-    columns = ("field", "type", "default", "meaning")
-    for heading, own in rows.items():
-        table = Table(title=heading, columns=columns, rows=tuple(own), note=notes[heading], words=len(columns))
-        yield table.markdown()
+        cells = (f"`{field.path}`", field.kind, value, field.meaning)
+        tables[name] += f"| {' | '.join(text.replace('|', chr(92) + '|') for text in cells)} |\n"
+    return "".join(tables.values())

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from onestepsr import methods
 from onestepsr.core.config import apply_overrides, from_mapping, merged, read_mapping, to_mapping
 from onestepsr.core.errors import UserError, did_you_mean
-from onestepsr.data.config import DataConfig
+from onestepsr.data.datasets import DataConfig
 from onestepsr.methods.base import get_method
 
 # ---- The training loop: everything under ``train:`` ------------------------------------------------------------------
@@ -312,7 +312,8 @@ def changed_setting(saved: Mapping[str, Any], run: RunConfig, *, other_processes
         raise UserError(f"{run.out}: the run was started with settings unknown to this version: {error}") from error
     now = flatten(to_mapping(run))
     for name in sorted(before.keys() | now.keys()):
-        may_change = _is_free(name) or (other_processes and name == "train.accumulation")
+        is_free = any(name == free or name.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+        may_change = is_free or (other_processes and name == "train.accumulation")
         if not may_change and before.get(name) != now.get(name):
             return SettingChange(name, before.get(name), now.get(name))
     return None
@@ -328,7 +329,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def _is_free(name: str) -> bool:
-    return any(name == free or name.startswith(f"{free}.") for free in FREE_TO_CHANGE)

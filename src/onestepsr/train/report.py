@@ -124,11 +124,9 @@ class Reporter:
         status = "  ".join([*(f"{name} {value:.4g}" for name, value in losses.items()), f"{rate:.1f} img/s"])
         self._bar.update(self._task, status=status)
         if not self.console.is_terminal:
-            self._say(f"step {record.step}/{self.config.steps}  {status}  {self._remaining(record, rate)}")
-
-    def _remaining(self, record: StepRecord, rate: float) -> str:
-        seconds = int((self.config.steps - record.step) * self.config.batch_size / max(rate, 1e-9))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+            seconds = int((self.config.steps - record.step) * self.config.batch_size / max(rate, 1e-9))
+            left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+            self._say(f"step {record.step}/{self.config.steps}  {status}  {left}")
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -267,7 +265,7 @@ def score(columns: Mapping[str, Tensor]) -> dict[str, float]:
 def draw_grid(rows: list[dict[str, Tensor]]) -> Image.Image:
     """One row per image, one titled column per kind; smaller images (3, H, W) are enlarged to the row's largest."""
     titles = list(rows[0])
-    sizes = [_row_size(row) for row in rows]
+    sizes = [tuple(max(image.shape[axis] for image in row.values()) for axis in (-2, -1)) for row in rows]
     width = max(size[1] for size in sizes)
     canvas_width = len(titles) * (width + GAP) + GAP
     canvas = Image.new("RGB", (canvas_width, TITLE_HEIGHT + sum(size[0] + GAP for size in sizes)), PAPER)
@@ -287,10 +285,6 @@ def write_image(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         image.save(temporary, format="PNG")
-
-
-def _row_size(row: Mapping[str, Tensor]) -> tuple[int, int]:
-    return max(image.shape[-2] for image in row.values()), max(image.shape[-1] for image in row.values())
 
 
 def _image(image: Tensor, height: int, width: int) -> Image.Image:

@@ -18,8 +18,7 @@ from onestepsr.core.errors import UserError
 from onestepsr.core.files import locked, write_text, writing
 from onestepsr.core.machine import multiplies_bfloat16
 from onestepsr.core.rng import derived_seed
-from onestepsr.data.config import DataConfig
-from onestepsr.data.datasets import Pool, build_dataset, fingerprint
+from onestepsr.data.datasets import DataConfig, Pool, build_dataset, fingerprint
 from onestepsr.methods.base import Exported, Method, get_method
 from onestepsr.train.batches import with_prompts
 from onestepsr.train.checkpoint import Checkpoint, Checkpoints
@@ -127,7 +126,7 @@ def execute(plan: Plan) -> Path:
     with locked(plan.run.out / LOCK, wait=False) as alone:
         if not alone:
             raise UserError(f"{plan.run.out}: another process trains there; wait for it or choose another --out")
-        _write_config(plan.run)
+        write_text(plan.run.out / CONFIG, config_text(plan.run))
         return _execute(plan)
 
 
@@ -168,21 +167,17 @@ class Validations:
 
     def __call__(self, step: int, networks: NetworkSet) -> None:
         """Validate after ``step`` iterations."""
-        scores = self._preview(step, networks)
-        folder = self.plan.run.out
+        folder, scores = self.plan.run.out, dict[str, float]()
+        if self.plan.validator is not None:
+            device, channels_last = self.trainer.accelerator.device, self.plan.run.train.channels_last
+            found = self.plan.validator.run(step, networks, device, channels_last)
+            self.reporter.on_validation(step, found.scores, found.image)
+            scores = found.scores
         export(self.plan.method, networks, folder / MODEL, self._notes(step))
         name, memory = self.plan.run.validation.best, self.trainer.hooks.memory
         if name in scores and is_better(name, scores[name], memory.get(f"best_{name}")):
             memory[f"best_{name}"] = scores[name]
             export(self.plan.method, networks, folder / BEST, self._notes(step))
-
-    def _preview(self, step: int, networks: NetworkSet) -> dict[str, float]:
-        if self.plan.validator is None:
-            return {}
-        channels_last = self.plan.run.train.channels_last
-        found = self.plan.validator.run(step, networks, self.trainer.accelerator.device, channels_last)
-        self.reporter.on_validation(step, found.scores, found.image)
-        return found.scores
 
     def _notes(self, step: int) -> dict[str, str]:
         return {"method": self.plan.run.method, "step": str(step), "seed": str(self.plan.run.train.seed)}
@@ -199,7 +194,7 @@ def export(method: Method, networks: NetworkSet, path: Path, notes: dict[str, st
 
 def write_exported(exported: Exported, path: Path, notes: dict[str, str]) -> None:
     """Write a model in float32, and the files beside it."""
-    from onestepsr.weights.native import save_model
+    from onestepsr.weights.files import save_model
 
     save_model(
         path,
@@ -227,10 +222,6 @@ def _find_checkpoint(run: RunConfig, resume: bool) -> Checkpoint | None:
                 f"train.steps: {run.train.steps}, but {run.out} has finished {checkpoint.step} steps already"
             )
     return checkpoint
-
-
-def _write_config(run: RunConfig) -> None:
-    write_text(run.out / CONFIG, config_text(run))
 
 
 def config_text(run: RunConfig) -> str:

@@ -180,8 +180,17 @@ class Trainer:
                     sums[name] = sums[name] + value if name in sums else value
             means = self._finite_means(phase, sums)
             self.accelerator.unscale_gradients(optimizer)
-            norm = self._clip(phase.network)
-            self._step_optimizer(phase.network)
+            limit = math.inf if self.config.gradient_clip is None else self.config.gradient_clip
+            parameters = self.networks.states[phase.network].parameters.values()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+            # The loss scaler of fp16 meets infinities on purpose, skips the step and lowers its scale.
+            if not math.isfinite(norm) and self.accelerator.scaler is None:
+                self._fail(f"the gradient of network '{phase.network}' is {norm}")
+            rate = self.config.optimizer_of(phase.network).lr * learning_rate_factor(self.config, self.step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
         return means, norm
 
     def _backward(self, index: int, phase: Phase, batch: Batch, micro: int) -> dict[str, Tensor]:
@@ -203,22 +212,6 @@ class Trainer:
             if not math.isfinite(value):
                 self._fail(f"loss term '{phase.network}.{name}' is {value}")
         return means
-
-    def _clip(self, name: str) -> float:
-        limit = math.inf if self.config.gradient_clip is None else self.config.gradient_clip
-        norm = torch.nn.utils.clip_grad_norm_(self.networks.states[name].parameters.values(), limit).item()
-        # The loss scaler of fp16 meets infinities on purpose, skips the step and lowers its scale.
-        if not math.isfinite(norm) and self.accelerator.scaler is None:
-            self._fail(f"the gradient of network '{name}' is {norm}")
-        return norm
-
-    def _step_optimizer(self, name: str) -> None:
-        optimizer = self.networks.optimizers[name]
-        rate = self.config.optimizer_of(name).lr * learning_rate_factor(self.config, self.step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
 
     def _any(self, mine: bool) -> bool:
         """True if it is in any process: signals reach processes at different steps, and all stop together."""

@@ -10,8 +10,7 @@ from onestepsr.core.config import from_mapping, to_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.core.rng import generator
 from onestepsr.data.datasets import DataConfig, build_dataset
-from onestepsr.data.degradation.jpeg import jpeg
-from onestepsr.data.degradation.operators import filter2d, to_8bit
+from onestepsr.data.degradation.operators import filter2d, jpeg, to_8bit
 from onestepsr.data.degradation.pipeline import (
     Degradation,
     FaceDegradationConfig,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from onestepsr.data.degradation.jpeg import jpeg
+from onestepsr.data.degradation.operators import jpeg
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "degradation.npz")
 IMAGES = torch.from_numpy(GOLDEN["images"])

@@ -12,7 +12,7 @@ import torch
 from sample_images import scene
 
 from onestepsr.core.errors import MissingExtra, UserError
-from onestepsr.evaluate.metrics import pyiqa
+from onestepsr.evaluate.metrics import perceptual
 from onestepsr.evaluate.metrics.catalog import METRICS
 
 PACKAGE = '''
@@ -45,10 +45,10 @@ def create_metric(name, as_loss=False, device=None):
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    pyiqa._package.cache_clear()
+    perceptual._package.cache_clear()
     sys.modules.pop("pyiqa", None)
     yield
-    pyiqa._package.cache_clear()
+    perceptual._package.cache_clear()
     sys.modules.pop("pyiqa", None)
 
 
@@ -82,7 +82,7 @@ def test_global_generators_are_left_as_they_were(package: Path) -> None:
     seed()
     expected = draws()
     seed()
-    pyiqa.load_iqa("clipiqa")(scene(16, 16))
+    perceptual.load_iqa("clipiqa")(scene(16, 16))
     assert draws() == expected
 
 
@@ -95,29 +95,29 @@ def test_the_published_variants_are_asked_for(package: Path) -> None:
 
 def test_the_licence_is_shown_once(package: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        pyiqa.load_iqa("clipiqa")
-        pyiqa.load_iqa("maniqa")
-    assert [record.message for record in caplog.records] == [pyiqa.NOTICE]
-    assert "PolyForm Noncommercial" in pyiqa.NOTICE
+        perceptual.load_iqa("clipiqa")
+        perceptual.load_iqa("maniqa")
+    assert [record.message for record in caplog.records] == [perceptual.NOTICE]
+    assert "PolyForm Noncommercial" in perceptual.NOTICE
 
 
 def test_what_goes_wrong_inside_is_one_line(package: Path) -> None:
     with pytest.raises(UserError, match=r"^pyiqa 0\.1\.10 cannot create 'musiq': no network$"):
-        pyiqa.load_iqa("musiq")
+        perceptual.load_iqa("musiq")
     with pytest.raises(UserError, match=r"^pyiqa's clipiqa: Kernel size can't be greater than actual input size$"):
-        pyiqa.load_iqa("clipiqa")(scene(16, 7))
+        perceptual.load_iqa("clipiqa")(scene(16, 7))
     with pytest.raises(UserError, match="not finite"):
-        pyiqa.load_iqa("clipiqa")(scene(16, 16) / 0)
+        perceptual.load_iqa("clipiqa")(scene(16, 16) / 0)
 
 
 def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(MissingExtra, match=r"pip install 'onestepsr\[iqa\]'"):
-        pyiqa.load_iqa("musiq")
+        perceptual.load_iqa("musiq")
 
 
 @pytest.mark.parametrize("line", ["import torchvision_that_is_not_there", "raise RuntimeError('operator missing')"])
 def test_a_package_that_cannot_be_imported_is_told_from_a_missing_one(package: Path, line: str) -> None:
     package.write_text(line)
     with pytest.raises(UserError, match="is installed but cannot be imported"):
-        pyiqa.load_iqa("musiq")
+        perceptual.load_iqa("musiq")

@@ -27,7 +27,7 @@ from onestepsr.models.osediff.checkpoints import (
     write_published,
 )
 from onestepsr.models.osediff.generator import ENCODER_LAYERS, UNET_LAYERS, OSEDiffGenerator
-from onestepsr.weights.native import save_model
+from onestepsr.weights.files import save_model
 from weights_by_name import values_by_name
 
 LAYOUT = Path(__file__).parents[2] / "golden" / "osediff_pkl_keys.json.gz"

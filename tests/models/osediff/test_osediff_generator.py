@@ -16,7 +16,7 @@ from onestepsr.models.architectures import describe
 from onestepsr.models.loading import load_network
 from onestepsr.models.osediff.generator import TIMESTEP, OSEDiffGenerator, OSEDiffGeneratorConfig, sampled_latent
 from onestepsr.models.stable_diffusion.networks import stable_diffusion_generator
-from onestepsr.weights.native import save_model
+from onestepsr.weights.files import save_model
 
 
 def saved(generator: OSEDiffGenerator, path: Path) -> Path:

@@ -18,7 +18,7 @@ from onestepsr.models.loading import load_osediff
 from onestepsr.models.osediff.checkpoints import collect, write_published
 from onestepsr.models.osediff.generator import OSEDiffGenerator
 from onestepsr.models.stable_diffusion.networks import stable_diffusion_generator
-from onestepsr.weights import download, native
+from onestepsr.weights import download, files
 from onestepsr.weights.catalog import get_model
 
 
@@ -28,7 +28,7 @@ def folder(tmp_path):
     write_published(tmp_path / "osediff.pkl", collect(adapted()))
     state = {key: value for key, value in plain().state_dict().items() if key != "prompt"}
     state["prompt"] = torch.zeros(1, 77, 16)
-    native.save_model(
+    files.save_model(
         tmp_path / "backbone.safetensors",
         architecture="stable-diffusion",
         config=to_mapping(GENERATOR),
@@ -117,7 +117,7 @@ def test_weights_of_another_backbone_are_one_line(folder, capsys, tmp_path):
     other = replace(GENERATOR, unet=replace(UNET, block_out_channels=(32, 96)), autoencoder=AUTOENCODER)
     path = tmp_path / "other.safetensors"
     state = stable_diffusion_generator(other).state_dict()
-    native.save_model(path, architecture="stable-diffusion", config=to_mapping(other), state_dict=state)
+    files.save_model(path, architecture="stable-diffusion", config=to_mapping(other), state_dict=state)
     code, _, said = run(
         capsys, "models", "convert", str(folder / "osediff.pkl"), str(folder / "x.safetensors"), "--backbone", str(path)
     )

@@ -16,7 +16,7 @@ from onestepsr.models.resshift.config import PUBLISHED, TinyResidualShiftGenerat
 from onestepsr.models.resshift.generator import ResidualShiftGenerator, tiny_residual_shift_generator
 from onestepsr.models.tiny.denoiser import TinyDenoiserConfig
 from onestepsr.models.tiny.networks import TinyAutoencoder, TinyConfig
-from onestepsr.weights.native import save_model
+from onestepsr.weights.files import save_model
 from weights_by_name import fill_by_name
 
 SMALL_AUTOENCODER = TinyConfig(luma_channels=10, chroma_channels=2, encoder_width=8, decoder_width=8)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from onestepsr.core.config import from_mapping, to_mapping
 from onestepsr.core.errors import UserError
-from onestepsr.diffusion.noise_field import NoisePlane
-from onestepsr.diffusion.residual_shift import ResidualShiftConfig
+from onestepsr.diffusion.residual_shift import NoisePlane, ResidualShiftConfig
 from onestepsr.imaging.read import from_array
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
 from onestepsr.models.generators import pad_to

@@ -23,7 +23,7 @@ from onestepsr.models.resshift.checkpoints import load_published
 from onestepsr.models.resshift.config import MICRO, PUBLISHED, RANDOM_RESIDUAL
 from onestepsr.models.resshift.generator import residual_shift_generator
 from onestepsr.weights import catalog
-from onestepsr.weights.native import read_weights
+from onestepsr.weights.files import read_weights
 from weights_by_name import fill_by_name
 
 KINDS = {"resshift-realsr-v1": 15, "resshift-realsr-v3": 4, "sinsr": 1}

@@ -25,7 +25,7 @@ from onestepsr.models.resshift.unet import (
     SwinUNetConfig,
     shifted_window_masks,
 )
-from onestepsr.weights.foreign import canonical_keys, fill, materialize
+from onestepsr.weights.files import canonical_keys, fill, materialize
 from weights_by_name import fill_by_name
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "swin_unet.npz"

@@ -12,10 +12,9 @@ from onestepsr.core.errors import UserError
 from onestepsr.methods.d3sr import D3SRConfig, build
 from onestepsr.models.architectures import describe, random_backbone
 from onestepsr.models.generators import OneStepLatentGenerator
-from onestepsr.models.tiny.decoder import ResidualBlock
 from onestepsr.models.tiny.generator import Depth, TinyGeneratorConfig, deepened, tiny_generator
-from onestepsr.models.tiny.networks import TinyConfig, TinyUNet
-from onestepsr.weights.native import save_model
+from onestepsr.models.tiny.networks import ResidualBlock, TinyConfig, TinyUNet
+from onestepsr.weights.files import save_model
 
 SIZES = TinyConfig(
     widths=(8, 8),

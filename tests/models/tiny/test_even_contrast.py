@@ -17,15 +17,14 @@ from onestepsr.models.architectures import describe
 from onestepsr.models.convert import convert
 from onestepsr.models.generators import BicubicGenerator, OneStepLatentGenerator
 from onestepsr.models.loading import load_network
-from onestepsr.models.tiny.decoder import LARGEST_FACTOR, EvenContrast, local_mean
 from onestepsr.models.tiny.generator import (
     TinyGeneratorConfig,
     equalize_subpixel_contrast,
     match_architecture,
     tiny_generator,
 )
-from onestepsr.models.tiny.networks import TinyConfig
-from onestepsr.weights.native import save_model
+from onestepsr.models.tiny.networks import LARGEST_FACTOR, EvenContrast, TinyConfig, local_mean
+from onestepsr.weights.files import save_model
 
 SIZES = TinyConfig(widths=(8, 8), down_blocks=(1, 1), up_blocks=(1, 1), decoder_width=8, encoder_width=8)
 

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from onestepsr.core.errors import UserError
-from onestepsr.prompts.extractors import load_extractor
-from onestepsr.prompts.ram.network import RamConfig, RamNetwork
-from onestepsr.prompts.ram.tagger import (
+from onestepsr.prompts.ram import (
+    RamConfig,
+    RamNetwork,
     RamTagger,
     adapter_delta,
     format_tags,
@@ -23,6 +23,7 @@ from onestepsr.prompts.ram.tagger import (
     tagger_input,
     usual_folder,
 )
+from onestepsr.prompts.sources import load_extractor
 
 MICRO = RamConfig(
     tags=5, side=32, width=8, depths=(2, 2), heads=(2, 4), window=4, text_width=12, head_width=16, head_heads=2

@@ -61,8 +61,8 @@ def test_the_table_shows_means_deviations_and_the_best_variant() -> None:
     lines = markdown(results(), "small.png").splitlines()
     assert "| variant | PSNR-Y dB ↑ | grid ↓ | minutes per run |" in lines
     assert "| bicubic | 30.00 ± 0.25 | 0.0100 ± 0.0010 | - |" in lines, "bicubic is no variant, however good"
-    assert "| MSE | **23.50** ± 0.25 | 0.0500 ± 0.0010 | 1.5 |" in lines
-    assert "| DISTS | 22.50 ± 0.25 | **0.0400** ± 0.0010 | 1.5 |" in lines
+    assert "| MSE | **23.50 ± 0.25** | 0.0500 ± 0.0010 | 1.5 |" in lines
+    assert "| DISTS | 22.50 ± 0.25 | **0.0400 ± 0.0010** | 1.5 |" in lines
     assert "| HR | - | 0.0200 ± 0.0010 | - |" in lines
 
 
@@ -77,7 +77,7 @@ def test_models_that_were_there_are_shown_and_not_counted() -> None:
     rows = [*results()["rows"][:3], there, results()["rows"][3]]
     text = markdown(results(rows=rows), "small.png")
     assert "| teacher | 30.00 ± 0.25 | 0.0100 ± 0.0010 | - |" in text, "no bold: it had another budget"
-    assert "| MSE | **23.50** ± 0.25" in text
+    assert "| MSE | **23.50 ± 0.25**" in text
     assert "4 runs of 1,500 steps" in text
     assert "in bold. Measured beside them, not trained here: teacher." in text
     assert "- **teacher**: `model=x`" in text
@@ -89,7 +89,7 @@ def test_the_report_says_how_it_came_about_and_what_is_missing() -> None:
         "1,500 steps with batch 6, mean ± standard deviation over seeds 0, 1; 60 held-out pairs",
         "- NIQE was not measured: no file\n- b/seed-2 is missing: training ended with exit code 2",
         "](small.png)",
-        "Other photos.\n\n| | NIQE ↓ |\n|---|---|\n| MSE | 7.5 |\n| DISTS | - |",
+        "Other photos.\n\n|  | NIQE ↓ |\n| --- | ---: |\n| MSE | 7.5 |\n| DISTS | - |",
         "`onestepsr ablate small`",
         "a CPU, 2026-01-02",
         "- **MSE**: `config.perceptual_weight=0`\n- **DISTS**: no changes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import statistics
@@ -21,11 +22,10 @@ from torch.nn import functional
 from onestepsr.core.errors import UserError
 from onestepsr.data.datasets import build_dataset
 from onestepsr.evaluate.metrics.fidelity import as_eight_bit, psnr_y
-from onestepsr.models.loading import BICUBIC
+from onestepsr.models.loading import BICUBIC, load_generator
 from onestepsr.train import ablation
 from onestepsr.train.ablation import (
     Ablation,
-    Candidate,
     EvaluationConfig,
     Suite,
     load_suite,
@@ -33,7 +33,7 @@ from onestepsr.train.ablation import (
     run_process,
     train_all,
 )
-from onestepsr.train.ablation_report import HeldOut, find_metric, over_seeds, training_seconds
+from onestepsr.train.ablation_report import HeldOut, compare, find_metric, over_seeds, training_seconds
 from onestepsr.train.recipes import load_run
 from onestepsr.train.run import execute, prepare
 
@@ -211,13 +211,13 @@ def test_values_are_those_of_the_metrics_on_fixed_pairs(suite: Suite) -> None:
     held_out, again = HeldOut(suite.config.evaluation), HeldOut(suite.config.evaluation)
     assert [metric.name for metric in held_out.metrics] == ["psnr", "ssim", "dists_oriented", "lpips_oriented", "grid"]
     assert "NIQE was not measured" in held_out.notes[0]
-    values = held_out.measure(Candidate(BICUBIC))
+    values = held_out.measure(load_generator(BICUBIC)).values
     for index in range(3):
         pair = again.pairs[index]
         enlarged = functional.interpolate(pair["lr"][None], scale_factor=4, mode="bicubic")
         assert values["psnr"][index] == pytest.approx(psnr_y(as_eight_bit(enlarged), pair["hr"][None]).item(), abs=1e-4)
     assert all(len(column) == 3 for column in values.values())
-    assert set(held_out.measure_references()) == {"grid"}, "an HR image is not compared with itself"
+    assert set(held_out.measure(None).values) == {"grid"}, "an HR image is not compared with itself"
     other = HeldOut(evaluation(suite, seed=1))
     assert not torch.equal(other.pairs[0]["lr"], held_out.pairs[0]["lr"])
 
@@ -233,8 +233,9 @@ def test_whole_pairs_of_any_size_are_each_used_once(suite: Suite, tmp_path: Path
     )
     assert plan(pairs, tmp_path / "out").runs[0].config.validation.data is None
     held_out = HeldOut(pairs.config.evaluation)
-    assert [len(column) for column in held_out.measure(Candidate(BICUBIC)).values()] == [2, 2, 2, 2, 2]
-    assert [row["HR"].shape for row in held_out.images({})] == [(3, 24, 24), (3, 24, 24)]
+    measured = held_out.measure(load_generator(BICUBIC))
+    assert [len(column) for column in measured.values.values()] == [2, 2, 2, 2, 2]
+    assert [image.shape for image in measured.images] == [(3, 24, 24), (3, 24, 24)]
 
 
 def test_held_out_pairs_are_no_samples_of_a_training_stream(suite: Suite) -> None:
@@ -265,7 +266,10 @@ def test_means_and_deviations_are_over_seeds() -> None:
     assert over_seeds([]) == {}
 
 
-def test_a_model_that_is_there_is_measured_and_not_trained(micro_suite: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_there_is_measured_and_not_trained(
+    micro_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation, "run_process", train_here)
     values = yaml.safe_load(micro_suite.read_text())
     shifting = {"title": "many steps", "model": "random:resshift-micro", "steps": 3, "sampler": "deterministic"}
     values["variants"] = {"before": {"title": "before", "model": "bicubic"}, **values["variants"], "shifting": shifting}
@@ -274,13 +278,19 @@ def test_a_model_that_is_there_is_measured_and_not_trained(micro_suite: Path, tm
     planned = plan(suite, tmp_path / "out")
     assert list(states(planned)) == ["mse/seed-0", "dists/seed-0"]
     assert planned.variants == ["before", "mse", "dists", "shifting"]
-    assert planned.models["before"] == Candidate("bicubic")
-    generator = planned.models["shifting"].load()
+    generator = suite.config.variants["shifting"].load()
     assert (generator.schedule.steps, generator.sampler) == (3, "deterministic")
     held_out = HeldOut(suite.config.evaluation)
-    assert held_out.measure(planned.models["before"]) == held_out.measure(Candidate(BICUBIC))
-    rows = held_out.images(planned.models)
-    assert list(rows[0]) == ["bicubic", "before", "shifting", "HR"]
+    before, enlarged = suite.config.variants["before"].load(), load_generator(BICUBIC)
+    assert held_out.measure(before).values == held_out.measure(enlarged).values
+    trained = [run for run in planned.runs if run.variant == "mse"]
+    train_all(dataclasses.replace(planned, runs=trained))
+    failures = {"dists/seed-0": "not trained here"}
+    results, (_, _, sheet) = compare(planned, held_out, failures, tmp_path / "report", command="")
+    assert [row["name"] for row in results["rows"]] == ["bicubic", "before", "mse", "dists", "shifting", "hr"]
+    assert [len(row["runs"]) for row in results["rows"]] == [1, 1, 1, 0, 1, 1]
+    with Image.open(sheet) as image:
+        assert image.width == 5 * (24 + 4) + 4, "every model but the one that is missing"
     with pytest.raises(UserError, match="nothing to train: before are existing models"):
         plan(suite, tmp_path / "out", only=["before"])
     settings = [f"validation={tmp_path / 'held-out'}", "variants.shifting.steps=9"]

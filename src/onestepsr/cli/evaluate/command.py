@@ -29,8 +29,8 @@ from onestepsr.core.errors import UserError
 from onestepsr.core.progress import progress
 
 if TYPE_CHECKING:
+    from onestepsr.core.tables import Grid
     from onestepsr.evaluate.comparison import Comparison
-    from onestepsr.evaluate.tables import Grid
 
 
 # ---- outputs besides the terminal ----
@@ -50,7 +50,7 @@ class OutputOptions:
         str | None,
         typer.Option(
             help="Print published numbers on this dataset beside the results, such as realsr, or of one table: "
-            "osediff/realsr. Differences in how they were measured are listed.",
+            "osediff/realsr. Differences in how they were measured are listed."
         ),
     ] = None
 
@@ -178,8 +178,9 @@ def _kept(out: Path | None, report: Path | None) -> Iterator[Path | None]:
 
 def _show(outcome: Outcome, outputs: OutputOptions, json_file: Path | None, *, images_stay: bool = True) -> None:
     """Print failures and the table, and write the files."""
+    from onestepsr.core.tables import safe_text
     from onestepsr.evaluate.comparison import compare
-    from onestepsr.evaluate.result import safe_text, write_result
+    from onestepsr.evaluate.result import write_result
     from onestepsr.evaluate.run import without_images
     from onestepsr.evaluate.tables import result_grid
 
@@ -197,8 +198,8 @@ def _show(outcome: Outcome, outputs: OutputOptions, json_file: Path | None, *, i
 
 
 def _list_metrics() -> None:
+    from onestepsr.core.tables import Grid
     from onestepsr.evaluate.metrics.catalog import METRICS
-    from onestepsr.evaluate.tables import Grid
 
     rows = []
     for spec in METRICS.values():

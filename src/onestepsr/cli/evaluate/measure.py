@@ -16,8 +16,7 @@ from onestepsr.core.progress import progress
 if TYPE_CHECKING:
     from onestepsr.evaluate.pairing import CaseSet
     from onestepsr.evaluate.result import EvaluationResult
-    from onestepsr.evaluate.run import Degrader, EvaluatedModel
-    from onestepsr.evaluate.scoring import Score, Scorer
+    from onestepsr.evaluate.run import Degrader, EvaluatedModel, Score, Scorer
     from onestepsr.imaging.read import LoadedImage
     from onestepsr.inference.options import UpscaleOptions
     from onestepsr.inference.upscaler import Upscaler
@@ -37,8 +36,7 @@ class MeasureOptions:
 
     protocol: Annotated[str, typer.Option(help="basic, d3sr or osediff: metrics, crops, borders.")] = "basic"
     metrics: Annotated[
-        str | None,
-        typer.Option(help=f"Comma-separated, instead of the protocol's; '{LIST_METRICS}' lists them."),
+        str | None, typer.Option(help=f"Comma-separated, instead of the protocol's; '{LIST_METRICS}' lists them.")
     ] = None
     crop_border: Annotated[int | None, typer.Option(help="Pixels cut from every side before measuring.")] = None
     resize: Annotated[
@@ -53,7 +51,7 @@ class MeasureOptions:
         """The metrics, loaded; those that cannot be are reported on stderr, before the work and in one line each."""
         from onestepsr.evaluate.metrics.catalog import select_metrics
         from onestepsr.evaluate.protocols import applicable, get_protocol
-        from onestepsr.evaluate.scoring import Scorer
+        from onestepsr.evaluate.run import Scorer
         from onestepsr.inference.devices import resolve_device
 
         if self.label == "":
@@ -240,7 +238,7 @@ def show_unavailable(reasons: Mapping[str, str]) -> None:
 
 
 def _show_unmatched(title: str, paths: Sequence[Path]) -> None:
-    from onestepsr.evaluate.result import safe_text
+    from onestepsr.core.tables import safe_text
 
     if paths:
         names = safe_text(join_names([path.name for path in paths], LISTED_NAMES))

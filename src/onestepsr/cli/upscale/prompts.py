@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from onestepsr.imaging.read import LoadedImage
     from onestepsr.inference.options import UpscaleOptions
     from onestepsr.inference.upscaler import Upscaler
-    from onestepsr.prompts.base import PromptSource
+    from onestepsr.prompts.sources import PromptSource
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +150,7 @@ def prompted(paths: Sequence[Path], prompts: Prompts | None) -> Iterator[Prepare
 
 
 def _source(options: PromptOptions, upscaler: Upscaler) -> PromptSource:
-    from onestepsr.prompts.extractors import load_extractor
-    from onestepsr.prompts.sources import ExtractedPrompts, FilePrompts, FixedPrompt
+    from onestepsr.prompts.sources import ExtractedPrompts, FilePrompts, FixedPrompt, load_extractor
 
     if options.prompt_file is not None:
         return FilePrompts(options.prompt_file)

@@ -104,7 +104,10 @@ def draw_kernel(config: KernelConfig, rng: torch.Generator) -> Kernel:
     sigma_x = uniform(*config.sigma, rng)
     sigma_y = sigma_x if isotropic else uniform(*config.sigma, rng)
     rotation = 0.0 if isotropic else uniform(-math.pi, math.pi, rng)
-    beta = _draw_beta(family, config, rng)
+    beta = 1.0
+    if family != "gaussian":
+        low, high = config.beta_generalized if family == "generalized" else config.beta_plateau
+        beta = uniform(low, 1, rng) if uniform(0, 1, rng) < 0.5 else uniform(1, high, rng)
     return Kernel(family=family, size=size, sigma_x=sigma_x, sigma_y=sigma_y, rotation=rotation, beta=beta)
 
 
@@ -151,10 +154,3 @@ def _centred_grid(size: int) -> tuple[Tensor, Tensor]:
 
 def _normalized(kernel: Tensor) -> Tensor:
     return kernel / kernel.sum()
-
-
-def _draw_beta(family: Family, config: KernelConfig, rng: torch.Generator) -> float:
-    if family == "gaussian":
-        return 1.0
-    low, high = config.beta_generalized if family == "generalized" else config.beta_plateau
-    return uniform(low, 1, rng) if uniform(0, 1, rng) < 0.5 else uniform(1, high, rng)

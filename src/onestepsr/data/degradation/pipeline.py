@@ -12,41 +12,148 @@ to the LR size, sinc filter, JPEG, or JPEG, resize, sinc filter; then rounding t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from onestepsr.core.rng import choose, uniform
-from onestepsr.data.degradation.face import FaceDegradationConfig, draw_face_degradation
-from onestepsr.data.degradation.jpeg import Variant, jpeg
+from onestepsr.core.errors import UserError
+from onestepsr.core.rng import choose, generator, uniform
 from onestepsr.data.degradation.kernels import Kernel, KernelConfig, check_sizes, draw_kernel, draw_sinc_kernel
 from onestepsr.data.degradation.operators import (
     ResizeMode,
+    Variant,
     add_gaussian_noise,
     add_poisson_noise,
     filter2d,
+    jpeg,
     rescale,
     resize,
     to_8bit,
     unsharp_mask,
 )
-from onestepsr.data.degradation.parameters import Degradation, Noise, Stage
+from onestepsr.data.photos import read_pixels
 from onestepsr.imaging.color import gray
+from onestepsr.imaging.read import Samples, samples_to_tensor, tensor_to_samples
 
-__all__ = [
-    "Degradation",
-    "DegradationConfig",
-    "DegradationMix",
-    "DegradationShare",
-    "FaceDegradationConfig",
-    "Recipe",
-    "StageConfig",
-    "apply_degradation",
-    "degrade",
-    "degrade_pair",
-    "draw_degradation",
-    "target_of",
-]
+# ---- Drawn parameters ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Noise that is added to one image."""
+
+    kind: Literal["gaussian", "poisson"]
+    level: float
+    """Standard deviation in 8-bit levels (gaussian) or factor on the shot noise (poisson)."""
+    gray: bool
+    """Equal in all channels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One drawn round."""
+
+    blur: Kernel | None
+    scale: float
+    """Resize factor: of the image in the first round, of the LR size in the second."""
+    mode: ResizeMode
+    noise: Noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Degradation:
+    """Everything that was drawn for one image, except the noise fields themselves."""
+
+    sharpen: bool
+    first: Stage | None
+    first_jpeg: float | None
+    second: Stage | None
+    final_mode: ResizeMode
+    final_resize_first: bool
+    final_sinc: Kernel | None
+    final_jpeg: float | None
+    antialias: bool
+    jpeg_variant: Variant = "published"
+    """JPEG arithmetic: that of published training code, or that of an encoder."""
+    gray: Literal["none", "lr", "both"] = "none"
+    """Images that lose their colour in the end."""
+
+
+# ---- Faces -----------------------------------------------------------------------------------------------------------
+# With the kernel k, the factor r, noise n and JPEG quality q (Wang et al., GFPGAN, 2021, section 4.1):
+# ``x = ([(y * k) shrunk by r + n] after JPEG of quality q) enlarged by r``. LR and HR images have the same size, so the
+# scale is 1. At a larger scale the shrinking is counted from the LR size.
+
+
+def _face_kernels() -> KernelConfig:
+    return KernelConfig(
+        sizes=(41,),
+        sinc_probability=0.0,
+        gaussian=(0.5, 0.5),
+        generalized=(0.0, 0.0),
+        plateau=(0.0, 0.0),
+        sigma=(0.1, 15.0),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaceDegradationConfig:
+    """Degradation of aligned faces; the defaults are those of ResShift's face restoration."""
+
+    kernels: KernelConfig = field(default_factory=_face_kernels)
+    """Distribution of the blur kernel."""
+    shrink: tuple[float, float] = (0.8, 32.0)
+    """The LR size is divided by a number drawn evenly from this range (below 1 it grows) before noise and JPEG."""
+    resize_mode: ResizeMode = "bilinear"
+    """Interpolation on the way down and back up, sampled without widening the filter."""
+    noise_sigma: tuple[float, float] = (0.0, 20.0)
+    """Standard deviation of the coloured Gaussian noise in 8-bit levels."""
+    jpeg: tuple[float, float] = (30.0, 100.0)
+    """Quality of the JPEG compression of the small image."""
+    gray_probability: float = 0.01
+    """Share of images that lose their colour."""
+    gray_target: bool = True
+    """Remove the colour of the target too; otherwise the network is asked to guess colours."""
+
+    def __post_init__(self) -> None:
+        for name, lowest, highest in (("shrink", 0.1, 128), ("noise_sigma", 0, 255), ("jpeg", 1, 100)):
+            low, high = getattr(self, name)
+            if not lowest <= low <= high <= highest:
+                raise ValueError(f"{name} is ({low}, {high}): expected {lowest} <= low <= high <= {highest}")
+        if not 0 <= self.gray_probability <= 1:
+            raise ValueError(f"gray_probability is {self.gray_probability}: expected 0 to 1")
+
+
+def draw_face_degradation(config: FaceDegradationConfig, rng: torch.Generator) -> Degradation:
+    """Draw the parameters for one image.
+
+    Expressed in terms of the second-order model: its second round, whose resize aims at the LR size, then JPEG, then
+    the resize to the LR size. Compression is an encoder's, as in the published code: the image is small here, down to
+    16 pixels a side.
+    """
+    blur = draw_kernel(config.kernels, rng)
+    factor = 1 / uniform(*config.shrink, rng)
+    noise = Noise(kind="gaussian", level=uniform(*config.noise_sigma, rng), gray=False)
+    quality = uniform(*config.jpeg, rng)
+    is_gray = uniform(0, 1, rng) < config.gray_probability
+    return Degradation(
+        sharpen=False,
+        first=None,
+        first_jpeg=None,
+        second=Stage(blur=blur, scale=factor, mode=config.resize_mode, noise=noise),
+        final_mode=config.resize_mode,
+        final_resize_first=False,
+        final_sinc=None,
+        final_jpeg=quality,
+        antialias=False,
+        jpeg_variant="standard",
+        gray=("both" if config.gray_target else "lr") if is_gray else "none",
+    )
+
+
+# ---- Second-order model ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,3 +398,30 @@ def _check_probability(name: str, value: float) -> None:
 def _check_range(name: str, values: tuple[float, float], lowest: float) -> None:
     if not lowest <= values[0] <= values[1]:
         raise ValueError(f"{name} is {values}: expected {lowest} <= low <= high")
+
+
+# ---- Photos in files -------------------------------------------------------------------------------------------------
+# What is done to a photo depends on the seed and on its name alone.
+
+
+def draw_for(recipe: Recipe, seed: int, name: str) -> Degradation:
+    """Draw the parameters for the photo called ``name``, its path in the folder of photos with forward slashes."""
+    return draw_degradation(recipe, generator(seed, "degrade", name))
+
+
+def make_pair(
+    path: Path, drawn: Degradation, *, seed: int, name: str, scale: int, multiple: int
+) -> tuple[Samples, Samples]:
+    """LR samples (h, w, 3) and HR samples (h scale, w scale, 3), uint8, of the photo in ``path``.
+
+    HR is cut at the bottom and right to multiples of ``multiple``, itself a multiple of ``scale``. Raises UserError for
+    a photo that cannot be read or leaves nothing then.
+    """
+    pixels = read_pixels(path)
+    height, width = (side // multiple * multiple for side in pixels.shape[:2])
+    if not height or not width:
+        raise UserError(f"{path}: {pixels.shape[1]} x {pixels.shape[0]}, expected sides of at least {multiple}")
+    hr = samples_to_tensor(pixels[:height, :width])[0]
+    lr = apply_degradation(hr, drawn, generator(seed, "degrade noise", name), scale)
+    kind = pixels.dtype.type
+    return tensor_to_samples(lr, kind), tensor_to_samples(target_of(hr, drawn), kind)

@@ -6,9 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from onestepsr.core.errors import UserError, did_you_mean
-from onestepsr.data.degradation.face import FaceDegradationConfig
 from onestepsr.data.degradation.kernels import KernelConfig
-from onestepsr.data.degradation.pipeline import DegradationConfig, DegradationMix, DegradationShare, Recipe, StageConfig
+from onestepsr.data.degradation.pipeline import (
+    DegradationConfig,
+    DegradationMix,
+    DegradationShare,
+    FaceDegradationConfig,
+    Recipe,
+    StageConfig,
+)
 
 
 def real_esrgan() -> DegradationConfig:

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from onestepsr.core.errors import UserError, did_you_mean
-from onestepsr.evaluate.metrics import fid, fidelity, perceptual, pyiqa
+from onestepsr.evaluate.metrics import fid, fidelity, perceptual
 from onestepsr.evaluate.metrics.niqe import Luma, NiqeParameters, niqe
 from onestepsr.evaluate.result import MetricRecord
 
@@ -91,7 +91,7 @@ def _iqa(name: str, title: str, variant: str, *, higher_is_better: bool = True) 
         variant=variant,
         higher_is_better=higher_is_better,
         network=True,
-        alone=partial(pyiqa.load_iqa, name),
+        alone=partial(perceptual.load_iqa, name),
     )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from onestepsr.core.errors import UserError
 from onestepsr.evaluate.metrics.fidelity import check_image
 from onestepsr.evaluate.metrics.perceptual import weights
-from onestepsr.weights.foreign import read_wanted
+from onestepsr.weights.files import read_wanted
 
 SMALLEST_SET = 2
 SIDE = 299

@@ -89,7 +89,8 @@ class NiqeParameters:
 def niqe(image: Tensor, parameters: NiqeParameters, luma: Luma = "yiq") -> Tensor:
     """NIQE of RGB images (N, 3, H, W) in [0, 1] -> (N,) float64; lower is better. See :func:`niqe_from_luma`."""
     check_image(image)
-    y = studio_luma(image) if luma == "studio" else _full_range_luma(image)
+    # float32 as in IQA-PyTorch, so that most ties of the rounding that follows fall the same way.
+    y = studio_luma(image) if luma == "studio" else gray(image.detach().float())
     return torch.tensor([niqe_from_luma(plane, parameters) for plane in (y[:, 0] * 255).round()], dtype=torch.float64)
 
 
@@ -124,11 +125,6 @@ def niqe_features(luma: Tensor) -> Tensor:
     full = _block_features(_normalised(plane), BLOCK)
     half = _block_features(_normalised(_halved(plane)), BLOCK // 2)
     return torch.cat([full, half], dim=1)
-
-
-def _full_range_luma(image: Tensor) -> Tensor:
-    # float32 as in IQA-PyTorch, so that most ties of the rounding that follows fall the same way.
-    return gray(image.detach().float())
 
 
 def _normalised(plane: Tensor) -> Tensor:

@@ -88,10 +88,7 @@ def adversarial_phases(
         )
         for start, stop in zip(starts, [*starts[1:], None], strict=True)
     ]
-    return (
-        *phases,
-        *(Phase(network=term.network, loss=term.discriminator_loss, start=term.start) for term in terms),
-    )
+    return (*phases, *(Phase(network=term.network, loss=term.discriminator_loss, start=term.start) for term in terms))
 
 
 # ---- Noise on latents ------------------------------------------------------------------------------------------------
@@ -257,7 +254,10 @@ def build_discriminator(
     Without a backbone of its own it copies ``generator``'s, whose UNet must not have adapters yet; ``name`` is its
     name in messages.
     """
-    encoder, prompt = _backbone(generator, settings)
+    if settings.backbone is None:
+        encoder, prompt = unet_encoder_of(generator), generator.prompt.detach()
+    else:
+        encoder, prompt = load_discriminator_backbone(settings.backbone, sdxl=settings.sdxl)
     known = cast(DiffusionEncoder, encoder)
     if known.latent_channels != generator.latent_channels:
         raise UserError(
@@ -272,12 +272,6 @@ def build_discriminator(
     if settings.tuning == "lora":
         add_lora(encoder, settings.lora)
     return discriminator, noise
-
-
-def _backbone(generator: OneStepLatentGenerator, settings: DiscriminatorConfig) -> tuple[nn.Module, Tensor]:
-    if settings.backbone is None:
-        return unet_encoder_of(generator), generator.prompt.detach()
-    return load_discriminator_backbone(settings.backbone, sdxl=settings.sdxl)
 
 
 def latent_discriminator_term(noise: LatentNoise, weight: float, start: int) -> AdversarialTerm:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists, lattice_loss, read_dists_weights, read_lpips_weights
 from onestepsr.models.perceptual_features import OrientedFeatures, VGG16Features
 from onestepsr.weights.catalog import resolve
-from onestepsr.weights.foreign import SMALL_WEIGHTS, read_tensors
+from onestepsr.weights.files import SMALL_WEIGHTS, read_tensors
 
 ORIENTED_LPIPS_EPSILON = 0.02
 """Responses of the oriented filters lie in [-1, 1] and vanish where nothing is; weaker ones than this are noise."""

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError
-from onestepsr.diffusion.noise_field import NoisePlane
-from onestepsr.diffusion.residual_shift import ResidualShiftSchedule, Respacing
+from onestepsr.diffusion.residual_shift import NoisePlane, ResidualShiftSchedule, Respacing
 from onestepsr.methods.base import Batch, Exported, Networks, exported
 from onestepsr.models.generators import LatentAutoencoder, LatentUNet, OneStepLatentGenerator
 from onestepsr.models.resshift.config import Sampler

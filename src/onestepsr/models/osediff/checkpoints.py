@@ -23,8 +23,7 @@ from onestepsr.core.errors import UserError
 from onestepsr.core.files import replacing
 from onestepsr.models.osediff.generator import DECODER_LAYERS, OSEDiffGenerator
 from onestepsr.models.stable_diffusion.networks import StableDiffusionAutoencoder, StableDiffusionUNet
-from onestepsr.weights.foreign import describe_read_error
-from onestepsr.weights.native import read_weights, save_model
+from onestepsr.weights.files import describe_read_error, read_weights, save_model
 
 Part = Literal["unet", "vae"]
 PARTS: tuple[Part, ...] = ("unet", "vae")
@@ -142,8 +141,12 @@ def collect(generator: OSEDiffGenerator) -> Adapters:
         for key, value in network.state_dict().items():
             if not _is_trained_name(key):
                 continue
-            layer, name = key.partition(".lora_")[0], _adapter_name(key, part)
-            ratio = _scaling(network, layer) * _rank(network, layer) / ALPHA if ".lora_B." in key else 1.0
+            layer, name, ratio = key.partition(".lora_")[0], "default_encoder", 1.0
+            if part == "unet":
+                name = _ADAPTER_NAMES.get(key.partition(".")[0], name)
+            if ".lora_B." in key:
+                adapted: Any = network.get_submodule(layer)
+                ratio = float(adapted.scaling["default"]) * int(adapted.r["default"]) / ALPHA
             found[part][key.replace(".default.", f".{name}.")] = (value * ratio).cpu().contiguous()
             if ".lora_A." in key:
                 modules[next(listed for listed, whose in LISTS.items() if whose == (part, name))].append(layer)
@@ -214,18 +217,6 @@ def _check_shape(value: Tensor, wanted: tuple[int, ...], name: str, where: str) 
 
 def _is_trained_name(key: str) -> bool:
     return ".lora_" in key or key.startswith("conv_in.base_layer.")
-
-
-def _adapter_name(key: str, part: Part) -> str:
-    return _ADAPTER_NAMES.get(key.partition(".")[0], "default_encoder") if part == "unet" else "default_encoder"
-
-
-def _scaling(network: nn.Module, layer: str) -> float:
-    return float(cast(dict[str, float], network.get_submodule(layer).scaling)["default"])
-
-
-def _rank(network: nn.Module, layer: str) -> int:
-    return int(cast(dict[str, int], network.get_submodule(layer).r)["default"])
 
 
 # ---- files ----

@@ -12,10 +12,9 @@ import torch
 from onestepsr.core.errors import UnknownModel, UserError, did_you_mean
 from onestepsr.models.resshift.config import PUBLISHED
 from onestepsr.models.resshift.generator import ResidualShiftGenerator, residual_shift_generator
-from onestepsr.models.resshift.vqgan import VQConfig
 from onestepsr.weights.catalog import get_model
 from onestepsr.weights.download import download_all
-from onestepsr.weights.foreign import LazyTensors, canonical_keys, fill, open_weights
+from onestepsr.weights.files import LazyTensors, canonical_keys, fill, open_weights
 
 UNET_MARK = "input_blocks.1.1.patch_embed.proj.weight"
 """A weight that only a UNet of this family has."""
@@ -43,11 +42,19 @@ def load_published(
     with torch.device("meta"):  # nothing is initialised only to be overwritten
         generator = residual_shift_generator(config)
     weights = _open(own)
-    _check_unet(weights, f"{own}: UNet of '{alias}'")
+    if UNET_MARK not in weights:
+        kind = "an autoencoder" if CODEBOOK in weights else "another network"
+        raise UserError(f"{own}: UNet of '{alias}': holds {kind} (no weight '{UNET_MARK}')")
     fill(generator.unet, weights, f"{own}: UNet of '{alias}'")
     weights = _open(coder)
-    _check_codebook(weights, config.autoencoder, f"{coder}: autoencoder of '{alias}'")
-    fill(generator.autoencoder, weights, f"{coder}: autoencoder of '{alias}'")
+    where = f"{coder}: autoencoder of '{alias}'"
+    if CODEBOOK not in weights:
+        raise UserError(f"{where}: holds another network (no weight '{CODEBOOK}')")
+    found, expected = tuple(weights[CODEBOOK]().shape), (config.autoencoder.codes, config.autoencoder.latent_channels)
+    if found != expected:
+        said, wanted = (" of ".join(map(str, shape)) for shape in (found, expected))
+        raise UserError(f"{where}: a codebook of {said} numbers, expected {wanted}: another model's autoencoder")
+    fill(generator.autoencoder, weights, where)
     return generator.eval()
 
 
@@ -70,18 +77,3 @@ def _open(path: Path) -> LazyTensors:
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
     return canonical_keys(open_weights(path))
-
-
-def _check_unet(tensors: LazyTensors, where: str) -> None:
-    if UNET_MARK not in tensors:
-        kind = "an autoencoder" if CODEBOOK in tensors else "another network"
-        raise UserError(f"{where}: holds {kind} (no weight '{UNET_MARK}')")
-
-
-def _check_codebook(tensors: LazyTensors, config: VQConfig, where: str) -> None:
-    if CODEBOOK not in tensors:
-        raise UserError(f"{where}: holds another network (no weight '{CODEBOOK}')")
-    found, expected = tuple(tensors[CODEBOOK]().shape), (config.codes, config.latent_channels)
-    if found != expected:
-        said, wanted = (" of ".join(map(str, shape)) for shape in (found, expected))
-        raise UserError(f"{where}: a codebook of {said} numbers, expected {wanted}: another model's autoencoder")

@@ -10,9 +10,8 @@ from onestepsr.core.errors import UserError
 from onestepsr.diffusion.residual_shift import ResidualShiftConfig, ResidualShiftSchedule, Respacing
 from onestepsr.models.resshift.unet import SwinConfig, SwinUNetConfig
 from onestepsr.models.resshift.vqgan import VQ_F8_FACE, VQConfig
-from onestepsr.models.tiny.decoder import FACTOR
 from onestepsr.models.tiny.denoiser import TinyDenoiserConfig
-from onestepsr.models.tiny.networks import TinyConfig
+from onestepsr.models.tiny.networks import FACTOR, TinyConfig
 
 Sampler = Literal["ancestral", "deterministic"]
 REALSR, FACE, SINSR, TINY, MICRO = "resshift-realsr", "resshift-face", "sinsr", "resshift-tiny", "resshift-micro"

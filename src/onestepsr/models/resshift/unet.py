@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from onestepsr.models.cpu_kernels import use_cpu_kernels
-from onestepsr.models.generators import LatentUNet
-from onestepsr.models.memory_cost import NetworkCost
+from onestepsr.models.generators import LatentUNet, NetworkCost
 from onestepsr.models.tiny.networks import timestep_embedding
 
 # ---- attention inside windows ----
@@ -122,7 +121,8 @@ class WindowAttention(nn.Module):
         """Map tokens (R, M, L, C) to the same shape; R is the rows of windows in the map, M the windows per row."""
         qkv = self.qkv(windows).reshape(*windows.shape[:3], 3, self.config.heads, self.config.head_width)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # each (R, M, heads, L, head_width)
-        bias = self._bias().to(q.dtype)
+        table = self.relative_position_bias_table
+        bias = table[self.relative_position_index].permute(2, 0, 1).to(q.dtype)  # (heads, L, L)
         if shifted:
             masked = bias + column_mask(self.config.window, bias.device).to(bias.dtype)
             last = _attend(q[-1:], k[-1:], v[-1:], masked)
@@ -131,10 +131,6 @@ class WindowAttention(nn.Module):
             attended = _attend(q, k, v, bias)
         out: Tensor = self.proj(attended.transpose(2, 3).flatten(3))
         return out
-
-    def _bias(self) -> Tensor:
-        """(heads, L, L)."""
-        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -454,7 +450,10 @@ def _down_stages(config: SwinUNetConfig) -> Iterator[Stage]:
 
 
 def _up_stages(config: SwinUNetConfig) -> Iterator[Stage]:
-    skips = _skip_channels(config)
+    # Channels of what each stage on the way down leaves for the way up, in the order of its making.
+    skips = [config.widths[0]]
+    for level, width in enumerate(config.widths):
+        skips += [width] * (config.res_blocks + (level < len(config.widths) - 1))
     channels, side = config.widths[-1], config.image_size >> (len(config.widths) - 1)
     for level, width in reversed(list(enumerate(config.widths))):
         for block in range(config.res_blocks + 1):
@@ -462,18 +461,11 @@ def _up_stages(config: SwinUNetConfig) -> Iterator[Stage]:
             if block == 0:
                 modules.append(_attention(config, width, side))
             if level and block == config.res_blocks:
-                modules.append(_doubling(width))
+                enlarge, conv = nn.Upsample(scale_factor=2.0), nn.Conv2d(width, width, 3, padding=1)
+                modules.append(nn.Sequential(OrderedDict(enlarge=enlarge, conv=conv)))
                 side *= 2
             yield Stage(*modules)
             channels = width
-
-
-def _skip_channels(config: SwinUNetConfig) -> list[int]:
-    """Channels of what each stage on the way down leaves for the way up, in the order of its making."""
-    channels = [config.widths[0]]
-    for level, width in enumerate(config.widths):
-        channels += [width] * (config.res_blocks + (level < len(config.widths) - 1))
-    return channels
 
 
 def _residual(config: SwinUNetConfig, channels: int, out_channels: int) -> ResidualBlock:
@@ -486,9 +478,3 @@ def _attention(config: SwinUNetConfig, channels: int, side: int) -> SwinLayer:
 
 def _halving(channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(op=nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)))
-
-
-def _doubling(channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(enlarge=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(channels, channels, 3, padding=1))
-    )

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.models.cpu_kernels import attention
-from onestepsr.models.generators import LatentAutoencoder
-from onestepsr.models.memory_cost import NetworkCost
+from onestepsr.models.generators import LatentAutoencoder, NetworkCost
 
 DISTANCES_AT_ONCE = 2**24
 """Number of distances between latent positions and codes in memory at a time: 64 MiB."""

@@ -24,7 +24,7 @@ from onestepsr.models.stable_diffusion.config import (
     StableDiffusionGeneratorConfig,
     UNetConfig,
 )
-from onestepsr.weights.foreign import LazyTensors, materialize, open_weights
+from onestepsr.weights.files import LazyTensors, materialize, open_weights
 
 # ---- a diffusers folder: unet/, vae/ and scheduler/, each a config.json beside its weights ----
 
@@ -128,17 +128,9 @@ def _known_settings(path: Path, network: Any, config: Any, implied: Collection[s
     for name, value in read_mapping(path).items():
         if name in fields:
             found[name] = value
-        elif name in defaults and name not in (*NEUTRAL, *implied) and not _same(value, defaults[name]):
+        elif name in defaults and name not in (*NEUTRAL, *implied) and (value or None) != (defaults[name] or None):
             raise UserError(f"{path}: {name} {value!r} is not supported, expected {defaults[name]!r}")
-    return _without_nulls(found)
-
-
-def _same(value: Any, default: Any) -> bool:
-    return value == default or (not value and not default)
-
-
-def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 # ---- a single-file checkpoint: all networks in one file, with the names of Stable Diffusion's first code ----
@@ -183,7 +175,8 @@ def unet_weights(tensors: LazyTensors, config: UNetConfig) -> LazyTensors:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     own = {key: key for key in tensors if key.startswith(UNET)}  # the names stand for their tensors
-    names: dict[str, str | None] = convert_ldm_unet_checkpoint(own, _as_settings(config))
+    settings = {"layers_per_block": config.layers_per_block, "addition_embed_type": config.addition_embed_type}
+    names: dict[str, str | None] = convert_ldm_unet_checkpoint(own, settings)
     return {key: tensors[name] for key, name in names.items() if name is not None}
 
 
@@ -197,7 +190,3 @@ def autoencoder_weights(path: Path, tensors: LazyTensors, config: AutoencoderCon
     levels = [None] * len(config.block_out_channels)
     converted = convert_ldm_vae_checkpoint(own, {"down_block_types": levels, "up_block_types": levels})
     return {key: partial(materialize, value) for key, value in converted.items()}
-
-
-def _as_settings(config: UNetConfig) -> dict[str, Any]:
-    return {"layers_per_block": config.layers_per_block, "addition_embed_type": config.addition_embed_type}

@@ -69,7 +69,7 @@ def _attend(attn: Any, tokens: Tensor, context: Tensor | None) -> Tensor:
 def speed_up(network: nn.Module) -> None:
     """Apply all of it to ``network``, for inference with the weights that it has."""
     use_blockwise_attention(network)
-    make_lean(network)
+    replace_layers(network, _lean)
     widen_ends(network)
     use_cpu_kernels(network)
 
@@ -174,17 +174,12 @@ def _layers(coder: Any) -> Iterator[nn.Module]:
     yield from (coder.conv_norm_out, coder.conv_act, coder.conv_out)
 
 
-def make_lean(network: nn.Module) -> None:
-    """Replace residual blocks, transformers, encoder and decoder of Stable Diffusion's kind below ``network`` by lean
-    ones; parameters and their names stay."""
-    replace_layers(network, _lean)
-
-
 def _lean(layer: Any) -> nn.Module | None:
     name = type(layer).__name__
     if name == "ResnetBlock2D" and _is_usual(layer):
         return LeanResidualBlock(layer)
-    if name == "Transformer2DModel" and _is_linear(layer):
+    # Transformers that read feature maps through a linear layer, as from Stable Diffusion 2 on.
+    if name == "Transformer2DModel" and layer.is_input_continuous and layer.use_linear_projection:
         return LeanTransformer(layer)
     return LeanCoder(layer) if name in CODERS else None
 
@@ -194,11 +189,6 @@ def _is_usual(block: Any) -> bool:
     plain = block.upsample is None and block.downsample is None and isinstance(block.nonlinearity, nn.SiLU)
     timeless = block.time_emb_proj is None and block.time_embedding_norm == "group"
     return plain and not block.skip_time_act and (timeless or block.time_embedding_norm == "default")
-
-
-def _is_linear(block: Any) -> bool:
-    """True for a transformer that reads feature maps through a linear layer, as from Stable Diffusion 2 on."""
-    return bool(block.is_input_continuous and block.use_linear_projection)
 
 
 class WideConvolution(nn.Conv2d):

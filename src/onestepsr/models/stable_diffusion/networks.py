@@ -13,8 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from onestepsr.models.generators import LatentAutoencoder, LatentUNet, OneStepLatentGenerator, one_step_generator
-from onestepsr.models.memory_cost import NetworkCost
+from onestepsr.models.generators import (
+    LatentAutoencoder,
+    LatentUNet,
+    NetworkCost,
+    OneStepLatentGenerator,
+    one_step_generator,
+)
 from onestepsr.models.stable_diffusion.config import (
     SD_SCALING,
     SDXL_SCALING,

@@ -15,10 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestepsr.models.generators import LatentUNet
-from onestepsr.models.memory_cost import NetworkCost
-from onestepsr.models.tiny.decoder import FACTOR, ResidualBlock
-from onestepsr.models.tiny.networks import MEMORY_PER_PIXEL, TinyConfig, timestep_embedding
+from onestepsr.models.generators import LatentUNet, NetworkCost
+from onestepsr.models.tiny.networks import FACTOR, MEMORY_PER_PIXEL, ResidualBlock, TinyConfig, timestep_embedding
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,7 @@ from torch import nn
 
 from onestepsr.core.errors import UserError
 from onestepsr.models.generators import OneStepConfig, OneStepLatentGenerator, one_step_generator
-from onestepsr.models.tiny.decoder import ResidualBlock
-from onestepsr.models.tiny.networks import TinyAutoencoder, TinyConfig, TinyUNet
+from onestepsr.models.tiny.networks import ResidualBlock, TinyAutoencoder, TinyConfig, TinyUNet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,10 @@ def deepened(generator: OneStepLatentGenerator, depth: Depth) -> OneStepLatentGe
     wanted = {name: count for name, count in asdict(depth).items() if count is not None}
     present = asdict(config.model)
     for name, count in wanted.items():
-        _check_grows(name, present[name], count)
+        now = present[name]
+        pairs = ([now], [count]) if isinstance(now, int) or isinstance(count, int) else (now, count)
+        if len(pairs[0]) != len(pairs[1]) or any(after < before for before, after in zip(*pairs, strict=True)):
+            raise UserError(f"{name}: {count}, expected at least {now}, which the model has already")
     result = tiny_generator(replace(config, model=replace(config.model, **wanted)))
     own = generator.state_dict()
     for name, module in result.named_modules():
@@ -80,17 +82,11 @@ def deepened(generator: OneStepLatentGenerator, depth: Depth) -> OneStepLatentGe
     return result.train(generator.training)
 
 
-def _check_grows(name: str, now: int | tuple[int, ...], wanted: int | tuple[int, ...]) -> None:
-    pairs = ([now], [wanted]) if isinstance(now, int) or isinstance(wanted, int) else (now, wanted)
-    if len(pairs[0]) != len(pairs[1]) or any(after < before for before, after in zip(*pairs, strict=True)):
-        raise UserError(f"{name}: {wanted}, expected at least {now}, which the model has already")
-
-
 # ---- even contrast, and the line between two models ----
 
 
 def equalize_subpixel_contrast(generator: nn.Module) -> OneStepLatentGenerator:
-    """A tiny generator of the same weights whose output passes :class:`onestepsr.models.tiny.decoder.EvenContrast`.
+    """A tiny generator of the same weights whose output passes :class:`onestepsr.models.tiny.networks.EvenContrast`.
 
     Raises UserError for a generator of another kind.
     """

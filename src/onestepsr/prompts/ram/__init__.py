@@ -1,1 +1,0 @@
-"""The RAM image tagger."""
