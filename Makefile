@@ -17,8 +17,10 @@ demo: $(INSTALLED)
 	@echo
 	@echo "Done: compare the pictures in examples/ with those in outputs/demo/ (four times the size)."
 
+# The second run is as on a processor with AVX2 only.
 test: lint
 	$(BIN)/pytest
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest -m "numeric and not slow"
 
 lint: $(EDITABLE)
 	$(BIN)/ruff check

@@ -10,6 +10,8 @@ from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.diffusion.residual_shift import ResidualShiftConfig, ResidualShiftSchedule, kept_steps
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "residual_schedule.npz"
 SCHEDULES = {
     "s15": ResidualShiftSchedule(),

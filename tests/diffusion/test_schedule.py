@@ -8,6 +8,8 @@ import torch
 
 from onestepsr.diffusion.schedule import DiffusionSchedule, DiffusionScheduleConfig
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "osediff_x0.npz"
 
 

@@ -10,6 +10,8 @@ import torch
 
 from onestepsr.imaging import color
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "color_transfer.npz")
 TARGET, SOURCE = (torch.from_numpy(GOLDEN[name]) for name in ("target", "source"))
 

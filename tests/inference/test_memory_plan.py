@@ -30,6 +30,8 @@ from onestepsr.models.stable_diffusion.config import StableDiffusionGeneratorCon
 from onestepsr.models.stable_diffusion.networks import stable_diffusion_generator
 from small import Nearest
 
+pytestmark = pytest.mark.numeric
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PIXELS = np.random.default_rng(0).integers(0, 256, (200, 230, 3), dtype=np.uint8)
 EXAMPLE = Path(__file__).parents[2] / "examples" / "rocket_rotated.jpg"

@@ -8,6 +8,8 @@ from torch import nn
 
 from onestepsr.inference.tiled import SharedNorm, SharedNorms, reduced
 
+pytestmark = pytest.mark.numeric
+
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)

@@ -17,6 +17,8 @@ from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
 from onestepsr.models.generators import LatentAutoencoder, LatentGenerator, LatentUNet, NetworkCost
 from small import Nearest, small_generator
 
+pytestmark = pytest.mark.numeric
+
 PIXELS = np.random.default_rng(0).integers(0, 256, (203, 250, 3), dtype=np.uint8)
 FACTOR, POSITION, UNET_MULTIPLE = 8, 2, 4
 

@@ -27,6 +27,8 @@ from onestepsr.models.generators import Generator
 from onestepsr.weights import download
 from small import Nearest
 
+pytestmark = pytest.mark.numeric
+
 
 class Bicubic(Generator):
     """Enlarges; optionally shifts the colours, as a network may."""

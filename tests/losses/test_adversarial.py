@@ -10,6 +10,8 @@ from onestepsr.losses.adversarial import (
     hinge_generator_loss,
 )
 
+pytestmark = pytest.mark.numeric
+
 
 def test_losses_equal_the_papers_logarithms():
     real, fake = torch.tensor([[0.3, -1.2]], dtype=torch.float64), torch.tensor([[0.8, 2.0]], dtype=torch.float64)

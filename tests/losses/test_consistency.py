@@ -6,6 +6,8 @@ from torch import Tensor
 
 from onestepsr.losses.distillation import distillation_loss, ground_truth_loss, inverse_loss
 
+pytestmark = pytest.mark.numeric
+
 LAST = 14
 
 

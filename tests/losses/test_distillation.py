@@ -16,6 +16,8 @@ from onestepsr.losses.distillation import (
     sds_gradient,
 )
 
+pytestmark = pytest.mark.numeric
+
 SHAPE = (3, 4, 6, 5)
 
 

@@ -5,6 +5,8 @@ import torch
 
 from onestepsr.losses.perceptual import lattice_loss
 
+pytestmark = pytest.mark.numeric
+
 
 def test_grid_is_penalised_far_more_than_noise_of_the_same_energy():
     hr = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))

@@ -11,6 +11,8 @@ from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists, sobel_magnitude
 from onestepsr.models.perceptual_features import HannPool, OrientedFeatures, VGG16Features, oriented_filters
 from weights_by_name import fill_by_name
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "dists.npz"
 
 

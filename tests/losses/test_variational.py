@@ -9,6 +9,8 @@ import torch
 from onestepsr.diffusion.schedule import DiffusionSchedule
 from onestepsr.losses.distillation import guided, noise_prediction_loss, variational_gradient, variational_loss
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "osediff_variational.npz"
 
 

@@ -7,6 +7,8 @@ from torch.nn import functional
 
 from onestepsr.models import cpu_kernels
 
+pytestmark = pytest.mark.numeric
+
 
 def heads(count: int, rows: int, channels: int, spread: float, offset: float = 0.0):
     """(1, count, rows, channels) as a linear layer leaves it in memory."""

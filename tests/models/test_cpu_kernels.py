@@ -13,6 +13,8 @@ from onestepsr.core.machine import multiplies_bfloat16
 from onestepsr.models import cpu_kernels
 from onestepsr.models.cpu_kernels import PackedConvolution, PackedLinear, as_kind
 
+pytestmark = pytest.mark.numeric
+
 LAST = torch.channels_last
 packs = pytest.mark.skipif(not multiplies_bfloat16(), reason="no instructions for bfloat16, so weights are not packed")
 

@@ -12,6 +12,8 @@ from onestepsr.methods.base import SampleRandom
 from onestepsr.models import loading
 from onestepsr.weights import files
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from onestepsr.imaging.resize import bicubic
 
+pytestmark = pytest.mark.numeric
+
 
 def plain(x: Tensor, scale: int) -> Tensor:
     return F.interpolate(x, scale_factor=float(scale), mode="bicubic", align_corners=False)

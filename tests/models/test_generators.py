@@ -17,6 +17,8 @@ from onestepsr.models.generators import NoisedLatentGenerator, OneStepLatentGene
 from onestepsr.models.tiny.generator import TinyGeneratorConfig
 from small import SMALL, small_generator
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(scope="module")
 def generator() -> OneStepLatentGenerator:

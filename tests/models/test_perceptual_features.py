@@ -11,6 +11,8 @@ from onestepsr.evaluate.metrics.fid import BLOCKS, InceptionFeatures, MixedBlock
 from onestepsr.models.perceptual_features import AlexNetFeatures
 from weights_by_name import fill_by_name
 
+pytestmark = pytest.mark.numeric
+
 ALEXNET_WITHOUT_CLASSIFIER = 2_469_696
 INCEPTION_WITHOUT_CLASSIFIER = 21_785_568
 

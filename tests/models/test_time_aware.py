@@ -9,6 +9,8 @@ from torch import Tensor
 from onestepsr.models.discriminators import HeadConfig, TimeAwareDiscriminator
 from onestepsr.models.tiny.denoiser import TinyDenoiser, TinyDenoiserConfig
 
+pytestmark = pytest.mark.numeric
+
 CHANNELS, TIME = (8, 16, 16), 12
 HEAD = HeadConfig(width=6, norm_groups=4)
 

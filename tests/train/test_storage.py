@@ -20,6 +20,8 @@ from onestepsr.train.networks import NetworkSet, keep_frozen_in
 from onestepsr.train.run import export
 from onestepsr.train.trainer import Trainer
 
+pytestmark = pytest.mark.numeric
+
 TARGETS = LoraConfig(rank=2, alpha=2.0, targets=r"0|3")
 
 

@@ -22,6 +22,8 @@ from onestepsr.data.degradation.presets import get_preset, mix
 from onestepsr.methods.base import Method
 from onestepsr.train.run import check_sizes
 
+pytestmark = pytest.mark.numeric
+
 NEVER_GREY = FaceDegradationConfig(gray_probability=0.0)
 
 

@@ -8,6 +8,8 @@ from PIL import Image
 
 from onestepsr.data.degradation.operators import jpeg
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "degradation.npz")
 IMAGES = torch.from_numpy(GOLDEN["images"])
 

@@ -7,6 +7,8 @@ import torch
 from onestepsr.core.rng import generator
 from onestepsr.data.degradation.kernels import Kernel, KernelConfig, bessel_j1, draw_kernel, draw_sinc_kernel
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "degradation.npz")
 SHAPES = {
     "iso": {"family": "gaussian", "sigma_x": 1.3, "sigma_y": 1.3},

@@ -29,6 +29,8 @@ from onestepsr.data.degradation.pipeline import (
 )
 from onestepsr.data.degradation.presets import PRESETS, get_preset, mix
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "degradation.npz")
 IMAGES = torch.from_numpy(GOLDEN["images"])
 CENTRE = np.s_[:, :, 24:40, 20:36]

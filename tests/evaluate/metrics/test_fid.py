@@ -10,6 +10,8 @@ from torch import Tensor
 from onestepsr.core.errors import UserError
 from onestepsr.evaluate.metrics.fid import FID, frechet_distance, resize_for_inception
 
+pytestmark = pytest.mark.numeric
+
 
 def gaussian(count: int, dimensions: int, seed: int) -> Tensor:
     rng = torch.Generator().manual_seed(seed)

@@ -26,6 +26,8 @@ from onestepsr.evaluate.metrics.fidelity import (
     studio_luma,
 )
 
+pytestmark = pytest.mark.numeric
+
 
 def load_pair(which: str = "first") -> tuple[Tensor, Tensor, dict[str, float]]:
     sr, hr = published_pair(which)

@@ -19,6 +19,8 @@ from onestepsr.imaging.read import read_image, samples_to_tensor
 from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists
 from onestepsr.models.perceptual_features import AlexNetFeatures, OrientedFeatures, VGG16Features
 
+pytestmark = pytest.mark.numeric
+
 PHOTO = Path(__file__).parents[3] / "examples" / "cameraman_gray.jpg"
 BLURS = (0.0, 0.6, 1.2, 2.4, 4.8)
 NOISES = (0.0, 0.02, 0.05, 0.1, 0.2)

@@ -14,6 +14,8 @@ from onestepsr.evaluate.metrics.catalog import METRICS
 from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists
 from onestepsr.models.perceptual_features import AlexNetFeatures, VGG16Features
 
+pytestmark = pytest.mark.numeric
+
 NETWORKS = {"vgg16": VGG16Features, "alexnet": AlexNetFeatures}
 
 

@@ -15,6 +15,8 @@ from onestepsr.methods.shared.teachers import (
     student_of,
 )
 
+pytestmark = pytest.mark.numeric
+
 TINY = "random:d3sr-tiny"
 
 

@@ -18,6 +18,8 @@ from onestepsr.models.osediff.generator import TIMESTEP, OSEDiffGenerator, OSEDi
 from onestepsr.models.stable_diffusion.networks import stable_diffusion_generator
 from onestepsr.weights.files import save_model
 
+pytestmark = pytest.mark.numeric
+
 
 def saved(generator: OSEDiffGenerator, path: Path) -> Path:
     architecture, config = describe(generator)

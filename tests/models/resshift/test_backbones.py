@@ -19,6 +19,8 @@ from onestepsr.models.tiny.networks import TinyAutoencoder, TinyConfig
 from onestepsr.weights.files import save_model
 from weights_by_name import fill_by_name
 
+pytestmark = pytest.mark.numeric
+
 SMALL_AUTOENCODER = TinyConfig(luma_channels=10, chroma_channels=2, encoder_width=8, decoder_width=8)
 SMALL_DENOISER = TinyDenoiserConfig(
     latent_channels=14, widths=(8, 12), down_blocks=(1, 1), up_blocks=(1, 1), time_width=8

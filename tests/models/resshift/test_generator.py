@@ -22,6 +22,8 @@ from onestepsr.models.resshift.vqgan import VQConfig
 from small import SMALL_RESIDUAL
 from weights_by_name import fill_by_name
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = Path(__file__).parents[2] / "golden" / "sinsr_one_step.npz"
 
 

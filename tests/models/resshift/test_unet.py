@@ -28,6 +28,8 @@ from onestepsr.models.resshift.unet import (
 from onestepsr.weights.files import canonical_keys, fill, materialize
 from weights_by_name import fill_by_name
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = Path(__file__).parents[2] / "golden" / "swin_unet.npz"
 SMALL = SwinUNetConfig(
     image_size=16,

@@ -15,6 +15,8 @@ from onestepsr.models.resshift import vqgan
 from onestepsr.models.resshift.vqgan import VQ_F8_FACE, Codebook, VQAutoencoder, VQConfig
 from weights_by_name import fill_by_name
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = Path(__file__).parents[2] / "golden" / "vq_f4.npz"
 SMALL = VQConfig(width=8, multipliers=(1, 2, 2), blocks=(1, 1, 2), latent_channels=4, codes=32, norm_groups=4)
 

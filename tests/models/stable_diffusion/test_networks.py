@@ -21,6 +21,8 @@ from onestepsr.models.stable_diffusion.networks import (
     stable_diffusion_generator,
 )
 
+pytestmark = pytest.mark.numeric
+
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -14,6 +14,8 @@ from onestepsr.models.cpu_kernels import PackedConvolution
 from onestepsr.models.stable_diffusion import inference
 from onestepsr.models.stable_diffusion.networks import stable_diffusion_generator
 
+pytestmark = pytest.mark.numeric
+
 LAST = torch.channels_last
 
 

@@ -9,6 +9,8 @@ from onestepsr.core.errors import UserError
 from onestepsr.models.resshift.unet import SwinConfig, SwinUNet, SwinUNetConfig
 from onestepsr.models.tiny.denoiser import TinyDenoiser, TinyDenoiserConfig
 
+pytestmark = pytest.mark.numeric
+
 SMALL = TinyDenoiserConfig(widths=(8, 12, 16), down_blocks=(1, 1, 2), up_blocks=(1, 2, 1), time_width=16)
 SMALL_SWIN = SwinUNetConfig(
     image_size=16,

@@ -26,6 +26,8 @@ from onestepsr.models.tiny.generator import (
 from onestepsr.models.tiny.networks import LARGEST_FACTOR, EvenContrast, TinyConfig, local_mean
 from onestepsr.weights.files import save_model
 
+pytestmark = pytest.mark.numeric
+
 SIZES = TinyConfig(widths=(8, 8), down_blocks=(1, 1), up_blocks=(1, 1), decoder_width=8, encoder_width=8)
 
 

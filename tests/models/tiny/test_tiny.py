@@ -8,6 +8,8 @@ import torch
 from onestepsr.models.loading import load_network
 from onestepsr.models.tiny.networks import TinyAutoencoder, TinyConfig, TinyUNet, block_dct, timestep_embedding
 
+pytestmark = pytest.mark.numeric
+
 SMALL = TinyConfig(
     encoder_width=8,
     decoder_width=8,
