@@ -76,6 +76,21 @@ def test_sobel_magnitude_of_a_step_and_a_ramp():
     assert torch.allclose(sobel_magnitude(ramp)[..., 1:-1, :], torch.tensor(1.0), atol=1e-5)
 
 
+def test_edge_aware_distance_adds_that_of_the_edges():
+    """A ramp of 1/8 per row against an even 0.5, with the image itself as the only feature (Eq. 5 by hand).
+
+    Image: means 0.4375 and 0.5, variance 0.08203 against none. Edges: 1, and 0.5 in the first and last row, whose mean
+    is 0.875 and variance 0.046875, against 0.001 everywhere.
+    """
+    x = torch.arange(8.0).reshape(1, 1, 8, 1).expand(1, 3, 8, 8) / 8
+    y = torch.full((1, 3, 8, 8), 0.5)
+    dists = DISTS((3,))
+    image = 1 - 0.5 * (2 * 0.4375 * 0.5) / (0.4375**2 + 0.5**2) - 0.5 * 1e-6 / 0.08203125
+    edges = 1 - 0.5 * (2 * 0.875 * 0.001 + 1e-6) / (0.875**2 + 2e-6) - 0.5 * 1e-6 / 0.046875
+    assert dists(lambda z: [z], x, y).item() == pytest.approx(image, abs=1e-5)
+    assert ea_dists(dists, lambda z: [z], x, y).item() == pytest.approx(image + edges, abs=1e-5)
+
+
 def test_edges_per_channel_see_colour_edges_that_the_mean_hides():
     x = torch.zeros(1, 3, 8, 8)
     x[:, 0, :, :4], x[:, 1, :, 4:] = 1.0, 1.0
