@@ -273,6 +273,7 @@ def build(config: OSEDiffConfig) -> Method:
     learnt = config.prompt.kind == "learnable"
     return Method(
         networks=networks,
+        optional=frozenset({REGULARIZER, DISCRIMINATOR}),
         frozen=frozen,
         phases=adversarial_phases(partial(_generator_loss, generator, spatial, config), terms),
         ema=("generator",),
