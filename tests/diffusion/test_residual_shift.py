@@ -165,6 +165,11 @@ def test_steps_that_the_schedule_cannot_give_are_one_line(count, rule):
         SCHEDULES["s15"].respaced(count, rule)
 
 
+def test_smallest_and_largest_settings_are_accepted():
+    settings = ResidualShiftConfig(steps=2, min_noise=0.04, sqrt_eta_end=1.0)
+    assert ResidualShiftSchedule(settings).sqrt_eta.tolist() == pytest.approx([0.02, 1.0])
+
+
 @pytest.mark.parametrize(
     "values",
     [{"steps": 1}, {"kappa": 0.0}, {"min_noise": 4.0}, {"sqrt_eta_end": 1.5}, {"power": 0.0}, {"input_scaling": "rgb"}],
