@@ -420,6 +420,7 @@ PUBLISHED = {
     "posterior": "sample",
     "parts": ("encoder", "unet"),
     "tuning": "lora",
+    "clamp_output": True,
     "mse_weight": 1.0,
     "perceptual_weight": 2.0,
     "regularization": "vsd",
