@@ -119,6 +119,41 @@ def test_a_perfect_network_samples_its_target_both_ways():
         assert len(seen) == 2 * schedule.steps
 
 
+@pytest.mark.parametrize("sampler", ["deterministic", "ancestral"])
+def test_sampling_with_a_network_that_halves_its_input_by_hand(sampler):
+    """One number through all four steps, and the derivatives by z_T and z_y that follow since each step is linear."""
+    schedule = SCHEDULES["s4"]
+    sqrt_eta = [0.1 * 9.9 ** ((t / 3) ** 0.3) for t in range(4)]
+    scale = [(1 + 4 * root**2) ** 0.5 for root in sqrt_eta]
+    noises = [0.0, 0.3, -0.7, 1.1]
+
+    def by_hand(z, z_y, strength=1.0):
+        for draw, t in enumerate((3, 2, 1), start=1):
+            estimate, eta, before = 0.5 * z / scale[t], sqrt_eta[t] ** 2, sqrt_eta[t - 1] ** 2
+            if sampler == "deterministic":
+                m, j = (before / eta) ** 0.5, before - (before * eta) ** 0.5
+                z = (1 - j - m) * estimate + m * z + j * z_y
+            else:
+                sigma = 2 * (before / eta * (eta - before)) ** 0.5
+                z = before / eta * z + (eta - before) / eta * estimate + strength * sigma * noises[draw]
+        return 0.5 * z / scale[0]
+
+    z_T, z_y = (torch.full((1, 1, 1, 1), value, dtype=torch.float64, requires_grad=True) for value in (1.7, -0.4))
+    if sampler == "deterministic":
+        z_0 = schedule.sample_deterministic(lambda z, t: 0.5 * z, z_y, z_T)
+        assert z_0.item() == pytest.approx(by_hand(1.7, -0.4))
+        z_0.backward()
+        assert z_T.grad.item() == pytest.approx(by_hand(1.0, 0.0))
+        assert z_y.grad.item() == pytest.approx(by_hand(0.0, 1.0))
+    else:  # it starts at z_y, as the first noise is 0
+        z_0 = schedule.sample_ancestral(
+            lambda z, t: 0.5 * z, z_y, lambda draw, like: torch.full_like(like, noises[draw])
+        )
+        assert z_0.item() == pytest.approx(by_hand(-0.4, -0.4))
+        z_0.backward()
+        assert z_y.grad.item() == pytest.approx(by_hand(1.0, 0.0, strength=0.0))
+
+
 def test_ancestral_sampling_numbers_its_draws_and_needs_none_for_the_last_step():
     z_0, z_y, noise = latents()
     draws = []
@@ -157,6 +192,8 @@ def test_respacing_keeps_what_the_network_is_told():
     schedule = SCHEDULES["s15"].respaced(4)
     assert schedule.sqrt_eta.tolist() == SCHEDULES["s15"].sqrt_eta[[0, 5, 9, 14]].tolist()
     assert torch.equal(schedule.input_scale, SCHEDULES["s15"].input_scale[[0, 5, 9, 14]])
+    single = SCHEDULES["s15"].respaced(1)
+    assert single.posterior_log_variance.exp().tolist() == pytest.approx([4 * 0.99**2]), "for want of another step"
 
 
 @pytest.mark.parametrize(("count", "rule"), [(0, "spread"), (16, "spread"), (1, "published")])
@@ -172,7 +209,15 @@ def test_smallest_and_largest_settings_are_accepted():
 
 @pytest.mark.parametrize(
     "values",
-    [{"steps": 1}, {"kappa": 0.0}, {"min_noise": 4.0}, {"sqrt_eta_end": 1.5}, {"power": 0.0}, {"input_scaling": "rgb"}],
+    [
+        {"steps": 1},
+        {"kappa": 0.0},
+        {"min_noise": 4.0},
+        {"min_noise": 0.0},
+        {"sqrt_eta_end": 1.5},
+        {"power": 0.0},
+        {"input_scaling": "rgb"},
+    ],
 )
 def test_bad_settings_are_refused(values):
     with pytest.raises(UserError, match=next(iter(values))):

@@ -107,6 +107,36 @@ def test_edges_per_channel_see_colour_edges_that_the_mean_hides():
     assert sobel_magnitude(x, per_channel=True)[:, :2].max() > 3.9
 
 
+@pytest.mark.parametrize("kind", ["dists", "ea_dists", "lpips"])
+def test_gradients_are_those_of_finite_differences(kind):
+    """DISTS has a backward pass of its own."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(2, 3, 4, 5, generator=rng, dtype=torch.float64) for _ in range(2))
+    dists, lpips = DISTS((3, 3), texture_share=0.3).double(), LPIPS((3,), [torch.tensor([1.0, 2.0, 3.0])]).double()
+
+    def features(image):
+        return [1.0 * image, image.square() + image.flip(1)]
+
+    distances = {
+        "dists": lambda image: dists(features, image, y),
+        "ea_dists": lambda image: ea_dists(dists, features, image, y),
+        "lpips": lambda image: lpips(features, image, y),
+    }
+    assert torch.autograd.gradcheck(distances[kind], x.requires_grad_(), eps=1e-7, atol=1e-5)
+
+
+def test_weights_add_up_to_one():
+    """Texture alone differs between two even images: alpha 3 and beta 1 give it three quarters, a share of 0.1 a tenth.
+
+    Similarity of means 0.5 and 0.2: 0.2 / 0.29.
+    """
+    x, y = (torch.full((1, 1, 4, 4), value, dtype=torch.float64) for value in (0.5, 0.2))
+    given, shared = DISTS((1,), alpha=torch.tensor([3.0]), beta=torch.tensor([1.0])), DISTS((1,), texture_share=0.1)
+    for dists, texture in ((given, 0.75), (shared, 0.1)):
+        assert dists.double().compare([x], [y]).item() == pytest.approx(texture * (1 - 0.2 / 0.29), abs=1e-5)
+    assert DISTS((2, 4)).alpha.tolist() == pytest.approx([0.125] * 2 + [0.0625] * 4)
+
+
 def test_weights_must_fit_the_features():
     with pytest.raises(ValueError, match="7 channels"):
         DISTS((3, 4), alpha=torch.ones(6), beta=torch.ones(7))
