@@ -220,9 +220,8 @@ def imported(path: Path) -> set[str]:
 def tests_of(file: str) -> list[list[str]]:
     """Test files in up to three groups: those in the folder of the module's name that import it, which are fast and
     notice most; others that import it; those that import a module of the three folders that does."""
-    imports = {
-        path.relative_to(ROOT).as_posix(): imported(path) for path in sorted((ROOT / "tests").rglob("test_*.py"))
-    }
+    files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: path.stat().st_size)  # short ones first
+    imports = {path.relative_to(ROOT).as_posix(): imported(path) for path in files}
     users = {
         path.relative_to(ROOT / PACKAGE).as_posix()
         for folder in FOLDERS
