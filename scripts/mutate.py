@@ -51,7 +51,16 @@ COMPARISON = {
 NO_GRAD = "torch.no_grad()"
 SYMMETRIC = {"F.mse_loss", "F.l1_loss", "noise_prediction_loss", "min", "max"}
 """Functions whose first two arguments may change places."""
-SHAPES = {"self._at", "self.coefficients", "expand_as", "random.normal", "torch.zeros_like", "torch.full_like", "len"}
+SHAPES = {
+    "self._at",
+    "self.coefficients",
+    "expand_as",
+    "noise",
+    "random.normal",
+    "torch.zeros_like",
+    "torch.full_like",
+    "len",
+}
 """Functions that read shape, dtype and device of a tensor and not its values."""
 EQUIVALENT: dict[tuple[str, str], str] = {}
 """(file, change) of mutants that compute the same numbers, with the reason."""

@@ -202,6 +202,17 @@ def test_steps_that_the_schedule_cannot_give_are_one_line(count, rule):
         SCHEDULES["s15"].respaced(count, rule)
 
 
+def test_strength_of_the_noise_enters_squared():
+    """kappa 3, since 2 squared is 2 doubled; sqrt(eta) is 0.1 and 0.9, and alpha 0.81 - 0.01."""
+    schedule = ResidualShiftSchedule(ResidualShiftConfig(steps=2, kappa=3.0, min_noise=0.3, sqrt_eta_end=0.9))
+    assert schedule.sqrt_eta.tolist() == pytest.approx([0.1, 0.9])
+    assert schedule.posterior_variance.tolist() == pytest.approx([0, 9 * 0.01 / 0.81 * 0.8])
+    assert schedule.input_scale.tolist() == pytest.approx([1.09**0.5, (1 + 9 * 0.81) ** 0.5])
+    assert schedule.respaced(1).posterior_log_variance.exp().item() == pytest.approx(9 * 0.81)
+    z = torch.zeros(1, 1, 1, 1)
+    assert schedule.q_sample(z, z, z + 1, 1).item() == pytest.approx(2.7)
+
+
 def test_smallest_and_largest_settings_are_accepted():
     settings = ResidualShiftConfig(steps=2, min_noise=0.04, sqrt_eta_end=1.0)
     assert ResidualShiftSchedule(settings).sqrt_eta.tolist() == pytest.approx([0.02, 1.0])
