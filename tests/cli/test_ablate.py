@@ -43,6 +43,18 @@ def test_dry_run_shows_everything_and_writes_nothing(micro_suite: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_suite_has_another_folder_than_the_recipe_of_its_name(
+    micro_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / micro_suite.stem / "model.safetensors"
+    run.parent.mkdir(parents=True)
+    run.touch()  # what `train --recipe` of the same name has left
+    code, shown = invoke(str(micro_suite), held_out(micro_suite), "--dry-run")
+    assert code == 0
+    assert f"runs/suites/{micro_suite.stem}" in shown.replace("\n", "")
+
+
 def test_dry_run_fetches_nothing(micro_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONESTEPSR_OFFLINE", raising=False)
     monkeypatch.setenv("ONESTEPSR_CACHE", str(tmp_path / "cache"))

@@ -121,6 +121,41 @@ def test_a_perfect_network_samples_its_target_both_ways():
         assert len(seen) == 2 * schedule.steps
 
 
+@pytest.mark.parametrize("sampler", ["deterministic", "ancestral"])
+def test_sampling_with_a_network_that_halves_its_input_by_hand(sampler):
+    """One number through all four steps, and the derivatives by z_T and z_y that follow since each step is linear."""
+    schedule = SCHEDULES["s4"]
+    sqrt_eta = [0.1 * 9.9 ** ((t / 3) ** 0.3) for t in range(4)]
+    scale = [(1 + 4 * root**2) ** 0.5 for root in sqrt_eta]
+    noises = [0.0, 0.3, -0.7, 1.1]
+
+    def by_hand(z, z_y, strength=1.0):
+        for draw, t in enumerate((3, 2, 1), start=1):
+            estimate, eta, before = 0.5 * z / scale[t], sqrt_eta[t] ** 2, sqrt_eta[t - 1] ** 2
+            if sampler == "deterministic":
+                m, j = (before / eta) ** 0.5, before - (before * eta) ** 0.5
+                z = (1 - j - m) * estimate + m * z + j * z_y
+            else:
+                sigma = 2 * (before / eta * (eta - before)) ** 0.5
+                z = before / eta * z + (eta - before) / eta * estimate + strength * sigma * noises[draw]
+        return 0.5 * z / scale[0]
+
+    z_T, z_y = (torch.full((1, 1, 1, 1), value, dtype=torch.float64, requires_grad=True) for value in (1.7, -0.4))
+    if sampler == "deterministic":
+        z_0 = schedule.sample_deterministic(lambda z, t: 0.5 * z, z_y, z_T)
+        assert z_0.item() == pytest.approx(by_hand(1.7, -0.4))
+        z_0.backward()
+        assert z_T.grad.item() == pytest.approx(by_hand(1.0, 0.0))
+        assert z_y.grad.item() == pytest.approx(by_hand(0.0, 1.0))
+    else:  # it starts at z_y, as the first noise is 0
+        z_0 = schedule.sample_ancestral(
+            lambda z, t: 0.5 * z, z_y, lambda draw, like: torch.full_like(like, noises[draw])
+        )
+        assert z_0.item() == pytest.approx(by_hand(-0.4, -0.4))
+        z_0.backward()
+        assert z_y.grad.item() == pytest.approx(by_hand(1.0, 0.0, strength=0.0))
+
+
 def test_ancestral_sampling_numbers_its_draws_and_needs_none_for_the_last_step():
     z_0, z_y, noise = latents()
     draws = []
@@ -159,6 +194,8 @@ def test_respacing_keeps_what_the_network_is_told():
     schedule = SCHEDULES["s15"].respaced(4)
     assert schedule.sqrt_eta.tolist() == SCHEDULES["s15"].sqrt_eta[[0, 5, 9, 14]].tolist()
     assert torch.equal(schedule.input_scale, SCHEDULES["s15"].input_scale[[0, 5, 9, 14]])
+    single = SCHEDULES["s15"].respaced(1)
+    assert single.posterior_log_variance.exp().tolist() == pytest.approx([4 * 0.99**2]), "for want of another step"
 
 
 @pytest.mark.parametrize(("count", "rule"), [(0, "spread"), (16, "spread"), (1, "published")])
@@ -167,9 +204,33 @@ def test_steps_that_the_schedule_cannot_give_are_one_line(count, rule):
         SCHEDULES["s15"].respaced(count, rule)
 
 
+def test_strength_of_the_noise_enters_squared():
+    """kappa 3, since 2 squared is 2 doubled; sqrt(eta) is 0.1 and 0.9, and alpha 0.81 - 0.01."""
+    schedule = ResidualShiftSchedule(ResidualShiftConfig(steps=2, kappa=3.0, min_noise=0.3, sqrt_eta_end=0.9))
+    assert schedule.sqrt_eta.tolist() == pytest.approx([0.1, 0.9])
+    assert schedule.posterior_variance.tolist() == pytest.approx([0, 9 * 0.01 / 0.81 * 0.8])
+    assert schedule.input_scale.tolist() == pytest.approx([1.09**0.5, (1 + 9 * 0.81) ** 0.5])
+    assert schedule.respaced(1).posterior_log_variance.exp().item() == pytest.approx(9 * 0.81)
+    z = torch.zeros(1, 1, 1, 1)
+    assert schedule.q_sample(z, z, z + 1, 1).item() == pytest.approx(2.7)
+
+
+def test_smallest_and_largest_settings_are_accepted():
+    settings = ResidualShiftConfig(steps=2, min_noise=0.04, sqrt_eta_end=1.0)
+    assert ResidualShiftSchedule(settings).sqrt_eta.tolist() == pytest.approx([0.02, 1.0])
+
+
 @pytest.mark.parametrize(
     "values",
-    [{"steps": 1}, {"kappa": 0.0}, {"min_noise": 4.0}, {"sqrt_eta_end": 1.5}, {"power": 0.0}, {"input_scaling": "rgb"}],
+    [
+        {"steps": 1},
+        {"kappa": 0.0},
+        {"min_noise": 4.0},
+        {"min_noise": 0.0},
+        {"sqrt_eta_end": 1.5},
+        {"power": 0.0},
+        {"input_scaling": "rgb"},
+    ],
 )
 def test_bad_settings_are_refused(values):
     with pytest.raises(UserError, match=next(iter(values))):

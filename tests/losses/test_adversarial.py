@@ -20,6 +20,14 @@ def test_losses_equal_the_papers_logarithms():
     assert bce_generator_loss(fake).item() == pytest.approx(-fake.sigmoid().log().mean().item())
 
 
+def test_discriminators_gradient_reaches_both_sides():
+    """By hand: sigmoid(fake) / n on fake logits, -sigmoid(-real) / n on real ones."""
+    real, fake = torch.tensor([0.3, -1.2], requires_grad=True), torch.tensor([0.8, 2.0], requires_grad=True)
+    bce_discriminator_loss(real, fake).backward()
+    assert torch.allclose(fake.grad, fake.detach().sigmoid() / 2)
+    assert torch.allclose(real.grad, -(-real.detach()).sigmoid() / 2)
+
+
 def test_extreme_logits_stay_finite_and_keep_their_gradient():
     logits = torch.tensor([-1e4, 1e4], requires_grad=True)
     bce_generator_loss(logits).backward()

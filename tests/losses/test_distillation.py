@@ -107,8 +107,9 @@ def test_no_gradient_reaches_the_teacher_nor_its_result() -> None:
     setting = Setting()
     z = setting.z_student.clone().requires_grad_()
     z_teacher = setting.z_teacher.clone().requires_grad_()
-    loss = gradient_loss(z, setting.hsd(z, z_teacher))
-    loss = loss + gradient_loss(z, sds_gradient(z, setting.noised, setting.teacher, setting.weight))
+    gradients = [setting.hsd(z, z_teacher), sds_gradient(z, setting.noised, setting.teacher, setting.weight)]
+    assert not any(gradient.requires_grad for gradient in gradients), "no graph of the teacher's evaluations is kept"
+    loss = gradient_loss(z, gradients[0]) + gradient_loss(z, gradients[1])
     loss.backward()
     assert z_teacher.grad is None
     assert all(parameter.grad is None for parameter in setting.teacher.parameters())
@@ -119,3 +120,5 @@ def test_value_is_half_the_mean_square_of_the_weighted_disagreement() -> None:
     weighted = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     loss = gradient_loss(z, weighted / weighted[0].numel())
     assert loss.item() == pytest.approx(0.5 * weighted.square().mean().item(), rel=1e-5)
+    alone = gradient_loss(z[:1], weighted[:1] / weighted[0].numel())
+    assert alone.item() == pytest.approx(0.5 * weighted[0].square().mean().item(), rel=1e-5)

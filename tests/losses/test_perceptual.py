@@ -67,6 +67,15 @@ def test_gradient_is_finite_even_at_the_target(oriented):
         assert start.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", [DISTS, LPIPS])
+def test_the_target_of_a_distance_gets_no_gradient(kind):
+    x, y = (torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(k)).requires_grad_() for k in (0, 1))
+    distance = DISTS((3, 3)) if kind is DISTS else LPIPS((3,))
+    distance(lambda image: [1.0 * image, 2.0 * image], x, y).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert y.grad is None
+
+
 def test_sobel_magnitude_of_a_step_and_a_ramp():
     step = torch.zeros(1, 3, 8, 8)
     step[..., 4:] = 1.0
@@ -78,11 +87,56 @@ def test_sobel_magnitude_of_a_step_and_a_ramp():
     assert torch.allclose(sobel_magnitude(ramp)[..., 1:-1, :], torch.tensor(1.0), atol=1e-5)
 
 
+def test_edge_aware_distance_adds_that_of_the_edges():
+    """A ramp of 1/8 per row against an even 0.5, with the image itself as the only feature (Eq. 5 by hand).
+
+    Image: means 0.4375 and 0.5, variance 0.08203 against none. Edges: 1, and 0.5 in the first and last row, whose mean
+    is 0.875 and variance 0.046875, against 0.001 everywhere.
+    """
+    x = torch.arange(8.0).reshape(1, 1, 8, 1).expand(1, 3, 8, 8) / 8
+    y = torch.full((1, 3, 8, 8), 0.5)
+    dists = DISTS((3,))
+    image = 1 - 0.5 * (2 * 0.4375 * 0.5) / (0.4375**2 + 0.5**2) - 0.5 * 1e-6 / 0.08203125
+    edges = 1 - 0.5 * (2 * 0.875 * 0.001 + 1e-6) / (0.875**2 + 2e-6) - 0.5 * 1e-6 / 0.046875
+    assert dists(lambda z: [z], x, y).item() == pytest.approx(image, abs=1e-5)
+    assert ea_dists(dists, lambda z: [z], x, y).item() == pytest.approx(image + edges, abs=1e-5)
+
+
 def test_edges_per_channel_see_colour_edges_that_the_mean_hides():
     x = torch.zeros(1, 3, 8, 8)
     x[:, 0, :, :4], x[:, 1, :, 4:] = 1.0, 1.0
     assert sobel_magnitude(x).max() < 2e-3
     assert sobel_magnitude(x, per_channel=True)[:, :2].max() > 3.9
+
+
+@pytest.mark.parametrize("kind", ["dists", "ea_dists", "lpips"])
+def test_gradients_are_those_of_finite_differences(kind):
+    """DISTS has a backward pass of its own."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(2, 3, 4, 5, generator=rng, dtype=torch.float64) for _ in range(2))
+    dists, lpips = DISTS((3, 3), texture_share=0.3).double(), LPIPS((3,), [torch.tensor([1.0, 2.0, 3.0])]).double()
+
+    def features(image):
+        return [1.0 * image, image.square() + image.flip(1)]
+
+    distances = {
+        "dists": lambda image: dists(features, image, y),
+        "ea_dists": lambda image: ea_dists(dists, features, image, y),
+        "lpips": lambda image: lpips(features, image, y),
+    }
+    assert torch.autograd.gradcheck(distances[kind], x.requires_grad_(), eps=1e-7, atol=1e-5)
+
+
+def test_weights_add_up_to_one():
+    """Texture alone differs between two even images: alpha 3 and beta 1 give it three quarters, a share of 0.1 a tenth.
+
+    Similarity of means 0.5 and 0.2: 0.2 / 0.29.
+    """
+    x, y = (torch.full((1, 1, 4, 4), value, dtype=torch.float64) for value in (0.5, 0.2))
+    given, shared = DISTS((1,), alpha=torch.tensor([3.0]), beta=torch.tensor([1.0])), DISTS((1,), texture_share=0.1)
+    for dists, texture in ((given, 0.75), (shared, 0.1)):
+        assert dists.double().compare([x], [y]).item() == pytest.approx(texture * (1 - 0.2 / 0.29), abs=1e-5)
+    assert DISTS((2, 4)).alpha.tolist() == pytest.approx([0.125] * 2 + [0.0625] * 4)
 
 
 def test_weights_must_fit_the_features():

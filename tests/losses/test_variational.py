@@ -39,6 +39,12 @@ def test_regularizers_loss_equals_the_published_code(golden: dict[str, torch.Ten
     torch.testing.assert_close(loss, golden["diff_loss"], rtol=1e-5, atol=1e-5)
 
 
+def test_regularizers_gradient_is_that_of_the_squared_error(golden: dict[str, torch.Tensor]) -> None:
+    eps = golden["eps_update"].clone().requires_grad_(True)
+    noise_prediction_loss(eps, golden["noise"]).backward()
+    torch.testing.assert_close(eps.grad, 2 * (golden["eps_update"] - golden["noise"]) / eps.numel())
+
+
 def test_each_sample_has_a_weight_of_its_own() -> None:
     rng = torch.Generator().manual_seed(0)
     z, teacher, regularizer = (torch.randn(2, 3, 4, 4, generator=rng) for _ in range(3))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from onestepsr.core.config import from_mapping, to_mapping
@@ -24,7 +25,7 @@ from onestepsr.models.stable_diffusion.config import AutoencoderConfig, StableDi
 from onestepsr.models.stable_diffusion.networks import stable_diffusion_generator
 from onestepsr.prompts.embedder import EmbeddingCache
 from onestepsr.train.recipes import load_run
-from onestepsr.train.run import write_exported
+from onestepsr.train.run import prepare, write_exported
 from onestepsr.weights import files
 
 WIDTH = 16
@@ -300,6 +301,17 @@ def test_every_kind_of_regularization_trains(backbone, kind, tuning):
     assert (tuning == "full") == any("resnets.0.norm1" in key for key in moved["generator"])
 
 
+@pytest.mark.parametrize("kind", ["gan", "none"])
+def test_one_setting_replaces_the_regularization_of_a_recipe(backbone, tmp_path, kind):
+    """The recipe names an optimiser for the regulariser, which then is not trained."""
+    Image.effect_noise((160, 160), 60).convert("RGB").save(tmp_path / "photo.png")
+    changes = [f"config.regularization={kind}", f"config.backbone={backbone}", "config.discriminator.tuning=full"]
+    run = load_run("osediff", "osediff-tiny", [*changes, f"data.paths=[{tmp_path}]", f"out={tmp_path / 'run'}"])
+    assert "regularizer" in run.train.optimizers
+    trained = set(prepare(run, resume=False, dry=True).method.networks)
+    assert trained == {"generator", "discriminator"} - (set() if kind == "gan" else {"discriminator"})
+
+
 @pytest.mark.parametrize(
     ("parts", "tuning"),
     [
@@ -408,6 +420,7 @@ PUBLISHED = {
     "posterior": "sample",
     "parts": ("encoder", "unet"),
     "tuning": "lora",
+    "clamp_output": True,
     "mse_weight": 1.0,
     "perceptual_weight": 2.0,
     "regularization": "vsd",

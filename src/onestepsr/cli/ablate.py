@@ -37,7 +37,7 @@ def ablate(
     ] = None,
     *,
     seeds: Annotated[str, typer.Option(help="Seeds of the runs, separated by commas.")] = DEFAULT_SEEDS,
-    out: Annotated[Path | None, typer.Option(help="Folder of the runs; runs/SUITE by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs; runs/suites/SUITE by default.")] = None,
     only: Annotated[str, typer.Option(help="Train and compare these variants alone, separated by commas.")] = "",
     report: Annotated[
         Path | None, typer.Option(help="Folder of SUITE.md, .json and .png; the one of the runs.")
@@ -66,7 +66,7 @@ def ablate(
     if suite is None:
         raise UserError(f"which SUITE? Packaged ones: {', '.join(suite_names())}")
     loaded = load_suite(suite, settings or [])
-    folder = out or Path("runs") / loaded.name
+    folder = out or Path("runs") / "suites" / loaded.name  # recipes of the same name have runs/NAME
     with without_downloads("a dry run fetches nothing") if dry_run else nullcontext():
         ablation = plan_ablation(loaded, only=_names(only), seeds=_seeds(seeds), out=folder, reuse=reuse or [])
         held_out = HeldOut(loaded.config.evaluation)

@@ -100,6 +100,9 @@ class Method:
     networks: dict[str, nn.Module]
     """Trainable networks. Parameters with ``requires_grad=False`` stay as they are."""
     phases: tuple[Phase, ...]
+    optional: frozenset[str] = frozenset()
+    """Names that trainable networks have with other settings of the method: a recipe's optimisers may name them too, so
+    that one setting alone leaves a network out."""
     frozen: dict[str, nn.Module] = field(default_factory=dict)
     """Networks without optimiser, without wrapper and always in eval mode."""
     ema: tuple[str, ...] = ()

@@ -137,6 +137,7 @@ def build(config: D3SRConfig) -> Method:
         add_lora(generator.unet, config.lora)
     return Method(
         networks=networks,
+        optional=frozenset({DISCRIMINATOR, CRITIC}),
         frozen=spatial.frozen,
         phases=adversarial_phases(partial(_generator_phase, spatial), terms),
         ema=("generator",),

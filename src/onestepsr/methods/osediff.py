@@ -216,6 +216,8 @@ class OSEDiffConfig:
     """Weight of the perceptual distance; 0 leaves it out."""
     lattice_weight: float = 0.0
     """Weight of the penalty on patterns locked to the latent grid, in [-1, 1]; not in the paper."""
+    clamp_output: bool = True
+    """Clamp the output to [-1, 1] before the losses, as published: no loss, and no gradient, beyond black and white."""
     perceptual: OSEDiffPerceptualConfig = field(default_factory=OSEDiffPerceptualConfig)
     """The perceptual distance, LPIPS in the paper."""
     regularization: Literal["vsd", "vsd_image", "gan", "none"] = "vsd"
@@ -273,6 +275,7 @@ def build(config: OSEDiffConfig) -> Method:
     learnt = config.prompt.kind == "learnable"
     return Method(
         networks=networks,
+        optional=frozenset({REGULARIZER, DISCRIMINATOR}),
         frozen=frozen,
         phases=adversarial_phases(partial(_generator_loss, generator, spatial, config), terms),
         ema=("generator",),
@@ -355,6 +358,7 @@ def _generator_loss(
         lr, prompt = batch["lr"], batch.get("prompt")
         noise = random.normal(generator.latent_like(lr)) if config.posterior == "sample" else None
         sr, z_sr = networks["generator"](lr, prompt, noise)
+        sr = sr.clamp(0, 1) if config.clamp_output else sr  # [-1, 1] in the published code
         if terms and config.regularization == "vsd_image":
             z_sr = networks[ENCODER](sr)
         output = GeneratorOutput(sr=sr, z_sr=z_sr, prompt=prompt)

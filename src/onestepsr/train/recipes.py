@@ -133,7 +133,7 @@ class TrainConfig:
         return self.batch_size // share
 
     def check_networks(self, networks: Iterable[str]) -> None:
-        """Refuse optimiser settings for a network that the method does not train."""
+        """Refuse optimiser settings for a network that the method never trains."""
         known = sorted(networks)
         for name in self.optimizers:
             if name not in known:

@@ -78,7 +78,7 @@ def prepare(run: RunConfig, *, resume: bool, dry: bool = False) -> Plan:
     held_out = run.validation.data
     validation = source if held_out is None else build_dataset(held_out, VALIDATION_SEED, entry.needs_lr)
     method = _build(run, dry)
-    run.train.check_networks(method.networks)
+    run.train.check_networks({*method.networks, *method.optional})
     if run.data.crop == 0:
         raise UserError("data.crop: 0 keeps whole images, which is for measuring; samples of a batch need one size")
     check_sizes(method, run.data, "data")

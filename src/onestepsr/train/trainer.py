@@ -93,7 +93,7 @@ class Trainer:
         self.accelerator = build_accelerator(config)
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
         config.micro_batch(self.share.processes)
-        config.check_networks(method.networks)
+        config.check_networks({*method.networks, *method.optional})
         self.networks = NetworkSet(method, config, self.accelerator)
         self.step = 0
         self._seconds_before = 0.0

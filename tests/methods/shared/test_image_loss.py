@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from onestepsr.core.errors import UserError
-from onestepsr.losses.perceptual import DISTS, LPIPS
+from onestepsr.losses.perceptual import DISTS, LPIPS, sobel_magnitude
 from onestepsr.methods.shared.image_loss import PerceptualConfig, SpatialLoss, SpatialWeights, build_perceptual
 from onestepsr.models.perceptual_features import VGG16Features
 
@@ -28,6 +28,20 @@ def test_terms_are_named_weighted_and_differentiable(distance):
     (gradient,) = torch.autograd.grad(doubled[distance], sr)
     assert gradient.isfinite().all()
     assert gradient.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_edge_aware_term_is_that_of_images_and_edges():
+    sr, hr = images()
+    loss = SpatialLoss(SpatialWeights(mse=0.0, perceptual=1.0), PerceptualConfig())
+    plain = SpatialLoss(SpatialWeights(mse=0.0, perceptual=1.0), PerceptualConfig(distance="dists"))
+    of_images, of_edges = plain(sr, hr), plain(sobel_magnitude(sr), sobel_magnitude(hr))
+    expected = of_images["dists"].item() + of_edges["dists"].item()
+    assert loss(sr, hr)["ea_dists"].item() == pytest.approx(expected, rel=1e-5)
+    per_channel = SpatialLoss(SpatialWeights(mse=0.0, perceptual=1.0), PerceptualConfig(per_channel_edges=True))
+    edges = plain(sobel_magnitude(sr, per_channel=True), sobel_magnitude(hr, per_channel=True))
+    expected = of_images["dists"].item() + edges["dists"].item()
+    assert per_channel(sr, hr)["ea_dists"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_a_perceptual_term_no_network_is_built():
