@@ -214,7 +214,7 @@ class Trainer:
 
     def _step_optimizer(self, name: str) -> None:
         optimizer = self.networks.optimizers[name]
-        rate = self.config.optimizer_of(name).lr * learning_rate_factor(self.config, self.step)
+        rate = self.config.optimizer_of(name).lr * learning_rate_factor(self.config, self.step, name)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
