@@ -288,7 +288,7 @@ def build(config: OSEDiffConfig) -> Method:
 
 
 def _prepare_generator(config: OSEDiffConfig) -> OSEDiffGenerator:
-    backbone = load_backbone(config.backbone, prompt=config.prompt.initial)
+    backbone = load_backbone(config.backbone, prompt=config.prompt.initial, for_training=True)
     check_timestep(config.timestep, backbone, config.backbone)
     generator = OSEDiffGenerator.of(backbone, timestep=config.timestep, scale=config.scale, posterior=config.posterior)
     generator.requires_grad_(False)
