@@ -87,7 +87,7 @@ Part = Literal["encoder", "unet", "decoder"]
 class OSEDiffPerceptualConfig(PerceptualConfig):
     """The perceptual distance: LPIPS."""
 
-    distance: Literal["ea_dists", "dists", "lpips"] = "lpips"
+    distance: Literal["ea_dists", "dists", "ea_lpips", "lpips"] = "lpips"
     """OSEDiff's LPIPS, or one of those that D3SR compares."""
 
 
