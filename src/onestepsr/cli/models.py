@@ -250,7 +250,7 @@ def _describe(model: str) -> dict[str, Any]:
 
 def _describe_file(wanted: Download) -> dict[str, Any]:
     file = {"file": str(wanted.path), "bytes": wanted.bytes, "sha256": wanted.sha256}
-    return file | {"sources": list(wanted.urls)}
+    return file | {"sources": list(wanted.urls)} | ({"named_at": wanted.unlinked} if wanted.unlinked else {})
 
 
 def _describe_weights(model: str) -> dict[str, Any]:
