@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists, sobel_magnitude
+from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists, ea_lpips, sobel_magnitude
 from onestepsr.models.perceptual_features import HannPool, OrientedFeatures, VGG16Features, oriented_filters
 from weights_by_name import fill_by_name
 
@@ -142,6 +142,19 @@ def test_weights_add_up_to_one():
 def test_weights_must_fit_the_features():
     with pytest.raises(ValueError, match="7 channels"):
         DISTS((3, 4), alpha=torch.ones(6), beta=torch.ones(7))
+
+
+@torch.no_grad()
+def test_edge_aware_lpips_adds_the_distance_of_edges():
+    features = OrientedFeatures()
+    lpips = LPIPS(features.channels[1:], epsilon=0.02)
+    x, y = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for per_channel in (False, True):
+        edges = [sobel_magnitude(image, per_channel=per_channel) for image in (x, y)]
+        expected = lpips(features, x, y) + lpips(features, *edges)
+        torch.testing.assert_close(ea_lpips(lpips, features, x, y, per_channel=per_channel), expected)
+        assert (expected > lpips(features, x, y)).all()
+    assert ea_lpips(lpips, features, x, x).abs().max() < 1e-6
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from onestepsr.core.errors import UserError
 from onestepsr.diffusion.residual_shift import ResidualShiftSchedule
+from onestepsr.methods import tadsr as method_module
 from onestepsr.methods.base import Method, SampleRandom
 from onestepsr.methods.tadsr import (
     LatentDiffusionConfig,
@@ -24,13 +26,15 @@ from onestepsr.methods.tadsr import (
     step_range,
 )
 from onestepsr.models import loading
-from onestepsr.models.discriminators import HeadConfig
+from onestepsr.models.discriminators import HeadConfig, OfficialHeadConfig
 from onestepsr.models.lora import LoraConfig
 from onestepsr.train.ablation import load_suite, plan_runs
 from onestepsr.train.recipes import load_run
 
 TINY = "random:d3sr-tiny"
 HEAD = HeadConfig(width=4, norm_groups=4)
+OFFICIAL = OfficialHeadConfig(logit_maps=2, norm_groups=4)
+ARCHITECTURES = ("official", "paper")
 LORA = LoraConfig(rank=2, alpha=2.0)
 
 
@@ -38,7 +42,8 @@ def method_of(
     teacher: str = MICRO, *, score: dict[str, Any] | None = None, judge: dict[str, Any] | None = None, **settings: Any
 ) -> Method:
     torch.manual_seed(0)
-    parts = {"score": ScoreConfig(**(score or {})), "discriminator": TimeAwareConfig(head=HEAD, **(judge or {}))}
+    judge = {"architecture": "paper", "noise": "start", "head": HEAD, "official": OFFICIAL, **(judge or {})}
+    parts = {"score": ScoreConfig(**(score or {})), "discriminator": TimeAwareConfig(**judge)}
     return build(TADSRConfig(teacher=teacher, **parts, **settings))
 
 
@@ -59,8 +64,9 @@ def run(method: Method, batch: dict[str, Tensor], networks: dict[str, Any] | Non
     return found
 
 
-def test_discriminator_first_then_student() -> None:
-    method = method_of()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_discriminator_first_then_student(architecture: str) -> None:
+    method = method_of(judge={"architecture": architecture})
     assert [phase.network for phase in method.phases] == ["discriminator", "student"]
     terms = run(filled(method), pair())
     assert {network: list(found) for network, found in terms.items()} == {
@@ -70,8 +76,9 @@ def test_discriminator_first_then_student() -> None:
     assert all(torch.isfinite(value) for found in terms.values() for value in found.values())
 
 
-def test_each_phase_trains_its_own_network_and_nothing_frozen() -> None:
-    method, batch = filled(method_of()), pair()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_phase_trains_its_own_network_and_nothing_frozen(architecture: str) -> None:
+    method, batch = filled(method_of(judge={"architecture": architecture})), pair()
     frozen = {name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in method.frozen.items()}
     assert set(frozen) == {"autoencoder", "teacher", "features"}
     discriminator, student = method.phases
@@ -155,15 +162,17 @@ def test_nothing_is_left_to_learn_from_a_teacher_of_one_step() -> None:
 
 @pytest.mark.parametrize("score", ["hsd", "sds", "none"])
 @pytest.mark.parametrize("judge", ["time_aware", "plain", "none"])
-def test_switches_of_table_five(score: str, judge: str) -> None:
-    method = filled(method_of(score={"kind": score}, judge={"kind": judge}))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_switches_of_table_five(score: str, judge: str, architecture: str) -> None:
+    method = filled(method_of(score={"kind": score}, judge={"kind": judge, "architecture": architecture}))
     terms = run(method, pair())
     expected = ["distillation", *([score] if score != "none" else []), *(["adversarial"] if judge != "none" else [])]
     assert list(terms["student"]) == expected
     assert set(method.networks) == ({"student"} if judge == "none" else {"student", "discriminator"})
     assert set(method.frozen) == {"autoencoder", "teacher"} | (set() if judge == "none" else {"features"})
     if judge != "none":
-        modulated = any("modulation" in name for name in method.networks["discriminator"].state_dict())
+        names = method.networks["discriminator"].state_dict()
+        modulated = any("modulation" in name or "emb_layers" in name for name in names)
         assert modulated == (judge == "time_aware")
 
 
@@ -189,16 +198,25 @@ def test_checkpoints_hold_no_teacher() -> None:
 
 
 def test_steps_are_the_papers_unless_given() -> None:
-    assert step_range(ScoreConfig(), 15 // 5 - 1, 14, "score") == (0, 3), "1 to 3 in the paper's counting"
-    assert step_range(ScoreConfig(), 4 // 5 - 1, 3, "score") == (0, 1)
-    assert step_range(ScoreConfig(), 1000 // 5 - 1, 999, "score") == (0, 200)
-    assert step_range(TimeAwareConfig(), 14, 14, "discriminator") == (0, 15)
-    assert step_range(StepRange(t_min=2, t_max=5), 2, 14, "score") == (2, 6)
-    assert step_range(StepRange(t_min=4), 2, 14, "score") == (4, 5)
+    assert step_range(ScoreConfig(), 2, 14, "score") == range(3), "1 to 3 in the paper's counting"
+    assert step_range(TimeAwareConfig(), 14, 14, "discriminator") == range(15)
+    assert step_range(StepRange(t_min=2, t_max=5), 2, 14, "score") == range(2, 6)
+    assert step_range(StepRange(t_min=4), 2, 14, "score") == range(4, 5)
+    assert list(step_range(StepRange(t_min=20, t_max=60, stride=20), 2, 999, "score")) == [20, 40, 60]
     with pytest.raises(UserError, match=r"config\.score\.t_max: 15, but the steps of this teacher run from 0 to 14"):
         step_range(StepRange(t_max=15), 2, 14, "score")
     with pytest.raises(UserError, match=r"config\.score\.t_min: 20"):
         step_range(StepRange(t_min=20), 2, 14, "score")
+
+
+def test_largest_steps_follow_the_teacher() -> None:
+    found = {
+        name: method_module.load_teacher(TADSRConfig(teacher=name)).largest_score_step
+        for name in (MICRO, "random:resshift-tiny")
+    }
+    assert set(found.values()) == {2}, "three steps of 4 and of 15 alike"
+    own = TADSRConfig(teacher=TINY, family="latent_diffusion", latent_diffusion=LatentDiffusionConfig(start=399))
+    assert method_module.load_teacher(own).largest_score_step == 79, "before T/5"
 
 
 def test_default_steps_of_a_teacher_with_fifteen() -> None:
@@ -208,7 +226,7 @@ def test_default_steps_of_a_teacher_with_fifteen() -> None:
     run(method, batch, networks)
     assert set(seen["teacher"][-1][1].tolist()) == {0, 1, 2}, "score distillation"
     judged = set(batch["t"].tolist())
-    assert {min(judged), max(judged)} == {0, 14}, "discriminator"
+    assert {min(judged), max(judged)} == {0, 13}, "discriminator: all but the last"
 
 
 def test_score_distillation_uses_steps_of_its_range() -> None:
@@ -218,6 +236,40 @@ def test_score_distillation_uses_steps_of_its_range() -> None:
     *_, of_teacher, of_student = seen["teacher"]
     assert torch.equal(of_teacher[1], of_student[1])
     assert set(of_teacher[1].tolist()) <= {1, 2}
+
+
+def test_fresh_noise_is_shared_by_both_phases_and_is_not_that_of_the_start() -> None:
+    method, batch = filled(method_of(judge={"architecture": "official", "noise": "fresh"})), pair()
+    networks, seen = spied(method)
+    run(method, batch, networks)
+    assert not torch.allclose(batch["judged_noise"], batch["noise"])
+    judged, again = seen["features"]
+    torch.testing.assert_close(judged[0][2:], again[0], msg="the same noised latents of the student")
+    assert len(seen["discriminator"]) == 3, "real, fake, and the student's: a power iteration each"
+
+
+def test_published_slips_change_noise_scaling_and_the_first_step() -> None:
+    found = {}
+    for slips in (False, True):
+        method = filled(method_of(judge={"architecture": "official", "noise": "fresh"}, published_slips=slips))
+        batch = pair()
+        networks, seen = spied(method)
+        run(method, batch, networks)
+        found[slips] = batch, seen["teacher"][-2][0]
+    clean, published = (found[slips][0]["judged_noise"] for slips in (False, True))
+    assert clean.min() < -1
+    assert 0 <= published.min() < published.max() < 1, "uniform"
+    generator = loading.load_generator(MICRO)
+    teacher = method_module.load_teacher(TADSRConfig(teacher=MICRO, published_slips=True))
+    assert teacher.schedule.sqrt_eta[0] == pytest.approx(0.001**0.5)
+    assert generator.schedule.sqrt_eta[0] == pytest.approx(0.1)
+    assert teacher.schedule.sqrt_eta[-1] == pytest.approx(float(generator.schedule.sqrt_eta[-1])), (
+        "where inference starts"
+    )
+    untouched = method_module.load_teacher(TADSRConfig(teacher="random:resshift-tiny", published_slips=True))
+    assert untouched.schedule.sqrt_eta[0] == pytest.approx(0.02), "15 steps start below the cap"
+    with pytest.raises(ValueError, match="published_slips: the published code for Stable Diffusion has none"):
+        TADSRConfig(teacher=TINY, family="latent_diffusion", published_slips=True)
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
@@ -256,7 +308,17 @@ def test_recipes_have_the_papers_weights_and_steps() -> None:
     assert (photographs.score_weight, photographs.adversarial_weight) == (1.0, 0.02)
     assert (faces.score_weight, faces.adversarial_weight) == (0.1, 0.2)
     assert (photographs.score.kind, photographs.score.t_min, photographs.score.t_max) == ("hsd", 0, 2)
-    assert load_run("tadsr", "tadsr-realsr").train.steps == 30_000
+    for recipe, batch, last in (("tadsr-realsr", 8, 13), ("tadsr-face", 7, 2)):
+        run_config = load_run("tadsr", recipe)
+        config, train = run_config.config, run_config.train
+        judge, student = config.discriminator, train.optimizer
+        assert (judge.architecture, judge.noise, judge.t_min, judge.t_max) == ("official", "fresh", 0, last)
+        assert (config.score.t_min, config.score.t_max, config.published_slips) == (0, 2, False)
+        assert (train.steps, train.batch_size, train.accumulation, train.gradient_clip) == (30_000, batch, 1, None)
+        assert (train.ema_decay, train.ema_warmup, train.schedule.warmup_steps) == (0.999, False, 5000)
+        assert train.optimizers["discriminator"] == replace(student, warmup_steps=0)
+        assert (student.lr, student.betas, student.eps, student.weight_decay) == (5e-5, (0.9, 0.999), 1e-8, 0.0)
+        assert run_config.data.degradation == ("resshift" if batch == 8 else "face_resshift")
     assert load_run("tadsr", "tadsr-face").data.scale == 1
     assert load_run("tadsr", "tadsr-sd21").config.teacher_steps == 50
 
@@ -284,6 +346,10 @@ def test_mistakes_are_named() -> None:
         method_of("random:nothing")
     with pytest.raises(UserError, match=r"config\.discriminator: scales must be different numbers from 0 to 1"):
         method_of(judge={"scales": (0, 7)})
+    with pytest.raises(UserError, match=r"config\.discriminator: official\.norm_groups is 5, but the features have"):
+        method_of(judge={"architecture": "official", "official": OfficialHeadConfig(norm_groups=5)})
+    with pytest.raises(UserError, match=r"features of 1x1 are too small to judge; take larger crops"):
+        run(method_of(TINY, judge={"architecture": "official"}, family="latent_diffusion", teacher_steps=1), pair(4))
     with pytest.raises(UserError, match=r"config\.discriminator\.t_max: 4, but the steps of this teacher run"):
         method_of(judge={"t_max": 4})
     with pytest.raises(ValueError, match=r"score_weight must be above 0; score\.kind: none leaves the term out"):

@@ -32,7 +32,7 @@ from onestepsr.models.discriminators import HeadConfig
 from onestepsr.models.lora import LoraConfig
 from onestepsr.models.osediff.generator import OSEDiffGenerator
 from onestepsr.models.tiny.generator import TinyGeneratorConfig
-from onestepsr.weights import native
+from onestepsr.weights import files
 from small import SMALL, small_generator
 
 SCHEDULE = DiffusionSchedule()
@@ -60,7 +60,7 @@ def pair() -> dict[str, Tensor]:
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
     path: Path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
     config, state = TinyGeneratorConfig(model=SMALL), small_generator().state_dict()
-    native.save_model(path, architecture="tiny-latent-diffusion", config=to_mapping(config), state_dict=state)
+    files.save_model(path, architecture="tiny-latent-diffusion", config=to_mapping(config), state_dict=state)
     return str(path)
 
 

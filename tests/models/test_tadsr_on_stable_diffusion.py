@@ -22,7 +22,7 @@ OWN: dict[str, Any] = {
     "latent_diffusion": {"start": 399, "prompt": {"tokens": 4}},
     "teacher_steps": 3,
     "lora": {"rank": 2, "alpha": 2.0},
-    "discriminator": {"head": {"width": 8, "norm_groups": 8}},
+    "discriminator": {"official": {"logit_maps": 4, "norm_groups": 8}, "head": {"width": 8, "norm_groups": 8}},
 }
 
 

@@ -38,7 +38,8 @@ LORA = {"rank": 2, "alpha": 2.0}
 ADAPTERS = {"backbone": "diffusion", "lora": LORA, "discriminator": {"hidden": [8], "lora": LORA}}
 DENOISER = {"latent_channels": 8, "widths": [8, 16], "down_blocks": [1, 1], "up_blocks": [1, 1], "time_width": 16}
 LPIPS = {"distance": "lpips", "features": "oriented"}
-JUDGE = {"head": {"width": 4, "norm_groups": 4}}
+JUDGE = {"architecture": "paper", "head": {"width": 4, "norm_groups": 4}}
+OFFICIAL_JUDGE = {"official": {"logit_maps": 2, "norm_groups": 4}}
 PROMPTLESS = {
     "backbone": "diffusion",
     "timestep": 399,
@@ -70,6 +71,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "sinsr": ("sinsr", {"teacher": "resshift", "teacher_steps": 3}),
     "sinsr in 16 bits": ("sinsr", {"teacher": "resshift", "teacher_steps": 3}),
     "tadsr": ("tadsr", {"teacher": "resshift", "teacher_steps": 3, "discriminator": JUDGE}),
+    "tadsr official": ("tadsr", {"teacher": "resshift", "teacher_steps": 3, "discriminator": OFFICIAL_JUDGE}),
     # one scale: on the coarser one, of 16 positions, gradients are so small that rounding decides their signs
     "tadsr in 16 bits": (
         "tadsr",

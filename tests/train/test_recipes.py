@@ -165,6 +165,12 @@ ROWS: dict[str, dict[str, object]] = {
     "d3sr-sd21-table4-lsdir-ffhq": {"data.paths": ["data/LSDIR", "data/FFHQ-10k"]},
     "d3sr-sd21-table5-mse": {"config.perceptual_weight": 0.0},
     "d3sr-sd21-table5-lpips": {"config.perceptual.distance": "lpips"},
+    "d3sr-sd21-table5-ea-lpips": {"config.perceptual.distance": "ea_lpips"},
+    "d3sr-sd21-table6-cnn": {
+        "config.adversarial_weight": 0.0,
+        "config.extras.critic.weight": 0.5,
+        "config.extras.critic.widths": [96, 192, 256],
+    },
     "d3sr-sd21-table5-dists": {"config.perceptual.distance": "dists"},
     "d3sr-sd21-table5-ea-dists": {},
     "d3sr-sd21-table6-none": {"config.adversarial_weight": 0.0},

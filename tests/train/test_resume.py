@@ -107,7 +107,7 @@ def test_sigterm_saves_before_leaving(tmp_path: Path) -> None:
     assert latest.step == trainer.step == 4
 
 
-@pytest.mark.parametrize("name", ["osediff in 16 bits", "resshift", "sinsr in 16 bits", "tadsr"])
+@pytest.mark.parametrize("name", ["osediff in 16 bits", "resshift", "sinsr in 16 bits", "tadsr", "tadsr official"])
 def test_resume_of_distilled_methods(tmp_path: Path, name: str) -> None:
     def stop(record: StepRecord) -> None:
         if record.step == 4:

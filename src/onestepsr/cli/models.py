@@ -239,6 +239,7 @@ def _describe(model: str) -> dict[str, Any]:
         return described | _describe_weights(model)
     files = [
         {"file": str(each.path), "bytes": each.bytes, "sha256": each.sha256, "sources": list(each.urls)}
+        | ({"named_at": each.unlinked} if each.unlinked else {})
         for each in spec.downloads
     ]
     return described | ({"files": files} if len(files) > 1 else dict(*files))

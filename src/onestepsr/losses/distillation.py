@@ -64,13 +64,10 @@ def sds_gradient(z_student: Tensor, noised: Map, estimate: Map, weight: Tensor) 
 def gradient_loss(z: Tensor, gradient: Tensor) -> Tensor:
     """A scalar whose derivative by ``z`` (N, C, h, w) is ``gradient`` / N, to the last bit.
 
-    Its value, half the sum of the squared gradient times C h w, is only there to be logged: for the gradients above it
-    is half the mean square of the weighted disagreement.
+    Its value, the product of both as in the published code, is only there to be logged: it has no lower bound, and 0
+    where the gradient vanishes.
     """
-    samples = z.shape[0]
-    product = (z * (gradient.detach() / samples)).sum()
-    value = 0.5 * gradient.detach().square().sum() * gradient[0].numel() / samples
-    return value + (product - product.detach())
+    return (z * (gradient.detach() / z.shape[0])).sum()
 
 
 def _weighted(disagreement: Tensor, weight: Tensor) -> Tensor:

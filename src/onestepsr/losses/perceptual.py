@@ -172,6 +172,12 @@ def sobel_magnitude(x: Tensor, *, per_channel: bool = False, epsilon: float = 1e
     return magnitude if per_channel else magnitude.expand(-1, 3, -1, -1)
 
 
+def ea_lpips(lpips: LPIPS, features: Features, x: Tensor, y: Tensor, *, per_channel: bool = False) -> Tensor:
+    """Edge-aware LPIPS (N,): LPIPS(x, y) + LPIPS(S(x), S(y)) (D3SR, Eq. 5 with LPIPS); images (N, 3, H, W)."""
+    edges_x, edges_y = (sobel_magnitude(image, per_channel=per_channel) for image in (x, y))
+    return torch.as_tensor(lpips(features, x, y) + lpips(features, edges_x, edges_y))
+
+
 def ea_dists(dists: DISTS, features: Features, x: Tensor, y: Tensor, *, per_channel: bool = False) -> Tensor:
     """Edge-aware DISTS (N,): DISTS(x, y) + DISTS(S(x), S(y)) (D3SR, Eq. 5); images (N, 3, H, W) in [0, 1]."""
     edges_x, edges_y = (sobel_magnitude(image, per_channel=per_channel) for image in (x, y))

@@ -60,6 +60,11 @@ class SampleRandom:
         """Integers (N,) from ``low`` to ``high`` - 1, on the CPU."""
         return torch.cat([torch.randint(low, high, (1,), generator=stream) for stream in self._streams])
 
+    def uniform_noise(self, like: Tensor) -> Tensor:
+        """Numbers from U[0, 1) of the shape (N, ...), device and type of ``like``; drawn on the CPU."""
+        drawn = [torch.rand(like.shape[1:], generator=stream) for stream in self._streams]
+        return torch.stack(drawn).to(like.device, like.dtype)
+
     def uniform(self) -> Tensor:
         """Numbers (N,) from U[0, 1), on the CPU."""
         return torch.cat([torch.rand(1, generator=stream) for stream in self._streams])

@@ -149,7 +149,7 @@ def build(config: D3SRConfig) -> Method:
 
 
 def _prepare_generator(config: D3SRConfig) -> OneStepLatentGenerator:
-    generator = load_backbone(config.backbone, prompt=config.prompt, prompt_file=config.prompt_file)
+    generator = load_backbone(config.backbone, prompt=config.prompt, prompt_file=config.prompt_file, for_training=True)
     check_timestep(config.timestep, generator, config.backbone)
     extras = config.extras
     generator = deepened(generator, extras.deepen) if extras.deepen else generator

@@ -87,7 +87,7 @@ Part = Literal["encoder", "unet", "decoder"]
 class OSEDiffPerceptualConfig(PerceptualConfig):
     """The perceptual distance: LPIPS."""
 
-    distance: Literal["ea_dists", "dists", "lpips"] = "lpips"
+    distance: Literal["ea_dists", "dists", "ea_lpips", "lpips"] = "lpips"
     """OSEDiff's LPIPS, or one of those that D3SR compares."""
 
 
@@ -291,7 +291,7 @@ def build(config: OSEDiffConfig) -> Method:
 
 
 def _prepare_generator(config: OSEDiffConfig) -> OSEDiffGenerator:
-    backbone = load_backbone(config.backbone, prompt=config.prompt.initial)
+    backbone = load_backbone(config.backbone, prompt=config.prompt.initial, for_training=True)
     check_timestep(config.timestep, backbone, config.backbone)
     generator = OSEDiffGenerator.of(backbone, timestep=config.timestep, scale=config.scale, posterior=config.posterior)
     generator.requires_grad_(False)

@@ -4,6 +4,9 @@ time-aware discriminator (He et al., "One Step Diffusion-based Super-Resolution 
 Student: distillation + lambda_1 score distillation + lambda_2 adversarial (Eq. 13). Every iteration updates the
 discriminator, then the student, both from the same start z_T and with the same step and noise on the
 discriminator's input (Algorithm 1).
+
+Where the paper is silent, the defaults follow the authors' code. What looks like a slip in that code happens only with
+``published_slips``.
 """
 
 from __future__ import annotations
@@ -39,11 +42,16 @@ from onestepsr.methods.shared.teachers import (
     Teacher,
     student_of,
 )
-from onestepsr.models.discriminators import HeadConfig, TimeAwareDiscriminator
+from onestepsr.models.discriminators import (
+    HeadConfig,
+    OfficialDiscriminator,
+    OfficialHeadConfig,
+    TimeAwareDiscriminator,
+)
 from onestepsr.models.lora import LoraConfig, add_lora
 
 STUDENT, TEACHER, FEATURES, DISCRIMINATOR = "student", "teacher", "features", "discriminator"
-Z_Y, Z_HR, Z_T, NOISE, STEP = "z_y", "z_hr", "z_T", "noise", "t"
+Z_Y, Z_HR, Z_T, NOISE, JUDGED_NOISE, STEP = "z_y", "z_hr", "z_T", "noise", "judged_noise", "t"
 """Entries of the batch that the discriminator's phase leaves for the student's."""
 
 
@@ -54,16 +62,21 @@ class StepRange:
     t_min: int = 0
     """Smallest step."""
     t_max: int | None = None
-    """Largest step; null is the paper's."""
+    """Largest step; null is the published one."""
+    stride: int = 1
+    """Distance between the steps that may be drawn; 20 in the published code for Stable Diffusion."""
 
     def __post_init__(self) -> None:
         if self.t_min < 0 or (self.t_max is not None and self.t_max < self.t_min):
             raise ValueError(f"need 0 <= t_min <= t_max, got {self.t_min} and {self.t_max}")
+        if self.stride < 1:
+            raise ValueError(f"stride must be at least 1, got {self.stride}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(StepRange):
-    """Score distillation; null as ``t_max`` ends the range before T/5, which of 15 steps leaves the first three."""
+    """Score distillation; null as ``t_max`` leaves the first three steps of residual shifting, however many there are,
+    and those before T/5 of latent diffusion."""
 
     kind: Literal["hsd", "sds", "none"] = "hsd"
     """``hsd`` compares the teacher's views of both results (Eq. 7-8), ``sds`` the student's result with the teacher's
@@ -72,20 +85,27 @@ class ScoreConfig(StepRange):
 
 @dataclass(frozen=True, kw_only=True)
 class TimeAwareConfig(StepRange):
-    """The discriminator of noised latents; null as ``t_max`` is the last step, so that t is drawn from all of [0,
-    T]."""
+    """The discriminator of noised latents; null as ``t_max`` leaves out the last step alone, as published. The paper
+    draws from all of [0, T]."""
 
     kind: Literal["time_aware", "plain", "none"] = "time_aware"
     """``plain`` is the same without modulation by the step (Table V)."""
+    architecture: Literal["official", "paper"] = "official"
+    """``official`` is that of the published code, which judges five scales behind the teacher's halvings. ``paper`` is
+    our reading of the paper alone: small heads on the levels themselves, under the teacher's time embedding."""
+    noise: Literal["fresh", "start"] = "fresh"
+    """Noise on what is judged: drawn anew as published, or that of z_T (Algorithm 1)."""
     scales: tuple[int, ...] | None = None
-    """Levels of the teacher's features that are judged, 0 being the finest; null takes all."""
+    """Scales of the teacher's features that are judged, 0 being the finest; null takes all."""
+    official: OfficialHeadConfig = field(default_factory=OfficialHeadConfig)
+    """Heads of ``official``."""
     head: HeadConfig = field(default_factory=HeadConfig)
-    """The head of each of them."""
+    """Heads of ``paper``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TADSRConfig:
-    """Teacher, student and the three terms; the defaults are the paper's for photographs."""
+    """Teacher, student and the three terms; the defaults are the published ones for photographs."""
 
     teacher: str
     """The multi-step model: a name, a file of ours, or ``random:NAME``; with ``family: latent_diffusion`` anything that
@@ -103,6 +123,8 @@ class TADSRConfig:
     """Adapters, used with ``tuning: lora``."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: slower, far less memory."""
+    distillation_weight: float = 1.0
+    """Weight of the distillation term; 0.2 in the published code for Stable Diffusion."""
     score_weight: float = 1.0
     """lambda_1: 1 for photographs, 0.1 for faces."""
     adversarial_weight: float = 0.02
@@ -111,8 +133,16 @@ class TADSRConfig:
     """Score distillation."""
     discriminator: TimeAwareConfig = field(default_factory=TimeAwareConfig)
     """The discriminator."""
+    published_slips: bool = False
+    """Repeat what look like slips of the published code for residual shifting: noise of score distillation and
+    discriminator from U[0, 1) instead of a normal distribution, the teacher's input in score distillation scaled
+    twice, and sqrt(eta) of step 0 at most 0.0316, which changes the schedule of the face teacher."""
 
     def __post_init__(self) -> None:
+        if self.published_slips and self.family != "residual_shift":
+            raise ValueError("published_slips: the published code for Stable Diffusion has none of them")
+        if self.distillation_weight <= 0:
+            raise ValueError(f"distillation_weight must be above 0, got {self.distillation_weight}")
         for name, kind in (("score", self.score.kind), ("adversarial", self.discriminator.kind)):
             if kind != "none" and getattr(self, f"{name}_weight") <= 0:
                 part = "discriminator" if name == "adversarial" else name
@@ -149,10 +179,14 @@ def build(config: TADSRConfig) -> Method:
 
 def load_teacher(config: TADSRConfig) -> Teacher:
     """The teacher that ``config`` names, frozen."""
+    official = config.discriminator.architecture == "official"
+    teacher: Teacher
     if config.family == "residual_shift":
-        teacher: Teacher = ResidualShiftTeacher(config.teacher, config.teacher_steps)
+        slips = config.published_slips
+        teacher = ResidualShiftTeacher(config.teacher, config.teacher_steps, official=official, capped=slips)
     else:
-        teacher = LatentDiffusionTeacher(config.teacher, config.teacher_steps, config.latent_diffusion)
+        own = config.latent_diffusion
+        teacher = LatentDiffusionTeacher(config.teacher, config.teacher_steps, own, official=official)
     teacher.network.requires_grad_(False).eval()
     return teacher
 
@@ -167,27 +201,35 @@ def _prepare_student(teacher: Teacher, config: TADSRConfig) -> nn.Module:
     return student
 
 
-def _prepare_discriminator(teacher: Teacher, config: TimeAwareConfig) -> TimeAwareDiscriminator:
+def _prepare_discriminator(teacher: Teacher, config: TimeAwareConfig) -> nn.Module:
+    channels, aware = teacher.features.feature_channels, config.kind == "time_aware"
     try:
+        if config.architecture == "official":
+            return OfficialDiscriminator(channels, config.official, scales=config.scales, time_aware=aware)
         return TimeAwareDiscriminator(
-            teacher.features.feature_channels,
-            teacher.features.time_channels,
-            config.head,
-            scales=config.scales,
-            time_aware=config.kind == "time_aware",
+            channels, teacher.features.time_channels, config.head, scales=config.scales, time_aware=aware
         )
     except ValueError as error:
         raise UserError(f"config.discriminator: {error}") from error
 
 
-def step_range(config: StepRange, largest: int, last: int, where: str) -> tuple[int, int]:
-    """Bounds for drawing a step, the second one excluded; ``largest`` is the paper's last step, ``last`` that of the
-    teacher. Raises UserError, naming ``where``, for steps that the teacher does not have."""
+def step_range(config: StepRange, largest: int, last: int, where: str) -> range:
+    """The steps that may be drawn; ``largest`` is the published last one, ``last`` that of the teacher. Raises
+    UserError, naming ``where``, for steps that the teacher does not have."""
     t_max = max(largest, config.t_min) if config.t_max is None else config.t_max
     if t_max > last:
         name = "t_min" if config.t_max is None else "t_max"
         raise UserError(f"config.{where}.{name}: {t_max}, but the steps of this teacher run from 0 to {last}")
-    return config.t_min, t_max + 1
+    return range(config.t_min, t_max + 1, config.stride)
+
+
+def _draw(steps: range, random: SampleRandom, like: Tensor) -> Tensor:
+    """One of ``steps`` per sample (N,), on the device of ``like``."""
+    return (steps.start + steps.step * random.integers(0, len(steps))).to(like.device)
+
+
+def _noise(config: TADSRConfig, random: SampleRandom, like: Tensor) -> Tensor:
+    return random.uniform_noise(like) if config.published_slips else random.normal(like)
 
 
 def _begin(teacher: Teacher, networks: Networks, batch: Batch, random: SampleRandom) -> None:
@@ -205,18 +247,24 @@ def _one_step(teacher: Teacher, networks: Networks, batch: Batch) -> Tensor:
 
 
 def _discriminator_phase(teacher: Teacher, config: TADSRConfig) -> LossFn:
-    """Eq. 12 on the real latent and the student's, both noised to one step with the noise of z_T (Algorithm 1)."""
-    low, high = step_range(config.discriminator, teacher.steps - 1, teacher.steps - 1, "discriminator")
+    """Eq. 12 on the real latent and the student's, both noised to one step with the same noise."""
+    settings = config.discriminator
+    steps = step_range(settings, max(teacher.steps - 2, 0), teacher.steps - 1, "discriminator")
 
     def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         _begin(teacher, networks, batch, random)
-        batch[STEP] = random.integers(low, high).to(batch[Z_Y].device)
+        batch[JUDGED_NOISE] = batch[NOISE] if settings.noise == "start" else _noise(config, random, batch[Z_Y])
+        batch[STEP] = _draw(steps, random, batch[Z_Y])
         with torch.no_grad():
             z_0 = torch.cat([batch[Z_HR], _one_step(teacher, networks, batch)])  # one evaluation for both
-            z_y, noise, t, lr = (torch.cat([batch[name]] * 2) for name in (Z_Y, NOISE, STEP, "lr"))
+            z_y, noise, t, lr = (torch.cat([batch[name]] * 2) for name in (Z_Y, JUDGED_NOISE, STEP, "lr"))
             seen = teacher.evaluate(networks[FEATURES], teacher.noised(z_0, z_y, noise, t), t, lr)
-        logits = [scale.chunk(2) for scale in networks[DISCRIMINATOR](*seen)]
-        real, fake = zip(*logits, strict=True)
+        judge = networks[DISCRIMINATOR]
+        if settings.architecture == "official":  # as published, one power iteration of its norms for each half
+            halves = zip(*(part.chunk(2) for part in seen), strict=True)
+            real, fake = (judge(*half) for half in halves)
+        else:
+            real, fake = zip(*(scale.chunk(2) for scale in judge(*seen)), strict=True)
         return {"hinge": hinge_discriminator_loss(real, fake)}
 
     return loss
@@ -232,7 +280,7 @@ def _student_phase(teacher: Teacher, config: TADSRConfig) -> LossFn:
         z_student = _one_step(teacher, networks, batch)
         with torch.no_grad():
             z_teacher = teacher.sample(networks[TEACHER], batch[Z_T], batch[Z_Y], batch["lr"])
-        terms = {"distillation": distillation_loss(z_student, z_teacher)}
+        terms = {"distillation": config.distillation_weight * distillation_loss(z_student, z_teacher)}
         if score is not None:
             terms[config.score.kind] = config.score_weight * score(networks, batch, random, z_student, z_teacher)
         if config.discriminator.kind != "none":
@@ -249,14 +297,16 @@ def _score_term(teacher: Teacher, config: TADSRConfig) -> ScoreTerm | None:
     """Score distillation at a small step t', with noise of its own (Eq. 7-8)."""
     if config.score.kind == "none":
         return None
-    low, high = step_range(config.score, teacher.steps // 5 - 1, teacher.steps - 1, "score")
+    steps = step_range(config.score, teacher.largest_score_step, teacher.steps - 1, "score")
 
     def term(networks: Networks, batch: Batch, random: SampleRandom, z_student: Tensor, z_teacher: Tensor) -> Tensor:
-        t, noise = random.integers(low, high).to(z_student.device), random.normal(z_student)
+        t, noise = _draw(steps, random, z_student), _noise(config, random, z_student)
         weight = teacher.score_weight(t)
 
         def noised(z_0: Tensor) -> Tensor:
-            return teacher.noised(z_0, batch[Z_Y], noise, t)
+            z_t = teacher.noised(z_0, batch[Z_Y], noise, t)
+            # the published code scales it by hand, and once more where it evaluates the network
+            return teacher.scale_input(z_t, t) if config.published_slips else z_t
 
         def estimate(z_t: Tensor) -> Tensor:
             return teacher.estimate(networks[TEACHER], z_t, t, batch["lr"])
@@ -270,7 +320,7 @@ def _score_term(teacher: Teacher, config: TADSRConfig) -> ScoreTerm | None:
 
 def _adversarial_term(teacher: Teacher, networks: Networks, batch: Batch, z_student: Tensor) -> Tensor:
     """Eq. 11, at the step and with the noise of the discriminator's phase."""
-    z_t = teacher.noised(z_student, batch[Z_Y], batch[NOISE], batch[STEP])
+    z_t = teacher.noised(z_student, batch[Z_Y], batch[JUDGED_NOISE], batch[STEP])
     seen = teacher.evaluate(networks[FEATURES], z_t, batch[STEP], batch["lr"])
     return hinge_generator_loss(networks[DISCRIMINATOR](*seen))
 

@@ -51,15 +51,21 @@ MAX_PROMPT_BYTES = 64 * 2**20
 
 
 def load_backbone(
-    name_or_path: str | Path, *, prompt: PromptConfig | None = None, prompt_file: Path | None = None
+    name_or_path: str | Path,
+    *,
+    prompt: PromptConfig | None = None,
+    prompt_file: Path | None = None,
+    for_training: bool = False,
 ) -> OneStepLatentGenerator:
     """A generator that starts from a pretrained backbone, in float32 on the CPU (``random:ALIAS`` also on "meta").
 
     ``name_or_path`` is an alias, a safetensors file of ours, a diffusers folder, a single-file checkpoint or
     ``random:ALIAS``. Foreign backbones have no prompt embedding: it starts as ``prompt`` says. ``prompt_file`` (see
-    :func:`read_prompt`) replaces the prompt of any of them. Raises :class:`UserError` in one line.
+    :func:`read_prompt`) replaces the prompt of any of them. Raises :class:`UserError` in one line; a UNet that predicts
+    velocity is such an error, but in a single-file checkpoint, which cannot say so, only ``for_training``, because the
+    losses of all methods assume noise and go to nan after a while.
     """
-    generator = _load_generator(name_or_path, prompt or PromptConfig())
+    generator = _load_generator(name_or_path, prompt or PromptConfig(), for_training)
     if prompt_file is not None:
         generator.set_prompt(read_prompt(prompt_file, generator.prompt.shape[2]))
     return generator
@@ -110,7 +116,7 @@ def read_prompt(path: Path, width: int) -> Tensor:
     return prompt
 
 
-def _load_generator(name_or_path: str | Path, prompt: PromptConfig) -> OneStepLatentGenerator:
+def _load_generator(name_or_path: str | Path, prompt: PromptConfig, for_training: bool) -> OneStepLatentGenerator:
     if is_random(name_or_path):
         return random_backbone(str(name_or_path))
     if Path(name_or_path).is_dir():
@@ -120,14 +126,14 @@ def _load_generator(name_or_path: str | Path, prompt: PromptConfig) -> OneStepLa
         return _assemble(config, unet, autoencoder, str(folder))
     path = resolve(name_or_path)
     if not architecture_of(path):
-        return _generator_from_file(path, prompt)
+        return _generator_from_file(path, prompt, for_training)
     generator = load_native(path)
     if not isinstance(generator, OneStepLatentGenerator):
         raise UserError(f"{path}: holds a {type(generator).__name__}, expected a latent-diffusion backbone")
     return generator
 
 
-def _generator_from_file(path: Path, prompt: PromptConfig) -> OneStepLatentGenerator:
+def _generator_from_file(path: Path, prompt: PromptConfig, for_training: bool) -> OneStepLatentGenerator:
     tensors = checkpoints.open_checkpoint(path)
     unet_sizes, autoencoder_sizes = checkpoints.detect(path, tensors)
     try:
@@ -137,7 +143,14 @@ def _generator_from_file(path: Path, prompt: PromptConfig) -> OneStepLatentGener
     unet = checkpoints.unet_weights(tensors, config.unet)
     autoencoder = checkpoints.autoencoder_weights(path, tensors, config.autoencoder)
     generator = _assemble(config, unet, autoencoder, str(path))
-    if noise_correlation(generator) < LEAST_CORRELATION:
+    correlation = noise_correlation(generator)
+    if for_training and not correlation >= LEAST_CORRELATION:
+        raise UserError(
+            f"{path}: prediction type is not 'epsilon' (on pure noise its output correlates {correlation:.2f} "
+            f"with its input, at least {LEAST_CORRELATION} for noise predictors; Stable Diffusion 2.1 for 768 pixels "
+            "predicts velocity)"
+        )
+    if correlation < LEAST_CORRELATION:
         logger.warning(
             "%s: the UNet does not seem to predict noise; such a file cannot say what it predicts, and one that "
             "predicts velocity, as Stable Diffusion 2.1 for 768 pixels does, is of no use here",

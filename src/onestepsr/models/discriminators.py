@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,11 +11,12 @@ from typing import Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import spectral_norm as named_spectral_norm
 from torch.nn.utils.parametrizations import spectral_norm
 
 from onestepsr.core.errors import UserError
 from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet
-from onestepsr.models.tiny.networks import TinyUNet
+from onestepsr.models.tiny.networks import TinyUNet, timestep_embedding
 
 
 class DiffusionEncoder(Protocol):
@@ -134,6 +136,8 @@ class FeatureDenoiser(Protocol):
 
     feature_channels: tuple[int, ...]
     """Channels of the features by level, the finest first."""
+    halved_channels: tuple[int, ...]
+    """Channels of the features behind the halvings."""
     time_channels: int
     """Width of the time embedding."""
 
@@ -145,20 +149,30 @@ class FeatureDenoiser(Protocol):
         """One map (N, C_k, h / 2^k, w / 2^k) per level for the arguments of the network."""
         ...
 
+    def halved_features(self, x: Tensor, timesteps: Tensor, lq: Tensor) -> tuple[Tensor, ...]:
+        """One map (N, C_k, h / 2^(k + 1), w / 2^(k + 1)) behind the halving of each level k; of the last level, which
+        has none, its end and the middle features."""
+        ...
+
 
 class ResidualShiftFeatures(nn.Module):
     """Encoder half of a residual-shifting network, on that network's own weights (TAD-SR, Eq. 9)."""
 
-    def __init__(self, denoiser: nn.Module) -> None:
-        """``denoiser`` is a :class:`FeatureDenoiser`."""
+    def __init__(self, denoiser: nn.Module, *, official: bool = False) -> None:
+        """``denoiser`` is a :class:`FeatureDenoiser`. ``official`` takes the features that the published code takes,
+        behind the halvings, and hands on the step itself instead of the network's time embedding."""
         super().__init__()
-        self.denoiser = denoiser
+        self.denoiser, self.official = denoiser, official
         known = cast(FeatureDenoiser, denoiser)
-        self.feature_channels, self.time_channels = known.feature_channels, known.time_channels
+        self.feature_channels = known.halved_channels if official else known.feature_channels
+        self.time_channels = known.time_channels
 
     def forward(self, x: Tensor, timesteps: Tensor, lq: Tensor) -> tuple[Tensor, ...]:
-        """Time embedding (N, time_channels), then the features of every level, for the network's arguments."""
+        """Time embedding (N, time_channels), or the steps (N,), then the features of every scale, for the network's
+        arguments."""
         known = cast(FeatureDenoiser, self.denoiser)
+        if self.official:
+            return (timesteps, *known.halved_features(x, timesteps, lq))
         return (known.embed_time(timesteps), *known.features(x, timesteps, lq))
 
 
@@ -186,19 +200,22 @@ class PromptedUNet(nn.Module):
 class LatentDiffusionFeatures(nn.Module):
     """Encoder half of a noise-predicting UNet, on that network's own weights (TAD-SR, Eq. 9)."""
 
-    def __init__(self, network: PromptedUNet) -> None:
+    def __init__(self, network: PromptedUNet, *, official: bool = False) -> None:
+        """``official`` takes the features that the published code takes, the end of every level without the middle
+        block, and hands on the step itself instead of the network's time embedding."""
         super().__init__()
-        self.network = network
+        self.network, self.official = network, official
         self.feature_channels, self.time_channels = _sizes(network.unet)
 
     def forward(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        """Time embedding (N, time_channels), then the features (N, C_k, h / 2^k, w / 2^k) of every level k: the end of
-        each level on the way down, on the last one the middle features."""
+        """Time embedding (N, time_channels), or the steps (N,), then the features (N, C_k, h / 2^k, w / 2^k) of every
+        level k: the end of each level on the way down, on the last one the middle features unless ``official``."""
         unet, prompt = self.network.unet, self.network.prompt
         if isinstance(unet, TinyUNet):
-            middle, skips, emb = unet.encoder(z_t, t, prompt)
-            return (emb, *skips[:-1], middle)
-        return _stable_diffusion_features(cast(StableDiffusionUNet, unet).unet, z_t, t, prompt)
+            middle, ends, emb = unet.encoder(z_t, t, prompt)
+        else:
+            middle, ends, emb = _stable_diffusion_features(cast(StableDiffusionUNet, unet).unet, z_t, t, prompt)
+        return (t, *ends) if self.official else (emb, *ends[:-1], middle)
 
 
 def _sizes(unet: nn.Module) -> tuple[tuple[int, ...], int]:
@@ -209,8 +226,11 @@ def _sizes(unet: nn.Module) -> tuple[tuple[int, ...], int]:
     raise UserError(f"a {type(unet).__name__} has no features that a discriminator could use")
 
 
-def _stable_diffusion_features(unet: Any, z_t: Tensor, t: Tensor, prompt: Tensor) -> tuple[Tensor, ...]:
-    """The way down of diffusers' UNet, whose own forward gives nothing but its end."""
+def _stable_diffusion_features(
+    unet: Any, z_t: Tensor, t: Tensor, prompt: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Middle features, the end of every level and the time embedding of diffusers' UNet, whose own forward gives
+    nothing but its end."""
     prompt = prompt.expand(z_t.shape[0], -1, -1)
     emb = unet.time_embedding(unet.get_time_embed(sample=z_t, timestep=t))
     h = unet.conv_in(z_t)
@@ -221,7 +241,155 @@ def _stable_diffusion_features(unet: Any, z_t: Tensor, t: Tensor, prompt: Tensor
         h, outputs = block(hidden_states=h, temb=emb, **options)
         features.append(outputs[-2] if block.downsamplers else outputs[-1])  # the last one is halved already
     middle = unet.mid_block(h, emb, encoder_hidden_states=prompt)
-    return (emb, *features[:-1], torch.as_tensor(middle))
+    return torch.as_tensor(middle), features, emb
+
+
+# ---- TAD-SR: the discriminator of the published code -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfficialHeadConfig:
+    """The heads of the published code; the defaults are those for ResShift's networks."""
+
+    logit_maps: int = 64
+    """Logits of every position, which are averaged; 320 on Stable Diffusion."""
+    time_width: int | None = None
+    """Width of the sinusoid of the step; null is the width of the finest features, as published: 160 on ResShift's
+    networks, 320 on Stable Diffusion."""
+    norm_groups: int = 32
+    """Groups of the norm that the step modulates."""
+    head_groups: int = 4
+    """Groups of the norms inside a head."""
+    slope: float = 0.2
+    """Of the leaky ReLU."""
+
+    def __post_init__(self) -> None:
+        if min(self.logit_maps, self.norm_groups, self.head_groups) < 1:
+            raise ValueError(
+                "logit_maps, norm_groups and head_groups must be at least 1, got "
+                f"{self.logit_maps}, {self.norm_groups} and {self.head_groups}"
+            )
+        if self.time_width is not None and (self.time_width < 2 or self.time_width % 2):
+            raise ValueError(f"time_width must be even, got {self.time_width}")
+
+
+LONG_KERNEL = 9
+"""Positions that the long convolution of a head spans; it wraps around, so that a sequence needs half of them."""
+
+
+class _Residual(nn.Module):
+    """(f(x) + x) / sqrt(2)."""
+
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.as_tensor(self.fn(x)) + x) / math.sqrt(2)
+
+
+class SequenceHead(nn.Module):
+    """The head of one scale in the published code: convolutions along the flattened positions, rows first."""
+
+    def __init__(self, channels: int, config: OfficialHeadConfig) -> None:
+        super().__init__()
+
+        def block(kernel: int) -> nn.Sequential:
+            # the form of spectral norm whose weights have the published names
+            convolution = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, padding_mode="circular")
+            norm = nn.GroupNorm(config.head_groups, channels)
+            return nn.Sequential(named_spectral_norm(convolution, eps=1e-12), norm, nn.LeakyReLU(config.slope))
+
+        self.main = nn.Sequential(block(1), _Residual(block(LONG_KERNEL)))
+        self.cls = named_spectral_norm(nn.Conv1d(channels, config.logit_maps, 1), eps=1e-12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, logit_maps, L) of a sequence (N, C, L)."""
+        return torch.as_tensor(self.cls(self.main(x)))
+
+
+class OfficialDiscriminator(nn.Module):
+    """The time-aware discriminator of TAD-SR's published code, with the names of its weights.
+
+    Per scale: a group norm, scaled and shifted by a linear map of the step's own sinusoid (Eq. 10), a convolution that
+    starts at zero, and a :class:`SequenceHead`. Spectral norms make one power iteration at every call in train mode,
+    so the number of calls matters.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        config: OfficialHeadConfig | None = None,
+        *,
+        scales: Sequence[int] | None = None,
+        time_aware: bool = True,
+    ) -> None:
+        """``channels``, ``scales`` and ``time_aware`` are those of :class:`TimeAwareDiscriminator`.
+
+        Raises ValueError for a scale that is not there and for channels that a norm cannot group.
+        """
+        super().__init__()
+        config = config or OfficialHeadConfig()
+        self.scales, judged = _judged(channels, scales)
+        for name, groups in (("norm_groups", config.norm_groups), ("head_groups", config.head_groups)):
+            _check_groups(f"official.{name}", groups, judged)
+        self.time_width = width = config.time_width or channels[0]
+        self.heads = nn.ModuleList(SequenceHead(count, config) for count in judged)
+        maps = (nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * count)) for count in judged)
+        self.emb_layers = nn.ModuleList(maps if time_aware else ())
+        self.out_layers = nn.ModuleList(_zero_start(count, config.norm_groups) for count in judged)
+
+    def forward(self, t: Tensor, *features: Tensor) -> tuple[Tensor]:
+        """Realism logits (N, sum of maps h_k w_k) of all judged scales in one tensor: a mean over it weighs every
+        position alike, so that the finest scale counts most.
+
+        ``t`` (N,) are integer steps, ``features`` (N, C_k, h_k, w_k) the teacher's features of all scales.
+        """
+        chosen = [features[scale] for scale in self.scales]
+        for feature in chosen:
+            if feature.shape[2] * feature.shape[3] < LONG_KERNEL // 2:
+                side = "x".join(map(str, feature.shape[2:]))
+                raise UserError(
+                    f"config.discriminator: features of {side} are too small to judge; take larger crops (data.crop) "
+                    "or finer scales"
+                )
+        sinusoid = timestep_embedding(t, self.time_width).to(chosen[0].dtype)
+        logits = []
+        for k, (feature, head) in enumerate(zip(chosen, self.heads, strict=True)):
+            norm, *others = cast(nn.Sequential, self.out_layers[k])
+            h = norm(feature)
+            if self.emb_layers:
+                scale, shift = self.emb_layers[k](sinusoid)[:, :, None, None].chunk(2, dim=1)
+                h = h * (1 + scale) + shift
+            for layer in others:
+                h = layer(h)
+            logits.append(head(h.flatten(2)).flatten(1))
+        return (torch.cat(logits, dim=1),)
+
+
+def _zero_start(channels: int, groups: int) -> nn.Sequential:
+    """Norm, activation, a dropout of rate zero that the published names count, and a convolution that starts at 0."""
+    convolution = nn.Conv2d(channels, channels, 3, padding=1)
+    for parameter in convolution.parameters():
+        nn.init.zeros_(parameter)
+    return nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), nn.Identity(), convolution)
+
+
+def _judged(channels: Sequence[int], scales: Sequence[int] | None) -> tuple[tuple[int, ...], list[int]]:
+    """The judged scales and their channels; ValueError for a scale that is not there."""
+    chosen = tuple(range(len(channels)) if scales is None else scales)
+    unknown = [scale for scale in chosen if not 0 <= scale < len(channels)]
+    if unknown or not chosen or len(set(chosen)) != len(chosen):
+        raise ValueError(f"scales must be different numbers from 0 to {len(channels) - 1}, got {chosen}")
+    return chosen, [channels[scale] for scale in chosen]
+
+
+def _check_groups(name: str, groups: int, channels: Sequence[int]) -> None:
+    if any(count % groups for count in channels):
+        raise ValueError(f"{name} is {groups}, but the features have {list(channels)} channels")
+
+
+# ---- TAD-SR: the discriminator of the paper, where that leaves everything but Eq. 10 open ----------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,13 +457,8 @@ class TimeAwareDiscriminator(nn.Module):
         """
         super().__init__()
         config = config or HeadConfig()
-        self.scales = tuple(range(len(channels)) if scales is None else scales)
-        unknown = [scale for scale in self.scales if not 0 <= scale < len(channels)]
-        if unknown or not self.scales or len(set(self.scales)) != len(self.scales):
-            raise ValueError(f"scales must be different numbers from 0 to {len(channels) - 1}, got {self.scales}")
-        judged = [channels[scale] for scale in self.scales]
-        if any(count % config.norm_groups for count in judged):
-            raise ValueError(f"norm_groups is {config.norm_groups}, but the features have {judged} channels")
+        self.scales, judged = _judged(channels, scales)
+        _check_groups("norm_groups", config.norm_groups, judged)
         width = time_channels if time_aware else None
         self.heads = nn.ModuleList(ScaleHead(count, width, config) for count in judged)
 

@@ -72,15 +72,17 @@ def _eight_bit_adamw() -> Any:
     return AdamW8bit
 
 
-def learning_rate_factor(config: TrainConfig, step: int) -> float:
-    """Factor on the learning rate in iteration ``step`` (0-based): linear warm-up, then constant or half a cosine."""
-    schedule = config.schedule
-    if step < schedule.warmup_steps:
-        return (step + 1) / (schedule.warmup_steps + 1)
+def learning_rate_factor(config: TrainConfig, step: int, network: str = "") -> float:
+    """Factor on the learning rate of ``network`` in iteration ``step`` (0-based): linear warm-up, then constant or half
+    a cosine."""
+    schedule, own = config.schedule, config.optimizer_of(network).warmup_steps
+    warmup = schedule.warmup_steps if own is None else own
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
     if schedule.kind == "constant":
         return 1.0
-    span = max(1, config.steps - 1 - schedule.warmup_steps)
-    progress = min(1.0, (step - schedule.warmup_steps) / span)
+    span = max(1, config.steps - 1 - warmup)
+    progress = min(1.0, (step - warmup) / span)
     return schedule.final_ratio + (1.0 - schedule.final_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -92,15 +94,15 @@ def ema_decay(decay: float, step: int) -> float:
 class MovingAverage:
     """Float32 average of a network's trainable parameters; everything else is taken from the network itself."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.decay = decay
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, *, warmup: bool = True) -> None:
+        self.decay, self.warmup = decay, warmup
         self._parameters = dict(parameters)
         self.values = {name: parameter.detach().clone().float() for name, parameter in parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """average <- d * average + (1 - d) * weights, with d of :func:`ema_decay`."""
-        weight = 1.0 - ema_decay(self.decay, step)
+        """average <- d * average + (1 - d) * weights, with d of :func:`ema_decay` or, without warm-up, constant."""
+        weight = 1.0 - (ema_decay(self.decay, step) if self.warmup else self.decay)
         current = [parameter.detach().float() for parameter in self._parameters.values()]
         torch._foreach_lerp_(list(self.values.values()), current, weight)
 
@@ -267,7 +269,7 @@ class NetworkSet:
         optimizer = build_optimizer(parameters, config.optimizer_of(name))
         self._wrapped[name], self.optimizers[name] = self._accelerator.prepare(network.train(), optimizer)
         # Taken after wrapping: with several processes that is where the first one's initial weights reach the others.
-        average = MovingAverage(parameters, config.ema_decay) if averaged else None
+        average = MovingAverage(parameters, config.ema_decay, warmup=config.ema_warmup) if averaged else None
         self.states[name] = NetworkState(network, parameters, optimizer, average)
 
     def _freeze(self, network: nn.Module) -> Callable[..., Any]:

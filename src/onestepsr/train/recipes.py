@@ -33,12 +33,16 @@ class OptimizerConfig:
     """Decoupled weight decay, multiplied by the learning rate in each step."""
     eps: float = 1e-8
     """Added to the denominator."""
+    warmup_steps: int | None = None
+    """Steps of this network's warm-up; null is the schedule's. TAD-SR's discriminator has none."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0.0 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"need lr > 0 and betas in [0, 1), got lr={self.lr} betas={self.betas}")
         if self.weight_decay < 0.0 or self.eps <= 0.0:
             raise ValueError(f"need weight_decay >= 0 and eps > 0, got {self.weight_decay} and {self.eps}")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise ValueError(f"need warmup_steps >= 0, got {self.warmup_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,9 @@ class TrainConfig:
     gradient_clip: float | None = 1.0
     """Largest gradient norm of a network; none leaves gradients as they are."""
     ema_decay: float = 0.999
-    """Decay of the moving average of the weights, reached by the warm-up min(decay, (1 + step) / (10 + step))."""
+    """Decay of the moving average of the weights."""
+    ema_warmup: bool = True
+    """Reach that decay by the warm-up min(decay, (1 + step) / (10 + step)), which forgets a random start quickly."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Type in which the forward passes are computed; weights, optimiser and average stay in float32."""
     frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -186,7 +186,9 @@ class Trainer:
             # The loss scaler of fp16 meets infinities on purpose, skips the step and lowers its scale.
             if not math.isfinite(norm) and self.accelerator.scaler is None:
                 self._fail(f"the gradient of network '{phase.network}' is {norm}")
-            rate = self.config.optimizer_of(phase.network).lr * learning_rate_factor(self.config, self.step)
+            rate = self.config.optimizer_of(phase.network).lr * learning_rate_factor(
+                self.config, self.step, phase.network
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()

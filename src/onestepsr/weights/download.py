@@ -50,7 +50,7 @@ class Download:
 
     file: str
     """Name of the file."""
-    urls: tuple[str, ...]
+    urls: tuple[str, ...] = ()
     """Addresses of the same bytes, in the order in which they are tried; of a kind in :data:`SOURCES`."""
     sha256: str = ""
     """SHA-256, lower-case hexadecimal; empty if unknown: the first file that comes is then trusted and remembered."""
@@ -62,11 +62,13 @@ class Download:
     """Alias of the model; also the name of its folder in the cache."""
     notice: str = ""
     """Licence and terms of use, logged before the first download."""
+    unlinked: str = ""
+    """Where the file is named, if nobody offers it at a known address; only then may ``urls`` be empty."""
     alternative: str = "give the path of the file instead of its name"
     """Advice for a file that lies elsewhere."""
 
     def __post_init__(self) -> None:
-        if not self.urls:
+        if not self.urls and not self.unlinked:
             raise ValueError(f"urls: '{self.file}' has none")
         for url in self.urls:
             source_of(url)
@@ -320,11 +322,14 @@ def _missing(download: Download, failures: list[str]) -> str:
     tried = [f"{OFFLINE} is set"] if is_offline() else [reason for reason in (_no_downloads.get(),) if reason]
     tried += list(dict.fromkeys(failures))
     folder, size = download.path.parent, human_bytes(download.bytes)
+    fetching = f"run 'onestepsr models download {download.model}' on a machine with a network"
+    if not download.urls:
+        tried = [*tried, f"{download.unlinked} names the file without an address"]
+        fetching = "get it from its authors"
     return (
         f"{download.model}: {download.file} ({size}) is not in {folder} and could not be fetched ({'; '.join(tried)}). "
-        f"Three ways to provide it: (1) run 'onestepsr models download {download.model}' on a machine with a network "
-        f"and copy the file into {folder}; (2) {download.alternative}; (3) set {MIRROR} to a folder or an address that "
-        f"holds {download.place}"
+        f"Three ways to provide it: (1) {fetching} and copy the file into {folder}; (2) {download.alternative}; (3) "
+        f"set {MIRROR} to a folder or an address that holds {download.place}"
     )
 
 

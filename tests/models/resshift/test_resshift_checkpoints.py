@@ -26,7 +26,7 @@ from onestepsr.weights import catalog
 from onestepsr.weights.files import read_weights
 from weights_by_name import fill_by_name
 
-KINDS = {"resshift-realsr-v1": 15, "resshift-realsr-v3": 4, "sinsr": 1}
+KINDS = {"resshift-realsr-v1": 15, "resshift-realsr-v3": 4, "sinsr": 1, "tadsr-realsr": 1}
 SIZES = [(5, 7), (33, 20), (70, 64)]
 run = CliRunner().invoke
 
@@ -79,6 +79,8 @@ def same(first, second) -> bool:
         ("resshift-realsr-v3", "module.", None),
         ("sinsr", "_orig_mod.", None),
         ("sinsr", "module._orig_mod.", "state_dict"),
+        ("tadsr-realsr", "", "state_dict"),
+        ("tadsr-realsr", "module.", None),
     ],
 )
 def test_published_files_load_under_every_wrapper(micro, tmp_path, alias, prefix, under):
@@ -86,11 +88,22 @@ def test_published_files_load_under_every_wrapper(micro, tmp_path, alias, prefix
     unet, autoencoder = publish(generator, tmp_path / "files", prefix, under)
     loaded = load_published(alias, unet=unet, autoencoder=autoencoder)
     assert loaded.schedule.steps == KINDS[alias]
-    assert loaded.sampler == ("deterministic" if alias == "sinsr" else "ancestral")
+    assert loaded.sampler == ("deterministic" if KINDS[alias] == 1 else "ancestral")
     for key, value in generator.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
     assert not loaded.training
     assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_files_of_tadsr_are_named_but_not_offered():
+    for alias, scale in (("tadsr-realsr", 4), ("tadsr-face", 1)):
+        config = PUBLISHED[alias]
+        assert (config.sampling_schedule().kept, config.scale) == ([config.schedule.steps - 1], scale)
+        with pytest.raises(
+            UserError, match=r"github\.com/LearningHx/TAD-SR names the file without an address"
+        ) as error:
+            load_published(alias)
+        assert "models convert" in str(error.value)
 
 
 @pytest.mark.parametrize("alias", KINDS)
@@ -184,7 +197,8 @@ def test_info_shows_licence_and_every_file_and_downloads_nothing(alias, tmp_path
     assert "S-Lab" in document["licence"]
     assert document["state"].startswith("not downloaded")
     assert len(document["files"]) == 2
-    assert all(file["sources"][0].startswith("https://github.com/") for file in document["files"])
+    addresses = [[*file["sources"], file.get("named_at", "")][0] for file in document["files"]]
+    assert all(address.startswith("https://github.com/") for address in addresses)
     assert not (tmp_path / "cache").exists()
 
 

@@ -5,10 +5,13 @@ import torch
 from safetensors.torch import save_file
 from small_diffusion import AUTOENCODER, UNET, XL, diffusers_unet, diffusers_vae, ldm_unet_name, write_single_file
 
+from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
+from onestepsr.methods.base import get_method
 from onestepsr.models.backbones import LEAST_CORRELATION, load_backbone, load_discriminator_backbone, noise_correlation
 from onestepsr.models.stable_diffusion import checkpoints
 from onestepsr.models.stable_diffusion.config import SD21_BASE, SDXL_BASE
+from onestepsr.train.recipes import load_methods
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +104,24 @@ def test_a_unet_that_predicts_something_else_is_reported(tmp_path, caplog, monke
     assert noise_correlation(generator) == pytest.approx(1.0)
     monkeypatch.setattr(generator.unet, "forward", velocity)
     assert abs(noise_correlation(generator)) < LEAST_CORRELATION
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "config"),
+    [
+        ("osediff", "backbone", {}),
+        ("d3sr", "backbone", {"perceptual": {"features": "oriented"}}),
+        ("tadsr", "teacher", {"family": "latent_diffusion"}),
+    ],
+)
+def test_training_refuses_a_file_that_does_not_predict_noise(tmp_path, method, key, config):
+    path = tmp_path / "model.safetensors"
+    write_single_file(path, diffusers_unet(), diffusers_vae())  # random, which is as far from noise as velocity
+    load_methods()
+    entry = get_method(method)
+    with pytest.raises(UserError, match=r"prediction type is not 'epsilon'") as error:
+        entry.build(from_mapping(entry.config, {key: str(path), **config}))
+    assert "\n" not in str(error.value)
 
 
 def test_models_of_other_sizes_are_named(tmp_path, monkeypatch):

@@ -13,7 +13,15 @@ from typing import Literal, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists, lattice_loss, read_dists_weights, read_lpips_weights
+from onestepsr.losses.perceptual import (
+    DISTS,
+    LPIPS,
+    ea_dists,
+    ea_lpips,
+    lattice_loss,
+    read_dists_weights,
+    read_lpips_weights,
+)
 from onestepsr.models.perceptual_features import OrientedFeatures, VGG16Features
 from onestepsr.weights.catalog import resolve
 from onestepsr.weights.files import SMALL_WEIGHTS, read_tensors
@@ -26,8 +34,8 @@ ORIENTED_LPIPS_EPSILON = 0.02
 class PerceptualConfig:
     """The perceptual distance of the spatial loss and the features behind it."""
 
-    distance: Literal["ea_dists", "dists", "lpips"] = "ea_dists"
-    """D3SR's EA-DISTS (Eq. 5), DISTS without the edge term, or LPIPS (Table 5)."""
+    distance: Literal["ea_dists", "dists", "ea_lpips", "lpips"] = "ea_dists"
+    """D3SR's EA-DISTS (Eq. 5), DISTS without the edge term, or LPIPS with and without it (Table 5)."""
     features: Literal["oriented", "vgg16"] = "oriented"
     """``vgg16`` is the paper's and needs published weights; ``oriented`` is a fixed filter pyramid that needs
     nothing."""
@@ -84,15 +92,17 @@ class SpatialLoss:
     def _distance(self, sr: Tensor, hr: Tensor) -> Tensor:
         features = cast(Callable[[Tensor], list[Tensor]], self.frozen["features"])
         distance = self.frozen["distance"]
+        per_channel = self.config.per_channel_edges
+        if self.config.distance == "ea_lpips":
+            return ea_lpips(cast(LPIPS, distance), features, sr, hr, per_channel=per_channel)
         if self.config.distance == "ea_dists":
-            per_channel = self.config.per_channel_edges
             return ea_dists(cast(DISTS, distance), features, sr, hr, per_channel=per_channel)
         return cast(Tensor, distance(features, sr, hr))
 
 
 def build_perceptual(config: PerceptualConfig) -> tuple[nn.Module, DISTS | LPIPS]:
     """Feature network, frozen, and distance of a configuration; missing weights are reported in one line."""
-    lpips = config.distance == "lpips"
+    lpips = config.distance in ("lpips", "ea_lpips")
     if config.features == "oriented":
         oriented = OrientedFeatures().requires_grad_(False)
         if lpips:

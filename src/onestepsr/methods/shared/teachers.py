@@ -7,6 +7,7 @@ appendix carries it over. Networks reach every function as arguments, because th
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError, error_context
-from onestepsr.diffusion.residual_shift import kept_steps
+from onestepsr.diffusion.residual_shift import ResidualShiftSchedule, kept_steps
 from onestepsr.losses.distillation import diffusion_weight, residual_shift_weight
 from onestepsr.methods.shared.residual_shift import whole_schedule, with_sampling
 from onestepsr.models.backbones import load_backbone
@@ -29,6 +30,8 @@ from onestepsr.models.resshift.generator import ResidualShiftGenerator, conditio
 from onestepsr.models.stable_diffusion.config import PromptConfig
 
 Network = Callable[..., Any]
+SQRT_ETA_CAP = math.sqrt(0.001)
+"""Largest sqrt(eta) of step 0 in TAD-SR's published code, which has it from SinSR's; ResShift's code has none."""
 DDIM_STEPS = 50
 """Evaluations of a latent-diffusion teacher where none are asked for: as many as SeeSR's in the paper's appendix."""
 
@@ -49,6 +52,8 @@ class Teacher(ABC):
     """Encoder half on the same weights: called alike, gives the time embedding and the features of every level."""
     steps: int
     """T: the diffusion's steps, up to the one at which sampling starts."""
+    largest_score_step: int
+    """Largest step of score distillation where none is given."""
 
     @abstractmethod
     def start(self, z_y: Tensor, noise: Tensor) -> Tensor:
@@ -57,6 +62,10 @@ class Teacher(ABC):
     @abstractmethod
     def noised(self, z_0: Tensor, z_y: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """z_t of ``z_0``: the forward process."""
+
+    @abstractmethod
+    def scale_input(self, z_t: Tensor, t: Tensor) -> Tensor:
+        """``z_t`` as the network sees it."""
 
     @abstractmethod
     def score_weight(self, t: Tensor) -> Tensor:
@@ -96,13 +105,18 @@ class LatentDiffusionConfig:
 class ResidualShiftTeacher(Teacher):
     """A ResShift model and its deterministic sampler (TAD-SR, Eq. 1-3)."""
 
-    def __init__(self, name: str, steps: int | None) -> None:
-        """``name`` is that of a model or file; ``steps`` are the evaluations of one sampling, None takes all."""
+    def __init__(self, name: str, steps: int | None, *, official: bool, capped: bool) -> None:
+        """``name`` is that of a model or file; ``steps`` are the evaluations of one sampling, None takes all.
+        ``official`` is for the features; ``capped`` limits sqrt(eta) of step 0 to :data:`SQRT_ETA_CAP`."""
         self.generator = load_residual_generator(name)
         self.network = self.generator.unet
-        self.features = ResidualShiftFeatures(self.network)
+        self.features = ResidualShiftFeatures(self.network, official=official)
         self.schedule = whole_schedule(self.generator)
+        process = self.schedule.config
+        if capped and process.sqrt_eta_start > SQRT_ETA_CAP:
+            self.schedule = ResidualShiftSchedule(replace(process, min_noise=max(process.kappa, 1.0) * SQRT_ETA_CAP))
         self.steps = self.schedule.steps
+        self.largest_score_step = min(2, self.steps - 1)  # 1 to 3 in the paper's counting, whatever T is
         with error_context("config.teacher_steps"):
             self._sampling = self.schedule if steps is None else self.schedule.respaced(steps)
 
@@ -114,13 +128,17 @@ class ResidualShiftTeacher(Teacher):
         """Eq. 1."""
         return self.schedule.q_sample(z_0, z_y, noise, t)
 
+    def scale_input(self, z_t: Tensor, t: Tensor) -> Tensor:
+        """To about unit variance."""
+        return self.schedule.scale_input(z_t, t)
+
     def score_weight(self, t: Tensor) -> Tensor:
         """omega_2 / omega of Eq. 8."""
         return residual_shift_weight(self.schedule, t)
 
     def evaluate(self, network: Network, z_t: Tensor, t: Tensor, lr: Tensor) -> Any:
         """The network under the LR image, its input scaled."""
-        return conditioned(network, lr)(self.schedule.scale_input(z_t, t), t)
+        return conditioned(network, lr)(self.scale_input(z_t, t), t)
 
     def estimate(self, network: Network, z_t: Tensor, t: Tensor, lr: Tensor) -> Tensor:
         """The network's own prediction."""
@@ -138,17 +156,19 @@ class ResidualShiftTeacher(Teacher):
 class LatentDiffusionTeacher(Teacher):
     """A latent-diffusion backbone that starts from the noised LR latent, and DDIM (Song et al., ICLR 2021)."""
 
-    def __init__(self, name: str, steps: int | None, config: LatentDiffusionConfig) -> None:
-        """``name`` is anything that a backbone loads from; ``steps`` are the evaluations of one sampling."""
-        self.generator = load_backbone(name, prompt=config.prompt, prompt_file=config.prompt_file)
+    def __init__(self, name: str, steps: int | None, config: LatentDiffusionConfig, *, official: bool) -> None:
+        """``name`` is anything that a backbone loads from; ``steps`` are the evaluations of one sampling.
+        ``official`` is for the features."""
+        self.generator = load_backbone(name, prompt=config.prompt, prompt_file=config.prompt_file, for_training=True)
         self.network = PromptedUNet(self.generator.unet, self.generator.prompt)
-        self.features = LatentDiffusionFeatures(self.network)
+        self.features = LatentDiffusionFeatures(self.network, official=official)
         self.schedule = self.generator.schedule
         last = self.schedule.steps - 1
         start = last if config.start is None else config.start
         if not 0 < start <= last:
             raise UserError(f"config.latent_diffusion.start: {start}, but {name} has steps from 1 to {last}")
         self.steps = start + 1
+        self.largest_score_step = self.steps // 5 - 1  # U(0, T/5) of Algorithm 1
         with error_context("config.teacher_steps"):
             self._sampling: Sequence[int] = kept_steps(self.steps, DDIM_STEPS if steps is None else steps)
 
@@ -159,6 +179,10 @@ class LatentDiffusionTeacher(Teacher):
     def noised(self, z_0: Tensor, z_y: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Eq. 4 of D3SR; the LR latent has no part in it."""
         return self.schedule.add_noise(z_0, noise, t)
+
+    def scale_input(self, z_t: Tensor, t: Tensor) -> Tensor:
+        """Not scaled."""
+        return z_t
 
     def score_weight(self, t: Tensor) -> Tensor:
         """sqrt(alpha_bar) / sqrt(1 - alpha_bar)."""

@@ -3,7 +3,7 @@ published settings by name."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from onestepsr.core.errors import UserError
@@ -102,8 +102,11 @@ PUBLISHED: dict[str, ResidualShiftGeneratorConfig] = {
     "resshift-bicubic": ResidualShiftGeneratorConfig(schedule=_FOUR_STEPS),
     FACE: _FACE,
     SINSR: _SINSR,
+    "tadsr-realsr": _SINSR,
+    "tadsr-face": replace(_FACE, steps=1, sampler="deterministic"),
 }
-"""Settings of the published checkpoints by alias; v1 and v2 differ in the length of their training only."""
+"""Settings of the published checkpoints by alias; v1 and v2 differ in the length of their training only, and SinSR and
+TAD-SR, which take one step, in nothing but their weights."""
 
 RANDOM_RESIDUAL: dict[str, ResidualShiftGeneratorConfig | TinyResidualShiftGeneratorConfig] = {
     REALSR: ResidualShiftGeneratorConfig(),

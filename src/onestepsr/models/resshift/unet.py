@@ -335,6 +335,7 @@ class SwinUNet(LatentUNet):
         self.latent_channels = config.latent_channels
         self.size_multiple = config.size_multiple
         self.feature_channels = config.widths
+        self.halved_channels = (*config.widths, config.widths[-1])
         self.time_channels = time_width = TIME_RATIO * config.model_channels
         self.time_embed = nn.Sequential(
             nn.Linear(config.model_channels, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
@@ -402,6 +403,14 @@ class SwinUNet(LatentUNet):
         middle, skips, _ = self.encode(x, timesteps, lq)
         per_level = self.config.res_blocks + 1  # stages of a level: the input convolution or a halving, then blocks
         return (*skips[per_level - 1 : -1 : per_level], middle)
+
+    def halved_features(self, x: Tensor, timesteps: Tensor, lq: Tensor) -> tuple[Tensor, ...]:
+        """Features (N, C_k, h / 2^(k + 1), w / 2^(k + 1)) behind the halving of each level k, the end of the last
+        level, and the middle features; their channels are :attr:`halved_channels`. TAD-SR's published code judges
+        these."""
+        middle, skips, _ = self.encode(x, timesteps, lq)
+        per_level = self.config.res_blocks + 1
+        return (*skips[per_level::per_level], skips[-1], middle)
 
     def forward(self, x: Tensor, timesteps: Tensor, lq: Tensor) -> Tensor:
         """Predicted z_0, of the shape and type of ``x``.

@@ -56,6 +56,7 @@ class TinyDenoiser(LatentUNet):
         self.latent_channels = config.latent_channels
         self.size_multiple = 2 ** (len(config.widths) - 1)
         self.feature_channels = config.widths
+        self.halved_channels = (*config.widths[1:], config.widths[-1], config.widths[-1])
         self.time_channels = config.time_width
         self.time_embed = nn.Sequential(
             nn.Linear(config.time_width, config.time_width), nn.SiLU(), nn.Linear(config.time_width, config.time_width)
@@ -112,6 +113,13 @@ class TinyDenoiser(LatentUNet):
         the way down, on the last one the middle features. Their channels are :attr:`feature_channels`."""
         middle, skips, _ = self.encode(x, timesteps, lq)
         return (*skips[:-1], middle)
+
+    def halved_features(self, x: Tensor, timesteps: Tensor, lq: Tensor) -> tuple[Tensor, ...]:
+        """Features (N, C_k, h / 2^(k + 1), w / 2^(k + 1)) behind the halving of each level k, the end of the last
+        level, and the middle features; their channels are :attr:`halved_channels`."""
+        middle, skips, _ = self.encode(x, timesteps, lq)
+        halved = (downsampler(skip) for downsampler, skip in zip(self.downsamplers, skips[:-1], strict=True))
+        return (*halved, skips[-1], middle)
 
     def forward(self, x: Tensor, timesteps: Tensor, lq: Tensor) -> Tensor:
         """Predicted z_0, of the shape and type of ``x``.
