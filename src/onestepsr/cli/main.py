@@ -5,7 +5,12 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
+import signal
 import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
 from typing import Any, NoReturn
 
 import typer
@@ -15,6 +20,7 @@ from onestepsr.core.errors import OneStepSRError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 app = typer.Typer(
     name="onestepsr",
@@ -60,12 +66,12 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _print_all_characters()
     debug = "--debug" in arguments or bool(os.environ.get("ONESTEPSR_DEBUG"))
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments = [_at_home(argument) for argument in arguments if argument != "--debug"]
+    terminated = _interrupt_on_sigterm()
     try:
         code = app(args=arguments, prog_name="onestepsr", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted", err=True)
-        sys.exit(INTERRUPTED)
+        code = INTERRUPTED
     except OneStepSRError as error:
         _fail(error, str(error), USAGE_ERROR, debug)
     except Exception as error:  # noqa: BLE001  (last resort: any error ends in one line)
@@ -73,8 +79,30 @@ def main(arguments: list[str] | None = None) -> None:
             _explain_usage(error)
         _fail(error, f"{type(error).__name__}: {error} (add --debug for the traceback)", 1, debug)
     if code == INTERRUPTED:  # the command-line library's code for an interrupt
-        typer.echo("interrupted", err=True)
+        typer.echo("terminated" if terminated() else "interrupted", err=True)
+        sys.exit(TERMINATED if terminated() else INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _at_home(argument: str) -> str:
+    """``argument`` with ``~/`` at the start of its value replaced, which shells leave alone in ``--option=~/x``."""
+    option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    if option == "--prompt" or not re.match(r"~(/|$)", value) or os.path.lexists(value):
+        return argument
+    return f"{option}{equals}{os.path.expanduser(value)}"
+
+
+def _interrupt_on_sigterm() -> Callable[[], bool]:
+    """Let SIGTERM do what Ctrl-C does; the function returned tells whether it has come."""
+    received = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        received.set()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
+    return received.is_set
 
 
 def _print_all_characters() -> None:
