@@ -58,7 +58,13 @@ def run(*arguments: str | Path, command: str = "evaluate") -> tuple[int, str, st
     result = CliRunner().invoke(app, [command, *map(str, arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+    lines = result.stderr.splitlines(keepends=True)
+    return result.exit_code, result.stdout, "".join(line for line in lines if not line.startswith("Measuring "))
+
+
+def test_a_line_tells_of_each_image_where_there_is_no_terminal(folders: Path) -> None:
+    words = ["evaluate", str(folders / "sr"), "--hr", str(folders / "hr"), "--metrics", "psnr"]
+    assert CliRunner().invoke(app, words).stderr == "Measuring 1/2: a\nMeasuring 2/2: b\n"
 
 
 def test_table_and_json(folders: Path) -> None:

@@ -6,17 +6,14 @@ import io
 import logging
 import os
 import re
-import signal
 import sys
-import threading
-from collections.abc import Callable
-from types import FrameType
 from typing import Any, NoReturn
 
 import typer
 
 from onestepsr import __version__
 from onestepsr.core.errors import OneStepSRError
+from onestepsr.core.signals import interrupt_on_sigterm, was_terminated
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -67,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     _print_all_characters()
     debug = "--debug" in arguments or bool(os.environ.get("ONESTEPSR_DEBUG"))
     arguments = [_at_home(argument) for argument in arguments if argument != "--debug"]
-    terminated = _interrupt_on_sigterm()
+    interrupt_on_sigterm()
     try:
         code = app(args=arguments, prog_name="onestepsr", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -79,8 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
             _explain_usage(error)
         _fail(error, f"{type(error).__name__}: {error} (add --debug for the traceback)", 1, debug)
     if code == INTERRUPTED:  # the command-line library's code for an interrupt
-        typer.echo("terminated" if terminated() else "interrupted", err=True)
-        sys.exit(TERMINATED if terminated() else INTERRUPTED)
+        typer.echo("terminated" if was_terminated() else "interrupted", err=True)
+        sys.exit(TERMINATED if was_terminated() else INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -90,19 +87,6 @@ def _at_home(argument: str) -> str:
     if option == "--prompt" or not re.match(r"~(/|$)", value) or os.path.lexists(value):
         return argument
     return f"{option}{equals}{os.path.expanduser(value)}"
-
-
-def _interrupt_on_sigterm() -> Callable[[], bool]:
-    """Let SIGTERM do what Ctrl-C does; the function returned tells whether it has come."""
-    received = threading.Event()
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        received.set()
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupt)
-    return received.is_set
 
 
 def _print_all_characters() -> None:

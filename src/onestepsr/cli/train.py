@@ -52,6 +52,7 @@ def train(
     ] = False,
 ) -> None:
     """Train METHOD by RECIPE. The same command with --resume continues an interrupted run."""
+    from onestepsr.train.checkpoint import Checkpoints
     from onestepsr.train.recipes import load_run, recipe_names
     from onestepsr.train.run import execute, prepare
     from onestepsr.weights.download import without_downloads
@@ -71,7 +72,13 @@ def train(
             show(prepare(run, resume=resume, dry=True))
         return
     plan = prepare(run, resume=resume)
-    typer.echo(f"finished: {execute(plan)}", err=True)
+    try:
+        typer.echo(f"finished: {execute(plan)}", err=True)
+    except KeyboardInterrupt:
+        done = Checkpoints(run.out / "checkpoints").latest()
+        state = "no checkpoint yet" if done is None else f"step {done.step} of {run.train.steps:,} is saved"
+        typer.echo(f"{run.out}: {state}; the same command with --resume goes on", err=True)
+        raise
 
 
 def _fields(method: str | None, recipe: str | None, changes: list[str]) -> str:

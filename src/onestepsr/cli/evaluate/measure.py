@@ -248,7 +248,15 @@ def _show_unmatched(title: str, paths: Sequence[Path]) -> None:
 
 
 def _tracked(scores: Iterable[Score], total: int) -> Iterable[Score]:
-    return progress(scores, "Measuring", total)
+    """``scores`` with a bar, or lines; an interruption says how far it had come."""
+    done = 0
+    try:
+        for score in progress(scores, "Measuring", total, line=lambda score: score.name):
+            yield score
+            done += 1
+    except KeyboardInterrupt:
+        typer.echo(f"{done} of {total} images measured; nothing was written, the same command starts again", err=True)
+        raise
 
 
 def _checksum(model: str) -> str | None:
