@@ -137,7 +137,7 @@ def test_mistakes_are_one_line(run, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="reads no text, so it takes no prompt"):
         run("--lr", "lr", "--prompt", "a cat")
     result = CliRunner().invoke(_app(), ["evaluate", "lr", "--prompt", "a cat"])
-    assert str(result.exception) == "--prompt needs --model"
+    assert str(result.exception) == "--prompt: needs --model"
 
 
 def _app() -> typer.Typer:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from onestepsr.cli.options import refuse
 from onestepsr.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
+    context: typer.Context,
     method: Annotated[
         str | None,
         typer.Argument(help="autoencoder, diffusion, d3sr, osediff, resshift, sinsr or tadsr.", show_default=False),
@@ -58,10 +60,13 @@ def train(
     from onestepsr.weights.download import without_downloads
 
     if list_recipes:
+        others = ("method", "overrides", "recipe", "out", "resume", "dry_run", "fields")
+        refuse(context, others, "does nothing beside --list-recipes")
         typer.echo("\n".join(recipe_names()))
         return
     changes = [*(overrides or []), *([f"out={json.dumps(str(out))}"] if out is not None else [])]
     if fields:
+        refuse(context, ["resume", "dry_run"], "does nothing beside --fields")
         typer.echo(_fields(method, recipe, changes), nl=False)
         return
     if method is None or recipe is None:

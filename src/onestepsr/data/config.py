@@ -17,7 +17,8 @@ class DataConfig:
     """Photos, their crops and their LR versions."""
 
     kind: Literal["hr_folder", "pairs"] = "hr_folder"
-    """``hr_folder``: photos are degraded on the fly. ``pairs``: LR and HR images are matched by name."""
+    """``hr_folder``: photos are degraded on the fly. ``pairs``: LR and HR images are matched by name,
+    without the endings of datasets (``a_LR4`` and ``a_HR``, ``0801x4`` and ``0801``)."""
     paths: tuple[Path, ...] = ()
     """Folders of HR photos, searched recursively. At least one is needed."""
     lr_paths: tuple[Path, ...] = ()

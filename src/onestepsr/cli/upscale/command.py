@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onestepsr.cli.options import grouped
+from onestepsr.cli.options import grouped, refuse
 from onestepsr.cli.upscale.jobs import (
     KEEP,
     STREAM,
@@ -134,10 +134,6 @@ class ImageOptions:
     ] = "bicubic"
     seed: Annotated[int | None, typer.Option(help="For models that draw noise; 0 if not given.")] = None
 
-    def __post_init__(self) -> None:
-        if self.scale != 4.0 and (self.width is not None or self.height is not None):
-            raise UserError("--scale and --width/--height exclude each other")
-
     def checked(self) -> UpscaleOptions:
         """Options for the upscaler; UserError for values out of range."""
         from onestepsr.inference.options import UpscaleOptions, tile_of
@@ -202,6 +198,7 @@ def register(app: typer.Typer) -> None:
 
 
 def upscale(
+    context: typer.Context,
     inputs: Annotated[
         list[str],
         typer.Argument(metavar="INPUT...", help="Files, folders, patterns such as 'in/*.jpg', or - for stdin."),
@@ -221,10 +218,13 @@ def upscale(
     """
     if verbose:
         logging.getLogger("onestepsr").setLevel(logging.INFO)
+    if image.width is not None or image.height is not None:
+        refuse(context, ["scale"], "--width and --height exclude it")
+    prompt.refuse_unused(context)
     options, naming = image.checked(), output.naming(image.suffix)
     single_pipe = len(inputs) == 1 and is_pipe(inputs[0])
     if STREAM in (*inputs, output.out) or single_pipe:
-        result = _run_stream(inputs, output, naming=naming, options=options, model=model, prompt=prompt)
+        result = _run_stream(context, inputs, output, naming=naming, options=options, model=model, prompt=prompt)
         if result.output != STREAM:
             Teller(as_json=output.as_json, alone=True).about(result)
             _report([result], model.model, output.as_json)
@@ -307,6 +307,7 @@ def _run_jobs(
 
 
 def _run_stream(
+    context: typer.Context,
     inputs: list[str],
     output: OutputOptions,
     *,
@@ -318,6 +319,9 @@ def _run_stream(
     from onestepsr.imaging.write import check_writable
 
     to_stdout = output.out in (None, STREAM)
+    if to_stdout:
+        refuse(context, ["skip_existing", "overwrite"], "stdout is no file")
+    refuse(context, ["recursive"], "there is no folder, but one image")
     if len(inputs) > 1 or (output.as_json and to_stdout):
         what = "- (stdin): must be the only input" if STREAM in inputs else "-o - (stdout): takes one input"
         raise UserError(f"{what}, and --json needs -o FILE with it")
