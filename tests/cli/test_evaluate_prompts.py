@@ -61,7 +61,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_folder: Path) -> C
     evaluate.register(app)
 
     def call(*arguments: object) -> tuple[int, str]:
-        words = ["evaluate", "--model", "reader.safetensors", "--metrics", "grid", "--text-encoder", str(text_folder)]
+        words = ["evaluate", "--model", "reader.safetensors", "--metrics", "grid"]
+        words += ["--text-encoder", str(text_folder)] if any(str(a).startswith("--prompt") for a in arguments) else []
         words += ["--device", "cpu", "--dtype", "float32", "--color-fix", "none", *map(str, arguments)]
         result = CliRunner().invoke(app, words)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
