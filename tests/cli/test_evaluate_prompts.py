@@ -134,7 +134,7 @@ def test_mistakes_are_one_line(run, monkeypatch: pytest.MonkeyPatch) -> None:
         run("--lr", "lr", "--prompt", "a", "--prompt-file", "x.txt")
     with pytest.raises(UserError, match="90 tokens, at most 75"):
         run("--lr", "lr", "--prompt", "cat " * 90)
-    monkeypatch.setattr(Reader, "forward", lambda self, lr: lr)
+    monkeypatch.setattr(Reader, "prompt_width", 0)
     with pytest.raises(UserError, match="reads no text, so it takes no prompt"):
         run("--lr", "lr", "--prompt", "a cat")
     result = CliRunner().invoke(_app(), ["evaluate", "lr", "--prompt", "a cat"])
