@@ -58,7 +58,13 @@ def run(*arguments: str | Path, command: str = "evaluate") -> tuple[int, str, st
     result = CliRunner().invoke(app, [command, *map(str, arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+    lines = result.stderr.splitlines(keepends=True)
+    return result.exit_code, result.stdout, "".join(line for line in lines if not line.startswith("Measuring "))
+
+
+def test_a_line_tells_of_each_image_where_there_is_no_terminal(folders: Path) -> None:
+    words = ["evaluate", str(folders / "sr"), "--hr", str(folders / "hr"), "--metrics", "psnr"]
+    assert CliRunner().invoke(app, words).stderr == "Measuring 1/2: a\nMeasuring 2/2: b\n"
 
 
 def test_table_and_json(folders: Path) -> None:
@@ -178,7 +184,10 @@ def test_mistakes_of_usage(folders: Path, data: Path) -> None:
         ((folders / "sr", "--resize", "no"), "accepted: never, crop"),
         ((folders / "sr", "--crop-border", "-1"), "0 pixels and more"),
         ((folders / "sr", "--json", folders / "absent" / "scores.json"), "does not exist"),
-        ((folders / "sr", "--data", data), "--data needs --model"),
+        ((folders / "sr", "--data", data), "--data: needs --model"),
+        ((folders / "sr", "--hr", folders / "hr", "--tile", "auto"), "--tile: needs --model"),
+        ((folders / "sr", "--suffix", "_x4"), "--suffix: needs --hr"),
+        (("--model", "bicubic", "--data", data, "--text-encoder", "sd21-base"), "--text-encoder: there is no prompt"),
         ((folders / "sr", "--label", ""), "--label is empty"),
         ((folders / "absent",), "no such folder"),
         (("--hr", folders / "hr"), "nothing to measure"),

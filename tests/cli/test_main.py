@@ -2,13 +2,17 @@
 
 import io
 import sys
+from pathlib import Path
 
 import pytest
 import typer
+from onestepsr.data.config import DataConfig
 
 from onestepsr import __version__
 from onestepsr.cli.main import main
+from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
+from onestepsr.inference.upscaler import Upscaler
 
 
 def run(capsys, *arguments):
@@ -50,6 +54,18 @@ def test_nothing_at_all_shows_the_help(capsys):
 def test_debug_raises_anywhere_on_the_line():
     with pytest.raises(UserError, match=r"missing\.jpg"):
         main(["upscale", "missing.jpg", "--debug"])
+
+
+def test_a_tilde_stands_for_the_home_folder_wherever_a_path_does(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = f"{tmp_path}/"
+    assert f"{home}m.safetensors: no such weights file" in run(capsys, "models", "info", "~/m.safetensors")[2]
+    assert f"{home}none.png: no such file" in run(capsys, "upscale", "~/none.png", "--model=~/m.safetensors")[2]
+    words = ("train", "autoencoder", "--recipe", "autoencoder-tiny", "data.paths=[~/photos]", "--dry-run", "--out=~/r")
+    assert f"{home}photos: no such folder" in run(capsys, *words)[2]
+    with pytest.raises(UserError, match=rf"^{home}m\.safetensors: no such weights file"):
+        Upscaler.from_pretrained("~/m.safetensors")
+    assert from_mapping(DataConfig, {"paths": ["~/a", "b~"]}).paths == (tmp_path / "a", Path("b~"))
 
 
 def test_an_interrupt_is_one_word_and_its_own_exit_code(capsys, monkeypatch):

@@ -40,7 +40,7 @@ def put(folder: Path, number: int, size: tuple[int, int] = (3, 2)) -> list[Job]:
     folder.mkdir(exist_ok=True)
     for index in range(number):
         Image.new("RGB", size, (index, 0, 0)).save(folder / f"{index:05d}.png")
-    return plan_jobs([str(folder)], Naming(out=None, file_format="keep", suffix="_x2"), False)
+    return plan_jobs([str(folder)], Naming(out=None, file_format="keep", suffix="_x2"), False).jobs
 
 
 def test_results_come_in_order_and_files_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,17 +55,20 @@ def test_results_come_in_order_and_files_are_right(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(write, "write_image", sometimes_slow)
 
-    def refuse_the_fifth(number: int) -> None:
+    def refuse_some(number: int) -> None:
         if number == 4:
             raise OneStepSRError("no")
+        if number == 7:
+            raise TypeError("an integer is required")  # such as codecs raise on what they do not expect
 
-    results = results_of(Enlarger(refuse_the_fifth), jobs)
+    results = results_of(Enlarger(refuse_some), jobs)
     assert [result.input for result in results] == [str(job.source) for job in jobs]
     failed = {index: result.error for index, result in enumerate(results) if result.status == "failed"}
-    assert list(failed) == [3, 5, 7]
+    assert list(failed) == [3, 5, 7, 8]
     assert "not an image" in str(failed[3])
-    assert failed[5] == "no"
+    assert failed[5] == f"{jobs[5].source}: no"
     assert "cannot be written" in str(failed[7])
+    assert failed[8] == f"{jobs[8].source}: TypeError: an integer is required"
     for index in set(range(20)) - set(failed):
         with Image.open(jobs[index].target) as written:
             assert (written.size, written.getpixel((0, 0))) == ((6, 4), (index, 0, 0))
@@ -91,7 +94,7 @@ def test_folders_are_listed_a_few_times_however_many_images(tmp_path: Path, monk
     for name in ("scandir", "listdir"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *where, real=real: listed.append(where) or real(*where))
-    assert len(plan_jobs([str(tmp_path / "in")], Naming(out=None, file_format="keep", suffix="_x2"), False)) == 60
+    assert len(plan_jobs([str(tmp_path / "in")], Naming(out=None, file_format="keep", suffix="_x2"), False).jobs) == 60
     results_of(Enlarger(), jobs)
     remove_leftovers(*(job.target for job in jobs))
     assert 1 <= len(listed) <= 4

@@ -67,7 +67,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_folder: Path):
         app.callback()(lambda: None)
         command.register(app)
         words = ["upscale", *map(str, arguments), "--model", model, "--device", "cpu", "--dtype", "float32"]
-        words += ["--color-fix", "none", "--overwrite", "--text-encoder", str(text_folder)]
+        words += ["--color-fix", "none"]
+        # Refused where they would do nothing: for stdout, and without a prompt.
+        words += ["--overwrite"] if arguments[0] != "-" or "-o" in arguments else []
+        words += ["--text-encoder", str(text_folder)] if any(str(a).startswith("--prompt") for a in arguments) else []
         result = CliRunner().invoke(app, words, input=stdin)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception

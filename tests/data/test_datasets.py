@@ -208,3 +208,23 @@ def test_pairs_of_wrong_size_are_refused(pair_folders):
         build_dataset(DataConfig(crop=32, **pair_folders), seed=0)
     with pytest.raises(UserError, match="expected 2 times"):
         build_dataset(DataConfig(crop=32, scale=2, **pair_folders), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("lr", "hr"), [("0801x4", "0801"), ("a_x4", "a_x1"), ("b_LRBI_x4", "b_HR_x4"), ("c_LR4", "c_HR")]
+)
+@pytest.mark.parametrize("together", [False, True])
+def test_pairs_by_the_names_of_datasets(tmp_path, lr, hr, together):
+    low, high = (tmp_path / "one", tmp_path / "one") if together else (tmp_path / "lr", tmp_path / "hr")
+    save(low / f"{lr}.png", 16, 16)
+    save(high / f"{hr}.png", 64, 64)
+    if together and hr == "0801":  # names that do not tell which is which
+        with pytest.raises(UserError, match="expected 4 times as large"):
+            match_and_check(high, low)
+    else:
+        (pair,) = match_and_check(high, low)
+        assert (pair.lr.name, pair.hr.name) == (f"{lr}.png", f"{hr}.png")
+
+
+def match_and_check(high, low):
+    return build_dataset(DataConfig(kind="pairs", paths=(high,), lr_paths=(low,), crop=32), seed=0).pairs

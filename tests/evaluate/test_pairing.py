@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from onestepsr.core.errors import UserError
+from onestepsr.data.pair_names import matched
 from onestepsr.evaluate.pairing import Case, find_cases, find_photos, pair_by_name
 
 
@@ -123,3 +124,43 @@ def test_data_sets_without_a_pair_end_in_one_line(tmp_path: Path) -> None:
         find_cases(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         find_cases(tmp_path / "absent")
+
+
+DATASETS = {
+    "DIV2K": ("0801x4.png", "0801.png"),
+    "KAIR": ("babyx4.png", "baby.png"),
+    "DRealSR": ("DSC_1286_x4.png", "DSC_1286_x1.png"),
+    "RealSR": ("Canon_001_LR4.png", "Canon_001_HR.png"),
+    "RCAN": ("baby_LRBI_x4.png", "baby_HR_x4.png"),
+    "results of RCAN": ("baby_RCAN_x4.png", "baby_HR_x4.png"),
+    "EDSR": ("0801_x4_SR.png", "0801.png"),
+    "EDSR, joined": ("0801x4_SR.png", "0801.png"),
+    "SwinIR": ("baby_SRx4.png", "baby.png"),
+}
+
+
+@pytest.mark.parametrize(("image", "reference"), DATASETS.values(), ids=DATASETS)
+@pytest.mark.parametrize("suffix", ["", "x4"])
+def test_names_of_datasets_need_no_suffix(tmp_path: Path, image: str, reference: str, suffix: str) -> None:
+    """In evaluation of images and of models, and in training on pairs; a suffix that is given all the same is borne."""
+    made, hr = touch(tmp_path / "made", image), touch(tmp_path / "hr", reference)
+    touch(made, image.replace("1", "2").replace("baby", "bird"))
+    touch(hr, reference.replace("DSC_1", "DSC_2").replace("001", "002").replace("0801", "0802").replace("baby", "bird"))
+    for found in (pair_by_name(made, hr, suffix=suffix), find_cases(made, hr, suffix=suffix)):
+        pairs = {(case.image and case.image.name, case.hr and case.hr.name) for case in found.cases}
+        assert (image, reference) in pairs
+    names = {path.stem: path for path in sorted(made.iterdir())}
+    assert matched(names, [path.stem for path in hr.iterdir()])[Path(image).stem] == Path(reference).stem
+
+
+@pytest.mark.parametrize("kind", ["DRealSR", "RealSR"])
+def test_a_dataset_that_holds_both_in_one_folder(tmp_path: Path, kind: str) -> None:
+    touch(tmp_path, *DATASETS[kind])
+    for found in (find_cases(tmp_path), find_cases(tmp_path, tmp_path)):
+        assert [(case.image and case.image.name, case.hr and case.hr.name) for case in found.cases] == [DATASETS[kind]]
+
+
+def test_what_is_equally_like_two_references_is_of_neither(tmp_path: Path) -> None:
+    names = {"a_x4": tmp_path / "a_x4.png", "b": tmp_path / "b.png"}
+    assert matched(names, ["a_x2", "a_x3", "b"]) == {"b": "b"}
+    assert matched(names, ["a_x2", "b_HR", "b_SR"]) == {"a_x4": "a_x2"}

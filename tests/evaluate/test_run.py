@@ -177,7 +177,7 @@ def test_crops_are_cut_before_the_model_runs(data: Path) -> None:
 def test_made_lr_images_are_those_of_degrade(tmp_path: Path, recipe: str) -> None:
     for seed, name in enumerate(("a.png", "sub/b.png")):
         save(tmp_path / "photos" / name, scene(70, 85, seed))
-    jobs = degrade.plan(tmp_path / "photos", tmp_path / "out", recursive=True)
+    jobs, _ = degrade.plan(tmp_path / "photos", tmp_path / "out", recursive=True)
     header = {"schema": 1, "recipe": recipe, "scale": 4, "seed": 7, "crop_multiple": 4}
     degrade.run(jobs, tmp_path / "out", header, skip_existing=False)
     data = find_photos(tmp_path / "photos")

@@ -64,40 +64,45 @@ def degrade_command(
     multiple = scale if crop_multiple is None else crop_multiple
     if multiple % scale:
         raise UserError(f"--crop-multiple {multiple}: expected a multiple of the scale, {scale}")
-    jobs = plan(hr_dir, out_dir, recursive)
+    jobs, clashes = plan(hr_dir, out_dir, recursive)
     header = {"schema": SCHEMA, "recipe": recipe, "scale": scale, "seed": seed, "crop_multiple": multiple}
-    existing = [job.lr for job in jobs if job.lr.exists() or job.hr.exists()]
+    existing = [job.lr for job in jobs if _is_there(job.lr) or _is_there(job.hr)]
     if existing and not (skip_existing or overwrite):
         raise UserError(f"{existing[0]}: exists; give --skip-existing or --overwrite")
     others = _other_pairs(jobs, out_dir, header, overwrite)
+    for reason in clashes:
+        typer.echo(f"failed: {reason}", err=True)
     failures = run(jobs, out_dir, header, skip_existing, others)
     typer.echo(f"{len(jobs) - len(failures)} pairs in {out_dir} (LR, HR, {RECORD})")
-    if failures:
-        raise UserError(f"{len(failures)} of {len(jobs)} photos failed, the first: {next(iter(failures.values()))}")
+    if failures or clashes:
+        typer.echo(f"{len(failures) + len(clashes)} of {len(jobs) + len(clashes)} photos failed", err=True)
+        raise typer.Exit(1)
 
 
-def plan(hr_dir: Path, out_dir: Path, recursive: bool) -> list[Job]:
-    """The pairs to make from ``hr_dir``; two photos that would give the same output name are an error."""
+def plan(hr_dir: Path, out_dir: Path, recursive: bool) -> tuple[list[Job], list[str]]:
+    """The pairs to make from ``hr_dir``, and a line for each photo that would give an output another one gives."""
     from onestepsr.data.photos import find_images
 
     if out_dir.resolve() == hr_dir.resolve() or (recursive and hr_dir.resolve() in out_dir.resolve().parents):
         raise UserError(f"{out_dir}: lies in the folder of photos; choose another folder")
     jobs: dict[Path, Job] = {}
+    clashes = []
     for path in find_images(hr_dir, recursive=recursive):
         relative = path.relative_to(hr_dir)
         target = relative.with_suffix(".png")
         if target in jobs:
-            raise UserError(f"{path}: gives the same output as {jobs[target].source.name}; rename one of them")
+            clashes.append(f"{path}: gives the same output as {jobs[target].source.name}; rename one of them")
+            continue
         jobs[target] = Job(
             name=relative.as_posix(), source=path, lr=_lr_of(relative.as_posix(), out_dir), hr=out_dir / "HR" / target
         )
-    return list(jobs.values())
+    return list(jobs.values()), clashes
 
 
 def run(
     jobs: list[Job], out_dir: Path, header: dict[str, Any], skip_existing: bool, others: dict[str, Any] | None = None
 ) -> dict[str, str]:
-    """Make all pairs and the record; returns the error of each photo that failed, by name.
+    """Make all pairs and the record; returns the error of each photo that failed, by name, once it has been reported.
 
     ``others`` is the record of pairs from other photos that lie in ``out_dir`` already.
     """
@@ -109,13 +114,20 @@ def run(
     write_record(out_dir, header, drawn, others)
     remove_leftovers(*(path for job in jobs for path in (job.lr, job.hr)))
     failures: dict[str, str] = {}
-    for job in progress(jobs, "Degrading"):
-        if skip_existing and job.lr.exists() and job.hr.exists():
-            continue
-        try:
-            write_pair(job, drawn[job.name], header)
-        except UserError as error:
-            failures[job.name] = str(error)
+    made = 0
+    try:
+        for job in progress(jobs, "Degrading", line=lambda job: failures.get(job.name, job.name)):
+            if skip_existing and _is_there(job.lr) and _is_there(job.hr):
+                continue
+            try:
+                write_pair(job, drawn[job.name], header)
+                made += 1
+            except UserError as error:
+                failures[job.name] = str(error)
+                typer.echo(f"failed: {error}", err=True)
+    except KeyboardInterrupt:
+        typer.echo(f"{made} of {len(jobs)} pairs made; the same command with --skip-existing goes on", err=True)
+        raise
     if failures:
         drawn = {name: entry for name, entry in drawn.items() if name not in failures}
         write_record(out_dir, header, drawn, others)
@@ -181,7 +193,7 @@ def _other_pairs(jobs: list[Job], out_dir: Path, header: dict[str, Any], overwri
         if overwrite:
             return {}
         raise UserError(f"{record}: cannot be read ({error}); remove it or give --overwrite") from error
-    made = {job.name for job in jobs if job.lr.exists()}
+    made = {job.name for job in jobs if _is_there(job.lr)}
     others = {
         name: images[name] for name in images.keys() - {job.name for job in jobs} if _lr_of(name, out_dir).exists()
     }
@@ -192,6 +204,13 @@ def _other_pairs(jobs: list[Job], out_dir: Path, header: dict[str, Any], overwri
         name = changed[0]
         raise UserError(f"{record}: these pairs were made with {name} {before.get(name)}, now it is {header[name]}")
     return {}
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # such as a name that became too long
+        return False
 
 
 def _lr_of(name: str, out_dir: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import sys
 from typing import Any, NoReturn
 
@@ -12,9 +13,11 @@ import typer
 
 from onestepsr import __version__
 from onestepsr.core.errors import OneStepSRError
+from onestepsr.core.signals import interrupt_on_sigterm, was_terminated
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 app = typer.Typer(
     name="onestepsr",
@@ -60,12 +63,12 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _print_all_characters()
     debug = "--debug" in arguments or bool(os.environ.get("ONESTEPSR_DEBUG"))
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments = [_at_home(argument) for argument in arguments if argument != "--debug"]
+    interrupt_on_sigterm()
     try:
         code = app(args=arguments, prog_name="onestepsr", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted", err=True)
-        sys.exit(INTERRUPTED)
+        code = INTERRUPTED
     except OneStepSRError as error:
         _fail(error, str(error), USAGE_ERROR, debug)
     except Exception as error:  # noqa: BLE001  (last resort: any error ends in one line)
@@ -73,8 +76,17 @@ def main(arguments: list[str] | None = None) -> None:
             _explain_usage(error)
         _fail(error, f"{type(error).__name__}: {error} (add --debug for the traceback)", 1, debug)
     if code == INTERRUPTED:  # the command-line library's code for an interrupt
-        typer.echo("interrupted", err=True)
+        typer.echo("terminated" if was_terminated() else "interrupted", err=True)
+        sys.exit(TERMINATED if was_terminated() else INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _at_home(argument: str) -> str:
+    """``argument`` with ``~/`` at the start of its value replaced, which shells leave alone in ``--option=~/x``."""
+    option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    if option == "--prompt" or not re.match(r"~(/|$)", value) or os.path.lexists(value):
+        return argument
+    return f"{option}{equals}{os.path.expanduser(value)}"
 
 
 def _print_all_characters() -> None:

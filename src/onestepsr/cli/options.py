@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from typing import Any, get_type_hints
+
+import typer
+
+from onestepsr.core.errors import UserError
+
+
+def refuse(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """Raise UserError if one of the parameters ``names`` was written on the command line, where it would do nothing.
+
+    That includes one that is given its default: it is refused for what it is, not for its value.
+    """
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"{max(parameter.opts, key=len)}: {reason}")
 
 
 def grouped(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from onestepsr.cli.options import refuse
 from onestepsr.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
+    context: typer.Context,
     method: Annotated[
         str | None,
         typer.Argument(help="autoencoder, diffusion, d3sr, osediff, resshift, sinsr or tadsr.", show_default=False),
@@ -45,15 +47,19 @@ def train(
     ] = False,
 ) -> None:
     """Train METHOD by RECIPE. The same command with --resume continues an interrupted run."""
+    from onestepsr.train.checkpoint import Checkpoints
     from onestepsr.train.recipes import load_run, recipe_names
     from onestepsr.train.run import execute, prepare
     from onestepsr.weights.download import without_downloads
 
     if list_recipes:
+        others = ("method", "overrides", "recipe", "out", "resume", "dry_run", "fields")
+        refuse(context, others, "does nothing beside --list-recipes")
         typer.echo("\n".join(recipe_names()))
         return
     changes = [*(overrides or []), *([f"out={json.dumps(str(out))}"] if out is not None else [])]
     if fields:
+        refuse(context, ["resume", "dry_run"], "does nothing beside --fields")
         typer.echo(_fields(method, recipe, changes), nl=False)
         return
     if method is None or recipe is None:
@@ -64,7 +70,13 @@ def train(
             show(prepare(run, resume=resume, dry=True))
         return
     plan = prepare(run, resume=resume)
-    typer.echo(f"finished: {execute(plan)}", err=True)
+    try:
+        typer.echo(f"finished: {execute(plan)}", err=True)
+    except KeyboardInterrupt:
+        done = Checkpoints(run.out / "checkpoints").latest()
+        state = "no checkpoint yet" if done is None else f"step {done.step} of {run.train.steps:,} is saved"
+        typer.echo(f"{run.out}: {state}; the same command with --resume goes on", err=True)
+        raise
 
 
 def _fields(method: str | None, recipe: str | None, changes: list[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import types
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from onestepsr.core.errors import UserError, did_you_mean
-from onestepsr.core.files import read_text
+from onestepsr.core.files import at_home, read_text
 
 T = TypeVar("T")
 MAX_CONFIG_BYTES = 1_000_000
@@ -189,7 +190,9 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
                 raise UserError(f"{where}: expected a finite number, got {number}")
             return number
     if hint is Path and isinstance(value, (str, Path)):
-        return Path(value)
+        return at_home(Path(value))
+    if hint is str and isinstance(value, str) and value.startswith("~/"):  # such as a model by its path
+        return os.path.expanduser(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")

@@ -18,6 +18,14 @@ PARTIAL_PREFIX = ".onestepsr-partial-"
 """Names of unfinished files begin with this; they are never read as inputs."""
 
 
+def at_home(path: Path) -> Path:
+    """``path`` with a leading ``~`` replaced by the home folder; unchanged if there is none."""
+    try:
+        return path.expanduser()
+    except RuntimeError:  # a user who is not known
+        return path
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a hidden path beside ``path`` to write to: renamed to ``path`` if the block succeeds, else deleted."""
@@ -59,6 +67,7 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8 under ``path`` in one step, making its folder; raises UserError if that fails."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         with replacing(path) as temporary:
             # A file name from another system may hold what UTF-8 cannot.
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Progress bars on stderr: on a terminal only, and only in the first process of a run."""
+"""Progress on stderr, in the first process of a run: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -25,17 +25,27 @@ PATIENCE_S = 1.0
 """Seconds after which the bar of :func:`progress` appears."""
 
 
-def progress(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
-    """Yield ``items``; a bar appears once that takes over a second. ``total``: their number, if they have no length."""
+def progress(
+    items: Iterable[T], title: str, total: int | None = None, *, line: Callable[[T], str] | None = None
+) -> Iterator[T]:
+    """Yield ``items``; a bar appears once that takes over a second. ``total``: their number, if they have no length.
+
+    Where stderr is no terminal, ``line`` gives what is written there of each item once it is done, at once, with its
+    number.
+    """
     bar = _bar(MofNCompleteColumn())
-    task = bar.add_task(title, total=len(items) if total is None and isinstance(items, Sized) else total)
+    total = len(items) if total is None and isinstance(items, Sized) else total
+    task = bar.add_task(title, total=total)
+    log = bar.console if line is not None and _is_first() and not bar.console.is_terminal else None
     begin = time.monotonic()
     try:
-        for item in items:
+        for number, item in enumerate(items, 1):
             if not bar.disable and not bar.live.is_started and time.monotonic() - begin > PATIENCE_S:
                 bar.start()
             yield item
             bar.advance(task)
+            if log is not None and line is not None:
+                log.out(f"{title} {number}{'' if total is None else f'/{total}'}: {line(item)}", highlight=False)
     finally:
         bar.stop()
 
@@ -50,6 +60,10 @@ def byte_progress(title: str, total: int | None, done: int = 0) -> Iterator[Call
 
 def _bar(*columns: ProgressColumn) -> Progress:
     console = Console(stderr=True)
-    shown = console.is_terminal and os.environ.get("RANK", "0") == "0"
+    shown = console.is_terminal and _is_first()
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), *columns, TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not shown)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"

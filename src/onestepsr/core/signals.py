@@ -13,6 +13,26 @@ REPEATED = 1.0
 once more from a parent that passes it on."""
 
 
+_terminated = threading.Event()
+
+
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM do what Ctrl-C does: raise KeyboardInterrupt; for the main thread of a program."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        _terminated.set()
+        raise KeyboardInterrupt
+
+    _terminated.clear()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
+
+
+def was_terminated() -> bool:
+    """True if SIGTERM has come since :func:`interrupt_on_sigterm`."""
+    return _terminated.is_set()
+
+
 class Interruption:
     """While open, the first SIGINT or SIGTERM only sets ``requested``; a later one acts at once."""
 
@@ -33,6 +53,8 @@ class Interruption:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            _terminated.set()
         if not self.requested:
             self.requested, self._since = True, time.monotonic()
         elif time.monotonic() - self._since > REPEATED:

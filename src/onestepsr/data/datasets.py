@@ -31,6 +31,7 @@ from onestepsr.core.errors import UserError, join_names
 from onestepsr.core.rng import derived_seed, generator, integer, uniform
 from onestepsr.data.degradation.pipeline import DegradationConfig, FaceDegradationConfig, Recipe, degrade_pair
 from onestepsr.data.degradation.presets import get_preset, mix
+from onestepsr.data.pair_names import divided, matched
 from onestepsr.data.photos import Photo, PhotoCache, Pixels, scan
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
@@ -43,7 +44,8 @@ class DataConfig:
     """Photos, their crops and their LR versions."""
 
     kind: Literal["hr_folder", "pairs"] = "hr_folder"
-    """``hr_folder``: photos are degraded on the fly. ``pairs``: LR and HR images are matched by name."""
+    """``hr_folder``: photos are degraded on the fly. ``pairs``: LR and HR images are matched by name,
+    without the endings of datasets (``a_LR4`` and ``a_HR``, ``0801x4`` and ``0801``)."""
     paths: tuple[Path, ...] = ()
     """Folders of HR photos, searched recursively. At least one is needed."""
     lr_paths: tuple[Path, ...] = ()
@@ -281,12 +283,21 @@ def to_float(pixels: Pixels) -> Tensor:
 
 
 def match_pairs(hr_folder: Path, lr_folder: Path) -> list[Pair]:
-    """Match by relative name without suffix; every image that has no partner is an error, all in one message."""
-    hr, lr = _by_stem(scan([hr_folder])), _by_stem(scan([lr_folder]))
-    problems = [_missing(hr.keys() - lr.keys(), lr_folder), _missing(lr.keys() - hr.keys(), hr_folder)]
+    """Match by relative name, see :mod:`onestepsr.data.pair_names`; every image that has no partner is an error, all in
+    one message. The two may be one folder, whose names tell HR from LR images."""
+    hr_photos = scan([hr_folder])
+    lr_photos = hr_photos if lr_folder == hr_folder else scan([lr_folder])
+    both = divided([Path(photo.name) for photo in hr_photos]) if lr_folder == hr_folder else None
+    if both is not None:
+        low, high = ({path.as_posix() for path in files} for files in both[1:])
+        lr_photos = [photo for photo in lr_photos if photo.name in low]
+        hr_photos = [photo for photo in hr_photos if photo.name in high]
+    hr, lr = _by_stem(hr_photos), _by_stem(lr_photos)
+    found = matched({stem: photo.path for stem, photo in lr.items()}, hr.keys())
+    problems = [_missing(hr.keys() - set(found.values()), lr_folder), _missing(lr.keys() - found.keys(), hr_folder)]
     if any(problems):
         raise UserError("; ".join(filter(None, problems)))
-    return [Pair(hr=hr[stem], lr=lr[stem]) for stem in sorted(hr)]
+    return [Pair(hr=hr[stem], lr=lr[other]) for other, stem in sorted(found.items(), key=lambda pair: pair[1])]
 
 
 def check_sizes(pairs: list[Pair], config: DataConfig) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,9 @@ from torch.utils.data import get_worker_info
 
 from onestepsr.core.errors import UserError
 from onestepsr.core.progress import progress
-from onestepsr.imaging.read import EXTENSIONS, read_image, to_eight_bits
+from onestepsr.imaging.folders import list_images
+from onestepsr.imaging.formats import READABLE
+from onestepsr.imaging.read import read_image, to_eight_bits
 
 ORIENTATION_TAG = 0x0112
 logger = logging.getLogger(__name__)
@@ -49,13 +50,18 @@ def find_images(folder: Path, *, recursive: bool = True) -> list[Path]:
 
 
 def find_names(folder: Path, *, recursive: bool = True) -> list[str]:
-    """As :func:`find_images`, but the names relative to ``folder``, with forward slashes."""
+    """As :func:`find_images`, but the names relative to ``folder``, with forward slashes; a warning for the rest."""
     if not folder.is_dir():
         raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-    found = sorted(_walk(folder, "", recursive))
-    if not found:
-        raise UserError(f"{folder}: no images in it (looked for {', '.join(EXTENSIONS)})")
-    return found
+    found = list_images(folder, recursive)
+    if not found.names:
+        raise UserError(
+            f"{folder}: no images in it (looked for {', '.join(READABLE)})"
+            + "".join(f"; {line}" for line in found.left_out)
+        )
+    for line in found.left_out:
+        logger.warning("left out: %s", line if line in found.notes else f"{folder}: {line}")
+    return found.names
 
 
 def scan(folders: Iterable[Path]) -> list[Photo]:
@@ -129,24 +135,3 @@ class PhotoCache:
     def _share(self) -> int:
         worker = get_worker_info()
         return self.limit // (worker.num_workers if worker else 1)
-
-
-def _walk(folder: Path | str, prefix: str, recursive: bool) -> Iterator[str]:
-    """Relative names of the images below ``folder``; links to files count, links to folders are not followed."""
-    try:
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        if not prefix:
-            raise UserError(f"{folder}: cannot be listed ({error.strerror})") from error
-        logger.warning("left out: %s cannot be listed (%s)", folder, error.strerror)
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            if recursive:
-                yield from _walk(entry.path, f"{prefix}{entry.name}/", recursive)
-        elif _is_image_name(entry.name) and entry.is_file():
-            yield prefix + entry.name
-
-
-def _is_image_name(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")

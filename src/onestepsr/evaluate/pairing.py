@@ -8,13 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onestepsr.core.errors import UserError
+from onestepsr.data.pair_names import divided, matched, references
 from onestepsr.data.photos import find_images
 
-LR_ENDING = re.compile(r"[_-]LR(?:x?\d+)?$", re.IGNORECASE)
-HR_ENDING = re.compile(r"[_-]HR$", re.IGNORECASE)
-MADE_ENDING = re.compile(r"(?:[_-](?:LR(?:x?\d+)?|SR|HR))?(?:_x\d+(?:\.\d+)?)?$", re.IGNORECASE)
-"""Ending that SR names have after the name of the scene: that of their LR image or, if all folders use the same names,
-of their reference; then a factor."""
 LR_FOLDERS = ("LR", "test_LR")
 HR_FOLDERS = ("HR", "test_HR")
 """Names, in any case, of the two folders in which a dataset may have its images."""
@@ -58,47 +54,50 @@ def pair_by_name(sr: Path, hr: Path | None = None, *, suffix: str = "") -> CaseS
     """Match SR images with references by file name without ending, never by order.
 
     ``suffix`` is the ending that SR names have and HR names do not (``-mine``: ``bird-mine.png`` belongs to
-    ``bird.jpg``). Images without a match are tried again without the endings that datasets and upscalers add:
-    ``bird_LR_x4.png`` belongs to ``bird_HR.png``. In a folder of references where names end in ``_HR``, only those are
-    references. Two files are a pair whatever their names. Folders are searched recursively. UserError if nothing
+    ``bird.jpg``). Names that are not equal are compared without the endings of datasets and upscalers, see
+    :mod:`onestepsr.data.pair_names`. In a folder of references where names end in ``_HR`` (or ``_x1``), only those
+    are references. Two files are a pair whatever their names. Folders are searched recursively. UserError if nothing
     matches, and if two files have the same name.
     """
-    if hr is not None and hr.is_file():
-        if not sr.is_file():
+    if hr is not None and is_file(hr):
+        if not is_file(sr):
             raise UserError(f"--hr {hr}: is a file but {sr} is a folder; compare two files or two folders")
         return CaseSet(cases=[Case(name=sr.stem, image=sr, hr=hr)], layout="two files", folder=sr, hr=hr)
     images = _named(_listed(sr), sr, suffix=suffix)
     if hr is None:
         return _unpaired(images, "SR images without references", sr)
     hint = "; --suffix tells what SR names have at their end"
-    return _matched(images, _references(hr), "SR and HR images", folder=sr, hr=hr, hint=hint)
+    return _matched(images, _references(_listed(hr), hr), "SR and HR images", folder=sr, hr=hr, hint=hint)
 
 
-def find_cases(data: Path, hr: Path | None = None) -> CaseSet:
+def find_cases(data: Path, hr: Path | None = None, *, suffix: str = "") -> CaseSet:
     """Find the LR images of ``data`` and their references, if there are any.
 
     References are those of the folder ``hr`` if it is given; else of ``data/HR`` beside ``data/LR``; else the images
-    whose name ends in ``_HR`` beside ``_LR`` (or ``_LR4``). A folder without any of these holds LR images alone.
-    UserError for empty folders and where no LR image has a reference.
+    whose name ends in ``_HR`` beside ``_LR`` (or ``_LR4``), or in ``_x1`` beside ``_x4``. A folder without any of these
+    holds LR images alone. ``suffix`` is that of :func:`pair_by_name`, of LR names. UserError for empty folders and
+    where no LR image has a reference.
     """
     inside = _subfolder(data, LR_FOLDERS)
     if hr is None and inside is not None:
         hr, data = _subfolder(data, HR_FOLDERS), inside
     files = _listed(data)
+    both = divided(files) if hr is None or hr == data else None
+    if both is not None:
+        scheme, low, high = both
+        named = _named(low, data, suffix=suffix), _references(high, data)
+        other = sorted({*files} - {*low, *high})
+        return _matched(*named, f"images ending in {scheme}", folder=data, hr=data, other=other)
+    named_lr = _named(files, data, suffix=suffix)
     if hr is not None:
-        return _matched(_named(files, data), _references(hr), "folders of LR and HR images", folder=data, hr=hr)
-    inputs, references = ([f for f in files if ending.search(f.stem)] for ending in (LR_ENDING, HR_ENDING))
-    if inputs and references:
-        named = _named(inputs, data, ending=LR_ENDING), _named(references, data, ending=HR_ENDING)
-        other = sorted({*files} - {*inputs, *references})
-        return _matched(*named, "images ending in _LR and _HR", folder=data, hr=data, other=other)
-    return _unpaired(_named(files, data), "LR images without references", data)
+        return _matched(named_lr, _references(_listed(hr), hr), "folders of LR and HR images", folder=data, hr=hr)
+    return _unpaired(named_lr, "LR images without references", data)
 
 
 def find_photos(data: Path) -> CaseSet:
     """Find the HR photos of ``data`` to degrade: those in its folder ``HR``, else named ``_HR``, else all."""
     folder = _subfolder(data, HR_FOLDERS) or data
-    cases = [Case(name=name, hr=path) for name, path in _references(folder).items()]
+    cases = [Case(name=name, hr=path) for name, path in _references(_listed(folder), folder).items()]
     return CaseSet(cases=cases, layout="HR photos, degraded", folder=None, hr=folder)
 
 
@@ -108,7 +107,7 @@ def _unpaired(images: Mapping[str, Path], layout: str, folder: Path) -> CaseSet:
 
 def _matched(
     images: Mapping[str, Path],
-    references: Mapping[str, Path],
+    truth: Mapping[str, Path],
     layout: str,
     *,
     folder: Path,
@@ -116,13 +115,13 @@ def _matched(
     other: Sequence[Path] = (),
     hint: str = "",
 ) -> CaseSet:
-    partners = _partners(images, references)
+    partners = matched(images, truth)
     if not partners:
-        first = f"'{next(iter(images))}' and '{next(iter(references))}' are the first of each"
+        first = f"'{next(iter(images))}' and '{next(iter(truth))}' are the first of each"
         raise UserError(f"no image in {folder} has the name of a reference in {hr} ({first}){hint}")
-    cases = [Case(name=partner, image=images[name], hr=references[partner]) for name, partner in partners.items()]
+    cases = [Case(name=partner, image=images[name], hr=truth[partner]) for name, partner in partners.items()]
     taken = set(partners.values())
-    left = [path for name, path in references.items() if name not in taken]
+    left = [path for name, path in truth.items() if name not in taken]
     return CaseSet(
         cases=sorted(cases, key=lambda case: case.name),
         layout=layout,
@@ -133,29 +132,18 @@ def _matched(
     )
 
 
-def _partners(images: Mapping[str, Path], references: Mapping[str, Path]) -> dict[str, str]:
-    """Name of the reference of each image: the same name, or else the same without known endings."""
-    found = {name: name for name in images if name in references}
-    takers = {name: name for name in found}
-    for name in [name for name in images if name not in found]:
-        scene = MADE_ENDING.sub("", name)
-        if scene not in references or takers.get(scene) == scene:
-            continue
-        if scene in takers:
-            other = images[takers[scene]].name
-            raise UserError(f"{images[name]} and {other} both belong to '{scene}': remove one of them")
-        found[name], takers[scene] = scene, name
-    return found
-
-
-def _references(hr: Path) -> dict[str, Path]:
-    files = _listed(hr)
-    marked = [path for path in files if HR_ENDING.search(path.stem)]
-    return _named(marked, hr, ending=HR_ENDING) if marked else _named(files, hr)
+def _references(files: Sequence[Path], hr: Path) -> dict[str, Path]:
+    marked, ending = references(files)
+    return _named(marked, hr, ending=ending)
 
 
 def _listed(source: Path) -> list[Path]:
-    return [source] if source.is_file() else find_images(source)
+    return [source] if is_file(source) else find_images(source)
+
+
+def is_file(path: Path) -> bool:
+    """True for a file, also a pipe, which is one image."""
+    return path.exists() and not path.is_dir()
 
 
 def _named(

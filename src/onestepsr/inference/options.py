@@ -14,6 +14,7 @@ from onestepsr.inference.tiling import OVERLAP, TileBlend
 
 TileNorms = Literal["image", "tile"]
 ColorFix = Literal["wavelet", "adain", "none"]
+Alpha = Literal["bicubic", "network"]
 Tile = int | Literal["auto", "off"]
 SCALE_RANGE = (1, 8)
 """Smallest and largest factor between input and output along either axis."""
@@ -50,6 +51,9 @@ class UpscaleOptions:
     ``tile_blend`` "average" and in a compiled network."""
     color_fix: ColorFix = "wavelet"
     """Colour statistics of the input that the output is given; "none" leaves the network's colours."""
+    alpha: Alpha = "bicubic"
+    """The way transparency is enlarged: "bicubic" is smooth and adds nothing; "network" draws it as the colours are, as
+    a gray image, which gives hard masks sharp edges and takes as long as the image itself."""
     seed: int | None = None
     """For generators that draw noise; None is 0. Others ignore it."""
     prompt_embedding: Tensor | None = field(default=None, compare=False, repr=False)
@@ -59,6 +63,8 @@ class UpscaleOptions:
     def __post_init__(self) -> None:
         if self.color_fix not in get_args(ColorFix):
             raise UserError(f"color fix '{self.color_fix}': accepted: {', '.join(get_args(ColorFix))}")
+        if self.alpha not in get_args(Alpha):
+            raise UserError(f"alpha '{self.alpha}': accepted: {', '.join(get_args(Alpha))}")
         if self.tile_norms not in get_args(TileNorms):
             raise UserError(f"tile norms '{self.tile_norms}': accepted: {', '.join(get_args(TileNorms))}")
         if self.tile_blend not in get_args(TileBlend):

@@ -45,7 +45,7 @@ from onestepsr.inference.devices import (
     separate_mmaps,
 )
 from onestepsr.inference.memory_plan import InputSize, Plan, Workload, bytes_per_pixel, fewer_pixels, plan_image
-from onestepsr.inference.options import ColorFix, UpscaleOptions, target_size
+from onestepsr.inference.options import Alpha, ColorFix, UpscaleOptions, target_size
 from onestepsr.inference.tiled import LoadedGenerator, NonFiniteError, SharedNorms, TiledRun, enlarge
 from onestepsr.inference.tiling import TileBlend
 from onestepsr.models.generators import Generator, LatentGenerator
@@ -148,6 +148,7 @@ class Upscaler:
         tile_blend: TileBlend = "smooth",
         memory: float | None = None,
         color_fix: ColorFix = "wavelet",
+        alpha: Alpha = "bicubic",
         seed: int | None = None,
         prompt_embedding: Tensor | None = None,
     ) -> Image.Image:
@@ -165,6 +166,7 @@ class Upscaler:
             tile_blend=tile_blend,
             memory=memory,
             color_fix=color_fix,
+            alpha=alpha,
             seed=seed,
             prompt_embedding=prompt_embedding,
         )
@@ -193,26 +195,23 @@ class Upscaler:
         When memory runs out the image is begun again with half the tile side, and later ones start with that;
         :class:`UserError` when not even the smallest tiles fit. :attr:`last_plan` tells what was used.
 
-        Gray stays gray and bit depth stays. Alpha is resampled on its own: a network trained on photographs would draw
-        texture into it. Wide-gamut RGB goes through the network as sRGB and returns to its own space before the colour
-        fix, which takes low frequencies from the unclipped input.
+        Gray stays gray and bit depth stays. Alpha is resampled on its own, since a network trained on photographs may
+        draw texture into it, unless the options leave it to the network, as a gray image. Wide-gamut RGB goes through
+        the network as sRGB and returns to its own space before the colour fix, which takes low frequencies from the
+        unclipped input.
         """
         options = options or UpscaleOptions()
         width, height = target_size(image.width, image.height, options)
         if options.prompt_embedding is not None:
             self.require_prompt_width(options.prompt_embedding.shape[-1])
-        try:
-            samples = self._enlarge_within_memory(image, options, progress)
-        except NonFiniteError:
-            if not self._chooses_dtype or self.dtype == torch.float32:
-                raise
-            logger.warning("%s overflows in %s: repeating in float32", self.name, self.dtype)
-            self._chooses_dtype = False
-            self._convert(torch.float32)
-            samples = self._enlarge_within_memory(image, options, progress)
+        samples = self._enlarge_finite(image, options, progress)
         alpha = image.alpha
         if alpha is not None:
-            alpha = resize(alpha[..., None], height, width)[..., 0]
+            mask, plan = alpha[..., None], self.last_plan
+            if options.alpha == "network":
+                mask = self._enlarge_finite(LoadedImage(pixels=mask), options, progress)
+                self.last_plan = plan  # that of the colours
+            alpha = resize(mask, height, width)[..., 0]
         return replace(image, pixels=resize(samples, height, width), alpha=alpha)
 
     def require_prompt_width(self, width: int) -> None:
@@ -275,6 +274,18 @@ class Upscaler:
             yield plan
 
     # ---- one image ----
+
+    def _enlarge_finite(self, image: LoadedImage, options: UpscaleOptions, progress: Progress | None) -> NDArray[Any]:
+        """:meth:`_enlarge_within_memory`, in float32 from now on if the dtype that was chosen overflows."""
+        try:
+            return self._enlarge_within_memory(image, options, progress)
+        except NonFiniteError:
+            if not self._chooses_dtype or self.dtype == torch.float32:
+                raise
+            logger.warning("%s overflows in %s: repeating in float32", self.name, self.dtype)
+            self._chooses_dtype = False
+            self._convert(torch.float32)
+            return self._enlarge_within_memory(image, options, progress)
 
     def _enlarge_within_memory(
         self, image: LoadedImage, options: UpscaleOptions, progress: Progress | None

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from onestepsr.core.errors import UserError, did_you_mean
+from onestepsr.core.files import at_home
 from onestepsr.diffusion.residual_shift import ResidualShiftConfig
 from onestepsr.models.architectures import is_random, load_native, random_generator, repeatable
 from onestepsr.models.backbones import load_backbone
@@ -106,6 +107,7 @@ def load_network(name_or_path: str | Path) -> nn.Module:
 
     Raises :class:`UserError` in one line for an unknown name, a damaged file and weights that do not fit.
     """
+    name_or_path = at_home(Path(name_or_path)) if str(name_or_path).startswith("~") else name_or_path
     require_upscaler(name_or_path)
     name = str(name_or_path)
     family = next((family for family, names in ALIASES.items() if name in names), "native")

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UserError
-from onestepsr.core.files import locked, write_text, writing
+from onestepsr.core.files import PARTIAL_PREFIX, locked, write_text, writing
 from onestepsr.core.machine import multiplies_bfloat16
 from onestepsr.core.rng import derived_seed
 from onestepsr.data.datasets import DataConfig, Pool, build_dataset, fingerprint
@@ -126,6 +126,8 @@ def execute(plan: Plan) -> Path:
     with locked(plan.run.out / LOCK, wait=False) as alone:
         if not alone:
             raise UserError(f"{plan.run.out}: another process trains there; wait for it or choose another --out")
+        for leftover in plan.run.out.rglob(f"{PARTIAL_PREFIX}*"):  # of a run that was killed, as this one is alone
+            leftover.unlink(missing_ok=True)
         write_text(plan.run.out / CONFIG, config_text(plan.run))
         return _execute(plan)
 

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +23,7 @@ from onestepsr.cli.evaluate.measure import (
     measure_model,
     show_unavailable,
 )
-from onestepsr.cli.options import grouped
+from onestepsr.cli.options import grouped, refuse
 from onestepsr.cli.upscale.prompts import PromptOptions
 from onestepsr.core.errors import UserError
 from onestepsr.core.progress import progress
@@ -122,12 +122,15 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
+    context: typer.Context,
     sr: Annotated[
         Path | None, typer.Argument(help="Super-resolved image, or a folder of them.", show_default=False)
     ] = None,
     *,
     hr: Annotated[Path | None, typer.Option(help="Reference image or folder; matched by file name.")] = None,
-    suffix: Annotated[str, typer.Option(help="Ending that SR names have beyond HR names, such as -mine.")] = "",
+    suffix: Annotated[
+        str, typer.Option(help="Ending that SR (or, with --model, LR) names have beyond HR names, such as -mine.")
+    ] = "",
     measuring: MeasureOptions,
     model: ModelOptions,
     prompts: PromptOptions,
@@ -143,22 +146,22 @@ def evaluate(
         return _list_metrics()
     outputs.check(json_file)
     if model.model is None:
-        needing_model = {"--data": model.data, "--lr": model.lr, "--degradation": model.degradation, "--out": model.out}
-        needing_model |= {"--prompt": prompts.prompt, "--prompt-file": prompts.prompt_file}
-        needing_model |= {"--prompt-from": prompts.prompt_from}
-        for option, value in needing_model.items():
-            if value is not None:
-                raise UserError(f"{option} needs --model")
+        refuse(context, [field.name for group in (model, prompts) for field in fields(group)], "needs --model")
         if sr is None:
             raise UserError("nothing to measure: give SR images, or --model with --data")
+        if hr is None:
+            refuse(context, ["suffix"], "needs --hr, to whose names those of SR images belong")
         outcome = measure_images(sr, hr, suffix, measuring)
         _show(outcome, outputs, json_file)
     else:
         if sr is not None:
             raise UserError(f"'{sr}' and --model exclude each other: --data or --lr names the model's input")
         model.check(hr)
+        prompts.refuse_unused(context)
+        if model.degradation is not None:
+            refuse(context, ["suffix"], "with --degradation, LR images are made of the HR photos and need no names")
         with _kept(model.out, outputs.report) as keep:
-            outcome = measure_model(model, hr, prompts, measuring, keep)
+            outcome = measure_model(model, hr, prompts, measuring, keep=keep, suffix=suffix)
             _show(outcome, outputs, json_file, images_stay=keep == model.out)
     asked_for_by_name = measuring.metrics is not None
     if outcome.result.failed or outcome.unmatched or (asked_for_by_name and outcome.result.unavailable):

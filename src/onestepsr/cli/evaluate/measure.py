@@ -107,14 +107,14 @@ class ModelOptions:
         if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out}: is there already; name a new or empty folder")
 
-    def cases(self, hr: Path | None) -> CaseSet:
+    def cases(self, hr: Path | None, suffix: str) -> CaseSet:
         """The images."""
         from onestepsr.evaluate.pairing import find_cases, find_photos
 
         if self.lr is not None:
-            return find_cases(self.lr, hr)
+            return find_cases(self.lr, hr, suffix=suffix)
         assert self.data is not None
-        return find_photos(self.data) if self.degradation is not None else find_cases(self.data)
+        return find_photos(self.data) if self.degradation is not None else find_cases(self.data, suffix=suffix)
 
     def load(self, device: str, prompts: CasePrompts) -> EvaluatedModel:
         """The model, ready to enlarge."""
@@ -208,14 +208,20 @@ def measure_images(sr: Path, hr: Path | None, suffix: str, options: MeasureOptio
 
 
 def measure_model(
-    model: ModelOptions, hr: Path | None, prompts: PromptOptions, options: MeasureOptions, keep: Path | None
+    model: ModelOptions,
+    hr: Path | None,
+    prompts: PromptOptions,
+    options: MeasureOptions,
+    *,
+    keep: Path | None,
+    suffix: str = "",
 ) -> Outcome:
     """Run a model and measure it; ``keep`` is a folder for its images."""
     from onestepsr.cli.degrade import load_recipe
     from onestepsr.evaluate.run import Degrader, evaluate_model
 
     recipe = None if model.degradation is None else load_recipe(model.degradation)
-    data = model.cases(hr)
+    data = model.cases(hr, suffix)
     _show_unmatched("LR without HR", data.unmatched)
     _show_unmatched("HR without LR", data.unmatched_hr)
     scorer = options.scorer(with_reference=data.hr is not None)
@@ -246,7 +252,15 @@ def _show_unmatched(title: str, paths: Sequence[Path]) -> None:
 
 
 def _tracked(scores: Iterable[Score], total: int) -> Iterable[Score]:
-    return progress(scores, "Measuring", total)
+    """``scores`` with a bar, or lines; an interruption says how far it had come."""
+    done = 0
+    try:
+        for score in progress(scores, "Measuring", total, line=lambda score: score.name):
+            yield score
+            done += 1
+    except KeyboardInterrupt:
+        typer.echo(f"{done} of {total} images measured; nothing was written, the same command starts again", err=True)
+        raise
 
 
 def _checksum(model: str) -> str | None:

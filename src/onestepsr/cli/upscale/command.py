@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,22 +14,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onestepsr.cli.options import grouped
+from onestepsr.cli.options import grouped, refuse
 from onestepsr.cli.upscale.jobs import (
-    FORMATS,
+    KEEP,
     STREAM,
+    Handling,
     Job,
     Naming,
     Result,
     existing,
+    is_pipe,
     plan_jobs,
     result_of,
     target_file,
+    unwritable,
     upscale_jobs,
     upscale_stream,
 )
 from onestepsr.cli.upscale.prompts import PromptOptions
-from onestepsr.core.errors import UserError
+from onestepsr.core.errors import UserError, error_context
 
 if TYPE_CHECKING:
     from onestepsr.inference.options import UpscaleOptions
@@ -55,23 +60,43 @@ class OutputOptions:
             "Default: photo_x4.jpg beside photo.jpg, FOLDER_x4/ for FOLDER.",
         ),
     ] = None
-    file_format: Annotated[str, typer.Option("--format", help=f"keep, {', '.join(FORMATS)}.")] = "keep"
+    file_format: Annotated[
+        str,
+        typer.Option(
+            "--format", help="keep, or a format by name or ending: jpg, png, webp, tif, bmp, avif, heic, jxl."
+        ),
+    ] = KEEP
     recursive: Annotated[bool, typer.Option(help="Read subfolders too and keep their tree.")] = False
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Leave outputs that are there as they are.")
     ] = False
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that are there.")] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document about all files on stdout.")] = False
+    strip_metadata: Annotated[
+        bool, typer.Option("--strip-metadata", help="Leave out EXIF, XMP, IPTC and texts; colours stay right.")
+    ] = False
+    keep_times: Annotated[bool, typer.Option("--keep-times", help="Give outputs the times of their inputs.")] = False
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Most pixels of an input, by its header; 250,000,000 if not given.")
+    ] = None
 
-    def __post_init__(self) -> None:
-        if self.file_format != "keep" and self.file_format not in FORMATS:
-            raise UserError(f"format '{self.file_format}': accepted: keep, {', '.join(FORMATS)}")
+    @property
+    def handling(self) -> Handling:
+        """Options of reading and writing."""
+        return Handling(max_pixels=self.max_pixels, strip_metadata=self.strip_metadata, keep_times=self.keep_times)
 
     def naming(self, suffix: str) -> Naming:
-        """The names of outputs; ``suffix`` is for those beside their input."""
+        """The names of outputs; ``suffix`` is for those beside their input. UserError for an unknown format."""
+        from onestepsr.imaging.formats import format_named
+
+        if self.file_format.lower() == KEEP:
+            file_format = KEEP
+        else:
+            with error_context("--format"):
+                file_format = format_named(self.file_format)
         return Naming(
             out=None if self.out is None else Path(self.out),
-            file_format=self.file_format,
+            file_format=file_format,
             suffix=suffix,
             out_is_folder=self.out is not None and self.out.endswith(("/", os.sep)),
         )
@@ -104,11 +129,10 @@ class ImageOptions:
         ),
     ] = None
     color_fix: Annotated[str, typer.Option(help="Colours from the input: wavelet, adain or none.")] = "wavelet"
+    alpha: Annotated[
+        str, typer.Option(help="Transparency: bicubic (smooth), or network (edges of hard masks as sharp as colours).")
+    ] = "bicubic"
     seed: Annotated[int | None, typer.Option(help="For models that draw noise; 0 if not given.")] = None
-
-    def __post_init__(self) -> None:
-        if self.scale != 4.0 and (self.width is not None or self.height is not None):
-            raise UserError("--scale and --width/--height exclude each other")
 
     def checked(self) -> UpscaleOptions:
         """Options for the upscaler; UserError for values out of range."""
@@ -174,6 +198,7 @@ def register(app: typer.Typer) -> None:
 
 
 def upscale(
+    context: typer.Context,
     inputs: Annotated[
         list[str],
         typer.Argument(metavar="INPUT...", help="Files, folders, patterns such as 'in/*.jpg', or - for stdin."),
@@ -193,55 +218,116 @@ def upscale(
     """
     if verbose:
         logging.getLogger("onestepsr").setLevel(logging.INFO)
-    options = image.checked()
-    if STREAM in (*inputs, output.out):
-        result = _run_stream(inputs, output, options, model, prompt)
+    if image.width is not None or image.height is not None:
+        refuse(context, ["scale"], "--width and --height exclude it")
+    prompt.refuse_unused(context)
+    options, naming = image.checked(), output.naming(image.suffix)
+    single_pipe = len(inputs) == 1 and is_pipe(inputs[0])
+    if STREAM in (*inputs, output.out) or single_pipe:
+        result = _run_stream(context, inputs, output, naming=naming, options=options, model=model, prompt=prompt)
         if result.output != STREAM:
+            Teller(as_json=output.as_json, alone=True).about(result)
             _report([result], model.model, output.as_json)
         return
-    jobs = plan_jobs(inputs, output.naming(image.suffix), output.recursive, skip_existing=output.skip_existing)
-    skipped = existing(jobs, output.skip_existing, output.overwrite)
-    results = [result_of(job, "skipped") for job in jobs if job.target in skipped]
-    results += _run_jobs([job for job in jobs if job.target not in skipped], options, model, prompt)
+    planned = plan_jobs(inputs, naming, output.recursive, skip_existing=output.skip_existing)
+    skipped = existing(planned.jobs, output.skip_existing, output.overwrite)
+    results = [result_of(job, "skipped") for job in planned.jobs if job.target in skipped]
+    results += planned.refused
+    alone = len(planned.jobs) + len(planned.refused) == 1
+    tell = Teller(as_json=output.as_json, alone=alone)
+    for result in planned.refused:
+        tell.about(result)
+    to_do = [job for job in planned.jobs if job.target not in skipped]
+    try:
+        with closing(_run_jobs(to_do, options, model, prompt, output.handling)) as made:
+            for result in made:
+                results.append(result)
+                tell.about(result)
+    except KeyboardInterrupt:
+        written = sum(result.status == "written" for result in results)
+        typer.echo(f"{written} of {len(to_do)} images written; the same command with --skip-existing goes on", err=True)
+        raise
+    for line in planned.left_out:
+        typer.echo(f"left out: {line}", err=True)
     _report(results, model.model, output.as_json)
 
 
-def _run_jobs(jobs: list[Job], options: UpscaleOptions, model: ModelOptions, prompt: PromptOptions) -> list[Result]:
+@dataclass(frozen=True, kw_only=True)
+class Teller:
+    """Lines about images as they are finished: what was written on stdout, what failed on stderr.
+
+    With ``--json``, stdout is for the document: where stderr is no terminal, which has a bar, lines go there.
+    """
+
+    as_json: bool
+    alone: bool
+    """True where there is one image only, whose failure is that of the command."""
+
+    def about(self, result: Result) -> None:
+        """Print the line of one result."""
+        if result.status == "failed" and not self.alone:
+            typer.echo(f"failed: {result.error}", err=True)
+        elif result.status == "written" and not self.as_json:
+            typer.echo(result.output)
+        elif result.status == "written" and not sys.stderr.isatty():
+            typer.echo(f"written: {result.output}", err=True)
+
+
+def _run_jobs(
+    jobs: list[Job], options: UpscaleOptions, model: ModelOptions, prompt: PromptOptions, handling: Handling
+) -> Generator[Result, None, None]:
+    """Enlarge files; results come as they are finished, first those whose folder cannot be written."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from onestepsr.core.files import remove_leftovers
-    from onestepsr.imaging.write import check_writable
 
+    closed = unwritable({job.target.parent: job for job in jobs})
+    if jobs and all(job.target.parent in closed for job in jobs):
+        raise UserError(closed[jobs[0].target.parent])
+    yield from (result_of(job, "failed", closed[job.target.parent]) for job in jobs if job.target.parent in closed)
+    jobs = [job for job in jobs if job.target.parent not in closed]
     if not jobs:
-        return []
-    for job in {job.target.parent: job for job in jobs}.values():
-        check_writable(job.target)
+        return
     remove_leftovers(*(job.target for job in jobs))
     upscaler = model.load()
     prompts = prompt.load(upscaler)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    # Lines on stdout go above the bar where both are the terminal; where stdout is a file they must not be redirected.
+    on_terminal = sys.stdout.isatty()
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=on_terminal
+    ) as progress:
         files = progress.add_task("files", total=len(jobs), visible=len(jobs) > 1)
-        with closing(upscale_jobs(jobs, upscaler, options, prompts, progress)) as made:
-            results = []
+        with closing(upscale_jobs(jobs, upscaler, options, prompts, progress, handling=handling)) as made:
             for result in made:
-                results.append(result)
                 progress.advance(files)
-            return results
+                yield result
 
 
 def _run_stream(
-    inputs: list[str], output: OutputOptions, options: UpscaleOptions, model: ModelOptions, prompt: PromptOptions
+    context: typer.Context,
+    inputs: list[str],
+    output: OutputOptions,
+    *,
+    naming: Naming,
+    options: UpscaleOptions,
+    model: ModelOptions,
+    prompt: PromptOptions,
 ) -> Result:
     from onestepsr.imaging.write import check_writable
 
     to_stdout = output.out in (None, STREAM)
+    if to_stdout:
+        refuse(context, ["skip_existing", "overwrite"], "stdout is no file")
+    refuse(context, ["recursive"], "there is no folder, but one image")
     if len(inputs) > 1 or (output.as_json and to_stdout):
         what = "- (stdin): must be the only input" if STREAM in inputs else "-o - (stdout): takes one input"
         raise UserError(f"{what}, and --json needs -o FILE with it")
-    target = None if to_stdout else target_file(output.naming(""))
+    if output.keep_times and (to_stdout or inputs[0] == STREAM or is_pipe(inputs[0])):
+        raise UserError("--keep-times: stdin, stdout and pipes have no times of a file")
+    target = None if to_stdout else target_file(naming)
     jobs = [] if target is None else [Job(Path(inputs[0]), target)]
     if existing(jobs, output.skip_existing, output.overwrite):
         return result_of(jobs[0], "skipped")
@@ -249,22 +335,26 @@ def _run_stream(
         check_writable(target)
     upscaler = model.load()
     prompts = prompt.load(upscaler)
-    return upscale_stream(inputs[0], target, output.file_format, upscaler=upscaler, options=options, prompts=prompts)
+    return upscale_stream(
+        inputs[0],
+        target,
+        naming.file_format,
+        upscaler=upscaler,
+        options=options,
+        prompts=prompts,
+        handling=output.handling,
+    )
 
 
 def _report(results: list[Result], model: str, as_json: bool) -> None:
+    """Print the document, and how many images failed; each of them has been named already, unless it is the only
+    one."""
     failed = [result for result in results if result.status == "failed"]
     if as_json:
         document = {"schema": SCHEMA, "model": model, "failed": len(failed), "results": [asdict(r) for r in results]}
         typer.echo(json.dumps(document, indent=2))
-    else:
-        for result in results:
-            if result.status == "written":
-                typer.echo(result.output)
     if failed and len(results) == 1:
         raise UserError(str(failed[0].error))
-    for result in failed:
-        typer.echo(f"failed: {result.error}", err=True)
     if failed:
         typer.echo(f"{len(failed)} of {len(results)} images failed", err=True)
         raise typer.Exit(1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from onestepsr.cli.options import refuse
 from onestepsr.core.errors import UserError
 from onestepsr.weights.catalog import OSEDIFF_SCALES
 
@@ -58,6 +59,11 @@ class PromptOptions:
             )
         if self.truncate_prompt and not self.are_given:
             raise UserError("--truncate-prompt: there is no prompt; give --prompt, --prompt-file or --prompt-from")
+
+    def refuse_unused(self, context: typer.Context) -> None:
+        """Raise UserError for --text-encoder without a prompt."""
+        if not self.are_given:
+            refuse(context, ["text_encoder"], "there is no prompt; give --prompt, --prompt-file or --prompt-from")
 
     @property
     def are_given(self) -> bool:
