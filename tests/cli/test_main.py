@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import typer
-from onestepsr.data.config import DataConfig
 
 from onestepsr import __version__
 from onestepsr.cli.main import main
 from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
+from onestepsr.data.datasets import DataConfig
 from onestepsr.inference.upscaler import Upscaler
 
 
