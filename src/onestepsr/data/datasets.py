@@ -402,9 +402,13 @@ class Pool(Dataset[Sample]):
             code = zlib.crc32(self._open()[name][number], code)
         return MADE | code
 
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every image of an entry."""
+        return {name: tuple(image.shape) for name, image in self.source[0].items()}
+
     def _open(self) -> dict[str, np.memmap[Any, Any]]:
         if self._arrays is None:
-            shapes = {name: tuple(image.shape) for name, image in self.source[0].items()}
+            shapes = self._shapes()
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 # The arrays start as holes: running out of room later would kill the process, so it is checked now.

@@ -129,16 +129,26 @@ class LPIPS(nn.Module):
         self.channels = tuple(channels)
         self.register_buffer("weights", torch.cat(given), persistent=False)
 
+    @classmethod
+    def averaged(cls, channels: Sequence[int]) -> LPIPS:
+        """Without channel weights, and as the mean over the layers instead of their sum: in [0, 4]."""
+        return cls(channels, [torch.full((count,), 1 / len(channels)) for count in channels])
+
+    def compare(self, x_maps: Sequence[Tensor], y_maps: Sequence[Tensor]) -> Tensor:
+        """Distance (N,) of two lists of feature maps (N, C_k, H_k, W_k), the images themselves first, which do not
+        count; gradients flow to ``x_maps`` only."""
+        distance = torch.zeros(x_maps[0].shape[0], device=x_maps[0].device, dtype=x_maps[0].dtype)
+        weights = torch.split(self.weights, list(self.channels))
+        for feature, target, weight in zip(x_maps[1:], y_maps[1:], weights, strict=True):
+            difference = (self._unit(feature) - self._unit(target).detach()).square()  # (N, C, H, W)
+            distance = distance + (difference.mean(dim=(2, 3)) * weight).sum(dim=1)
+        return distance
+
     def forward(self, features: Features, x: Tensor, y: Tensor) -> Tensor:
         """Distance (N,) of images (N, 3, H, W) in [0, 1]; gradients flow to ``x`` only."""
         with torch.no_grad():
-            targets = [self._unit(target) for target in features(y)[1:]]
-        distance = torch.zeros(x.shape[0], device=x.device, dtype=x.dtype)
-        weights = torch.split(self.weights, list(self.channels))
-        for feature, target, weight in zip(features(x)[1:], targets, weights, strict=True):
-            difference = (self._unit(feature) - target).square()  # (N, C, H, W)
-            distance = distance + (difference.mean(dim=(2, 3)) * weight).sum(dim=1)
-        return distance
+            target = features(y)
+        return self.compare(features(x), target)
 
     def _unit(self, feature: Tensor) -> Tensor:
         # The square of epsilon under the root, and not epsilon beside it: the gradient stays finite at zero.
@@ -199,3 +209,25 @@ def lattice_loss(sr: Tensor, hr: Tensor, *, factor: int = 4, window: int = 4) ->
     pooled = F.avg_pool2d(error, window, stride=max(1, window // 2))
     by_position = pooled.reshape(n, channels, factor**2, -1)
     return (by_position - by_position.mean(dim=2, keepdim=True)).square().mean()
+
+
+# ---- Likely artefacts: a weight map for pixel errors -----------------------------------------------------------------
+
+ARTIFACT_WINDOW = 7
+ARTIFACT_POWER = 0.2
+
+
+def artifact_map(sr: Tensor, hr: Tensor) -> Tensor:
+    """Weights (N, 1, H, W), without gradient, for the pixel errors of ``sr`` (N, 3, H, W) against ``hr``, in [0, 1].
+
+    Detail that a generator invents differs from the photo's wildly from pixel to pixel where it is an artefact and
+    evenly where it is only softer: the map is the local variance of the residual, times the fifth root of its variance
+    in the whole image (Liang, Zeng and Zhang, "Details or Artifacts", 2022, Eq. 3 to 5, without the comparison with an
+    averaged model).
+    """
+    residual = (sr.detach() - hr).abs().sum(dim=1, keepdim=True)
+    padded = F.pad(residual, (ARTIFACT_WINDOW // 2,) * 4, mode="reflect")
+    mean, square = (F.avg_pool2d(plane, ARTIFACT_WINDOW, stride=1) for plane in (padded, padded.square()))
+    local = (square - mean.square()).clamp(min=0)
+    whole = residual.flatten(1).var(dim=1).clamp(min=1e-12) ** ARTIFACT_POWER
+    return local * whole[:, None, None, None]

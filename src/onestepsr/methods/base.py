@@ -22,6 +22,7 @@ from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.lora import merged_state_dict
 
 if TYPE_CHECKING:
+    from onestepsr.data.datasets import DataConfig
     from onestepsr.prompts.embedder import EmbeddingCache, PromptEmbedder
 
 Networks = Mapping[str, Callable[..., Any]]
@@ -121,6 +122,9 @@ class Method:
     where the networks read no text or learn their prompt."""
     check_texts: Callable[[Sequence[str], EmbeddingCache], None] | None = None
     """Raises for these texts what ``embedder`` would, and computes nothing: the dry run's replacement."""
+    targets: Callable[[Any, DataConfig, int], Any] | None = None
+    """Adds further images to the training samples: maps a dataset, its configuration and seed to the dataset with them,
+    whose ``fill()``, if it is a :class:`onestepsr.methods.shared.taught.TaughtPool`, is called before training."""
     scale: int | None = None
     """Factor between the sides of ``hr`` and ``lr`` that the networks are made for; none where they take any."""
     hr_multiple: int = 1

@@ -15,6 +15,7 @@ from onestepsr.core.config import from_mapping, to_mapping
 from onestepsr.core.errors import UnknownModel, UserError, did_you_mean
 from onestepsr.models.generators import LatentGenerator, OneStepLatentGenerator
 from onestepsr.models.osediff.generator import OSEDiffGeneratorConfig, osediff_generator
+from onestepsr.models.realesrgan.networks import RealESRGANConfig, RealESRGANGenerator
 from onestepsr.models.resshift.config import (
     RANDOM_RESIDUAL,
     ResidualShiftGeneratorConfig,
@@ -53,6 +54,7 @@ ARCHITECTURES = {
         Architecture("stable-diffusion-encoder", StableDiffusionEncoderConfig, StableDiffusionUNetEncoder),
         Architecture("osediff", OSEDiffGeneratorConfig, osediff_generator),
         Architecture(RESIDUAL, ResidualShiftGeneratorConfig, residual_shift_generator),
+        Architecture("realesrgan", RealESRGANConfig, RealESRGANGenerator),
         Architecture(TINY_RESIDUAL, TinyResidualShiftGeneratorConfig, tiny_residual_shift_generator),
     )
 }

@@ -17,6 +17,8 @@ from onestepsr.models.backbones import load_backbone
 from onestepsr.models.generators import BicubicGenerator, Generator, LatentGenerator
 from onestepsr.models.osediff.checkpoints import ARCHITECTURE, Adapters, looks_published, merge, read_any
 from onestepsr.models.osediff.generator import OSEDiffGenerator, Posterior
+from onestepsr.models.realesrgan.checkpoints import load_realesrgan
+from onestepsr.models.realesrgan.checkpoints import looks_published as looks_like_realesrgan
 from onestepsr.models.resshift.checkpoints import load_published
 from onestepsr.models.resshift.config import PUBLISHED, Sampler, TinyResidualShiftGeneratorConfig
 from onestepsr.models.resshift.generator import ResidualShiftGenerator
@@ -96,9 +98,15 @@ LOADERS: dict[str, Callable[[str], nn.Module]] = {
     "bicubic": lambda name: BicubicGenerator(),
     "resshift": load_published,
     "osediff": load_osediff,
+    "realesrgan": lambda name: load_realesrgan(resolve(name)),
 }
 """Loader of each family of names: random weights, files and aliases of files of ours, and published models."""
-ALIASES: dict[str, Collection[str]] = {"bicubic": (BICUBIC,), "resshift": PUBLISHED, "osediff": OSEDIFF_SCALES}
+ALIASES: dict[str, Collection[str]] = {
+    "bicubic": (BICUBIC,),
+    "resshift": PUBLISHED,
+    "osediff": OSEDIFF_SCALES,
+    "realesrgan": [spec.id for spec in list_models() if spec.family == "realesrgan"],
+}
 """Names of the published models by family; every other name is one of ours."""
 
 
@@ -113,6 +121,8 @@ def load_network(name_or_path: str | Path) -> nn.Module:
     family = next((family for family, names in ALIASES.items() if name in names), "native")
     if is_random(name_or_path) or Path(name_or_path).is_file():
         family = "random" if is_random(name_or_path) else "native"
+        if looks_like_realesrgan(Path(name_or_path)):
+            family = "realesrgan"
     return LOADERS[family](name).eval()
 
 

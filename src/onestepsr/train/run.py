@@ -20,6 +20,7 @@ from onestepsr.core.machine import multiplies_bfloat16
 from onestepsr.core.rng import derived_seed
 from onestepsr.data.datasets import DataConfig, Pool, build_dataset, fingerprint
 from onestepsr.methods.base import Exported, Method, get_method
+from onestepsr.methods.shared.taught import TaughtPool
 from onestepsr.train.batches import with_prompts
 from onestepsr.train.checkpoint import Checkpoint, Checkpoints
 from onestepsr.train.memory_estimate import Estimate, estimate
@@ -89,6 +90,9 @@ def prepare(run: RunConfig, *, resume: bool, dry: bool = False) -> Plan:
     else:
         check_sizes(method, held_out, "validation.data")
         validation = with_prompts(validation, held_out, method, "validation.data", dry=dry)
+    if method.targets is not None:
+        source = method.targets(source, run.data, run.train.seed)
+        validation = source if held_out is None else validation
     validator = None
     if method.preview is not None:
         validator = Validator(method.preview, validation, run.validation, run.out, multiple=method.hr_multiple)
@@ -145,6 +149,11 @@ def _run(plan: Plan) -> Accelerator:
     run = plan.run
     hooks = Hooks(validation_every=run.validation.every)
     identity = to_mapping(run)
+    if isinstance(plan.source, TaughtPool):
+        # Several processes start at once: the first one makes the targets, the others wait and find them there.
+        plan.source.folder.mkdir(parents=True, exist_ok=True)
+        with locked(plan.source.folder / LOCK, wait=True):
+            plan.source.fill()
     trainer = Trainer(plan.method, plan.source, run.train, run.out, identity=identity, photos=plan.content, hooks=hooks)
     if trainer.share.processes != process_count():
         together = f"WORLD_SIZE is {process_count()}, but {trainer.share.processes} would train together"

@@ -107,6 +107,18 @@ METRICS = {
         _distance("lpips", "LPIPS", "AlexNet, v0.1", partial(perceptual.load_lpips, "alexnet")),
         _distance("lpips_vgg", "LPIPS (VGG)", "VGG-16, v0.1", partial(perceptual.load_lpips, "vgg16")),
         _distance("dists", "DISTS", "VGG-16, no resize", perceptual.load_dists),
+        _distance(
+            "lpips-efficientnet",
+            "LPIPS (EfficientNet)",
+            "EfficientNet-Lite0, five maps, no channel weights, mean",
+            perceptual.load_efficientnet_lpips,
+        ),
+        _distance(
+            "dists-efficientnet",
+            "DISTS (EfficientNet)",
+            "EfficientNet-Lite0, image and five maps, no channel weights, no resize",
+            perceptual.load_efficientnet_dists,
+        ),
         _distance("ea_dists", "EA-DISTS", "VGG-16, no resize, edges of the channel mean", perceptual.load_ea_dists),
         MetricSpec(
             name="fid", title="FID", variant="clean-fid", higher_is_better=False, network=True, of_sets=fid.load_fid

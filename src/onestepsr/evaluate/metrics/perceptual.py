@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from onestepsr.core.errors import MissingExtra, UserError, first_line
 from onestepsr.evaluate.metrics.fidelity import Metric, check_image
 from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists, read_dists_weights, read_lpips_weights
+from onestepsr.models.efficientnet_lite import EfficientNetFeatures, EfficientNetLite0
 from onestepsr.models.perceptual_features import AlexNetFeatures, VGG16Features
 from onestepsr.weights.catalog import get_model, resolve
 from onestepsr.weights.download import without_downloads
@@ -79,6 +80,23 @@ def load_ea_dists() -> Metric:
     """DISTS of the images plus DISTS of their Sobel edges (D3SR, Eq. 5), edges of the channel mean."""
     features, distance = _dists()
     return LearnedDistance(features, distance, lambda sr, hr: ea_dists(distance, features, sr, hr))
+
+
+def load_efficientnet_lpips() -> Metric:
+    """LPIPS over the five maps of EfficientNet-Lite0, channels and maps alike: the mean over the maps, in [0, 4]."""
+    features = _efficientnet()
+    return LearnedDistance(features, LPIPS.averaged(features.channels[1:]))
+
+
+def load_efficientnet_dists() -> Metric:
+    """DISTS over the image and the five maps of EfficientNet-Lite0, every channel of a map and every map alike."""
+    features = _efficientnet()
+    return LearnedDistance(features, DISTS(features.channels))
+
+
+def _efficientnet() -> EfficientNetFeatures:
+    (path,) = weights("efficientnet-lite0")
+    return EfficientNetFeatures(EfficientNetLite0.from_file(path))
 
 
 def weights(*aliases: str) -> list[Path]:

@@ -22,6 +22,7 @@ from onestepsr.losses.perceptual import (
     read_dists_weights,
     read_lpips_weights,
 )
+from onestepsr.models.efficientnet_lite import EfficientNetFeatures, EfficientNetLite0
 from onestepsr.models.perceptual_features import OrientedFeatures, VGG16Features
 from onestepsr.weights.catalog import resolve
 from onestepsr.weights.files import SMALL_WEIGHTS, read_tensors
@@ -36,11 +37,15 @@ class PerceptualConfig:
 
     distance: Literal["ea_dists", "dists", "ea_lpips", "lpips"] = "ea_dists"
     """D3SR's EA-DISTS (Eq. 5), DISTS without the edge term, or LPIPS with and without it (Table 5)."""
-    features: Literal["oriented", "vgg16"] = "oriented"
-    """``vgg16`` is the paper's and needs published weights; ``oriented`` is a fixed filter pyramid that needs
-    nothing."""
+    features: Literal["oriented", "vgg16", "efficientnet-lite0"] = "oriented"
+    """``vgg16`` is the paper's and needs published weights; ``efficientnet-lite0`` is trained on ImageNet too, costs a
+    tenth and comes from the package registry; ``oriented`` is a fixed filter pyramid that needs nothing."""
     vgg16_weights: str = "vgg16"
     """Name of a model, or file with torchvision's VGG-16 keys."""
+    efficientnet_weights: str = "efficientnet-lite0"
+    """Name of a model, or file with EfficientNet-Lite0's published keys."""
+    efficientnet_stages: int = 5
+    """Number of its maps that count, at 1/2 to 1/32 of the image's sides."""
     dists_weights: str | None = "dists"
     """Name or file of the published channel weights, used with ``vgg16``; null gives every channel the same."""
     lpips_weights: str | None = "lpips-vgg"
@@ -108,6 +113,12 @@ def build_perceptual(config: PerceptualConfig) -> tuple[nn.Module, DISTS | LPIPS
         if lpips:
             return oriented, LPIPS(oriented.channels[1:], epsilon=ORIENTED_LPIPS_EPSILON)
         return oriented, DISTS(oriented.channels, texture_share=config.texture_share)
+    if config.features == "efficientnet-lite0":
+        network = EfficientNetLite0.from_file(resolve(config.efficientnet_weights)).requires_grad_(False)
+        efficientnet = EfficientNetFeatures(network, config.efficientnet_stages)
+        if lpips:
+            return efficientnet, LPIPS.averaged(efficientnet.channels[1:])
+        return efficientnet, DISTS(efficientnet.channels, texture_share=config.texture_share)
     vgg = VGG16Features.from_file(resolve(config.vgg16_weights), pooling="max" if lpips else "hann")
     vgg.requires_grad_(False)
     if lpips:

@@ -1,0 +1,169 @@
+"""EfficientNet-Lite0, trained on ImageNet: features for perceptual distances and for discriminators.
+
+Inverted bottlenecks with depthwise convolutions, ReLU6 and no squeeze-and-excitation (Tan and Le, "EfficientNet", 2019,
+in the form for mobile devices). Batch normalisation, which is frozen, is folded into the convolutions when weights are
+read; strided convolutions are padded as TensorFlow does it ("SAME"), which is how the weights were trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onestepsr.core.errors import UserError
+from onestepsr.weights.files import read_tensors
+
+MAX_BYTES = 2**27
+"""Limit on weight files; the published one has 18 MiB."""
+STEM_WIDTH = 32
+GROUPS = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+"""Blocks, kernel, stride of the first, expansion and channels of each group of blocks."""
+HEAD_WIDTH = 1280
+CLASSES = 1000
+BATCH_NORM_EPSILON = 1e-3
+MEAN, SCALE = 127 / 255, 255 / 128
+"""Mean that is subtracted from an image in [0, 1], and factor that it is then multiplied with."""
+KIND = "EfficientNet-Lite0 weights"
+
+
+class SameConv(nn.Conv2d):
+    """Convolution with TensorFlow's padding: the output has ceil(side / stride), and what is odd goes to the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C', ceil(H / stride), ceil(W / stride))."""
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        height, width = (max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:])
+        if height == width == kernel - 1 and height % 2 == 0:  # even on all sides: without a padded copy
+            padding = height // 2
+        else:
+            x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+            padding = 0
+        return F.conv2d(x, self.weight, self.bias, stride, padding, 1, self.groups)
+
+
+class InvertedBottleneck(nn.Module):
+    """Expansion by 1x1, depthwise convolution, projection by 1x1 without activation; a residual connection where the
+    shape stays."""
+
+    def __init__(self, channels: int, out: int, *, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = channels * expansion
+        self.expand = nn.Conv2d(channels, inner, 1) if expansion > 1 else None
+        self.depthwise = SameConv(inner, inner, kernel, stride, groups=inner)
+        self.project = nn.Conv2d(inner, out, 1)
+        self.residual = stride == 1 and channels == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C', ceil(H / stride), ceil(W / stride))."""
+        h = x if self.expand is None else F.relu6(self.expand(x))
+        h = self.project(F.relu6(self.depthwise(h)))
+        return torch.as_tensor(x + h if self.residual else h)
+
+
+class EfficientNetLite0(nn.Module):
+    """Classifier and, in :meth:`maps`, features: the last map at each of the five resolutions."""
+
+    channels = (16, 24, 40, 112, 320)
+    """Channels of the maps at 1/2, 1/4, 1/8, 1/16 and 1/32 of the image's sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = SameConv(3, STEM_WIDTH, 3, 2)
+        blocks: list[nn.Module] = []
+        ends: list[int] = []
+        width = STEM_WIDTH
+        for count, kernel, stride, expansion, out in GROUPS:
+            if stride > 1:
+                ends.append(len(blocks) - 1)
+            for number in range(count):
+                own = stride if number == 0 else 1
+                blocks.append(InvertedBottleneck(width, out, kernel=kernel, stride=own, expansion=expansion))
+                width = out
+        self.blocks = nn.ModuleList(blocks)
+        self.ends = (*ends, len(blocks) - 1)
+        self.head = nn.Conv2d(width, HEAD_WIDTH, 1)
+        self.classifier = nn.Linear(HEAD_WIDTH, CLASSES)
+
+    @classmethod
+    def from_file(cls, path: Path) -> EfficientNetLite0:
+        """The network with the published weights, in eval mode; :class:`UserError` in one line for any other file."""
+        network = cls()
+        try:
+            network.load_state_dict(folded(read_tensors(path, limit=MAX_BYTES)))
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"{path}: not {KIND} ({str(error).splitlines()[-1].strip()})") from error
+        return network.eval()
+
+    def maps(self, x: Tensor, stages: int = 5) -> list[Tensor]:
+        """The first ``stages`` maps of :attr:`channels` for ``x`` (N, 3, H, W) in [0, 1]; no more is computed."""
+        h = F.relu6(self.stem((x - MEAN) * SCALE))
+        maps: list[Tensor] = []
+        for number, block in enumerate(self.blocks):
+            h = block(h)
+            if number == self.ends[len(maps)]:
+                maps.append(h)
+                if len(maps) == stages:
+                    break
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, 1000) of ImageNet's classes for ``x`` (N, 3, H, W) in [0, 1], 224x224 as published."""
+        h = F.relu6(self.head(self.maps(x)[-1]))
+        return torch.as_tensor(self.classifier(h.mean(dim=(2, 3))))
+
+
+class EfficientNetFeatures(nn.Module):
+    """The network as the feature network of a distance: a list of maps that begins with the image itself."""
+
+    keeps_float32 = True
+    """Distances are small differences of its features; training leaves it in float32 when it keeps backbones in 16
+    bits."""
+
+    def __init__(self, network: EfficientNetLite0, stages: int = 5) -> None:
+        super().__init__()
+        if not 1 <= stages <= len(EfficientNetLite0.channels):
+            raise UserError(f"EfficientNet-Lite0: {stages} stages, accepted: 1 to {len(EfficientNetLite0.channels)}")
+        self.network, self.stages = network, stages
+        self.channels = (3, *EfficientNetLite0.channels[:stages])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """``stages`` + 1 maps for ``x`` (N, 3, H, W) in [0, 1]."""
+        return [x, *self.network.maps(x, self.stages)]
+
+
+def folded(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of :class:`EfficientNetLite0` from the published one, batch normalisation folded into convolutions."""
+    state: dict[str, Tensor] = {}
+
+    def fold(own: str, convolution: str, norm: str) -> None:
+        weight = published[f"{convolution}.weight"].double()
+        scale = published[f"{norm}.weight"].double()
+        scale = scale / (published[f"{norm}.running_var"].double() + BATCH_NORM_EPSILON).sqrt()
+        shift = published[f"{norm}.bias"].double() - scale * published[f"{norm}.running_mean"].double()
+        dtype = published[f"{convolution}.weight"].dtype
+        state[f"{own}.weight"] = (weight * scale[:, None, None, None]).to(dtype)
+        state[f"{own}.bias"] = shift.to(dtype)
+
+    fold("stem", "_conv_stem", "_bn0")
+    for number in range(sum(count for count, *_ in GROUPS)):
+        theirs, own = f"_blocks.{number}", f"blocks.{number}"
+        if f"{theirs}._expand_conv.weight" in published:
+            fold(f"{own}.expand", f"{theirs}._expand_conv", f"{theirs}._bn0")
+        fold(f"{own}.depthwise", f"{theirs}._depthwise_conv", f"{theirs}._bn1")
+        fold(f"{own}.project", f"{theirs}._project_conv", f"{theirs}._bn2")
+    fold("head", "_conv_head", "_bn1")
+    for kind in ("weight", "bias"):
+        state[f"classifier.{kind}"] = published[f"_fc.{kind}"]
+    return state

@@ -1,0 +1,1 @@
+"""Real-ESRGAN: the network and its published weights."""

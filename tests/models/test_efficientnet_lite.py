@@ -1,0 +1,104 @@
+"""EfficientNet-Lite0 against its layers written out with batch normalisation and TensorFlow's padding."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onestepsr.core.errors import UserError
+from onestepsr.models.efficientnet_lite import GROUPS, EfficientNetFeatures, EfficientNetLite0, SameConv, folded
+from weights_by_name import values_by_name
+
+PARAMETERS_WITH_NORMS = 4_652_008
+
+
+def published() -> dict[str, Tensor]:
+    """A state dict with the keys and shapes of the published file."""
+    shapes: dict[str, tuple[int, ...]] = {"_conv_stem.weight": (32, 3, 3, 3), "_conv_head.weight": (1280, 320, 1, 1)}
+    norms = {"_bn0": 32, "_bn1": 1280}
+    number, width = 0, 32
+    for count, kernel, _, expansion, out in GROUPS:
+        for _ in range(count):
+            inner, block = width * expansion, f"_blocks.{number}"
+            if expansion > 1:
+                shapes[f"{block}._expand_conv.weight"] = (inner, width, 1, 1)
+                norms[f"{block}._bn0"] = inner
+            shapes[f"{block}._depthwise_conv.weight"] = (inner, 1, kernel, kernel)
+            shapes[f"{block}._project_conv.weight"] = (out, inner, 1, 1)
+            norms |= {f"{block}._bn1": inner, f"{block}._bn2": out}
+            number, width = number + 1, out
+    shapes |= {"_fc.weight": (1000, 1280), "_fc.bias": (1000,)}
+    for norm, count in norms.items():
+        shapes |= {f"{norm}.{part}": (count,) for part in ("weight", "bias", "running_mean", "running_var")}
+    state = {key: torch.from_numpy(values_by_name(key, shape)) for key, shape in shapes.items()}
+    return {key: value.abs() + 0.1 if key.endswith("running_var") else value for key, value in state.items()}
+
+
+def by_layers(state: dict[str, Tensor], image: Tensor) -> list[Tensor]:
+    """Outputs of all blocks, layer by layer as the published code has them."""
+
+    def layer(x: Tensor, conv: str, norm: str, stride: int = 1, *, depthwise: bool = False) -> Tensor:
+        weight = state[f"{conv}.weight"]
+        kernel = weight.shape[-1]
+        sides = []
+        for side in x.shape[-2:]:
+            total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
+            sides.append((total // 2, total - total // 2))
+        x = F.conv2d(F.pad(x, (*sides[1], *sides[0])), weight, None, stride, groups=x.shape[1] if depthwise else 1)
+        parts = (state[f"{norm}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, *parts, eps=1e-3)
+
+    h = F.relu6(layer((image * 255 - 127) / 128, "_conv_stem", "_bn0", 2))
+    outputs, number = [], 0
+    for count, _, stride, expansion, _ in GROUPS:
+        for repeat in range(count):
+            block, before = f"_blocks.{number}", h
+            if expansion > 1:
+                h = F.relu6(layer(h, f"{block}._expand_conv", f"{block}._bn0"))
+            own = stride if repeat == 0 else 1
+            h = F.relu6(layer(h, f"{block}._depthwise_conv", f"{block}._bn1", own, depthwise=True))
+            h = layer(h, f"{block}._project_conv", f"{block}._bn2")
+            h = h + before if own == 1 and h.shape == before.shape else h
+            outputs.append(h)
+            number += 1
+    return outputs
+
+
+def test_maps_are_those_of_the_layers(tmp_path: Path) -> None:
+    state = published()
+    assert sum(value.numel() for key, value in state.items() if "running" not in key) == PARAMETERS_WITH_NORMS
+    torch.save(state, tmp_path / "weights.pth")
+    network = EfficientNetLite0.from_file(tmp_path / "weights.pth").double()
+    state = {key: value.double() for key, value in state.items()}
+    network.load_state_dict(folded(state))  # random weights amplify what float32 rounds
+    image = torch.rand(1, 3, 45, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    outputs = by_layers(state, image)
+    with torch.no_grad():
+        maps = network.maps(image)
+        fewer = EfficientNetFeatures(network, 2)(image)
+    assert [tuple(one.shape[1:]) for one in maps] == [(16, 23, 32), (24, 12, 16), (40, 6, 8), (112, 3, 4), (320, 2, 2)]
+    for one, number in zip(maps, (0, 2, 4, 10, 15), strict=True):
+        expected = outputs[number]
+        assert (one - expected).abs().max() < 1e-9 * expected.abs().max()
+    assert len(fewer) == 3
+    torch.testing.assert_close(fewer[0], image, rtol=0, atol=0)
+    torch.testing.assert_close(fewer[2], maps[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("side", "kernel", "stride", "before", "after"), [(8, 3, 2, 0, 1), (7, 3, 2, 1, 1), (8, 5, 2, 1, 2)]
+)
+def test_odd_padding_goes_to_the_end(side: int, kernel: int, stride: int, before: int, after: int) -> None:
+    conv = SameConv(2, 2, kernel, stride)
+    x = torch.randn(1, 2, side, side, generator=torch.Generator().manual_seed(0))
+    expected = F.conv2d(F.pad(x, (before, after, before, after)), conv.weight, conv.bias, stride)
+    torch.testing.assert_close(conv(x), expected)
+
+
+def test_other_weights_are_refused_in_one_line(tmp_path: Path) -> None:
+    torch.save({"_conv_stem.weight": torch.zeros(3)}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="not EfficientNet-Lite0 weights") as error:
+        EfficientNetLite0.from_file(tmp_path / "weights.pth")
+    assert "\n" not in str(error.value)
