@@ -129,6 +129,7 @@ def test_every_alias_says_what_it_is_and_where_it_comes_from():
         "vgg16",
         "dists",
         "lpips-vgg",
+        "efficientnet-lite0",
         "alexnet",
         "lpips-alex",
         "inception-fid",

@@ -17,7 +17,9 @@ from onestepsr.evaluate.metrics.niqe import NiqeParameters, niqe
 from onestepsr.evaluate.metrics.perceptual import LearnedDistance
 from onestepsr.imaging.read import read_image, samples_to_tensor
 from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists
+from onestepsr.models.efficientnet_lite import EfficientNetFeatures, EfficientNetLite0
 from onestepsr.models.perceptual_features import AlexNetFeatures, OrientedFeatures, VGG16Features
+from weights_by_name import fill_by_name
 
 pytestmark = pytest.mark.numeric
 
@@ -32,6 +34,14 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 def alexnet() -> AlexNetFeatures:
     torch.manual_seed(0)
     return AlexNetFeatures()
+
+
+@cache
+def efficientnet() -> EfficientNetFeatures:
+    torch.manual_seed(0)
+    network = EfficientNetLite0()
+    fill_by_name(network)  # at their usual start, features would vanish
+    return EfficientNetFeatures(network)
 
 
 def dists_of(features: OrientedFeatures, *, edges: bool) -> LearnedDistance:
@@ -51,9 +61,11 @@ MEASURES: dict[str, Measure] = {
     "lpips": LearnedDistance(alexnet(), LPIPS(alexnet().channels[1:])),
     "dists": dists_of(OrientedFeatures(), edges=False),
     "ea_dists": dists_of(OrientedFeatures(), edges=True),
+    "lpips-efficientnet": LearnedDistance(efficientnet(), LPIPS.averaged(efficientnet().channels[1:])),
+    "dists-efficientnet": LearnedDistance(efficientnet(), DISTS(efficientnet().channels)),
 }
-LEARNED = ("lpips", "dists", "ea_dists")
-IDENTITY = {"psnr": 80.0, "psnr_rgb": 80.0, "overshoot": 0.0, "lpips": 0.0, "dists": 0.0, "ea_dists": 0.0}
+LEARNED = ("lpips", "dists", "ea_dists", "lpips-efficientnet", "dists-efficientnet")
+IDENTITY = {"psnr": 80.0, "psnr_rgb": 80.0, "overshoot": 0.0, **dict.fromkeys(LEARNED, 0.0)}
 ASYMMETRIC = ("overshoot",)
 BLIND_TO_BLUR = ("overshoot",)
 
@@ -117,12 +129,18 @@ def test_single_precision_is_enough(name: str) -> None:
     try:
         torch.set_default_dtype(torch.float64)
         measure: Measure = LearnedDistance(alexnet().double(), LPIPS(alexnet().channels[1:]))
-        if name != "lpips":
+        if name.endswith("efficientnet"):
+            features = efficientnet().double()
+            channels = features.channels
+            distance = LPIPS.averaged(channels[1:]) if name.startswith("lpips") else DISTS(channels)
+            measure = LearnedDistance(features, distance)
+        elif name != "lpips":
             measure = dists_of(OrientedFeatures().double(), edges=name == "ea_dists")
         double = measure(sr.double(), hr.double()).item()
     finally:
         torch.set_default_dtype(torch.float32)
         alexnet().float()
+        efficientnet().float()
     assert double == pytest.approx(single, rel=1e-4)
 
 

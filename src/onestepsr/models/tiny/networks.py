@@ -29,8 +29,11 @@ DETAIL = ((1, 3), (3, 1), (5, 5))
 other: the finest detail across and down, then all that is fine."""
 WINDOW = 9
 """Blocks along each side of the surroundings over which the strength of detail is measured."""
-NO_DETAIL = 0.004
-"""Half a gray level of 255, in [-1, 1]: surroundings with much less detail than that are left as they are."""
+NO_DETAIL = 0.001
+"""An eighth of a gray level of 255, in [-1, 1]: surroundings with much less detail than that are left as they are."""
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in what the eye, and the metric *grid*, takes for brightness. With their plain mean, a
+lattice that the colours carry against each other would be left standing."""
 LARGEST_FACTOR = 1.3
 """Detail is scaled by at most this, and at least its inverse."""
 
@@ -109,7 +112,7 @@ class Refinement(nn.Module):
 
 
 class EvenContrast(nn.Module):
-    """Fine contrast of brightness, made equally strong at the 4x4 pixels of a latent position.
+    """Fine contrast of luma, made equally strong at the 4x4 pixels of a latent position.
 
     A decoder of shuffled pixels draws detail a little stronger at some pixels of its 4x4 blocks than at others, which
     shows as faint dots along edges and as a weave in texture. Which pixels those are differs with the degradation and
@@ -120,7 +123,8 @@ class EvenContrast(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Image (N, 3, H, W) in about [-1, 1] of the same shape; H and W are multiples of 4."""
-        before = image.float().mean(dim=1, keepdim=True)
+        weights = torch.tensor(LUMA, device=image.device)[:, None, None]
+        before = (image.float() * weights).sum(dim=1, keepdim=True)
         brightness = before
         for filtered in DETAIL:
             mean = local_mean(brightness, *filtered)
@@ -231,8 +235,8 @@ BUNDLED = TinyConfig(
     refine_width=16,
     refine_blocks=1,
     widths=(64, 96, 160),
-    down_blocks=(2, 2, 4),
-    up_blocks=(3, 4, 3),
+    down_blocks=(2, 3, 6),
+    up_blocks=(7, 5, 6),
 )
 """Sizes of the model that comes with the package."""
 
