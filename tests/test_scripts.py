@@ -1,6 +1,7 @@
 """The programs in scripts/: each loads with the package as it is, and explains itself."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ def test_a_script_explains_itself(
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)  # where dataclasses look their module up
     spec.loader.exec_module(script)
     assert f"python scripts/{path.name} " in script.__doc__
     monkeypatch.setattr("sys.argv", [path.name, "--help"])

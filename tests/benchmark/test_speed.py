@@ -20,6 +20,7 @@ from onestepsr.benchmark.speed_report import step_ratios
 from onestepsr.core.errors import OneStepSRError, UnknownModel, UserError
 from onestepsr.imaging.read import LoadedImage
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
+from onestepsr.models.generators import LatentGenerator
 from onestepsr.models.loading import load_generator
 
 QUICK = {"width": 20, "height": 12, "device": "cpu", "repeats": 2, "warmup": 0, "memory": False, "ceiling_seconds": 0.0}
@@ -209,13 +210,13 @@ class Clock:
         return self.now
 
 
-class Timed(nn.Module):
+class Timed(LatentGenerator):
     """Stages that take 1, 2 and 4 seconds, and half a second around them."""
 
     scale = 1
 
     def __init__(self, clock: Clock) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # it has no networks
         self.clock = clock
 
     def _take(self, seconds: float, x: Tensor) -> Tensor:
@@ -231,7 +232,7 @@ class Timed(nn.Module):
     def decode(self, x: Tensor) -> Tensor:
         return self._take(4.0, x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **conditions: object) -> Tensor:
         return self._take(0.5, self.decode(self.step(self.encode(x))))
 
 

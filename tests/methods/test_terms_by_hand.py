@@ -260,7 +260,7 @@ def test_osediff_clamps_its_output_before_the_losses_as_published(backbone: str,
 def test_hinge_of_tadsr_calls_real_latents_real() -> None:
     """Logits of 2 on real and -2 on restored latents are beyond both margins and cost nothing; swapped they cost 6."""
     torch.manual_seed(0)
-    discriminator = tadsr.TimeAwareConfig(head=HeadConfig(width=4, norm_groups=4))
+    discriminator = tadsr.TimeAwareConfig(architecture="paper", head=HeadConfig(width=4, norm_groups=4))
     method = tadsr.build(tadsr.TADSRConfig(teacher=MICRO, teacher_steps=1, discriminator=discriminator))
     batch = {"hr": torch.rand(2, 3, 64, 64), "lr": torch.rand(2, 3, 16, 16)}
     networks = networks_of(method)

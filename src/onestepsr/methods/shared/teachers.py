@@ -105,7 +105,7 @@ class LatentDiffusionConfig:
 class ResidualShiftTeacher(Teacher):
     """A ResShift model and its deterministic sampler (TAD-SR, Eq. 1-3)."""
 
-    def __init__(self, name: str, steps: int | None, *, official: bool, capped: bool) -> None:
+    def __init__(self, name: str, steps: int | None, *, official: bool = False, capped: bool = False) -> None:
         """``name`` is that of a model or file; ``steps`` are the evaluations of one sampling, None takes all.
         ``official`` is for the features; ``capped`` limits sqrt(eta) of step 0 to :data:`SQRT_ETA_CAP`."""
         self.generator = load_residual_generator(name)
@@ -156,7 +156,7 @@ class ResidualShiftTeacher(Teacher):
 class LatentDiffusionTeacher(Teacher):
     """A latent-diffusion backbone that starts from the noised LR latent, and DDIM (Song et al., ICLR 2021)."""
 
-    def __init__(self, name: str, steps: int | None, config: LatentDiffusionConfig, *, official: bool) -> None:
+    def __init__(self, name: str, steps: int | None, config: LatentDiffusionConfig, *, official: bool = False) -> None:
         """``name`` is anything that a backbone loads from; ``steps`` are the evaluations of one sampling.
         ``official`` is for the features."""
         self.generator = load_backbone(name, prompt=config.prompt, prompt_file=config.prompt_file, for_training=True)
