@@ -62,8 +62,8 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_killed_parent(tmp_path: Path
     path = tmp_path / "lock"
     holder = (
         "import os, sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire()\n"
-        "if os.fork() == 0: time.sleep(5); os._exit(0)\n"
-        "print(flush=True); time.sleep(30)"
+        "if os.fork() == 0: print(flush=True); time.sleep(5); os._exit(0)\n"  # what runs at a fork is over then
+        "time.sleep(30)"
     )
     with subprocess.Popen([sys.executable, "-c", holder, str(path)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
