@@ -62,6 +62,15 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "discriminator": {"kind": "diffusion_gan", "tuning": "full", "hidden": [8], "adaptive": {"images": 50}},
         },
     ),
+    "distillation": (
+        "distillation",
+        {
+            "backbone": "diffusion",
+            "teacher": {"model": "bicubic", "live": True},
+            "perceptual": {"features": "oriented"},
+            "discriminators": {"unet_weight": 0.05, "unet_widths": [4, 8]},
+        },
+    ),
     "osediff": ("osediff", PROMPTLESS),
     "osediff in 16 bits": ("osediff", PROMPTLESS),
     "resshift": (
