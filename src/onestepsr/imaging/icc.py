@@ -14,15 +14,16 @@ import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
-from torch import Tensor
 
 from onestepsr.core.errors import first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ def color_profile(icc: bytes | None) -> ColorProfile | None:
     """The profile when converting is needed and possible; else None: sRGB itself, gray, HDR, one direction, damaged."""
     if icc is None or is_hdr_profile(icc):
         return None
+    import torch
+
     profile = ColorProfile(icc)
     ramp = torch.linspace(0.0, 1.0, 17)
     corners = torch.stack(torch.meshgrid(ramp, ramp, ramp, indexing="ij")).reshape(1, 3, 17, -1)
@@ -178,6 +181,8 @@ def _with_pillow(image: Image.Image, source: object, target: object) -> Image.Im
 
 def _converted(values: Tensor, source: bytes, target: bytes) -> Tensor:
     """(N, 3, H, W) from one RGB space to another, in bands of rows on as many threads as PyTorch uses."""
+    import torch
+
     rows = values.detach().clamp(0.0, 1.0).permute(0, 2, 3, 1).reshape(-1, values.shape[3], 3)
     bands = [band.to("cpu", torch.float32).contiguous().numpy() for band in torch.split(rows, _BAND_ROWS)]
     with ThreadPoolExecutor(min(torch.get_num_threads(), len(bands))) as threads:

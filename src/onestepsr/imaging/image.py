@@ -8,17 +8,18 @@ read in :mod:`onestepsr.imaging.read` and written in :mod:`onestepsr.imaging.wri
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from onestepsr.core.errors import UserError
 from onestepsr.imaging.icc import Cicp
 from onestepsr.imaging.metadata import Texts, resized_exif
+
+if TYPE_CHECKING:  # PyTorch is loaded with the first tensor: a child that only decodes starts without it
+    from torch import Tensor
 
 Samples = NDArray[Any]
 """Stored samples: uint8 or uint16, full range."""
@@ -125,12 +126,16 @@ def to_eight_bits(image: LoadedImage) -> LoadedImage:
 
 def samples_to_tensor(samples: NDArray[Any]) -> Tensor:
     """(H, W, C) uint8 or uint16 -> (1, C, H, W) float32 in [0, 1]."""
+    import torch
+
     scaled = samples.astype(np.float32) / np.float32(np.iinfo(samples.dtype).max)
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))[None]
 
 
 def tensor_to_samples(values: Tensor, dtype: type[np.uint8] | type[np.uint16]) -> NDArray[Any]:
     """(1, C, H, W) or (C, H, W) in about [0, 1] -> (H, W, C), clamped and rounded half up."""
+    import torch
+
     peak = float(np.iinfo(dtype).max)
     planes = values.detach().reshape(values.shape[-3:]).to("cpu", torch.float32)
     scaled = planes.clamp(0.0, 1.0).mul_(peak).add_(0.5).floor_().clamp_(max=peak)
