@@ -1,6 +1,5 @@
-"""Description of the machine, its memory, and speeds kept for this processor and PyTorch only."""
+"""Description of the machine, its instructions and its memory."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,30 +8,6 @@ import pytest
 import torch
 
 from onestepsr.core import machine
-
-SPEEDS = {"float32": 0.5, "bfloat16": 1.5}
-
-
-def test_speeds_come_back(tmp_path: Path) -> None:
-    folder = tmp_path / "not" / "there"
-    assert machine.recall_speeds(folder) == {}
-    assert machine.remember_speeds(folder, SPEEDS)
-    assert machine.recall_speeds(folder) == SPEEDS
-    assert [path.name for path in folder.iterdir()] == [machine.SPEEDS_FILE]
-
-
-@pytest.mark.parametrize("change", [{"processor": "Another"}, {"torch": "0.1"}, {"schema": 0}, {"tflops": "fast"}])
-def test_speeds_of_something_else_are_forgotten(tmp_path: Path, change: dict[str, object]) -> None:
-    machine.remember_speeds(tmp_path, SPEEDS)
-    path = tmp_path / machine.SPEEDS_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    assert machine.recall_speeds(tmp_path) == {}
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b" " * 2**17])
-def test_a_damaged_file_is_as_none(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / machine.SPEEDS_FILE).write_bytes(content)
-    assert machine.recall_speeds(tmp_path) == {}
 
 
 def test_the_description_names_processor_cores_accelerators_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,17 +35,8 @@ def test_instructions_for_bfloat16_are_those_that_onednn_says_it_uses(
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     uses = next(line for line in said.splitlines() if ",cpu,isa:" in line)
     # AVX2 can have bfloat16 too (avx2_vnni_2), but to load and store it: products are float32's.
-    assert f"multiplies {'AVX-512' in uses and 'bfloat16' in uses}" in said
-
-
-@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"])
-def test_speeds_under_a_limit_are_not_those_without(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for known in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
-        monkeypatch.delenv(known, raising=False)
-    machine.remember_speeds(tmp_path, SPEEDS)
-    assert machine.recall_speeds(tmp_path) == SPEEDS
-    monkeypatch.setenv(name, "AVX2")
-    assert machine.recall_speeds(tmp_path) == {}
+    multiplies = any(name in uses for name in ("AVX-512", "AVX10")) and "bfloat16" in uses
+    assert f"multiplies {multiplies}" in said
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")

@@ -1,7 +1,7 @@
 """Complexity of the networks that have a name here, stage by stage: parameters and multiply-accumulate operations.
 
 Networks are built on the meta device, without weights and memory, and counted as :mod:`onestepsr.benchmark.counting`
-says.
+says. The report puts published figures beside them: tables, one JSON document and a page of Markdown.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from onestepsr.benchmark.counting import Cost, count, size_of
 from onestepsr.core.errors import UnknownModel, UserError, did_you_mean
+from onestepsr.core.tables import Grid
 from onestepsr.models.architectures import RANDOM, build_network, is_random, random_backbone, random_generator
 from onestepsr.models.backbones import load_discriminator_backbone
 from onestepsr.models.discriminators import DiffusionEncoder, NoiseAwareDiscriminator
@@ -84,28 +85,16 @@ class Complexity:
         """MACs of all stages in convolution and linear layers."""
         return sum(stage.times * stage.cost.layer_macs for stage in self.stages)
 
-    @property
-    def thop_macs(self) -> int:
-        """MACs of one evaluation of every stage as the profiler thop reports them."""
-        return sum(stage.cost.thop_macs for stage in self.stages)
-
-    @property
-    def thop_parameters(self) -> int:
-        """Parameters as the profiler thop reports them."""
-        return sum(stage.cost.thop_parameters for stage in self.stages)
-
 
 # ---- networks by name, with ``requires_grad`` as training sets it ----
 
-D3SR_SD21, D3SR_SD21_MERGED = "d3sr-sd21", "d3sr-sd21-merged"
 
-
-def _d3sr(targets: str | None = None, *, adapters: bool = True) -> nn.Module:
-    """The generator of D3SR on Stable Diffusion 2.1, with adapters on the layers that ``targets`` matches (None: the
-    backbone's own choice), or without; only adapters and prompt are trainable."""
+def _d3sr(*, adapters: bool = True) -> nn.Module:
+    """The generator of D3SR on Stable Diffusion 2.1, with or without adapters; only these and the prompt are
+    trainable."""
     generator = random_backbone(f"{RANDOM}sd21-base").requires_grad_(False)
     if adapters:
-        add_lora(generator.unet, LoraConfig(targets=targets))
+        add_lora(generator.unet, LoraConfig())
         generator.prompt.requires_grad_(True)
     return generator
 
@@ -152,8 +141,8 @@ def _discriminator(backbone: str, *, adapters: bool = True) -> nn.Module:
 
 NETWORKS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "d3sr-tiny": ("the bundled model, of which all but the encoder is trained", _d3sr_tiny),
-    D3SR_SD21: ("D3SR on Stable Diffusion 2.1-base as it trains: rank-16 adapters beside their layers", _d3sr),
-    D3SR_SD21_MERGED: (
+    "d3sr-sd21": ("D3SR on Stable Diffusion 2.1-base as it trains: rank-16 adapters beside their layers", _d3sr),
+    "d3sr-sd21-merged": (
         "the same as it runs: adapters merged into their layers, nothing left to train",
         lambda: _d3sr(adapters=False),
     ),
@@ -293,32 +282,150 @@ def _generator_stages(generator: OneStepLatentGenerator | ResidualShiftGenerator
     ]
 
 
-# ---- which adapters reproduce the paper's figures for D3SR ----
-
-ATTENTION = r"to_q|to_k|to_v|to_out\.0"
-TRANSFORMER = rf"{ATTENTION}|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2"
-ADAPTER_SETS = {
-    "none, or merged": D3SR_SD21_MERGED,
-    "attention": rf".*\.({ATTENTION})",
-    "attention, projections, feed-forward": rf".*\.({TRANSFORMER})",
-    "these and every convolution": rf".*({TRANSFORMER}|conv\w*)",
-    "every layer inside the blocks (default)": D3SR_SD21,
-    "every layer": r".*",
-}
-"""Sets of layers, each with the name of the network or the regular expression of the layers' names."""
+# ---- published figures, as printed ----
 
 
-def compare_adapters(side: int, counted: Sequence[Complexity] = ()) -> list[Complexity]:
-    """D3SR on Stable Diffusion 2.1-base with every set of adapters of :data:`ADAPTER_SETS`, named like the set.
+class PublishedComplexity(NamedTuple):
+    """One column of a published table of complexity."""
 
-    Networks that have been ``counted`` for that side already are not counted again.
-    """
-    known, found = {network.name: network for network in counted}, []
-    for layers, which in ADAPTER_SETS.items():
-        if which in NETWORKS:
-            complexity = known.get(which) or measure(which, side)
-        else:
-            with torch.device("meta"):
-                complexity = _complexity(_d3sr(which), side, name=layers)
-        found.append(replace(complexity, name=layers))
+    method: str
+    steps: int
+    """Evaluations of the diffusion network for one image."""
+    seconds: float
+    parameters_millions: float
+    """Parameters in total; the source prints 1.4e3 and the like for some, which are two digits only."""
+    macs_billions: float
+    """MACs for one image; the source does not say how they were counted."""
+
+
+COMPLEXITY_SOURCE = "D3SR (arXiv 2410.04224), Table 3: one image of 512 x 512 on one A100 with 40 GB"
+COMPLEXITY_SIDE = 512
+"""Output side of the table's images."""
+COMPLEXITY = (
+    PublishedComplexity("StableSR", 200, 11.50, 1400, 75_812),
+    PublishedComplexity("DiffBIR", 50, 7.79, 1600, 24_528),
+    PublishedComplexity("SeeSR", 50, 5.93, 2000, 32_336),
+    PublishedComplexity("ResShift", 15, 0.71, 173.8, 4_903),
+    PublishedComplexity("SinSR", 1, 0.16, 173.8, 2_059),
+    PublishedComplexity("OSEDiff", 1, 0.35, 1400, 2_269),
+    PublishedComplexity("D3SR", 1, 0.11, 966.3, 2_132),
+)
+
+# ---- report ----
+
+COUNTING = """\
+One multiply-accumulate operation (MAC) is one multiplication and one addition. Two ways of counting stand side by side.
+*All products* is PyTorch's own counter: every convolution and every matrix product, also the two inside each
+attention, queries with keys and weights with values. *Layers only* looks at convolution and linear layers, as most
+profilers do, and so leaves the two products of attention out. Normalisation, activations, additions, Eq. 1 of the paper
+and bicubic enlargement are in neither."""
+STAGES = """\
+Inference runs `encode`, `unet` as often as its line says (once if it says nothing) and `decode`. A discriminator is
+used in training only: it is evaluated three times for every photo, once for the generator's update and twice for its
+own. OSEDiff's two further UNets are used in training only too: each is evaluated twice for every photo, the teacher
+under two prompts, the regulariser for the generator's update and for its own. A stage's parameters are those that it
+uses; the prompt embedding belongs to `unet`. With adapters beside their layers the UNet costs more than with adapters
+merged into them, which is how it runs in the end. Where the prompt is constant, its keys and values could be kept as
+well; that is not counted."""
+PUBLISHED_NOTE = """\
+The paper's rows are as printed (its 1.4e3 and the like are two digits). Ours name both ways of counting. Time depends
+on the machine and is not measured here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Complexity of several networks for one image size."""
+
+    side: int
+    """Side of the square output image, in pixels."""
+    networks: Sequence[Complexity]
+    """The networks, in the order asked for."""
+
+
+def as_document(report: Report) -> dict[str, Any]:
+    """All counts, and the published figures, as plain data for JSON."""
+    totals = ("parameters", "trainable", "macs", "layer_macs")
+    return {
+        "schema": 1,
+        "size": report.side,
+        "networks": [
+            {
+                **{name: getattr(network, name) for name in ("name", "summary", *totals)},
+                "parts": dict(network.parts),
+                "stages": [
+                    {"name": stage.name, "times": stage.times, **asdict(stage.cost)} for stage in network.stages
+                ],
+            }
+            for network in report.networks
+        ],
+        "published": {
+            "source": COMPLEXITY_SOURCE,
+            "size": COMPLEXITY_SIDE,
+            "methods": [row._asdict() for row in COMPLEXITY],
+        },
+    }
+
+
+def tables(report: Report) -> list[Grid]:
+    """Stages, parts, and the published comparison where the size is the published one."""
+    parts = [(network.name, part, millions(n)) for network in report.networks for part, n in network.parts.items()]
+    found = [stage_table(report)]
+    found.append(Grid(title="Parts", columns=("network", "part", "parameters, M"), rows=tuple(parts), words=2))
+    if report.side == COMPLEXITY_SIDE:
+        found.append(published_table(report))
     return found
+
+
+def stage_table(report: Report) -> Grid:
+    """Parameters and MACs of every stage of every network, with totals where there is more than one stage."""
+    rows: list[tuple[str, ...]] = []
+
+    def add(network: str, name: str, counted: Cost | Complexity, times: int = 1) -> None:
+        sizes = millions(counted.parameters), millions(counted.trainable)
+        macs = billions(times * counted.macs), billions(times * counted.layer_macs)
+        rows.append((network, name if times == 1 else f"{times} x {name}", *sizes, *macs))
+
+    for network in report.networks:
+        for stage in network.stages:
+            add(network.name, stage.name, stage.cost, stage.times)
+        if len(network.stages) > 1:
+            add(network.name, "total", network)
+    counted = ("parameters, M", "trainable, M", "MACs, G (all products)", "MACs, G (layers only)")
+    title = f"Stages, for one image of {report.side} x {report.side} pixels"
+    return Grid(title=title, lead=STAGES, columns=("network", "stage", *counted), rows=tuple(rows), words=2)
+
+
+def published_table(report: Report) -> Grid:
+    """The paper's table, and under it the generators counted here."""
+    rows: list[tuple[str, ...]] = []
+    for row in COMPLEXITY:
+        parameters = f"{row.parameters_millions:,.{1 if row.parameters_millions < 1000 else 0}f}"
+        rows.append((row.method, str(row.steps), f"{row.seconds:.2f}", parameters, f"{row.macs_billions:,.0f}"))
+    for network in (network for network in report.networks if len(network.stages) > 1):
+        macs = f"{billions(network.layer_macs)} layers only, {billions(network.macs)} all products"
+        name, parameters = f"{network.name}, counted here", f"{network.parameters / 1e6:,.1f}"
+        rows.append((name, str(network.steps), "", parameters, macs))
+    columns = ("method", "steps", "time, s", "parameters, M", "MACs, G")
+    return Grid(title=f"Beside {COMPLEXITY_SOURCE}", lead=PUBLISHED_NOTE, columns=columns, rows=tuple(rows))
+
+
+def as_markdown(report: Report, *, command: str, machine: str) -> str:
+    """A page: command and machine, way of counting, and every table with its note."""
+    made = (
+        f"Made by `{command}` on {machine}.\n\nNothing was computed: the networks are built on PyTorch's meta device, "
+        "where tensors have shapes but no contents, so that the counts are the same on every machine."
+    )
+    summaries = "\n".join(f"- `{network.name}`: {network.summary}" for network in report.networks)
+    sections = ["# Complexity: parameters and operations", made, COUNTING, summaries]
+    return "\n\n".join([*sections, *(table.section() for table in tables(report))]) + "\n"
+
+
+def millions(count: float) -> str:
+    """A count of parameters in millions, three decimals."""
+    return f"{count / 1e6:,.3f}"
+
+
+def billions(count: float) -> str:
+    """A count of operations in billions: one decimal, three below ten."""
+    value = count / 1e9
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3f}"

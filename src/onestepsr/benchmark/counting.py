@@ -6,10 +6,7 @@ Two conventions are in use, and papers rarely say which is theirs:
   products inside attention (queries with keys, weights with values), which belong to no layer.
 - *layers only*: convolution and linear layers, as the usual profilers count.
 
-Normalisation, activations, additions and resampling are in neither: they are cheap in operations. One widespread
-profiler, thop, counts layers only, but adds four operations for every element of a layer normalisation's output; and
-its parameters are those of the layers that it knows, which leaves out group normalisation and free parameters. Its two
-figures are kept beside ours, because the D3SR paper's table is reproduced by them and by nothing else.
+Normalisation, activations, additions and resampling are in neither: they are cheap in operations.
 """
 
 from __future__ import annotations
@@ -38,7 +35,6 @@ Method = Callable[..., Any]
 Shape = tuple[int, ...]
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-THOP_OPERATIONS_PER_NORMALISED_ELEMENT = 4
 
 # ---- one evaluation ----
 
@@ -55,10 +51,6 @@ class Cost:
     """Size of the parameters that the evaluation uses."""
     trainable: int
     """Size of those that require a gradient."""
-    thop_macs: int
-    """MACs as the profiler thop reports them."""
-    thop_parameters: int
-    """Parameters as the profiler thop reports them."""
 
 
 def count(network: nn.Module, evaluate: Callable[[], T]) -> tuple[T, Cost]:
@@ -67,14 +59,12 @@ def count(network: nn.Module, evaluate: Callable[[], T]) -> tuple[T, Cost]:
     Nothing is computed there, so that any size takes moments and no memory. The counts are those of one call, for as
     many samples as it is given.
     """
-    layer_macs = normalised = 0
+    layer_macs = 0
 
     def add(layer: nn.Module, inputs: Any, output: Any) -> None:
-        nonlocal layer_macs, normalised
+        nonlocal layer_macs
         if isinstance(layer, LAYERS):  # the first axis of a weight are the outputs, the rest is the work for each
             layer_macs += output.numel() * (layer.weight.numel() // layer.weight.shape[0])
-        elif isinstance(layer, nn.LayerNorm):
-            normalised += output.numel()
 
     use = _ParameterUse(network.parameters())
     products = FlopCounterMode(display=False, custom_mapping=_UNREGISTERED)
@@ -88,15 +78,11 @@ def count(network: nn.Module, evaluate: Callable[[], T]) -> tuple[T, Cost]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-    known = [layer for layer in network.modules() if isinstance(layer, (*LAYERS, nn.LayerNorm))]
-    ids = {id(parameter) for layer in known for parameter in layer.parameters(recurse=False)}
     return result, Cost(
         macs=products.get_total_flops() // 2,
         layer_macs=layer_macs,
         parameters=size_of(use.used.values()),
         trainable=size_of(use.used.values(), trainable=True),
-        thop_macs=layer_macs + THOP_OPERATIONS_PER_NORMALISED_ELEMENT * normalised,
-        thop_parameters=size_of(parameter for key, parameter in use.used.items() if key in ids),
     )
 
 

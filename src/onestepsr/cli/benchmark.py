@@ -187,13 +187,10 @@ def complexity(
     """Count parameters and multiply-accumulate operations, stage by stage, without weights or computation."""
     _check_outputs(json_file, markdown)
 
-    from onestepsr.benchmark.complexity import D3SR_SD21, compare_adapters, default_names, measure
-    from onestepsr.benchmark.complexity_report import COMPLEXITY_SIDE, Report, as_document, as_markdown, tables
+    from onestepsr.benchmark.complexity import Report, as_document, as_markdown, default_names, measure, tables
 
     names = list(dict.fromkeys(model or default_names()))
-    networks = [measure(name, size) for name in progress(names, "Counting")]
-    published = D3SR_SD21 in names and size == COMPLEXITY_SIDE
-    report = Report(side=size, networks=networks, adapters=compare_adapters(size, networks) if published else ())
+    report = Report(side=size, networks=[measure(name, size) for name in progress(names, "Counting")])
     if json_file is not None:
         _write_json(json_file, as_document(report))
     if markdown:

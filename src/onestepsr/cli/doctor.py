@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onestepsr.core.errors import UserError, first_line
-from onestepsr.core.machine import accelerators, cores, free_memory, instructions, processor_name, remember_speeds
+from onestepsr.core.machine import accelerators, cores, free_memory, instructions, processor_name
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def doctor_command(
 
 
 def examine() -> dict[str, Any]:
-    """Everything the command shows, as plain data. The speeds are kept for ``--dtype auto``."""
+    """Everything the command shows, as plain data."""
     import torch
 
     from onestepsr.inference.upscaler import resolve_device, resolve_dtype
@@ -79,13 +79,11 @@ def examine_cpu() -> dict[str, Any]:
 def measure_speeds(device: torch.device) -> dict[str, float]:
     """TFLOP/s by dtype of a 3 x 3 convolution, which takes most of the time of our networks.
 
-    Dtypes that the device cannot compute with are left out. The speeds of a processor are kept in the cache folder,
-    where ``--dtype auto`` finds them.
+    Dtypes that the device cannot compute with are left out.
     """
     import torch
 
     from onestepsr.benchmark.probes import convolution_speed
-    from onestepsr.weights.download import cache_folder
 
     on_cpu = device.type == "cpu"
     speeds: dict[str, float] = {}
@@ -95,8 +93,6 @@ def measure_speeds(device: torch.device) -> dict[str, float]:
             speeds[_name(dtype)] = float(f"{convolution_speed(device, dtype, shapes, seconds=PROBE_SECONDS):.3g}")
         except RuntimeError as error:  # bfloat16 on an older GPU, a GPU that this PyTorch has no code for, no memory
             logger.warning("%s: no convolution in %s (%s)", device, _name(dtype), first_line(error))
-    if on_cpu:
-        remember_speeds(cache_folder(), speeds)
     return speeds
 
 

@@ -1,30 +1,23 @@
-"""Processor and accelerators, their measured speeds, and memory: free and used."""
+"""Processor and accelerators, and memory: free and used."""
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from onestepsr.core.errors import UserError
-from onestepsr.core.files import write_text
-
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-SPEEDS_FILE = "processor.json"
-"""File in the cache folder with the speeds measured on this processor."""
-SPEEDS_SCHEMA = 1
 BFLOAT16_INSTRUCTIONS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 """Names in /proc/cpuinfo of the instructions that multiply bfloat16: two of x86, one of ARM."""
 LIMITS_WITHOUT_BFLOAT16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
@@ -106,34 +99,6 @@ def describe_machine(packages: Sequence[str] = ()) -> str:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     software = f" with Python {platform.python_version()}, {', '.join(versions)}" if versions else ""
     return ", ".join(parts) + software
-
-
-# ---- speeds measured on this processor ------------------------------------------------------------------------------
-
-
-def remember_speeds(folder: Path, speeds: Mapping[str, float]) -> bool:
-    """Keep TFLOP/s by dtype, as measured on this processor, in ``folder``; False where it cannot be written."""
-    try:
-        write_text(folder / SPEEDS_FILE, json.dumps({**_circumstances(), "tflops": dict(speeds)}, indent=1) + "\n")
-    except UserError:
-        return False
-    return True
-
-
-def recall_speeds(folder: Path) -> dict[str, float]:
-    """The speeds kept by :func:`remember_speeds` in ``folder``; none if of another processor, limit or PyTorch."""
-    try:
-        content = json.loads((folder / SPEEDS_FILE).read_text(encoding="utf-8"))
-        speeds = {str(name): float(speed) for name, speed in content.pop("tflops").items()}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):  # no such file, or a damaged one
-        return {}
-    return speeds if content == _circumstances() else {}
-
-
-def _circumstances() -> dict[str, Any]:
-    limits = {"onednn_limit": _onednn_limit(), "aten_limit": os.environ.get("ATEN_CPU_CAPABILITY", "").lower()}
-    versions = {"schema": SPEEDS_SCHEMA, "torch": importlib.metadata.version("torch")}
-    return {"processor": processor_name(), **versions, **limits}
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

@@ -19,14 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from onestepsr.core.errors import OneStepSRError, UserError, first_line
-from onestepsr.core.machine import instructions, multiplies_bfloat16, recall_speeds
+from onestepsr.core.machine import instructions, multiplies_bfloat16
 from onestepsr.models.generators import Generator, LatentGenerator
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BFLOAT16_GAIN = 1.2
-"""Speed of bfloat16 over float32 on a CPU from which on it is worth its fewer digits."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -55,28 +53,16 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype called ``name``.
 
     "auto" is float16 on a CUDA GPU (its 11 bits matter more to an image than bfloat16's range; should it overflow, the
-    image is repeated in float32), bfloat16 on a CPU where it is faster, else float32.
+    image is repeated in float32), bfloat16 on a CPU of x86 with instructions for it, else float32.
     """
     if name == "auto":
         if device.type == "cuda":
             return torch.float16
-        return torch.bfloat16 if device.type == "cpu" and _bfloat16_pays() else torch.float32
+        faster = multiplies_bfloat16() and "bf16" not in instructions()  # ARM's, of which we have no measurement
+        return torch.bfloat16 if device.type == "cpu" and faster else torch.float32
     if name not in DTYPES:
         raise UserError(f"dtype '{name}': accepted: auto, {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _bfloat16_pays() -> bool:
-    """True if bfloat16 is faster on this processor, as ``doctor`` measured it; else, if it has instructions for it."""
-    from onestepsr.weights.download import cache_folder
-
-    try:
-        speeds = recall_speeds(cache_folder())
-    except UserError:  # there is no folder for a cache, so nothing was kept
-        speeds = {}
-    if {"bfloat16", "float32"} <= speeds.keys():
-        return speeds["bfloat16"] > BFLOAT16_GAIN * speeds["float32"]
-    return multiplies_bfloat16() and "bf16" not in instructions()  # ARM's, of which we have no measurement
 
 
 # ---- copies that neither host nor GPU waits for: through page-locked memory ----
@@ -216,7 +202,6 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
-# than without.
 
 COMPILERS = ("g++", "clang++", "c++", "cl")
 """Names of C++ compilers to look for if ``CXX`` names none."""
