@@ -399,7 +399,7 @@ def _from_hub(url: str, part: Path, size: int | None) -> None:
 
     def fetch() -> str:
         requests.head(url, timeout=TIMEOUT).raise_for_status()  # the client would ask a dead server for half a minute
-        return hf_hub_download(repository, file, local_dir=folder, **options)
+        return str(hf_hub_download(repository, file, local_dir=folder, **options))
 
     try:
         os.replace(_watched(fetch, folder), part)
