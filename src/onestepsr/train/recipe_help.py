@@ -70,8 +70,8 @@ def fields_of(
     """The fields of a dataclass and of the groups below it.
 
     ``where`` is the path of the group; ``values`` is an instance whose values are shown instead of the defaults of
-    ``cls``. Of a ``recipe``, groups that it leaves out are not listed; otherwise all that may stand in a place are, each
-    introduced by an entry of its own. ``settings`` is the type of a field that may hold anything, such as the settings
+    ``cls``. Of a ``recipe``, groups that it leaves out are not listed; otherwise all that may stand in a place are, and
+    an entry introduces each. ``settings`` is the type of a field that may hold anything, such as the settings
     of a method.
     """
     meanings, hints = field_meanings(cls), get_type_hints(cls)  # type: ignore[arg-type]  # a class can be hashed
