@@ -31,7 +31,7 @@ from onestepsr.models.resshift.generator import ResidualShiftGenerator, residual
 from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet, StableDiffusionUNetEncoder
 from onestepsr.models.tiny.networks import FACTOR as TINY_FACTOR
 from onestepsr.weights import catalog
-from onestepsr.weights.files import read_weights
+from onestepsr.weights.files import read_shapes, read_weights
 
 SD_FACTOR = 8
 """Pixels per latent position of Stable Diffusion."""
@@ -205,7 +205,7 @@ def _from_weights(name_or_path: str) -> nn.Module:
     """The network that a weights file of ours describes, without its weights."""
     path = catalog.resolve(name_or_path)
     architecture, config, _ = read_weights(path, lambda key: False)
-    return build_network(architecture, config, path).requires_grad_(False)
+    return build_network(architecture, config, path, read_shapes(path)).requires_grad_(False)
 
 
 # ---- counting ----

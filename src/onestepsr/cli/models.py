@@ -271,5 +271,6 @@ def _count(architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]
     if architecture not in ARCHITECTURES:
         return sum(tensor.numel() for tensor in tensors.values())
     with torch.device("meta"):
-        network = build_network(architecture, config, architecture)
+        shapes = {key: value.shape for key, value in tensors.items()}
+        network = build_network(architecture, config, architecture, shapes)
     return sum(parameter.numel() for parameter in network.parameters())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from onestepsr.core.errors import UserError
 from onestepsr.core.rng import generator as seeded
-from onestepsr.diffusion.schedule import expand_as
+from onestepsr.diffusion.schedule import MOST_STEPS, expand_as
 
 # ---- Noise on an endless plane ---------------------------------------------------------------------------------------
 
@@ -91,8 +91,8 @@ class ResidualShiftConfig:
     ("latent"), the largest value that images in [-1, 1] are likely to reach ("pixel"), or nothing ("none")."""
 
     def __post_init__(self) -> None:
-        if self.steps < 2:
-            raise ValueError(f"steps must be 2 or more, got {self.steps}")
+        if not 2 <= self.steps <= MOST_STEPS:
+            raise ValueError(f"steps must be 2 to {MOST_STEPS:,}, got {self.steps:,}")
         if self.kappa <= 0 or self.power <= 0 or not 0 < self.sqrt_eta_start < self.sqrt_eta_end <= 1:
             raise ValueError(
                 "need kappa > 0, power > 0 and 0 < min_noise / kappa < sqrt_eta_end <= 1, got "

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOST_STEPS = 100_000
+"""Longest schedule whose tables are made; published ones have 1,000."""
+
 
 def expand_as(values: Tensor, like: Tensor) -> Tensor:
     """Reshape per-sample ``values`` (N,) or () so that they broadcast over ``like`` (N, ...)."""
@@ -29,8 +32,10 @@ class DiffusionScheduleConfig:
     """beta of step T-1."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0.0 < self.beta_start <= self.beta_end < 1.0:
-            raise ValueError(f"need steps >= 1 and 0 < beta_start <= beta_end < 1, got {self}")
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise ValueError(f"steps must be 1 to {MOST_STEPS:,}, got {self.steps:,}")
+        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
+            raise ValueError(f"need 0 < beta_start <= beta_end < 1, got {self}")
 
 
 class DiffusionSchedule:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +13,10 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from onestepsr.core.config import from_mapping, to_mapping
-from onestepsr.core.errors import UnknownModel, UserError, did_you_mean
+from onestepsr.core.errors import UnknownModel, UserError, did_you_mean, first_line
 from onestepsr.models.generators import LatentGenerator, OneStepLatentGenerator
 from onestepsr.models.osediff.generator import OSEDiffGeneratorConfig, osediff_generator
 from onestepsr.models.realesrgan.networks import RealESRGANConfig, RealESRGANGenerator
@@ -32,7 +36,7 @@ from onestepsr.models.stable_diffusion.config import (
 from onestepsr.models.stable_diffusion.networks import StableDiffusionUNetEncoder, stable_diffusion_generator
 from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.tiny.networks import BUNDLED, TinyAutoencoder, TinyConfig
-from onestepsr.weights.files import read_weights
+from onestepsr.weights.files import Shapes, read_weights
 
 
 @dataclass(frozen=True)
@@ -81,18 +85,50 @@ def _architecture_of(config: object) -> Architecture:
     raise TypeError(f"a network with a {type(config).__name__} has no weights file")
 
 
-def build_network(architecture: str, config: Mapping[str, Any], where: str | Path) -> nn.Module:
+def build_network(
+    architecture: str, config: Mapping[str, Any], where: str | Path, shapes: Shapes | None = None
+) -> nn.Module:
     """A freshly initialised network as the weights file ``where`` describes it; its weights are loaded right after.
 
+    ``shapes`` are those of the file's tensors: building stops as soon as the network has more or larger parameters.
     Raises :class:`UserError` in one line for an unknown architecture and a configuration that does not fit it.
     """
     if architecture not in ARCHITECTURES:
         raise UserError(f"{where}: unknown architecture '{architecture}': {did_you_mean(architecture, ARCHITECTURES)}")
     known = ARCHITECTURES[architecture]
     try:
-        return known.build(from_mapping(known.config, config))
-    except UserError as error:
-        raise UserError(f"{where}: configuration does not fit '{architecture}': {error}") from error
+        with contextlib.nullcontext() if shapes is None else no_larger_than(shapes):
+            return known.build(from_mapping(known.config, config))
+    except Exception as error:  # of a constructor, for sizes that do not go together
+        raise UserError(f"{where}: configuration does not fit '{architecture}': {first_line(error)}") from error
+
+
+@contextmanager
+def no_larger_than(shapes: Shapes) -> Iterator[None]:
+    """Inside, this thread cannot build a network with more parameters than ``shapes``, or one with more values.
+
+    A configuration of 10^8 blocks would otherwise take hours, and one of a width of 10^8 any memory, before the first
+    missing weight is found.
+    """
+    most, largest, thread = len(shapes), max(map(math.prod, shapes.values()), default=0), threading.get_ident()
+    seen: dict[int, nn.Parameter] = {}  # held, or the next one could have the identity of one that has gone
+
+    def check(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is None or threading.get_ident() != thread:
+            return
+        seen[id(parameter)] = parameter
+        if parameter.numel() > largest:
+            raise UserError(
+                f"it describes a weight of {tuple(parameter.shape)}, the largest here has {largest:,} values"
+            )
+        if len(seen) > most:
+            raise UserError(f"it describes more than the {most} weights that are here")
+
+    hook = register_module_parameter_registration_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def load_native(path: Path) -> nn.Module:
@@ -102,11 +138,11 @@ def load_native(path: Path) -> nn.Module:
     """
     architecture, config, tensors = read_weights(path)
     with torch.device("meta"):  # nothing is initialised only to be overwritten
-        network = build_network(architecture, config, path)
+        network = build_network(architecture, config, path, {key: value.shape for key, value in tensors.items()})
     try:
         network.load_state_dict({key: _in_float32(tensor) for key, tensor in tensors.items()}, assign=True)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        reason = (str(error).splitlines()[1].strip() if "\n" in str(error) else str(error))[:300]
         raise UserError(f"{path}: weights do not match their configuration: {reason}") from error
     return network.eval()
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from onestepsr.core.config import from_mapping
-from onestepsr.core.errors import UserError
-from onestepsr.models.architectures import is_random, load_native, random_backbone, random_encoder
+from onestepsr.core.errors import UserError, first_line
+from onestepsr.models.architectures import is_random, load_native, no_larger_than, random_backbone, random_encoder
 from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.stable_diffusion import checkpoints
 from onestepsr.models.stable_diffusion.config import (
@@ -174,12 +176,25 @@ def noise_correlation(generator: OneStepLatentGenerator) -> float:
 def _assemble(
     config: StableDiffusionGeneratorConfig, unet: LazyTensors, autoencoder: LazyTensors, where: str
 ) -> OneStepLatentGenerator:
-    with torch.device("meta"):  # nothing is initialised only to be overwritten
+    with _sizes_of(where, unet, autoencoder), torch.device("meta"):  # nothing is initialised only to be overwritten
         generator = stable_diffusion_generator(config)
     fill(cast(StableDiffusionUNet, generator.unet).unet, unet, f"{where}: unet")
     fill(cast(StableDiffusionAutoencoder, generator.autoencoder).vae, autoencoder, f"{where}: vae")
     generator.prompt = nn.Parameter(initial_prompt(config.unet, config.prompt))
     return generator.eval()
+
+
+@contextmanager
+def _sizes_of(where: str, *parts: LazyTensors) -> Iterator[None]:
+    """Inside, no network is built that is far larger than the files of weights that it is for."""
+    most = sum(map(len, parts))
+    try:
+        with no_larger_than({str(number): (2**31,) for number in range(4 * most + 16)}):  # half a UNet is cut from one
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # of a constructor, for sizes that do not go together
+        raise UserError(f"{where}: the sizes of its networks do not go together ({first_line(error)})") from error
 
 
 def _load_encoder(name_or_path: str | Path, sdxl: SDXLConditioning | None) -> tuple[nn.Module, Tensor | None]:
@@ -229,7 +244,8 @@ def _belongs_to_half(key: str) -> bool:
 def _filled_encoder(
     config: UNetConfig, sdxl: SDXLConditioning | None, tensors: LazyTensors, where: str
 ) -> StableDiffusionUNetEncoder:
-    encoder = _empty_encoder(config, sdxl)
+    with _sizes_of(where, tensors):
+        encoder = _empty_encoder(config, sdxl)
     fill(encoder.unet, tensors, where, ignored=OTHER_HALF)
     return encoder.eval()
 

@@ -306,6 +306,8 @@ class OneStepConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.timestep < self.schedule.steps:
             raise ValueError(f"timestep T_L must be 0..{self.schedule.steps - 1}, got {self.timestep}")
+        if self.scale not in (1, 2, 4, 8):
+            raise ValueError(f"scale must be 1, 2, 4 or 8, got {self.scale}")
 
     def with_prompt_tokens(self, tokens: int) -> Self:
         """The same with a prompt embedding of another length."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError, first_line
 from onestepsr.core.files import replacing
+from onestepsr.weights.recognise import file_problem, network_name
 
+Shapes = Mapping[str, Sequence[int]]
+"""Shapes of tensors by name."""
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -35,6 +39,11 @@ ALIGNMENT = 8
 FORMAT = "onestepsr"
 MAX_WEIGHT_BYTES = 20 * 2**30
 PICKLES = (".pth", ".pt", ".ckpt")
+NOT_OURS = f"not onestepsr weights (no 'format: {FORMAT}' in the file's metadata)"
+RUNS = (
+    "files of onestepsr, Real-ESRGAN x4plus (.pth, .bin) and the models of 'onestepsr models list' are; "
+    "'onestepsr models convert' takes Stable Diffusion 2.1-base, OSEDiff and the ResShift family (docs/models.md)"
+)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -76,19 +85,46 @@ def read_weights(
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
-        hint = "; 'onestepsr models convert' makes one of it" if path.suffix in PICKLES else ""
-        raise UserError(f"{path}: not a safetensors file ({error}){hint}") from error
+        raise UserError(f"{path}: {_unreadable(path, error)}") from error
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path}: not onestepsr weights (no 'format: {FORMAT}' in the file's metadata)")
+        raise UserError(f"{path}: {foreign_weights(tensors) or NOT_OURS}")
     try:
         config = json.loads(metadata["config"])
         architecture = metadata["architecture"]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged metadata ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: damaged metadata (the configuration is no mapping)")
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise UserError(f"{path}: weight '{broken[0]}' holds values that are not finite; the file is damaged")
     return architecture, config, tensors
+
+
+def read_shapes(path: Path) -> Shapes:
+    """Shapes of the tensors in a safetensors file, none of which is read."""
+    with reading(path), safe_open(path, framework="pt") as handle:
+        return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+
+
+def foreign_weights(keys: Iterable[str]) -> str:
+    """Words for weights of a network that is not run here, by the names of its tensors; empty if it is not known."""
+    name = network_name(keys)
+    return f"{name}, which is not supported here; {RUNS}" if name else ""
+
+
+def _unreadable(path: Path, error: SafetensorError) -> str:
+    """Words for a file that safetensors refused."""
+    problem = file_problem(path)
+    if problem is not None:
+        return problem
+    if path.suffix not in PICKLES:
+        return f"not a safetensors file ({error})"
+    try:
+        keys = set(open_weights(path))
+    except UserError as refused:
+        return str(refused).removeprefix(f"{path}: ")
+    return foreign_weights(keys) or f"not a safetensors file ({error}); 'onestepsr models convert' makes one of it"
 
 
 def architecture_of(path: str | Path) -> str:
@@ -136,20 +172,33 @@ LazyTensors = Mapping[str, Callable[[], Tensor]]
 def open_weights(path: Path, *, limit: int = MAX_BYTES) -> LazyTensors:
     """Tensors of a safetensors file or of a PyTorch pickle (read with ``weights_only=True``, mapped into memory).
 
-    Of a training checkpoint, the dictionary under ``state_dict`` or ``model`` is taken. Raises :class:`UserError` in
-    one line.
+    Of a training checkpoint, the dictionary under ``state_dict``, ``model`` or BasicSR's ``params`` is taken.
+    Raises :class:`UserError` in one line.
     """
-    try:
+    with reading(path):
         if path.stat().st_size > limit:
             raise UserError(f"{path}: larger than {limit / 2**20:,.0f} MiB")
         if path.suffix != ".safetensors":
             return _open_pickle(path)
         handle: Any = safe_open(path, framework="pt")  # it stays open as long as one of its readers lives
         return {key: partial(handle.get_tensor, key) for key in handle.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: no weights that can be read safely ({describe_read_error(error)})") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever the block raises while it reads ``path`` into a :class:`UserError`, which says what the file is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(f"{path}: does not fit into memory; damaged, or made to do so") from error
+    except Exception as error:  # the unpickler raises whatever the file makes it
+        problem = file_problem(path)
+        if problem is None and isinstance(error, OSError):
+            problem = f"cannot be read ({error.strerror or error})"
+        refused = f"no weights that can be read safely ({describe_read_error(error)})"
+        raise UserError(f"{path}: {problem or refused}") from error
 
 
 def describe_read_error(error: Exception) -> str:
@@ -164,16 +213,47 @@ def describe_read_error(error: Exception) -> str:
     return first_line(error)
 
 
+def load_pickle(path: Path) -> Any:
+    """The content of a PyTorch file, read with ``weights_only=True`` and, in its present format, mapped into memory.
+
+    Raises ValueError for one that would take more memory than its size: PyTorch compresses nothing, and takes no
+    bytearray of a length that the file names.
+    """
+    with path.open("rb") as handle:
+        is_zip = handle.read(4) == b"PK\x03\x04"  # the present format is the only one that can be mapped
+        program = handle.read(2**24)
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError("its parts are compressed, which PyTorch does not do")
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise ValueError("its parts overlap")
+            program = b"".join(archive.read(entry) for entry in entries if entry.filename.endswith(".pkl"))
+    if b"builtin" in program and re.search(rb"builtins?__?\nbytearray|builtins\nbytearray", program):
+        raise ValueError("it makes a bytearray")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
 def _open_pickle(path: Path) -> LazyTensors:
-    with path.open("rb") as handle:  # PyTorch's present format, a zip, is the only one that can be mapped into memory
-        is_zip = handle.read(4) == b"PK\x03\x04"
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    for inner in ("state_dict", "model"):
+    content = load_pickle(path)
+    for inner in ("state_dict", "model", "params_ema", "params"):
         if isinstance(content, Mapping) and isinstance(content.get(inner), Mapping):
             content = content[inner]
     if not isinstance(content, Mapping):
         raise ValueError(f"a {type(content).__name__}, not a dictionary")
-    return {str(key): partial(materialize, value) for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    check_tensors(tensors)
+    return {key: partial(materialize, value) for key, value in tensors.items()}
+
+
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a tensor that is not a plain one with all its values in the file, but a view that repeats a
+    few, a sparse one, or one without data."""
+    for key, value in tensors.items():
+        plain = value.layout == torch.strided and value.device.type == "cpu"
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"tensor '{key[:100]}' has fewer values in the file than its shape says")
 
 
 def materialize(value: Tensor) -> Tensor:

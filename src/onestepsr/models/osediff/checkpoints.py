@@ -9,7 +9,6 @@ ours holds the same in the same order, so that each can be made from the other.
 from __future__ import annotations
 
 import io
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from onestepsr.core.errors import UserError
 from onestepsr.core.files import replacing
 from onestepsr.models.osediff.generator import DECODER_LAYERS, OSEDiffGenerator
 from onestepsr.models.stable_diffusion.networks import StableDiffusionAutoencoder, StableDiffusionUNet
-from onestepsr.weights.files import describe_read_error, read_weights, save_model
+from onestepsr.weights.files import load_pickle, read_weights, reading, save_model
 
 Part = Literal["unet", "vae"]
 PARTS: tuple[Part, ...] = ("unet", "vae")
@@ -290,14 +289,16 @@ def read_adapters(path: Path) -> Adapters:
             f"{path}: holds '{architecture}', expected '{ARCHITECTURE}': a merged model has no adapters left"
         )
     order = config.get("order")
-    if not isinstance(order, Mapping) or {f"{p}.{key}" for p in order for key in order[p]} != tensors.keys():
+    if not isinstance(order, Mapping) or not all(isinstance(keys, list) for keys in order.values()):
+        raise UserError(f"{path}: damaged metadata (no order of the weights)")
+    if {f"{p}.{key}" for p in order for key in order[p]} != tensors.keys():
         raise UserError(f"{path}: damaged metadata (the order of the weights does not name all of them)")
     return Adapters(
         rank_unet=_checked_rank(config.get("rank_unet"), f"{path}: rank_unet"),
         rank_vae=_checked_rank(config.get("rank_vae"), f"{path}: rank_vae"),
         unet={key: tensors[f"unet.{key}"].clone() for key in order.get("unet", ())},
         vae={key: tensors[f"vae.{key}"].clone() for key in order.get("vae", ())},
-        modules={name: _names(config.get("modules", {}).get(name), f"{path}: {name}") for name in LISTS},
+        modules={name: _names(dict(config.get("modules") or {}).get(name), f"{path}: {name}") for name in LISTS},
     )
 
 
@@ -321,14 +322,10 @@ def content_of(adapters: Adapters) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    try:
+    with reading(path):
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MiB, which are no weights of OSEDiff")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no weights that can be read safely ({describe_read_error(error)})") from error
+        content = load_pickle(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: a {type(content).__name__}, not OSEDiff's dictionary of weights")
     return content

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError
 from onestepsr.models.realesrgan.networks import RealESRGANConfig, RealESRGANGenerator
-from onestepsr.weights.files import canonical_keys, read_tensors
+from onestepsr.weights.files import canonical_keys, check_tensors, foreign_weights, load_pickle, read_tensors, reading
 
 FLOAT16, FLOAT32 = 0x01306B47, 0
 """ncnn's flags of how a layer's weights are stored."""
@@ -38,7 +38,8 @@ def load_realesrgan(path: Path) -> RealESRGANGenerator:
     try:
         network.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise UserError(f"{path}: not a x4 network of Real-ESRGAN ({str(error).splitlines()[1].strip()})") from error
+        reason = str(error).splitlines()[1].strip()[:200]
+        raise UserError(f"{path}: an ESRGAN checkpoint, but not a x4 network of Real-ESRGAN ({reason})") from error
     return network.eval()
 
 
@@ -47,7 +48,8 @@ def read_official(path: Path) -> dict[str, Tensor]:
     content = torch_mapping(path)
     state = {key: value.float() for key, value in canonical_keys(content).items()}
     if OFFICIAL_FIRST_KEY not in state:
-        raise UserError(f"{path}: no weights of Real-ESRGAN (no tensor '{OFFICIAL_FIRST_KEY}')")
+        missing = f"no weights of Real-ESRGAN (no tensor '{OFFICIAL_FIRST_KEY}')"
+        raise UserError(f"{path}: {foreign_weights(state) or missing}")
     return state
 
 
@@ -55,20 +57,19 @@ def torch_mapping(path: Path) -> dict[str, Tensor]:
     """The state dict in a pickle of weights alone or a safetensors file."""
     if path.suffix == ".safetensors":
         return read_tensors(path, limit=MAX_BYTES)
-    try:
+    with reading(path):
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MiB")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # the unpickler raises whatever the file makes it
-        raise UserError(f"{path}: no weights that can be read safely ({type(error).__name__})") from error
+        content = load_pickle(path)
     for inner in ("params_ema", "params"):
         if isinstance(content, dict) and isinstance(content.get(inner), dict):
             content = content[inner]
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, no state dict")
-    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    with reading(path):
+        check_tensors(tensors)
+    return tensors
 
 
 def read_ncnn(path: Path) -> dict[str, Tensor]:

@@ -37,6 +37,8 @@ class ResidualSamplingConfig:
     def __post_init__(self) -> None:
         if self.sampler not in get_args(Sampler):
             raise UserError(f"sampler '{self.sampler}': accepted: {', '.join(get_args(Sampler))}")
+        if self.scale not in (1, 2, 4, 8):
+            raise UserError(f"scale must be 1, 2, 4 or 8, got {self.scale}")
         self.sampling_schedule()
 
     def sampling_schedule(self) -> ResidualShiftSchedule:

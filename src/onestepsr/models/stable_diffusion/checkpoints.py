@@ -24,7 +24,7 @@ from onestepsr.models.stable_diffusion.config import (
     StableDiffusionGeneratorConfig,
     UNetConfig,
 )
-from onestepsr.weights.files import LazyTensors, materialize, open_weights
+from onestepsr.weights.files import LazyTensors, foreign_weights, materialize, open_weights
 
 # ---- a diffusers folder: unet/, vae/ and scheduler/, each a config.json beside its weights ----
 
@@ -149,10 +149,10 @@ def open_checkpoint(path: Path) -> LazyTensors:
     """The file's tensors under their own names; :class:`UserError` if there is no diffusion UNet among them."""
     tensors = open_weights(path)
     if f"{UNET}input_blocks.0.0.weight" not in tensors:
-        raise UserError(
-            f"{path}: neither onestepsr weights nor a Stable Diffusion checkpoint (no weight "
-            f"'{UNET}input_blocks.0.0.weight')"
+        neither = (
+            f"neither onestepsr weights nor a Stable Diffusion checkpoint (no weight '{UNET}input_blocks.0.0.weight')"
         )
+        raise UserError(f"{path}: {foreign_weights(tensors) or neither}")
     return tensors
 
 

@@ -231,9 +231,11 @@ def stable_diffusion_generator(config: StableDiffusionGeneratorConfig) -> OneSte
 
 def initial_prompt(unet: UNetConfig, config: PromptConfig) -> Tensor:
     """Random prompt embedding (1, tokens, cross_attention_dim) on the default device; equal seeds, equal values."""
+    prompt = torch.empty(1, config.tokens, unet.cross_attention_dim)
+    if prompt.is_meta:
+        return prompt
     rng = torch.Generator().manual_seed(config.seed)
-    prompt = config.std * torch.randn(1, config.tokens, unet.cross_attention_dim, generator=rng, device="cpu")
-    return prompt.to(torch.empty(0).device)
+    return (config.std * torch.randn(prompt.shape, generator=rng, device="cpu")).to(prompt.device)
 
 
 def _build_unet(config: UNetConfig) -> Any:

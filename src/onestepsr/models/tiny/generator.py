@@ -29,8 +29,9 @@ class TinyGeneratorConfig(OneStepConfig):
 def tiny_generator(config: TinyGeneratorConfig) -> OneStepLatentGenerator:
     """Autoencoder, UNet and prompt embedding, freshly initialised, as one generator."""
     shape = (1, config.model.prompt_tokens, config.model.prompt_width)
-    prompt = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
-    prompt = prompt.to(torch.empty(0).device)  # the default device, which may be "meta"
+    prompt = torch.empty(shape)  # on the default device
+    if not prompt.is_meta:
+        prompt = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(prompt.device)
     return one_step_generator(TinyAutoencoder(config.model), TinyUNet(config.model), prompt, config)
 
 
