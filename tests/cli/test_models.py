@@ -6,6 +6,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from onestepsr.cli.doctor import examine_models
 from onestepsr.cli.main import app
 from onestepsr.core.errors import UnknownModel, UserError
 from onestepsr.weights import catalog, download
@@ -112,3 +113,20 @@ def test_one_failing_download_leaves_the_others(small):
 )
 def test_unknown_models_are_user_errors(arguments, error):
     assert isinstance(run(app, ["models", *arguments]).exception, error)
+
+
+def test_without_a_home_folder_everything_that_needs_none_is_listed(monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("ONESTEPSR_CACHE", raising=False)
+    monkeypatch.setattr("pathlib.Path.expanduser", no_home)
+    listed = run(app, ["models", "list"])
+    assert listed.exit_code == 0
+    assert "bundled]" in listed.output
+    assert "BSD-3-Clause, no home folder for it: set ONESTEPSR_CACHE]" in listed.output
+    assert run(app, ["models", "info", "vgg16"]).exit_code == 0
+    assert "d3sr-tiny: ok" in run(app, ["models", "verify"]).output
+    states = {model["id"]: model["state"] for model in examine_models()}
+    assert states["d3sr-tiny"] == "verified"
+    assert "ONESTEPSR_CACHE" in states["sd21-base"]

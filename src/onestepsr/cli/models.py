@@ -226,6 +226,7 @@ def _row(spec: ModelSpec) -> dict[str, Any]:
 
 def _describe(model: str) -> dict[str, Any]:
     from onestepsr.weights.catalog import list_models
+    from onestepsr.weights.download import has_cache_folder
 
     described: dict[str, Any] = {"model": model}
     spec = {spec.id: spec for spec in list_models()}.get(model)
@@ -238,7 +239,12 @@ def _describe(model: str) -> dict[str, Any]:
     if spec.bundled:
         return described | _describe_weights(model)
     files = [
-        {"file": str(each.path), "bytes": each.bytes, "sha256": each.sha256, "sources": list(each.urls)}
+        {
+            "file": str(each.path) if has_cache_folder() else each.place,
+            "bytes": each.bytes,
+            "sha256": each.sha256,
+            "sources": list(each.urls),
+        }
         | ({"named_at": each.unlinked} if each.unlinked else {})
         for each in spec.downloads
     ]

@@ -13,7 +13,7 @@ import yaml
 from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import DamagedWeights, UnknownModel, UserError, did_you_mean
 from onestepsr.core.files import file_sha256
-from onestepsr.weights.download import Download, check, download_file, human_bytes
+from onestepsr.weights.download import CACHE, Download, check, download_file, has_cache_folder, human_bytes
 
 DEFAULT_MODEL = "d3sr-tiny"
 BICUBIC = "bicubic"
@@ -82,6 +82,8 @@ class ModelSpec:
     @property
     def is_here(self) -> bool:
         """True if all of its files exist on this machine; nothing is read."""
+        if self.files and not has_cache_folder():
+            return False
         return all(download.path.exists() for download in self.downloads)
 
     @property
@@ -89,6 +91,8 @@ class ModelSpec:
         """State of the weights on this machine by name and size, with the size; nothing is read."""
         if not self.files:
             return "bundled" if self.bundled else "needs no weights"
+        if not has_cache_folder():
+            return f"no home folder for it: set {CACHE}"
         damage = next((download.damage for download in self.downloads if download.damage), "")
         state = f"damaged: {damage}" if damage else "cached" if self.is_here else "not downloaded"
         sizes = [file.bytes for file in self.files if file.bytes is not None]

@@ -122,6 +122,15 @@ def cache_folder() -> Path:
         raise UserError(f"no home folder for the cache of weights; set {CACHE} to a folder") from error
 
 
+def has_cache_folder() -> bool:
+    """False if there is neither a home folder nor a setting, as for a user without an entry in a container."""
+    try:
+        cache_folder()
+    except UserError:
+        return False
+    return True
+
+
 def is_offline() -> bool:
     """True if ``ONESTEPSR_OFFLINE`` forbids every use of the network."""
     return os.environ.get(OFFLINE, "").strip().lower() not in ("", "0", "false", "no")
