@@ -35,6 +35,8 @@ FOLDER = "images"
 GENERATOR = "onestepsr evaluation report"
 MAX_PAGE_START = 4096
 TEMPLATES = Path(__file__).parent / "templates"
+PAGE_PARTS = ((Path(__file__).parents[1] / "assets", "compare"), (TEMPLATES, "report"))
+"""Style and script of the page: the slider, which the server's page has as well, and the report's own."""
 
 _OURS = re.compile(r"\d{5}-(lr|hr|sr\d+)\.png")
 _COMPRESSION = 4
@@ -234,7 +236,10 @@ def render(
 ) -> str:
     """The page as text; ``views`` are the images that can be looked at, by name."""
     labels, several = comparison.labels, len(comparison.results) > 1
-    style, script = (TEMPLATES.joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    style, script = (
+        "".join(folder.joinpath(f"{name}.{ending}").read_text(encoding="utf-8") for folder, name in PAGE_PARTS)
+        for ending in ("css", "js")
+    )
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     own = f"style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'"
     decimals = {metric: decimals_of(comparison, metric) for metric in comparison.metrics}
