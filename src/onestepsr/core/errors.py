@@ -19,6 +19,10 @@ class UserError(OneStepSRError):
     """A bad file, size, option or setting: the message names it, the value seen and what is accepted."""
 
 
+class TooLarge(UserError):
+    """An image beyond the limit of pixels."""
+
+
 class UnknownModel(UserError):
     """A model name that is neither an alias nor an existing path."""
 

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from onestepsr.core.errors import UserError
+from onestepsr.core.errors import TooLarge, UserError
 from onestepsr.imaging.formats import MAX_PIXELS
 from onestepsr.imaging.image import LoadedImage, Samples
 
@@ -130,7 +130,7 @@ class _Child:
         for level, message in answer.get("log", []):
             logger.log(int(level), "%s", message)
         if image is None:
-            raise UserError(str(answer["error"]))
+            raise (TooLarge if answer.get("too_large") else UserError)(str(answer["error"]))
         return image
 
     @property
@@ -290,7 +290,7 @@ def serve_parent() -> None:
         try:
             image = read_image(data, request["name"], request["pixels"])
         except UserError as error:
-            answer: dict[str, Any] = {"error": str(error)}
+            answer: dict[str, Any] = {"error": str(error), "too_large": isinstance(error, TooLarge)}
             bodies: list[Samples] = []
         except MemoryError:
             most = f"{request['memory'] / 1e6:,.0f} MB"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onestepsr.core.errors import UserError
+from onestepsr.core.errors import TooLarge, UserError
 
 if TYPE_CHECKING:
     import tifffile
@@ -271,11 +271,11 @@ _RLE_PIXELS_A_BYTE = 128
 
 
 def check_pixels(width: int, height: int, most_pixels: int) -> None:
-    """Raise UserError for a size beyond the limits."""
+    """Raise TooLarge for a size beyond the limits."""
     if width * height > most_pixels:
-        raise UserError(f"claims {width} x {height} = {width * height:,} pixels, the limit is {most_pixels:,}")
+        raise TooLarge(f"claims {width} x {height} = {width * height:,} pixels, the limit is {most_pixels:,}")
     if max(width, height) > MAX_SIDE:
-        raise UserError(f"claims {width} x {height} pixels, the limit is {MAX_SIDE:,} a side")
+        raise TooLarge(f"claims {width} x {height} pixels, the limit is {MAX_SIDE:,} a side")
 
 
 def check_structure(data: bytes, kind: str, most_pixels: int) -> None:
@@ -303,7 +303,7 @@ def _check_canvas(size: tuple[int, int], length: int, most_pixels: int) -> None:
     width, height = size
     check_pixels(width, height, most_pixels)
     if width * height > max(_SMALL_CANVAS, _PIXELS_A_BYTE * length):
-        raise UserError(f"claims {width} x {height} pixels in {length:,} bytes, which is no photo")
+        raise TooLarge(f"claims {width} x {height} pixels in {length:,} bytes, which is no photo")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
