@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -136,21 +137,36 @@ SEPARATE = {MMAP_MAX: 65_536, MMAP_THRESHOLD: 128 << 10}
 KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: -1}
 """Values with which freed memory stays with the process."""
 
+_lock = threading.Lock()
+_users = 0
+
 
 @contextmanager
 def no_malloc_trim(wanted: bool = True) -> Iterator[None]:
-    """Inside, freed memory stays with the process for later allocations; at the end all is handed back.
+    """Inside, freed memory stays with the process for later allocations; when the last user leaves, all is handed back.
 
     Unless ``wanted``, the process only gets the :data:`USUAL` settings, for good: small images never free a block from
-    which glibc would learn them. Blocks of other threads than the main one may be treated as ever. They are settings of
-    the process: of two threads inside, the first one to leave ends it for both, which costs time and nothing else.
+    which glibc would learn them. Blocks of other threads than the main one may be treated as ever.
     """
-    _tune_malloc(KEPT if wanted else USUAL, trim=wanted)
+    global _users  # noqa: PLW0603  (as global as what it counts the users of)
+    library = _glibc()
+    if library is None or not wanted:
+        _set(USUAL)
+        yield
+        return
+    with _lock:
+        _users += 1
+        if _users == 1:
+            library.malloc_trim(0)
+            _apply(library, KEPT)
     try:
         yield
     finally:
-        if wanted:
-            _tune_malloc(USUAL, trim=True)
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                _apply(library, USUAL)
+                library.malloc_trim(0)
 
 
 @contextmanager
@@ -160,22 +176,24 @@ def separate_mmaps() -> Iterator[None]:
     Made for weights. Those that are converted or packed later would leave gaps between the others, in which nothing of
     the size of a feature map fits.
     """
-    _tune_malloc(SEPARATE)
+    _set(SEPARATE)
     try:
         yield
     finally:
-        _tune_malloc(USUAL)
+        _set(USUAL)
 
 
-def _tune_malloc(settings: dict[int, int], *, trim: bool = False) -> None:
-    """Apply ``settings`` where the C library is glibc; with ``trim``, hand freed memory back to the system."""
+def _set(settings: dict[int, int]) -> None:
+    """Apply ``settings`` unless freed memory is being kept."""
     library = _glibc()
-    if library is None:
-        return
+    with _lock:
+        if library is not None and _users == 0:
+            _apply(library, settings)
+
+
+def _apply(library: ctypes.CDLL, settings: dict[int, int]) -> None:
     for parameter, value in settings.items():
         library.mallopt(parameter, value)
-    if trim:
-        library.malloc_trim(0)
 
 
 @functools.cache
