@@ -151,3 +151,31 @@ def test_every_file_has_its_line_in_the_tree() -> None:
     files = [str(path.relative_to(SOURCES)) for path in SOURCES.rglob("*.py")]
     top = ("__init__.py", "__main__.py")
     assert sorted(listed) == sorted(file for file in files if Path(file).name != "__init__.py" or file in top)
+
+
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documents_name_files_and_code_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    files = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("src", "tests", "scripts")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    missing = [
+        name
+        for name in re.findall(r"`([\w/]+\.py)`", text)
+        if not any(f"/{file}".endswith(f"/{name}") for file in files)
+    ]
+    layers = "core|imaging|diffusion|weights|models|losses|inference|prompts|methods|benchmark|evaluate|cli"
+    for name in re.findall(rf"`((?:{layers})(?:\.\w+)+)(?:\(\))?`", text):
+        parts = name.split(".")
+        module = next(
+            (n for n in range(len(parts), 1, -1) if SOURCES.joinpath(*parts[:n]).with_suffix(".py").is_file()), 0
+        )
+        source = SOURCES.joinpath(*parts[:module]).with_suffix(".py").read_text(encoding="utf-8") if module else ""
+        if not module or any(not re.search(rf"\b{part}\b", source) for part in parts[module:]):
+            missing.append(name)
+    assert missing == []

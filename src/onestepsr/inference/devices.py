@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -137,36 +136,21 @@ SEPARATE = {MMAP_MAX: 65_536, MMAP_THRESHOLD: 128 << 10}
 KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: -1}
 """Values with which freed memory stays with the process."""
 
-_lock = threading.Lock()
-_users = 0
-
 
 @contextmanager
 def no_malloc_trim(wanted: bool = True) -> Iterator[None]:
-    """Inside, freed memory stays with the process for later allocations; when the last user leaves, all is handed back.
+    """Inside, freed memory stays with the process for later allocations; at the end all is handed back.
 
     Unless ``wanted``, the process only gets the :data:`USUAL` settings, for good: small images never free a block from
-    which glibc would learn them. Blocks of other threads than the main one may be treated as ever.
+    which glibc would learn them. Blocks of other threads than the main one may be treated as ever. They are settings of
+    the process: of two threads inside, the first one to leave ends it for both, which costs time and nothing else.
     """
-    global _users  # noqa: PLW0603  (as global as what it counts the users of)
-    library = _glibc()
-    if library is None or not wanted:
-        _set(USUAL)
-        yield
-        return
-    with _lock:
-        _users += 1
-        if _users == 1:
-            library.malloc_trim(0)
-            _apply(library, KEPT)
+    _tune_malloc(KEPT if wanted else USUAL, trim=wanted)
     try:
         yield
     finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                _apply(library, USUAL)
-                library.malloc_trim(0)
+        if wanted:
+            _tune_malloc(USUAL, trim=True)
 
 
 @contextmanager
@@ -176,24 +160,22 @@ def separate_mmaps() -> Iterator[None]:
     Made for weights. Those that are converted or packed later would leave gaps between the others, in which nothing of
     the size of a feature map fits.
     """
-    _set(SEPARATE)
+    _tune_malloc(SEPARATE)
     try:
         yield
     finally:
-        _set(USUAL)
+        _tune_malloc(USUAL)
 
 
-def _set(settings: dict[int, int]) -> None:
-    """Apply ``settings`` unless freed memory is being kept."""
+def _tune_malloc(settings: dict[int, int], *, trim: bool = False) -> None:
+    """Apply ``settings`` where the C library is glibc; with ``trim``, hand freed memory back to the system."""
     library = _glibc()
-    with _lock:
-        if library is not None and _users == 0:
-            _apply(library, settings)
-
-
-def _apply(library: ctypes.CDLL, settings: dict[int, int]) -> None:
+    if library is None:
+        return
     for parameter, value in settings.items():
         library.mallopt(parameter, value)
+    if trim:
+        library.malloc_trim(0)
 
 
 @functools.cache

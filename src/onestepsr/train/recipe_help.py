@@ -24,8 +24,6 @@ from onestepsr.data.datasets import DataConfig
 from onestepsr.methods.base import get_method, method_names
 from onestepsr.train.recipes import RunConfig, TrainConfig, ValidationConfig, load_methods
 
-ANY = ".*"
-"""Ends the path of an entry that introduces one of several groups which may stand in the same place."""
 REQUIRED = "required"
 SUPPLIED = {"method": "METHOD", "out": "runs/RECIPE"}
 """Values that the command fills in where a recipe gives none."""
@@ -54,33 +52,27 @@ class RecipeField:
     """Its value or default as YAML, or :data:`REQUIRED`; empty for a group whose fields follow."""
     meaning: str
     """Its description in the source, on one line."""
-    in_use: bool = True
-    """False for a field of a group that the recipe leaves out: the value is then the initial one of the group."""
 
 
 # ---- Collecting fields -----------------------------------------------------------------------------------------------
 
 
 def recipe_fields(method: str, run: RunConfig | None = None) -> list[RecipeField]:
-    """Every field of a recipe for ``method``: with the values of ``run``, a run of that method, or with defaults."""
+    """Every field of a recipe for ``method`` with its default, or those that ``run``, a run of that method, uses, with
+    their values."""
     load_methods()
     return list(fields_of(RunConfig, values=run, recipe=run is not None, settings=get_method(method).config))
 
 
 def fields_of(
-    cls: type[Any],
-    where: str = "",
-    *,
-    values: Any = None,
-    recipe: bool = False,
-    in_use: bool = True,
-    settings: Any = Any,
+    cls: type[Any], where: str = "", *, values: Any = None, recipe: bool = False, settings: Any = Any
 ) -> Iterator[RecipeField]:
     """The fields of a dataclass and of the groups below it.
 
     ``where`` is the path of the group; ``values`` is an instance whose values are shown instead of the defaults of
-    ``cls``, those of a ``recipe`` or of a group that is ``in_use`` or not. ``settings`` is the type of a field that may
-    hold anything, such as the settings of a method.
+    ``cls``. Of a ``recipe``, groups that it leaves out are not listed; otherwise all that may stand in a place are, and
+    an entry introduces each. ``settings`` is the type of a field that may hold anything, such as the settings
+    of a method.
     """
     meanings, hints = field_meanings(cls), get_type_hints(cls)  # type: ignore[arg-type]  # a class can be hashed
     for field in dataclasses.fields(cls):
@@ -94,20 +86,17 @@ def fields_of(
             kind=_kind(hint) + (f", with the fields of `{REPEATED[path]}`" if path in REPEATED else ""),
             value=missing if value is dataclasses.MISSING else _shown(value),
             meaning=meanings.get(field.name, ""),
-            in_use=in_use,
         )
         for name, item in value.items() if isinstance(value, Mapping) else ():
             if dataclasses.is_dataclass(item):
-                yield from fields_of(type(item), f"{path}.{name}", values=item, recipe=recipe, in_use=in_use)
+                yield from fields_of(type(item), f"{path}.{name}", values=item, recipe=recipe)
         for group in groups:
             own = value if isinstance(value, group) else None
-            if own is None and path in REPEATED:
+            if own is None and (recipe or path in REPEATED):
                 continue
-            used = in_use and not (own is None and recipe)
-            if len(groups) > 1:
-                meaning = _on_one_line(str(group.__doc__))
-                yield RecipeField(path=path + ANY, kind="one such group", value="", meaning=meaning, in_use=used)
-            yield from fields_of(group, path, values=own, recipe=recipe, in_use=used)
+            if len(groups) > 1 and not recipe:
+                yield RecipeField(path=path, kind="one such group", value="", meaning=_on_one_line(str(group.__doc__)))
+            yield from fields_of(group, path, values=own, recipe=recipe)
 
 
 @cache
@@ -186,12 +175,9 @@ What stands before the first `config` holds for every method.
 
 def as_text(fields: Sequence[RecipeField]) -> str:
     """Name, value and type of each field in columns, and below them its meaning."""
-    unused = "Values in parentheses: what fields begin with in groups that the recipe does not use.\n\n"
-    text = "" if all(field.in_use for field in fields) else unused
-    width = max(len(field.path) for field in fields)
+    text, width = "", max(len(field.path) for field in fields)
     for field in fields:
-        value = field.value if field.in_use or not field.value else f"({field.value})"
-        text += f"{field.path:{width}}  {value:{WIDEST_VALUE}}  {field.kind}\n"
+        text += f"{field.path:{width}}  {field.value:{WIDEST_VALUE}}  {field.kind}\n"
         meaning = textwrap.wrap(field.meaning, WIDTH - 4, break_on_hyphens=False)
         text += "".join(f"    {line}\n" for line in meaning)
     return text
@@ -211,17 +197,11 @@ def as_markdown() -> str:
 
 
 def _section(title: str, cls: type, fields: Sequence[RecipeField]) -> str:
-    """One table, and one more for each of several groups that may stand in the same place."""
-    alternatives = tuple(field.path.removesuffix("*") for field in fields if field.path.endswith(ANY))
-    head = "\n| field | type | default | meaning |\n| --- | --- | --- | --- |\n"
-    tables, name = {title: f"\n## {title}\n\n{_on_one_line(str(cls.__doc__))}\n{head}"}, title
+    """A table under a heading."""
+    section = f"\n## {title}\n\n{_on_one_line(str(cls.__doc__))}\n"
+    section += "\n| field | type | default | meaning |\n| --- | --- | --- | --- |\n"
     for field in fields:
-        if field.path.endswith(ANY):
-            name = f"`{field.path.removesuffix(ANY)}`, group {len(tables)}"
-            tables[name] = f"\n## {name}\n\n{field.meaning}\n{head}"
-            continue
-        name = name if field.path.startswith(alternatives) else title
         value = field.value if field.value in ("", REQUIRED, *SUPPLIED.values()) else f"`{field.value}`"
         cells = (f"`{field.path}`", field.kind, value, field.meaning)
-        tables[name] += f"| {' | '.join(text.replace('|', chr(92) + '|') for text in cells)} |\n"
-    return "".join(tables.values())
+        section += f"| {' | '.join(text.replace('|', chr(92) + '|') for text in cells)} |\n"
+    return section

