@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from scipy.fft import next_fast_len
 from torch import Tensor
 
 ResizeMode = Literal["area", "bilinear", "bicubic"]
@@ -24,7 +25,7 @@ def filter2d(images: Tensor, kernels: Tensor) -> Tensor:
     kernels = kernels.to(images).reshape(-1, 1, *kernels.shape[-2:])
     pad, (height, width) = kernels.shape[-1] // 2, images.shape[-2:]
     padded = reflect_pad(images, pad)
-    size = (_fast_length(padded.shape[-2]), _fast_length(padded.shape[-1]))
+    size = (next_fast_len(padded.shape[-2], real=True), next_fast_len(padded.shape[-1], real=True))
     spectrum = torch.fft.rfft2(padded, s=size) * torch.fft.rfft2(kernels, s=size).conj()
     filtered: Tensor = torch.fft.irfft2(spectrum, s=size)
     return filtered[..., :height, :width]
@@ -135,18 +136,6 @@ def _reflected_indices(length: int, pad: int, device: torch.device) -> Tensor:
         return torch.zeros(1 + 2 * pad, dtype=torch.long, device=device)
     position = torch.arange(-pad, length + pad, device=device) % (2 * (length - 1))
     return torch.where(position < length, position, 2 * (length - 1) - position)
-
-
-def _fast_length(length: int) -> int:
-    """The next length that has no prime factor above 5."""
-    while True:
-        rest = length
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return length
-        length += 1
 
 
 # ---- JPEG ------------------------------------------------------------------------------------------------------------
