@@ -71,6 +71,25 @@ def test_container_limits_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.free_memory(cpu) > 1e7
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("limited", ["", "pod", "pod/job", "pod/job/step"])
+def test_the_limit_may_be_on_any_group_above(
+    version: int, limited: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, root = tmp_path / "cgroup", tmp_path / "fs" if version == 2 else tmp_path / "fs" / "memory"
+    own.write_text("0::/pod/job/step\n" if version == 2 else "5:cpu:/\n4:memory,hugetlb:/pod/job/step\n0::/\n")
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    unlimited = "max\n" if version == 2 else "9223372036854771712\n"
+    for group in ("", "pod", "pod/job", "pod/job/step"):
+        (root / group).mkdir(parents=True, exist_ok=True)
+        (root / group / names[0]).write_text("1000000\n" if group == limited else unlimited)
+        (root / group / names[1]).write_text("400000\n")
+        (root / group / "memory.stat").write_text("inactive_file 7\n")
+    monkeypatch.setattr(machine, "OWN_CONTROL_GROUPS", own)
+    monkeypatch.setattr(machine, "CONTROL_GROUPS", tmp_path / "fs")
+    assert machine.free_memory(torch.device("cpu")) == 600_007
+
+
 def test_what_pytorch_keeps_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise every image would be planned with what the one before it has left in the driver's eyes."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000, 24_000))

@@ -10,6 +10,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+import reprlib
 import types
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +25,12 @@ from onestepsr.core.files import at_home, read_text
 
 T = TypeVar("T")
 MAX_CONFIG_BYTES = 1_000_000
+MAX_YAML_BYTES = 300_000
+"""Packaged recipes and suites have a few kB."""
+MAX_NODES = 50_000
+"""Most values and keys of a YAML text, those that aliases repeat counted each time."""
+MAX_DEPTH = 40
+MAX_DIGITS = 300
 YAML_WORDS = {False: ("no", "off", "false"), True: ("yes", "on", "true")}
 """Words that YAML 1.1 reads as a truth value without quotes: ``mixed_precision: no`` means the word."""
 
@@ -34,12 +42,12 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     field's default.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{where or cls.__name__}: expected a mapping, got {values!r}")
+        raise UserError(f"{where or cls.__name__}: expected a mapping, got {_shown(values)}")
     hints = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise UserError(f"unknown setting '{_join(where, str(key))}': {did_you_mean(str(key), fields)}")
+            raise UserError(f"unknown setting '{_join(where, str(key)[:100])}': {did_you_mean(str(key), fields)}")
     arguments = {
         key: _convert(_completed(value, fields[key], hints[key]), hints[key], _join(where, key))
         for key, value in values.items()
@@ -67,11 +75,11 @@ def to_mapping(config: Any) -> Any:
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read one YAML or JSON file whose top level is a mapping."""
-    text = read_text(path, MAX_CONFIG_BYTES, "file of settings")
     language = "JSON" if path.suffix == ".json" else "YAML"
+    text = read_text(path, MAX_CONFIG_BYTES if language == "JSON" else MAX_YAML_BYTES, "file of settings")
     try:
-        values = json.loads(text) if language == "JSON" else yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        values = json.loads(text) if language == "JSON" else parse_yaml(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid {language} ({_on_one_line(error)})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping at the top level")
@@ -104,10 +112,102 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
             if not isinstance(node, dict):
                 raise UserError(f"override '{override}': '{parent}' is not a group of settings")
         try:
-            node[leaf] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"override '{override}': not valid YAML; quote text that holds any of {{}}[]:,") from error
+            node[leaf] = parse_yaml(text)
+        except ValueError as error:
+            shown = f"override '{override[:100]}': not valid YAML; quote text that holds any of {{}}[]:,"
+            raise UserError(f"{shown} ({_on_one_line(error)})") from error
     return result
+
+
+# ---- YAML within limits ----
+
+
+_FASTEST: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_FASTEST):  # type: ignore[misc, valid-type]
+    """YAML 1.1 without what it makes of ``1:30`` (90) and ``2001-01-01`` (a date): they are text."""
+
+
+_TIME = {"tag:yaml.org,2002:timestamp"}
+_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, re.compile(f"(?!.*:)(?:{pattern.pattern})", pattern.flags) if tag in _NUMBERS else pattern)
+        for tag, pattern in resolvers
+        if tag not in _TIME
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text; ValueError for one that is not valid, or would take more than it shows.
+
+    Aliases and merges may repeat each other until a few lines become billions of values, or contain themselves: the
+    size and depth of the result are counted before it is made.
+    """
+    try:
+        _check_events(_Loader(text))
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _measure(node, {}, 1)
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise ValueError(_on_one_line(error)) from error
+    except (RecursionError, OverflowError) as error:
+        raise ValueError("nested too deeply, or a number that is too large") from error
+
+
+def _check_events(loader: Any) -> None:
+    """Raise ValueError for a text that is too long or nested too deeply, without reading on: composing it would take
+    time that grows with the square of the depth."""
+    depth = count = 0
+    while loader.check_event():
+        event = loader.get_event()
+        count += 1
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+        if count > MAX_NODES:
+            raise ValueError(f"more than {MAX_NODES:,} values")
+
+
+def _measure(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:
+    """Values and keys that ``node`` becomes; ValueError beyond the limits. ``sizes`` holds those of nodes seen, 0 of
+    those that are open."""
+    if id(node) in sizes:
+        if sizes[id(node)] == 0:
+            raise ValueError("an alias that contains itself")
+        return sizes[id(node)]
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    sizes[id(node)] = 0
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
+            raise ValueError(f"a number of {len(node.value):,} characters")
+        size = 1
+    elif isinstance(node, yaml.MappingNode):
+        size = 1 + sum(_measure(each, sizes, depth + 1) for pair in node.value for each in pair)
+    else:
+        size = 1 + sum(_measure(each, sizes, depth + 1) for each in node.value)
+    if size > MAX_NODES:
+        raise ValueError(f"more than {MAX_NODES:,} values, with those that aliases repeat")
+    sizes[id(node)] = size
+    return size
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: what Python writes it as, shortened."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlong = 60
+_SHORT.maxlevel = 3
 
 
 def _on_one_line(error: Exception) -> str:
@@ -144,7 +244,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return _convert_sequence(value, origin, arguments, where)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
-            raise UserError(f"{where}: expected a mapping, got {value!r}")
+            raise UserError(f"{where}: expected a mapping, got {_shown(value)}")
         return {str(key): _convert(item, arguments[1], _join(where, str(key))) for key, item in value.items()}
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_mapping(hint, value, where)
@@ -157,7 +257,7 @@ def _convert_choice(value: Any, choices: tuple[Any, ...], where: str) -> Any:
     for word in words:
         if word in choices:
             return word
-    raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, choices))}")
+    raise UserError(f"{where}: {_shown(value)} is not one of {', '.join(map(repr, choices))}")
 
 
 def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
@@ -174,7 +274,7 @@ def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
 
 def _convert_sequence(value: Any, origin: type, arguments: tuple[Any, ...], where: str) -> Any:
     if not isinstance(value, (list, tuple)):
-        raise UserError(f"{where}: expected a list, got {value!r}")
+        raise UserError(f"{where}: expected a list, got {_shown(value)}")
     if origin is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis):
         if len(value) != len(arguments):
             raise UserError(f"{where}: expected {len(arguments)} values, got {len(value)}")
@@ -195,4 +295,4 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
         return os.path.expanduser(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {_shown(value)}")

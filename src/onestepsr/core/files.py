@@ -81,8 +81,8 @@ def read_limited(path: Path, limit: int, kind: str) -> bytes:
     try:
         with path.open("rb") as handle:
             content = handle.read(limit + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # a name that holds a zero byte is a ValueError
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
     if len(content) > limit:
         raise UserError(f"{path}: larger than {limit:,} bytes, which is no {kind}")
     return content

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+OWN_CONTROL_GROUPS = Path("/proc/self/cgroup")
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+"""Folder where the kernel shows control groups: version 2 itself, version 1 in one folder for each controller."""
 BFLOAT16_INSTRUCTIONS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 """Names in /proc/cpuinfo of the instructions that multiply bfloat16: two of x86, one of ARM."""
 LIMITS_WITHOUT_BFLOAT16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
@@ -153,16 +156,18 @@ def free_memory(device: torch.device) -> float:
 
 
 def _container_headroom() -> Iterator[float]:
-    """Bytes that the control groups of this process (version 2, then 1) still allow."""
-    lines = (_read(Path("/proc/self/cgroup")) or "").splitlines()
+    """Bytes that the control groups of this process (version 2, then 1), and all groups above them, still allow."""
+    lines = (_read(OWN_CONTROL_GROUPS) or "").splitlines()
     for _, controllers, name in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         if controllers == "":
-            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+            root, names = CONTROL_GROUPS, ("memory.max", "memory.current")
         elif "memory" in controllers.split(","):
-            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            root, names = CONTROL_GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
         else:
             continue
-        for folder in {root / name.lstrip("/"), root}:  # inside a container the group is mounted as the root
+        # Inside a container the group is mounted as the root, and its name may begin with "/../" or not exist there.
+        parts = [part for part in name.split("/") if part not in ("", "..")]
+        for folder in [root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]:
             limit, used = (_read(folder / file) for file in names)
             if limit and used and limit.strip().isdigit():
                 yield max(0.0, float(limit) - float(used) + _droppable(folder))

@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from onestepsr.core.config import apply_overrides, from_mapping, read_mapping, to_mapping
+from onestepsr.core.config import apply_overrides, from_mapping, parse_yaml, read_mapping, to_mapping
 from onestepsr.core.errors import UserError, did_you_mean, error_context
 from onestepsr.core.files import locked, write_text, writing
 from onestepsr.core.signals import Interruption
@@ -203,8 +202,8 @@ def load_suite(suite: str, settings: Sequence[str] = ()) -> Suite:
             if not value.strip():  # as an unset variable of the shell leaves it; it would mean the present folder
                 raise UserError(f"{HELD_OUT}=: expected a folder of held-out photos")
             try:
-                folders = yaml.safe_load(value)
-            except yaml.YAMLError:  # a folder may have any name
+                folders = parse_yaml(value)
+            except ValueError:  # a folder may have any name
                 folders = value
             paths = list(map(str, folders)) if isinstance(folders, list) else [value]
             values = apply_overrides(values, [f"evaluation.data.paths={json.dumps(paths)}"])
