@@ -1,12 +1,15 @@
 """Groups of options: fields of a dataclass are options of the command, and its checks are the command's."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import pytest
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
+from onestepsr.cli import main
 from onestepsr.cli.options import grouped
 from onestepsr.core.errors import UserError
 
@@ -49,3 +52,37 @@ def test_help_is_that_of_command_and_fields() -> None:
 def test_a_group_refuses_what_does_not_fit() -> None:
     with pytest.raises(UserError, match="width 0"):
         run("a", "--width", "0")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("upscale {photos}/0.png -o {out}/a.png --seed 4", "--seed: 'd3sr-tiny' draws no noise"),
+        ("upscale {photos}/0.png -o {out}/a.png --scale 4 --width 200", "--scale: --width and --height exclude it"),
+        ("degrade {photos} {out} --recipe bicubic --seed 4", "--seed: recipe 'bicubic' draws nothing at random"),
+        ("evaluate {photos} --metrics grid --seed 3", "--seed: needs --model"),
+        (
+            "evaluate --model bicubic --lr {photos} --metrics grid --seed 0",
+            "--seed: neither the model nor the degradation draws anything at random",
+        ),
+        ("ablate --list-suites --dry-run", "--dry-run: does nothing beside --list-suites"),
+        ("models convert d3sr-tiny {out}/a.safetensors --share 0.3", "--share: needs --towards"),
+        ("models convert x.pkl {out}/a.pkl --to osediff-pkl --dtype float32", "--dtype: does nothing with --to"),
+        ("benchmark speed --model bicubic --steps 3 --size 16 --no-memory --repeats 1", "'bicubic' takes no steps"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(line: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "photos" / "0.png")
+    words = [word.format(photos=tmp_path / "photos", out=tmp_path / "out") for word in line.split()]
+    result = CliRunner().invoke(main.app, words)
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_seeds_that_do_something_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "photos" / "0.png")
+    words = ["degrade", str(tmp_path / "photos"), str(tmp_path / "out"), "--recipe", "camera", "--seed", "4"]
+    assert CliRunner().invoke(main.app, words).exit_code == 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from onestepsr.cli.options import refuse
 from onestepsr.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 def ablate(
+    context: typer.Context,
     suite: Annotated[
         str | None, typer.Argument(help="Name of a packaged suite, or a YAML file.", show_default=False)
     ] = None,
@@ -61,6 +63,8 @@ def ablate(
     from onestepsr.weights.download import without_downloads
 
     if list_suites:
+        others = [parameter.name for parameter in context.command.params if parameter.name != "list_suites"]
+        refuse(context, map(str, others), "does nothing beside --list-suites")
         typer.echo("\n".join(suite_names()))
         return
     if suite is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from onestepsr.cli.options import refuse
 from onestepsr.core.errors import UserError
 from onestepsr.core.files import remove_leftovers, write_text
 from onestepsr.core.progress import progress
@@ -40,6 +41,7 @@ def register(app: typer.Typer) -> None:
 
 
 def degrade_command(
+    context: typer.Context,
     hr_dir: Annotated[Path, typer.Argument(help="Folder of high-resolution photos.")],
     out_dir: Annotated[Path, typer.Argument(help="Receives LR/, HR/ (cropped to fit) and degradation.json.")],
     *,
@@ -60,6 +62,8 @@ def degrade_command(
     """Make low-resolution versions of photos, as training and test sets are made."""
     if skip_existing and overwrite:
         raise UserError("--skip-existing and --overwrite: choose one of them")
+    if not draws(load_recipe(recipe)):
+        refuse(context, ["seed"], f"recipe '{recipe}' draws nothing at random")
     scale = usual_scale(recipe) if scale is None else scale
     multiple = scale if crop_multiple is None else crop_multiple
     if multiple % scale:
@@ -147,6 +151,16 @@ def load_recipe(name: str) -> Recipe:
     if values.keys() & {field.name for field in dataclasses.fields(FaceDegradationConfig)}:
         return from_mapping(FaceDegradationConfig, values)
     return from_mapping(DegradationConfig, values)
+
+
+def draws(recipe: Recipe) -> bool:
+    """True if what a recipe does to an image depends on the seed; found by trying."""
+    from onestepsr.data.degradation.pipeline import draw_for
+
+    # Without a last filter, the order of filter and resize is drawn for nothing.
+    orders = [draw_for(recipe, seed, "image") for seed in range(32)]
+    drawn = [each if each.final_sinc else dataclasses.replace(each, final_resize_first=False) for each in orders]
+    return any(each != drawn[0] or each.first is not None or each.second is not None for each in drawn)
 
 
 def usual_scale(name: str) -> int:

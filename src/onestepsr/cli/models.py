@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from onestepsr.cli.options import refuse
 from onestepsr.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def verify(
 
 @models.command()
 def convert(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
@@ -149,6 +151,12 @@ def convert(
     _check_choice("--posterior", posterior, POSTERIORS)
     _check_choice("--dtype", dtype, DTYPES)
     _check_choice("--to", to, FORMATS)
+    if towards is None:
+        refuse(context, ["share"], "needs --towards")
+    if to == "osediff-pkl":
+        own = ("source", "target", "to", "overwrite", "as_json")
+        others = [str(each.name) for each in context.command.params if each.name not in own]
+        refuse(context, others, "does nothing with --to osediff-pkl, which writes adapters as they are")
     import torch
 
     from onestepsr.models.convert import convert as write

@@ -94,7 +94,7 @@ def video(
         refuse(context, ["scale"], "--width and --height exclude it")
     options, settings = image.checked(), encoding.checked()
     target = encoding.out or default_target(source, image.suffix)
-    job = VideoJob(source, target, model.load(), options, settings, overwrite=encoding.overwrite)
+    job = VideoJob(source, target, model.load(options.seed), options, settings, overwrite=encoding.overwrite)
     done, resumed = 0, False
     started = time.monotonic()
     try:

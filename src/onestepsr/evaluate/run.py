@@ -278,6 +278,8 @@ class EvaluatedModel:
     """Output side / input side."""
     record: ModelRecord
     """Description that is saved with the values."""
+    draws_noise: bool = False
+    """True if its images depend on a seed."""
 
 
 class Clock:

@@ -105,6 +105,11 @@ class Upscaler:
             require_compiler(self.device)
             compile_networks(self.generator)
 
+    @property
+    def draws_noise(self) -> bool:
+        """True if the result depends on a seed."""
+        return isinstance(self.generator, LatentGenerator) and self.generator.noise_stage is not None
+
     @classmethod
     def from_pretrained(
         cls,

@@ -94,6 +94,8 @@ def convert(
     if towards is not None or even_contrast:
         option = "--towards" if towards is not None else "--even-contrast"
         raise UserError(f"{source}: {option} is for one-step generators in files of ours")
+    if is_osediff and autoencoder is not None:
+        raise UserError(f"{source}: --autoencoder is for the ResShift family, not for OSEDiff's adapters")
     if not is_osediff:
         return _written(_load_residual_shift(source, published_as, autoencoder), target, dtype)
     beside = target.with_name(target.name.removesuffix(".safetensors") + ADAPTERS)

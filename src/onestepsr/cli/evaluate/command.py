@@ -161,7 +161,15 @@ def evaluate(
         if model.degradation is not None:
             refuse(context, ["suffix"], "with --degradation, LR images are made of the HR photos and need no names")
         with _kept(model.out, outputs.report) as keep:
-            outcome = measure_model(model, hr, prompts, measuring, keep=keep, suffix=suffix)
+            outcome = measure_model(
+                model,
+                hr,
+                prompts,
+                measuring,
+                keep=keep,
+                suffix=suffix,
+                refuse_seed=lambda why: refuse(context, ["seed"], why),
+            )
             _show(outcome, outputs, json_file, images_stay=keep == model.out)
     asked_for_by_name = measuring.metrics is not None
     if outcome.result.failed or outcome.unmatched or (asked_for_by_name and outcome.result.unavailable):

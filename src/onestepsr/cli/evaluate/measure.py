@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -148,6 +148,7 @@ class ModelOptions:
         return EvaluatedModel(
             enlarge=lambda image, path: upscaler.upscale_image(image, prompts.applied_to(options, image, path)),
             scale=upscaler.scale,
+            draws_noise=upscaler.draws_noise,
             record=ModelRecord(name=self.model, sha256=_checksum(self.model), options=settings),
         )
 
@@ -215,9 +216,13 @@ def measure_model(
     *,
     keep: Path | None,
     suffix: str = "",
+    refuse_seed: Callable[[str], None] = lambda reason: None,
 ) -> Outcome:
-    """Run a model and measure it; ``keep`` is a folder for its images."""
-    from onestepsr.cli.degrade import load_recipe
+    """Run a model and measure it; ``keep`` is a folder for its images.
+
+    ``refuse_seed`` is called with the reason where a seed would do nothing.
+    """
+    from onestepsr.cli.degrade import draws, load_recipe
     from onestepsr.evaluate.run import Degrader, evaluate_model
 
     recipe = None if model.degradation is None else load_recipe(model.degradation)
@@ -228,6 +233,8 @@ def measure_model(
     changed = recipe is not None or scorer.protocol.crop > 0
     paths = [case.path for case in data.cases]
     loaded = model.load(options.device, CasePrompts(options=prompts, paths=paths, changed=changed))
+    if not loaded.draws_noise and (recipe is None or not draws(recipe)):
+        refuse_seed("neither the model nor the degradation draws anything at random")
     degrader: Degrader | None = None
     if recipe is not None and model.degradation is not None and data.hr is not None:
         degrader = Degrader(name=model.degradation, recipe=recipe, seed=model.seed, folder=data.hr, scale=loaded.scale)

@@ -172,8 +172,8 @@ class ModelOptions:
         typer.Option(help="For d3sr-tiny: 0 (crisp, as it is) to 1 (faithful: fewer details drawn, higher PSNR)."),
     ] = None
 
-    def load(self) -> Upscaler:
-        """The model, ready to enlarge."""
+    def load(self, seed: int | None = None) -> Upscaler:
+        """The model, ready to enlarge; UserError for a ``seed`` of a model that draws no noise."""
         from onestepsr.inference.upscaler import Upscaler
 
         upscaler = Upscaler.from_pretrained(
@@ -185,6 +185,8 @@ class ModelOptions:
             fidelity=self.fidelity,
             compiled=self.compiled,
         )
+        if seed is not None and not upscaler.draws_noise:
+            raise UserError(f"--seed: '{self.model}' draws no noise, so that it would do nothing")
         logger.info("%s on %s in %s", self.model, upscaler.device, upscaler.dtype)
         return upscaler
 
@@ -290,7 +292,7 @@ def _run_jobs(
     if not jobs:
         return
     remove_leftovers(*(job.target for job in jobs))
-    upscaler = model.load()
+    upscaler = model.load(options.seed)
     prompts = prompt.load(upscaler)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -333,7 +335,7 @@ def _run_stream(
         return result_of(jobs[0], "skipped")
     if target is not None:
         check_writable(target)
-    upscaler = model.load()
+    upscaler = model.load(options.seed)
     prompts = prompt.load(upscaler)
     return upscale_stream(
         inputs[0],
