@@ -17,7 +17,19 @@ from onestepsr.train.recipes import load_run, recipe_names
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "src" / "onestepsr"
-COMMANDS = ("upscale", "video", "train", "ablate", "evaluate", "benchmark", "degrade", "serve", "models", "doctor")
+COMMANDS = (
+    "upscale",
+    "video",
+    "train",
+    "ablate",
+    "evaluate",
+    "benchmark",
+    "degrade",
+    "prompts",
+    "serve",
+    "models",
+    "doctor",
+)
 HEAVY = ("torch", "diffusers", "peft", "accelerate", "transformers", "PIL", "numpy")
 
 

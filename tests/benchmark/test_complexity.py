@@ -116,6 +116,22 @@ def test_osediff_trains_as_many_parameters_as_published(report: Report) -> None:
     assert of(report, "osediff-teacher").parameters == running.parts["unet"] == 865_910_724
 
 
+def test_osediffs_text_encoder_and_tagger_are_counted_and_added(report: Report) -> None:
+    """By its sizes: 23 blocks of width 1,024 with 4 C^2 + 8 C^2 weights each, 49,408 words and 77 places."""
+    encoder, tagger = of(report, "sd21-text-encoder"), of(report, "ram-tagger")
+    width, blocks = 1024, 23
+    per_block = 12 * width**2 + (4 + 4 + 1 + 4) * width
+    assert encoder.parameters == (49_408 + 77) * width + blocks * per_block + 2 * width
+    assert encoder.layer_macs == 77 * blocks * 12 * width**2
+    assert tagger.parameters / 1e6 == pytest.approx(212.1, abs=0.05)
+    (grid,) = (grid for grid in tables(report) if grid.title.startswith("Beside"))
+    sizes = {row[0]: float(row[3].replace(",", "")) for row in grid.rows}
+    assert sizes["osediff with text encoder, counted here"] == pytest.approx(1290.0, abs=0.05)
+    assert sizes["osediff with text encoder and tagger, counted here"] == pytest.approx(1502.1, abs=0.05)
+    saved = [1 - sizes["d3sr-sd21, counted here"] / size for name, size in sizes.items() if "osediff with" in name]
+    assert saved[0] < 0.33 < saved[1], "the paper's 33 % lie between"
+
+
 def test_osediff_runs_with_the_operations_of_d3sr(report: Report) -> None:
     """The same backbone, evaluated once; its other UNets cost as much as one evaluation each."""
     running, merged = of(report, "osediff"), of(report, "d3sr-sd21-merged")

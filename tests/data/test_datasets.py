@@ -228,3 +228,18 @@ def test_pairs_by_the_names_of_datasets(tmp_path, lr, hr, together):
 
 def match_and_check(high, low):
     return build_dataset(DataConfig(kind="pairs", paths=(high,), lr_paths=(low,), crop=32), seed=0).pairs
+
+
+def test_the_first_photos_of_a_folder_by_name(tmp_path):
+    for number in range(5):
+        save(tmp_path / "a" / f"{number:05}.png", 40, 40, number)
+        save(tmp_path / "b" / f"{number:05}.png", 40, 40, number)
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    data = from_mapping(DataConfig, {"paths": folders, "first": [0, 2], "crop": 32})
+    assert build_dataset(data, 0).names() == [f"{number:05}.png" for number in (0, 1, 2, 3, 4, 0, 1)]
+    with pytest.raises(UserError, match=r"b: 5 images, expected at least 6 \(data.first\)"):
+        build_dataset(from_mapping(DataConfig, {"paths": folders, "first": [0, 6], "crop": 32}), 0)
+    with pytest.raises(UserError, match="expected a number of at least 0 for each of the paths"):
+        from_mapping(DataConfig, {"paths": folders, "first": [3], "crop": 32})
+    pairs = {"kind": "pairs", "paths": folders[:1], "lr_paths": folders[1:], "scale": 1, "crop": 32, "first": [3]}
+    assert build_dataset(from_mapping(DataConfig, pairs), 0).names() == ["00000.png", "00001.png", "00002.png"]

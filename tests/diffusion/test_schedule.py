@@ -54,3 +54,5 @@ def test_variance_is_preserved(schedule):
 def test_bad_betas_are_refused():
     with pytest.raises(ValueError, match="beta_start"):
         DiffusionScheduleConfig(beta_start=0.1, beta_end=0.01)
+    with pytest.raises(ValueError, match="beta_end < 1"):
+        DiffusionScheduleConfig(beta_end=1.0)

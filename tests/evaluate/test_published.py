@@ -8,8 +8,8 @@ import pytest
 from evaluation_results import NIQE, PSNR, make_result
 from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
-from onestepsr.core.tables import Grid
-from onestepsr.evaluate.result import EvaluationResult, ProtocolRecord
+from onestepsr.core.tables import NOTHING, Grid
+from onestepsr.evaluate.result import EvaluationResult, MetricRecord, ModelRecord, ProtocolRecord
 from onestepsr.evaluate.tables import (
     MARK,
     PublishedSet,
@@ -49,13 +49,23 @@ def test_every_table_is_complete() -> None:
         ("d3sr-second-edition/realset65", "D3SR-1", "clipiqa", 0.5481),
         ("d3sr-second-edition-ablation/realsr", "D3SR, EA-LPIPS", "lpips", 0.3173),
         ("osediff/realsr", "OSEDiff-1", "psnr", 25.15),
-        ("osediff/drealsr", "OSEDiff-1", "fid", 135.2966),
+        ("osediff/drealsr", "OSEDiff-1", "fid", 135.30),
+        ("osediff/drealsr", "SinSR-1", "niqe", 6.9907),
+        ("osediff/div2k-val", "OSEDiff-1", "dists", 0.1976),
+        ("d3sr-table2/realsr", "D3SR-1", "psnr", 24.60),
+        ("d3sr-table2/drealsr", "OSEDiff-1", "ssim", 0.7355),
+        ("tadsr-table1/imagenet-test", "ResShift-15", "seconds", 0.682),
+        ("tadsr-table1/imagenet-test", "SinSR-1", "frozen", 55.32),
+        ("tadsr-table1/imagenet-test", "SwinIR", "frozen", None),
+        ("tadsr-table3/celeba-test", "TAD-SR-1", "unpaired_fid", 41.968),
+        ("tadsr-table4/wider", "TAD-SR-1", "clipiqa", 0.770),
+        ("tadsr-table4/lfw", "CodeFormer", "musiq", 75.480),
         ("tadsr-table2/realset65", "TAD-SR-1", "musiq", 67.500),
         ("tadsr-table3/celeba-test", "TAD-SR-1", "lpips", 0.341),
         ("tadsr-stable-diffusion/realsr", "TAD-SR-1", "psnr", 24.50),
     ],
 )
-def test_numbers_are_those_of_the_papers(name: str, method: str, metric: str, value: float) -> None:
+def test_numbers_are_those_of_the_papers(name: str, method: str, metric: str, value: float | None) -> None:
     ((_, rows),) = find_published(name)
     assert rows.rows[method][rows.columns.index(metric)] == value
 
@@ -143,7 +153,7 @@ def test_our_protocols_are_the_papers(name: str, place: str) -> None:
 
 def test_tables_without_a_common_metric_are_left_out() -> None:
     titles = [grid.title for grid in beside([make_result("x", HUNDRED)], "realsr")]
-    assert len(titles) == 3
+    assert len(titles) == 4
     assert {any(name in title for title in titles) for name in ("OSEDiff", "second edition", "TAD-SR")} == {True}
     with pytest.raises(UserError, match="no metric of these results is among those published on 'realset65'"):
         beside([make_result("x", HUNDRED)], "realset65")
@@ -173,3 +183,17 @@ def test_unknown_names_suggest_the_near_one(name: str, message: str) -> None:
 def test_a_short_row_is_refused() -> None:
     with pytest.raises(UserError, match="row 'a' has 1 numbers for 2 columns"):
         from_mapping(PublishedSet, {"title": "t", "columns": ["x", "y"], "rows": {"a": [1.0]}})
+
+
+def test_table_1_of_tadsr_has_runtime_and_parameters_of_a_model_that_was_run() -> None:
+    lpips = MetricRecord(title="LPIPS", higher_is_better=False, variant="AlexNet, v0.1")
+    record = ProtocolRecord(name="tadsr", metrics={"lpips": lpips})
+    images = {"a": {"lpips": 0.25}, "b": {"lpips": 0.35}}
+    model = ModelRecord(name="sinsr", parameters=173_916_000, options={"device": "cuda"})
+    ran = EvaluationResult(label="ours", protocol=record, images=images, model=model, seconds={"model": 0.5})
+    grid = grid_of(ran, "tadsr-table1/imagenet-test")
+    assert grid.rows[0] == ("ours", "0.300", NOTHING, NOTHING, "0.250", "173.92", NOTHING)
+    assert next(row for row in grid.rows if row[0] == "SwinIR")[4:] == ("0.107", "28.01", NOTHING)
+    assert any("runtime: on cuda, files and metrics left out" in note for note in grid.notes)
+    alone = grid_of(replace(ran, model=None), "tadsr-table1/imagenet-test")
+    assert alone.rows[0][4:] == (NOTHING, NOTHING, NOTHING)

@@ -12,6 +12,7 @@ from onestepsr.core.errors import UserError
 from onestepsr.diffusion.residual_shift import ResidualShiftSchedule
 from onestepsr.methods import resshift, sinsr
 from onestepsr.methods.base import SampleRandom
+from onestepsr.methods.shared.residual_shift import whole_schedule
 from onestepsr.methods.sinsr import SinSRConfig, build
 from onestepsr.models.generators import pad_to
 from onestepsr.models.loading import load_generator, load_residual_generator
@@ -148,3 +149,16 @@ def test_what_does_not_fit_is_one_line(tmp_path):
         with pytest.raises(UserError, match=said) as caught:
             build(from_mapping(SinSRConfig, {"teacher": MICRO, **values}, "config"))
         assert "\n" not in str(caught.value)
+
+
+def test_the_published_cap_changes_the_schedule_of_faces_alone():
+    face, photos = (load_residual_generator(f"random:{name}") for name in (MICRO.partition(":")[2], "resshift-tiny"))
+    assert whole_schedule(face).sqrt_eta[0].item() == pytest.approx(0.1)
+    expected = [0.0316, 0.3764, 0.6673, 0.99]
+    assert whole_schedule(face, capped=True).sqrt_eta.tolist() == pytest.approx(expected, abs=5e-5)
+    assert torch.equal(whole_schedule(photos, capped=True).sqrt_eta, whole_schedule(photos).sqrt_eta)
+    losses = [
+        run_phase(filled(build(SinSRConfig(teacher=MICRO, published_slips=slips))), pair()) for slips in (False, True)
+    ]
+    assert losses[0]["distillation"] != losses[1]["distillation"]
+    assert torch.equal(losses[0]["ground_truth"], losses[1]["ground_truth"]), "the last step alone decides it"

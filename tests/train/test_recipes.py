@@ -162,7 +162,7 @@ ROWS: dict[str, dict[str, object]] = {
         "train.accumulation": 8,
     },
     "d3sr-sd21-table4-own": {"data.paths": ["data/own"]},
-    "d3sr-sd21-table4-lsdir-ffhq": {"data.paths": ["data/LSDIR", "data/FFHQ-10k"]},
+    "d3sr-sd21-table4-lsdir-ffhq": {"data.paths": ["data/LSDIR", "data/FFHQ"], "data.first": [0, 10000]},
     "d3sr-sd21-table5-mse": {"config.perceptual_weight": 0.0},
     "d3sr-sd21-table5-lpips": {"config.perceptual.distance": "lpips"},
     "d3sr-sd21-table5-ea-lpips": {"config.perceptual.distance": "ea_lpips"},

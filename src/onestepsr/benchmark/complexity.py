@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -30,6 +31,8 @@ from onestepsr.models.resshift.config import PUBLISHED
 from onestepsr.models.resshift.generator import ResidualShiftGenerator, residual_shift_generator
 from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet, StableDiffusionUNetEncoder
 from onestepsr.models.tiny.networks import FACTOR as TINY_FACTOR
+from onestepsr.prompts.ram import RamConfig, RamNetwork
+from onestepsr.prompts.sources import require_transformers
 from onestepsr.weights import catalog
 from onestepsr.weights.files import read_shapes, read_weights
 
@@ -139,6 +142,24 @@ def _discriminator(backbone: str, *, adapters: bool = True) -> nn.Module:
     return discriminator
 
 
+def _text_encoder() -> nn.Module:
+    """Stable Diffusion 2.1's text encoder: OpenCLIP's ViT-H up to its last layer but one."""
+    require_transformers("counting the text encoder")
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = CLIPTextConfig(
+        vocab_size=49_408,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=23,
+        num_attention_heads=16,
+        max_position_embeddings=TOKENS,
+        hidden_act="gelu",
+    )
+    return cast(nn.Module, CLIPTextModel(sizes)).requires_grad_(False)
+
+
+TEXT_ENCODER, TAGGER = "sd21-text-encoder", "ram-tagger"
 NETWORKS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "d3sr-tiny": ("the bundled model, of which all but the encoder is trained", _d3sr_tiny),
     "d3sr-sd21": ("D3SR on Stable Diffusion 2.1-base as it trains: rank-16 adapters beside their layers", _d3sr),
@@ -159,6 +180,14 @@ NETWORKS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         lambda: _osediff_regularizer(adapters=True),
     ),
     "osediff-teacher": ("its third UNet, frozen; training only", lambda: _osediff_regularizer(adapters=False)),
+    TEXT_ENCODER: (
+        f"Stable Diffusion 2.1's text encoder for one prompt of {TOKENS} tokens, as OSEDiff runs it",
+        _text_encoder,
+    ),
+    TAGGER: (
+        "RAM, which writes OSEDiff's prompt; DAPE's adapters merged. It sees 384 x 384 pixels whatever the image is",
+        lambda: RamNetwork(RamConfig()).requires_grad_(False),
+    ),
     "tiny-discriminator": (
         "half of the tiny UNet, all of it trained; training only",
         lambda: _discriminator("random:d3sr-tiny", adapters=False),
@@ -177,8 +206,9 @@ NETWORKS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
 
 def default_names() -> list[str]:
     """Every network that has a name here, and every bundled model besides."""
+    known = [name for name in NETWORKS if name != TEXT_ENCODER or find_spec("transformers") is not None]
     bundled = (spec.id for spec in catalog.list_models("upscaler") if spec.bundled)
-    return list(dict.fromkeys([*NETWORKS, *bundled]))
+    return list(dict.fromkeys([*known, *bundled]))
 
 
 def _build(name_or_path: str) -> tuple[str, nn.Module]:
@@ -239,6 +269,12 @@ def _complexity(network: nn.Module, side: int, *, name: str, summary: str = "") 
         z_t, t = _latent(network.config.in_channels, side // SD_FACTOR)
         prompt = torch.empty(1, TOKENS, network.config.cross_attention_dim)
         stages = [Stage(name="denoiser", cost=count(network, lambda: network(z_t, t, prompt))[1])]
+    elif isinstance(network, RamNetwork):
+        image = torch.empty(1, 3, network.config.side, network.config.side)
+        stages = [Stage(name="tagger", cost=count(network, lambda: network(image))[1])]
+    elif name == TEXT_ENCODER:
+        ids = torch.empty(1, TOKENS, dtype=torch.long)
+        stages = [Stage(name="text encoder", cost=count(network, lambda: network(ids).last_hidden_state)[1])]
     else:
         raise UserError(f"{name}: a {type(network).__name__} has no stages to count, expected a generator")
     parts: Counter[str] = Counter()
@@ -405,6 +441,15 @@ def published_table(report: Report) -> Grid:
         macs = f"{billions(network.layer_macs)} layers only, {billions(network.macs)} all products"
         name, parameters = f"{network.name}, counted here", f"{network.parameters / 1e6:,.1f}"
         rows.append((name, str(network.steps), "", parameters, macs))
+    known = {network.name: network for network in report.networks}
+    parts = [known[name] for name in ("osediff", TEXT_ENCODER, TAGGER) if name in known]
+    for count_of, label in ((2, "osediff with text encoder"), (3, "osediff with text encoder and tagger")):
+        if len(parts) >= count_of and parts[0].name == "osediff":
+            whole = parts[:count_of]
+            macs = f"{billions(sum(n.layer_macs for n in whole))} layers only, "
+            macs += f"{billions(sum(n.macs for n in whole))} all products"
+            size = f"{sum(n.parameters for n in whole) / 1e6:,.1f}"
+            rows.append((f"{label}, counted here", "1", "", size, macs))
     columns = ("method", "steps", "time, s", "parameters, M", "MACs, G")
     return Grid(title=f"Beside {COMPLEXITY_SOURCE}", lead=PUBLISHED_NOTE, columns=columns, rows=tuple(rows))
 

@@ -32,7 +32,7 @@ from onestepsr.core.rng import derived_seed, generator, integer, uniform
 from onestepsr.data.degradation.pipeline import DegradationConfig, FaceDegradationConfig, Recipe, degrade_pair
 from onestepsr.data.degradation.presets import get_preset, mix
 from onestepsr.data.pair_names import divided, matched
-from onestepsr.data.photos import Photo, PhotoCache, Pixels, scan
+from onestepsr.data.photos import Photo, PhotoCache, Pixels, first_of, scan
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
 
@@ -50,6 +50,9 @@ class DataConfig:
     """Folders of HR photos, searched recursively. At least one is needed."""
     lr_paths: tuple[Path, ...] = ()
     """Only for pairs: the folders of LR images, in the order of ``paths``."""
+    first: tuple[int, ...] = ()
+    """Photos taken from each folder of ``paths``, the first ones by name; 0 takes all, as does an empty list. "The
+    first 10,000 of FFHQ" is 10000. A folder that has fewer is refused."""
     crop: int = 256
     """Side of the square HR crop in pixels, a multiple of ``scale``. For pairs, 0 keeps whole images, to
     measure on: training needs one size."""
@@ -84,6 +87,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.paths:
             raise ValueError("paths is empty: expected one or more folders of photos")
+        if self.first and (len(self.first) != len(self.paths) or min(self.first) < 0):
+            raise ValueError(f"first is {list(self.first)}: expected a number of at least 0 for each of the paths")
         if not 1 <= self.scale <= 16:
             raise ValueError(f"scale is {self.scale}: expected 1 to 16")
         whole = self.crop == 0 and self.kind == "pairs"
@@ -193,7 +198,7 @@ class HRFolder(PhotoStream):
     """Random crops of photos in folders, degraded on the fly."""
 
     def __init__(self, config: DataConfig, seed: int, with_lr: bool) -> None:
-        super().__init__(config, seed, with_lr, _large_enough(scan(config.paths), config.crop))
+        super().__init__(config, seed, with_lr, _large_enough(scan(config.paths, config.first), config.crop))
         self.recipe = config.recipe()
 
     def __getitem__(self, index: int) -> Sample:
@@ -222,7 +227,10 @@ class PairsFolder(PhotoStream):
 
     def __init__(self, config: DataConfig, seed: int, with_lr: bool) -> None:
         folders = zip(config.paths, config.lr_paths, strict=True)
-        self.pairs = [pair for hr, lr in folders for pair in match_pairs(hr, lr)]
+        found = [match_pairs(hr, lr) for hr, lr in folders]
+        firsts = config.first or (0,) * len(found)
+        chosen = [first_of(*item) for item in zip(found, firsts, config.paths, strict=True)]
+        self.pairs = [pair for pairs in chosen for pair in pairs]
         check_sizes(self.pairs, config)
         super().__init__(config, seed, with_lr, [photo for pair in self.pairs for photo in (pair.hr, pair.lr)])
 

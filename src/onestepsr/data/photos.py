@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -64,12 +65,26 @@ def find_names(folder: Path, *, recursive: bool = True) -> list[str]:
     return found.names
 
 
-def scan(folders: Iterable[Path]) -> list[Photo]:
-    """Read the headers of every image in ``folders``; unreadable ones are left out and reported in one log line."""
+Item = TypeVar("Item")
+
+
+def first_of(items: list[Item], count: int, folder: Path) -> list[Item]:
+    """The first ``count`` of the images in ``folder``, all if that is 0; UserError if there are fewer."""
+    if len(items) < count:
+        raise UserError(f"{folder}: {len(items):,} images, expected at least {count:,} (data.first)")
+    return items[:count] if count else items
+
+
+def scan(folders: Sequence[Path], first: Sequence[int] = ()) -> list[Photo]:
+    """Read the headers of every image in ``folders``; unreadable ones are left out and reported in one log line.
+
+    ``first`` has the number of images to take from each folder, in the order of their names; 0 takes all.
+    """
     photos: list[Photo] = []
     unreadable: list[Path] = []
-    for folder in folders:
-        for name in progress(find_names(folder), f"reading the headers in {folder}"):
+    for folder, count in zip(folders, first or (0,) * len(folders), strict=True):
+        names = first_of(find_names(folder), count, folder)
+        for name in progress(names, f"reading the headers in {folder}"):
             path = folder / name
             size = read_size(path)
             if size is None:

@@ -94,6 +94,11 @@ PROTOCOLS = {
             metrics=("psnr", "ssim", "lpips", "dists", "niqe", "musiq", "maniqa-pipal", "clipiqa"),
         ),
         Protocol(
+            name="tadsr",
+            summary="TAD-SR: whole images; variants as in its authors' script, the paper names none",
+            metrics=("psnr", "ssim", "lpips", "clipiqa", "musiq"),
+        ),
+        Protocol(
             name="osediff",
             summary="OSEDiff and StableSR: crops of 128 to 512 pixels, settings of pyiqa",
             metrics=("psnr", "ssim", "lpips", "dists", "fid", "niqe", "musiq", "maniqa-pipal", "clipiqa"),

@@ -191,6 +191,8 @@ class ModelRecord:
     """Checksum of its weights."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options that change its images, such as ``tile`` and ``color_fix``."""
+    parameters: int | None = None
+    """Number of its parameters, all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

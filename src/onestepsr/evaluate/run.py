@@ -18,13 +18,15 @@ from torch import Tensor
 from onestepsr.core.errors import OneStepSRError, UserError
 from onestepsr.core.files import remove_leftovers
 from onestepsr.core.machine import cores
+from onestepsr.core.progress import progress
 from onestepsr.data.degradation.pipeline import Recipe, draw_for, make_pair
+from onestepsr.data.photos import find_images
 from onestepsr.evaluate.metrics.catalog import MetricSpec, Reference
 from onestepsr.evaluate.metrics.fid import SetDistance
 from onestepsr.evaluate.pairing import Case, CaseSet
 from onestepsr.evaluate.protocols import Protocol
 from onestepsr.evaluate.result import EvaluationResult, Files, ModelRecord, Setting, WholeValue, machine_entries, now
-from onestepsr.imaging.read import LoadedImage, Samples, from_array, read_image, samples_to_tensor
+from onestepsr.imaging.read import LoadedImage, Samples, from_array, read_image, samples_to_tensor, to_eight_bits
 from onestepsr.imaging.write import write_image
 from onestepsr.inference.devices import oom_as_user_error
 from onestepsr.inference.pipeline import Limits, bounded_map
@@ -61,13 +63,22 @@ class Scorer:
     ``unavailable`` has the metrics that cannot be loaded, with the reason; UserError if these are all.
     """
 
-    def __init__(self, metrics: Sequence[MetricSpec], protocol: Protocol, device: str | torch.device = "cpu") -> None:
-        """``device`` is that of metrics which are networks."""
+    def __init__(
+        self,
+        metrics: Sequence[MetricSpec],
+        protocol: Protocol,
+        device: str | torch.device = "cpu",
+        *,
+        unpaired: Path | None = None,
+    ) -> None:
+        """``device`` is that of metrics which are networks; ``unpaired`` is the folder of photos that metrics of sets
+        compare with instead of HR images, where they are made for that."""
         self.metrics, self.protocol, self.device = list(metrics), protocol, torch.device(device)
         self.unavailable: dict[str, str] = {}
         self._measures: dict[str, Reference] = {}
         self._sets: dict[str, SetDistance] = {}
         self._features: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        self._unpaired = None if unpaired is None else find_images(unpaired)
         self._device_lock = threading.Lock()
         for metric in self.metrics:
             self._load(metric)
@@ -103,17 +114,28 @@ class Scorer:
         unavailable: dict[str, str] = {}
         for metric, measure in self._sets.items():
             known = [features for _, features in sorted(self._features[metric].items())]
+            spec = next(spec for spec in self.metrics if spec.name == metric)
             try:
                 if not known:
                     raise UserError("no image could be measured")
                 sr, hr = (torch.cat(side) for side in zip(*known, strict=True))
+                if spec.unpaired:
+                    hr = self._other_photos(spec, measure)
                 values[metric] = WholeValue(value=measure.distance(sr, hr), count=len(known))
             except UserError as error:
                 unavailable[metric] = str(error)
         return values, unavailable
 
+    def _other_photos(self, metric: MetricSpec, measure: SetDistance) -> Tensor:
+        """Features (photos, D) of the photos to compare with, as they are: no crop and no border of the protocol."""
+        photos = progress(self._unpaired or (), "Looking at other photos")
+        images = (_as_rgb(to_eight_bits(read_image(path)).pixels) for path in photos)
+        return torch.cat([self._on_device(metric, measure.features, image) for image in images])
+
     def _load(self, metric: MetricSpec) -> None:
         try:
+            if metric.unpaired and self._unpaired is None:
+                raise UserError("compares with other photos than the references: name their folder by --unpaired")
             if metric.of_sets is not None:
                 self._sets[metric.name], self._features[metric.name] = metric.of_sets(), {}
             else:
@@ -125,10 +147,9 @@ class Scorer:
         sr, hr = pair[0], pair[0] if pair[1] is None else pair[1]
         if metric.name in self._sets:
             features = self._sets[metric.name].features
-            self._features[metric.name][score.name] = (
-                self._on_device(metric, features, sr),
-                self._on_device(metric, features, hr),
-            )
+            found = self._on_device(metric, features, sr)
+            other = found if metric.unpaired else self._on_device(metric, features, hr)
+            self._features[metric.name][score.name] = found, other
             return
         value = float(self._on_device(metric, self._measures[metric.name], sr, hr))
         if not math.isfinite(value):

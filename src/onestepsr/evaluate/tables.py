@@ -151,8 +151,8 @@ class PublishedSet:
     """The dataset as the paper writes it."""
     columns: tuple[str, ...]
     """Metrics of the columns, by their key."""
-    rows: Mapping[str, tuple[float, ...]]
-    """By method, its numbers as printed."""
+    rows: Mapping[str, tuple[float | None, ...]]
+    """By method, its numbers as printed; null where there is none."""
     images: int | None = None
     """Number of images of the set, if known."""
 
@@ -213,24 +213,43 @@ def _joined(results: Sequence[EvaluationResult], table: PublishedTable, data: Pu
     """Results and published rows under the published columns; None if they share no metric."""
     records = [table.metrics[metric] for metric in data.columns]
     # Digits as printed; YAML drops trailing zeros, so the longest number of a column decides.
-    decimals = [max(len(repr(v).partition(".")[2]) for v in column) for column in zip(*data.rows.values(), strict=True)]
-    rows, labels, marked = [], dict[str, list[str]](), set[str]()
+    columns_as_printed = zip(*data.rows.values(), strict=True)
+    decimals = [max(len(repr(v or 0.0).partition(".")[2]) for v in column) for column in columns_as_printed]
+    rows, labels, marked, measured = [], dict[str, list[str]](), set[str](), False
     for result in results:
         keys = [counterpart(result, metric, table.metrics[metric].variant) for metric in data.columns]
-        means = [None if key is None else result.summaries()[key].mean for key in keys]
-        rows.append(
-            (result.label, *(NOTHING if v is None else f"{v:.{d}f}" for v, d in zip(means, decimals, strict=True)))
-        )
+        means = [
+            costs_of(result).get(metric) if key is None else result.summaries()[key].mean
+            for metric, key in zip(data.columns, keys, strict=True)
+        ]
+        rows.append(_cells(result.label, means, decimals))
+        measured |= any(key is not None for key in keys)
         for metric, line in mismatches(result, table, data):
             labels.setdefault(line, []).append(result.label)
             marked.add(metric)
-    if all(cell == NOTHING for row in rows for cell in row[1:]):
+    if not measured:
         return None
-    rows += [(name, *(f"{v:.{d}f}" for v, d in zip(row, decimals, strict=True))) for name, row in data.rows.items()]
+    rows += [_cells(name, row, decimals) for name, row in data.rows.items()]
     marks = [MARK if {metric, ""} & marked else "" for metric in data.columns]
     columns = ("method", *(heading(record) + mark for record, mark in zip(records, marks, strict=True)))
     notes = tuple(f"{MARK} {', '.join(names)}: {line}" for line, names in labels.items())
     return Grid(title=f"{data.title}, beside {table.source}", columns=columns, rows=tuple(rows), notes=notes)
+
+
+def _cells(label: str, values: Sequence[float | None], decimals: Sequence[int]) -> tuple[str, ...]:
+    return (label, *(NOTHING if v is None else f"{v:.{d}f}" for v, d in zip(values, decimals, strict=True)))
+
+
+def costs_of(result: EvaluationResult) -> dict[str, float]:
+    """Columns of published tables that are no metrics, where the evaluation ran a model: seconds per image as measured
+    there, and parameters in millions."""
+    count = max((summary.count for summary in result.summaries().values()), default=0)
+    found: dict[str, float] = {}
+    if result.model is not None and count and "model" in result.seconds:
+        found["seconds"] = result.seconds["model"] / count
+    if result.model is not None and result.model.parameters is not None:
+        found["parameters"] = result.model.parameters / 1e6
+    return found
 
 
 def mismatches(result: EvaluationResult, table: PublishedTable, data: PublishedSet) -> list[tuple[str, str]]:
@@ -245,6 +264,13 @@ def mismatches(result: EvaluationResult, table: PublishedTable, data: PublishedS
         lines.append(("", f"{'-'.join(map(str, sorted(counts)))} images; {data.title} has {data.images}"))
     for metric in data.columns:
         record = table.metrics[metric]
+        if metric in costs_of(result):
+            notes = {
+                "seconds": f"on {own_device(result)}, files and metrics left out",
+                "parameters": "all of the model",
+            }
+            lines.append((metric, f"{record.title}: {notes[metric]}"))
+            continue
         matching = counterpart(result, metric, record.variant)
         if matching is None:
             continue
@@ -254,6 +280,12 @@ def mismatches(result: EvaluationResult, table: PublishedTable, data: PublishedS
         elif variant != record.variant:
             lines.append((metric, f"{record.title}: '{variant}' against '{record.variant}'"))
     return lines
+
+
+def own_device(result: EvaluationResult) -> str:
+    """Device that the model ran on, for a note."""
+    device = str(result.model.options.get("device", "?")) if result.model is not None else "?"
+    return f"{device} of {result.machine.get('processor', 'this machine')}" if device == "cpu" else device
 
 
 def counterpart(result: EvaluationResult, metric: str, variant: str) -> str | None:

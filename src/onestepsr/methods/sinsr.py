@@ -51,6 +51,9 @@ class SinSRConfig:
     """Weight of the error of the way back from that result to the noise it came from."""
     ground_truth_weight: float = 1.0
     """Weight of the error against the real latent, from the start that the student assigns to it."""
+    published_slips: bool = False
+    """Begin the schedule at a sqrt(eta) of at most sqrt(0.001), as SinSR's code does: with the faces' 4 steps 0.0316
+    instead of the 0.1 that the teacher was trained with. Without effect on the 15 steps, and on inference."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: slower, far less memory."""
 
@@ -93,7 +96,7 @@ def _student_of(teacher: ResidualShiftGenerator, config: SinSRConfig) -> nn.Modu
 
 
 def _loss(generator: ResidualShiftGenerator, config: SinSRConfig) -> LossFn:
-    schedule = whole_schedule(generator)
+    schedule = whole_schedule(generator, capped=config.published_slips)
     with error_context("config.teacher_steps"):
         teaching = schedule if config.teacher_steps is None else schedule.respaced(config.teacher_steps)
 

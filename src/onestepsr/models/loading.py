@@ -63,7 +63,9 @@ def load_osediff(
     network = load_backbone(own_backbone, prompt=PromptConfig(std=0.0), prompt_file=prompt_file)
     if prompt_file is None:
         logger.info("%s: no prompt embedding is given: zeros stand in for it, which is not that of an empty text", path)
-    generator = OSEDiffGenerator.of(network, scale=OSEDIFF_SCALES[alias], posterior=posterior)
+    generator = OSEDiffGenerator.of(
+        network, scale=OSEDIFF_SCALES[alias], posterior=posterior, enlarging=adapters.enlarging
+    )
     merge(generator, adapters, str(path))
     return generator.eval()
 
@@ -184,8 +186,8 @@ def _with_fidelity(generator: Generator, name: str, fidelity: float | None) -> G
 def load_residual_generator(name_or_path: str | Path) -> ResidualShiftGenerator:
     """The generator called ``name_or_path``, in float32 on the CPU (``random:ALIAS`` also on "meta"), trainable.
 
-    That is an alias, a safetensors file of ours or ``random:`` with one of resshift-realsr, resshift-face, sinsr,
-    resshift-tiny and resshift-micro. Raises :class:`UserError` in one line.
+    That is an alias, a safetensors file of ours or ``random:`` with an alias, resshift-tiny or resshift-micro. Raises
+    :class:`UserError` in one line.
     """
     generator = load_network(name_or_path)
     if not isinstance(generator, ResidualShiftGenerator):

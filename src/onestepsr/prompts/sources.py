@@ -224,17 +224,18 @@ class ClassTagger(_TransformersExtractor):
         return ", ".join(select_tags(probabilities, thresholds, names))
 
 
-def load_extractor(name_or_path: str | Path, device: torch.device | str = "cpu") -> PromptExtractor:
+def load_extractor(name_or_path: str | Path, device: torch.device | str = "cpu", *, scale: int = 4) -> PromptExtractor:
     """The captioner or tagger in a folder, or called by an alias or ``owner/name[@revision]`` of the hub.
 
     A folder with RAM's files, or ``dape`` for the usual one, is the tagger of OSEDiff; the kind of any other follows
-    from its ``config.json``. No weights are loaded yet. :class:`UserError` if it is neither.
+    from its ``config.json``. RAM and DAPE see images enlarged by ``scale``: 4 for LR images, 1 for photos. No weights
+    are loaded yet. :class:`UserError` if it is neither.
     """
     if str(name_or_path) == DAPE:
-        return RamTagger(usual_folder(), device)
+        return RamTagger(usual_folder(), device, scale=scale)
     folder = model_folder(name_or_path, FILES, "prompt extractor")
     if is_tagger(folder):
-        return RamTagger(folder, device)
+        return RamTagger(folder, device, scale=scale)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; expected a captioner or tagger in transformers' layout")
     if not any(folder.glob("*.safetensors")):

@@ -70,17 +70,21 @@ class VariantConfig:
     """Network evaluations of that model, where it is one that takes several; null is the number it was made for."""
     sampler: str | None = None
     """Sampler of these evaluations, likewise."""
+    prompts: Path | None = None
+    """Texts about the held-out photos, in the form of ``data.prompts``, for a variant that is trained with texts."""
 
     def __post_init__(self) -> None:
         if self.model is not None and (self.overrides or self.recipe or self.method):
             raise ValueError(f"'{self.title}' has an existing model: overrides, recipe and method have no effect")
         if self.model is None and (self.steps is not None or self.sampler is not None):
             raise ValueError(f"'{self.title}' has steps or sampler and no model: expected with a model alone")
+        if self.model is not None and self.prompts is not None:
+            raise ValueError(f"'{self.title}' has prompts and an existing model: expected with a trained variant")
 
     @property
     def differences(self) -> list[str]:
         """Differences from the suite's recipe in ``key=value`` lines for a reader."""
-        given = {key: getattr(self, key) for key in ("recipe", "method", "model", "steps", "sampler")}
+        given = {key: getattr(self, key) for key in ("recipe", "method", "model", "steps", "sampler", "prompts")}
         return [*(f"{key}={value}" for key, value in given.items() if value), *override_lines(self.overrides)]
 
     def load(self, device: torch.device | str = "cpu") -> nn.Module:
@@ -116,7 +120,8 @@ class EvaluationConfig:
     seed: int = 0
     """Start of their crops and degradations; the seeds of the runs have no part in them."""
     metrics: tuple[str, ...] = ("psnr", "ssim", "dists", "lpips", "niqe", "grid")
-    """Columns of the table; ``niqe`` is left out where its statistics are not available."""
+    """Columns of the table. ``niqe``, and metrics of pyiqa such as ``musiq``, are left out where what they need is not
+    installed, and the report says so."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     """Features behind the columns ``dists`` and ``lpips``. Without ``features: vgg16`` they are ours, and the
     columns say so; the ``distance`` here has no effect."""
@@ -297,10 +302,18 @@ def plan_ablation(
     for run in first.values():
         with error_context(f"variant '{run.variant}'"):  # absent photos and backbones, wrong sizes, unknown networks
             prepare(run.config, resume=True, dry=True)
+    for run in runs:
+        if config.variants[run.variant].prompts is not None and text_encoder_of(run) is None:
+            raise UserError(f"variants.{run.variant}.prompts: networks of method {run.config.method} read no texts")
     for name in (name for name in variants if config.variants[name].model is not None):
         with error_context(f"variant '{name}'"):
             config.variants[name].load()
     return Ablation(suite=suite, variants=variants, seeds=list(seeds), out=out, runs=runs)
+
+
+def text_encoder_of(run: Run) -> str | None:
+    """The text encoder that a run's networks are trained with; None if they read no texts."""
+    return getattr(getattr(run.config.config, "prompt", None), "text_encoder", None)
 
 
 def plan_runs(suite: Suite, variants: Sequence[str], seeds: Sequence[int], out: Path) -> list[Run]:

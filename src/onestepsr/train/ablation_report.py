@@ -28,13 +28,16 @@ from onestepsr.core.machine import describe_machine
 from onestepsr.core.progress import progress
 from onestepsr.core.rng import derived_seed
 from onestepsr.core.tables import DOWN, UP, Grid
-from onestepsr.data.datasets import build_dataset
+from onestepsr.data.datasets import Pool, build_dataset
 from onestepsr.evaluate.metrics.catalog import METRICS, MetricSpec, Reference
 from onestepsr.evaluate.metrics.fidelity import as_eight_bit
 from onestepsr.inference.upscaler import resolve_device
 from onestepsr.methods.shared.image_loss import PerceptualConfig, build_perceptual
 from onestepsr.models.loading import load_generator
-from onestepsr.train.ablation import Ablation, EvaluationConfig, override_lines
+from onestepsr.prompts.embedder import EmbeddingCache, PromptEmbedder
+from onestepsr.prompts.sources import FilePrompts
+from onestepsr.train.ablation import Ablation, EvaluationConfig, override_lines, text_encoder_of
+from onestepsr.train.batches import Prompted
 from onestepsr.train.report import FONT_SIZE, draw_grid
 from onestepsr.weights.catalog import BICUBIC
 
@@ -47,8 +50,11 @@ Results = dict[str, Any]
 
 PERCEPTUAL = ("dists", "lpips")
 """Metrics whose features are part of a suite's settings."""
-OPTIONAL = "niqe"
-"""Metric that is left out, with a note, where the statistics it needs are not available."""
+NIQE = "niqe"
+"""Metric that needs statistics, and blocks that are not flat."""
+PYIQA = ("musiq", "maniqa", "maniqa-pipal", "clipiqa", "clipiqa+", "topiq_nr", "liqe", "ilniqe", "pi")
+OPTIONAL = (NIQE, *PYIQA)
+"""Metrics that are left out, with a note, where what they need is not on this machine."""
 
 
 class Measured(NamedTuple):
@@ -77,23 +83,28 @@ class HeldOut:
                 self._measures[metric.name] = metric.load()
                 self.metrics.append(metric)
             except UserError as error:
-                if name != OPTIONAL:
+                if name not in OPTIONAL or len(config.metrics) == 1:
                     raise
-                self.notes.append(f"NIQE was not measured: {error}")
+                self.notes.append(f"{find_metric(name, config.perceptual).title} was not measured: {error}")
+        if not self.metrics:
+            raise UserError(f"nothing can be measured here: {'; '.join(self.notes)}")
 
-    def measure(self, generator: nn.Module | None, title: str = "") -> Measured:
+    def measure(self, generator: nn.Module | None, title: str = "", *, pairs: Any = None) -> Measured:
         """Values and images of a generator, computed in float32 and rounded to 8 bits.
+
+        ``pairs`` are :attr:`pairs` with the embeddings of texts, for a generator that reads them.
 
         Without a generator, those of the HR images themselves, for the metrics that compare with nothing.
         """
         metrics = [metric for metric in self.metrics if generator is not None or not metric.needs_reference]
         measured = Measured({metric.name: [] for metric in metrics}, [])
         for index in progress(self.indices, f"Measuring {title}"):
-            pair = self.pairs[index]
+            pair = (self.pairs if pairs is None else pairs)[index]
             sr = hr = pair["hr"][None]
             if generator is not None:
+                prompt = {"prompt": pair["prompt"][None].to(self.device)} if "prompt" in pair else {}
                 with torch.no_grad():
-                    sr = as_eight_bit(generator(pair["lr"][None].to(self.device)).float().cpu())
+                    sr = as_eight_bit(generator(pair["lr"][None].to(self.device), **prompt).float().cpu())
             for name, column in measured.values.items():
                 column.append(self._value(name, sr, hr))
             if index < self.config.shown:
@@ -102,12 +113,21 @@ class HeldOut:
                 measured.images.append(sr[0, :, top : top + side, left : left + side])
         return measured
 
+    def prompted(self, texts: Path, text_encoder: str) -> Prompted:
+        """The same pairs, each with the embedding of the text that ``texts`` has about its photo."""
+        data = replace(self.config.data, prompts=texts)
+        pairs = build_dataset(data, derived_seed(self.config.seed, "held-out pairs"), with_lr=True)
+        prompts, cache = FilePrompts(texts), EmbeddingCache(data.cache_dir / "prompts", limit=None)
+        assert not isinstance(pairs, Pool)  # refused beside texts
+        found = [prompts.text(Path(name)) for name in pairs.names()]
+        return Prompted(pairs, found, PromptEmbedder(text_encoder, cache=cache))
+
     def _value(self, name: str, sr: Tensor, hr: Tensor) -> float | None:
         try:
             with torch.no_grad():
                 return float(f"{float(self._measures[name](sr, hr)):.7g}")  # more digits than any metric is worth
         except UserError:
-            if name != OPTIONAL:
+            if name != NIQE:
                 raise
             return None  # a flat image has no natural-scene statistics
 
@@ -179,7 +199,10 @@ def compare(
             measured.append({"model": str(path), "sha256": checksum, "values": found.values})
             shown[variant.title] = found.images
         for run in runs:
-            found = held_out.measure(load_generator(run.model, device=held_out.device), run.name)
+            encoder, pairs = text_encoder_of(run), None
+            if variant.prompts is not None and encoder is not None:
+                pairs = held_out.prompted(variant.prompts, encoder)
+            found = held_out.measure(load_generator(run.model, device=held_out.device), run.name, pairs=pairs)
             origin = {"seed": run.seed, "folder": str(run.folder), "sha256": file_sha256(run.model)}
             measured.append({**origin, "seconds": training_seconds(run.folder), "values": found.values})
             if run.seed == ablation.seeds[0]:

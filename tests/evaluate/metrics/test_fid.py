@@ -1,5 +1,7 @@
 """FID against closed forms and against the root of a matrix, and the resize before it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,10 @@ from sample_images import samples, scene
 from torch import Tensor
 
 from onestepsr.core.errors import UserError
+from onestepsr.evaluate.metrics.catalog import METRICS, UNPAIRED_FID
 from onestepsr.evaluate.metrics.fid import FID, frechet_distance, resize_for_inception
+from onestepsr.evaluate.protocols import PROTOCOLS
+from onestepsr.evaluate.run import Scorer
 
 pytestmark = pytest.mark.numeric
 
@@ -70,3 +75,27 @@ def test_features_are_taken_image_by_image() -> None:
     together = fid.features(photos)
     assert (together.shape, together.dtype) == ((2, 3), torch.float64)
     torch.testing.assert_close(together[1:], fid.features(photos[1:]))
+
+
+def test_unpaired_fid_compares_with_the_photos_of_another_folder(tmp_path) -> None:
+    fid = FID(torch.nn.Sequential(torch.nn.AvgPool2d(100), torch.nn.Flatten()))
+    photos = torch.stack([scene(48, 60, seed=number)[0] for number in range(3)])
+    for number, photo in enumerate(photos):
+        Image.fromarray(samples(photo[None])).save(tmp_path / f"photo-{number}.png")
+    spec = replace(METRICS[UNPAIRED_FID], of_sets=lambda: fid)
+    scorer = Scorer([METRICS["grid"], spec], PROTOCOLS["basic"], unpaired=tmp_path)
+    shown = [scene(40, 44, seed=number) for number in range(7, 10)]
+    for number, sr in enumerate(shown):
+        scorer.score(f"{number}", samples(sr))  # no reference, and another size
+    values, unavailable = scorer.whole()
+    expected = frechet_distance(*(torch.cat([fid.features(one) for one in side]) for side in (shown, photos[:, None])))
+    assert values[UNPAIRED_FID].value == pytest.approx(expected, rel=1e-6)
+    assert (values[UNPAIRED_FID].count, unavailable) == (3, {})
+    without = Scorer([METRICS["grid"], spec], PROTOCOLS["basic"])
+    assert "name their folder by --unpaired" in without.unavailable[UNPAIRED_FID]
+
+
+@pytest.mark.parametrize(("name", "network"), [("ids", "ArcFace"), ("lmd", "a landmark detector")])
+def test_metrics_of_faces_say_what_they_would_take(name: str, network: str) -> None:
+    scorer = Scorer([METRICS["psnr"], METRICS[name]], PROTOCOLS["basic"])
+    assert f"{name.upper()} takes the weights of {network}" in scorer.unavailable[name]

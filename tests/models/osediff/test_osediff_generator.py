@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_diffusion import GENERATOR
 from small_osediff import CONFIG, photo, plain
 
@@ -14,7 +15,13 @@ from onestepsr.diffusion.schedule import DiffusionSchedule
 from onestepsr.inference.upscaler import Upscaler
 from onestepsr.models.architectures import describe
 from onestepsr.models.loading import load_network
-from onestepsr.models.osediff.generator import TIMESTEP, OSEDiffGenerator, OSEDiffGeneratorConfig, sampled_latent
+from onestepsr.models.osediff.generator import (
+    TIMESTEP,
+    OSEDiffGenerator,
+    OSEDiffGeneratorConfig,
+    pillow_bicubic,
+    sampled_latent,
+)
 from onestepsr.models.stable_diffusion.networks import stable_diffusion_generator
 from onestepsr.weights.files import save_model
 
@@ -107,5 +114,19 @@ def test_its_configuration_is_strict(tmp_path):
         from_mapping(OSEDiffGeneratorConfig, {**values, "noised": True})
     path = tmp_path / "model.safetensors"
     save_model(path, architecture="osediff", config=values, state_dict={})
-    with pytest.raises(UserError, match="weights do not match"):
+    with pytest.raises(UserError, match="does not fit"):
         load_network(path)
+
+
+def test_published_weights_see_the_image_enlarged_as_pillow_does_it():
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 50, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(pixels).resize((200, 148)), dtype=np.float64)  # bicubic by default
+    lr = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None] / 255
+    levels = pillow_bicubic(lr, 4)[0].permute(1, 2, 0).double().numpy() * 255
+    assert np.abs(levels - levels.round()).max() < 1e-4
+    assert np.abs(levels - expected).max() < 1 + 1e-4
+    assert (np.abs(levels - expected) > 0.5).mean() < 0.005
+    ours, published = OSEDiffGenerator.of(plain()), OSEDiffGenerator.of(plain(), enlarging="pillow")
+    assert (ours.config.enlarging, published.config.enlarging) == ("bicubic", "pillow")
+    assert torch.equal(published.encode_lr(lr[..., :36, :]), ours.encode(pillow_bicubic(lr[..., :36, :], 4)))
+    assert not torch.equal(published.encode_lr(lr[..., :36, :]), ours.encode_lr(lr[..., :36, :]))

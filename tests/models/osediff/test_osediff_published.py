@@ -56,6 +56,7 @@ def test_there_and_back_on_the_command_line(folder, capsys):
     ]
     unmerged = adapted()
     unmerged.prompt = torch.nn.Parameter(torch.zeros(1, 77, 16))
+    unmerged.enlarging = "pillow"  # as the published script runs them
     loaded = loading.load_generator(target)
     assert isinstance(loaded, OSEDiffGenerator)
     assert loaded.timestep == 999

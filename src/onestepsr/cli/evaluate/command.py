@@ -1,4 +1,4 @@
-"""``onestepsr evaluate``: metrics of super-resolved images, or of a model that is run first; and ``compare``."""
+"""``onestepsr evaluate``: metrics of super-resolved images, or of a model that is run first; ``compare``; ``plot``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from onestepsr.cli.evaluate import plot
 from onestepsr.cli.evaluate.measure import (
     LIST_METRICS,
     MeasureOptions,
@@ -46,6 +47,10 @@ class OutputOptions:
     report: Annotated[
         Path | None, typer.Option(help="Write a page with images to this folder; it opens offline in any browser.")
     ] = None
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw the results, with the rows of --beside, as a radar chart: .png, .svg or .pdf."),
+    ] = None
     beside: Annotated[
         str | None,
         typer.Option(
@@ -75,6 +80,10 @@ class OutputOptions:
             refuse_foreign(self.report / PAGE)
         if self.beside is not None:
             find_published(self.beside)
+        if self.plot is not None:
+            from onestepsr.evaluate.figures import check_figure
+
+            check_figure(self.plot, "--plot")
 
     def write(self, comparison: Comparison, grids: Sequence[Grid]) -> None:
         """Print the published numbers and write the files; ``grids`` are the tables that were printed.
@@ -109,6 +118,10 @@ class OutputOptions:
             for line in problems:
                 typer.echo(f"not in the report: {line}", err=True)
             typer.echo(f"report: {self.report / PAGE}", err=True)
+        if self.plot is not None and problem is None:
+            from onestepsr.evaluate.figures import radar, radar_rows
+
+            radar(*radar_rows(comparison.results, self.beside), self.plot)
         if problem is not None:
             raise problem
 
@@ -139,7 +152,8 @@ def evaluate(
 ) -> None:
     """Measure super-resolved images, against references where there are any; or run a model and measure it.
 
-    'onestepsr evaluate compare A.json B.json' puts results side by side. Ends with exit code 1 if an image could not
+    'onestepsr evaluate compare A.json B.json' puts results side by side, 'onestepsr evaluate plot' draws the papers'
+    figures of analysis. Ends with exit code 1 if an image could not
     be read, paired or measured, or a metric of --metrics could not; the others are measured all the same.
     """
     if measuring.metrics == LIST_METRICS:
@@ -221,17 +235,19 @@ def _list_metrics() -> None:
 
 # ---- evaluate compare ----
 
-COMPARE = "compare"
+COMPARE, PLOT = "compare", "plot"
 
 
 class WithCompare(TyperCommand):
-    """The command ``evaluate``, of which ``evaluate compare`` is a command of its own.
+    """The command ``evaluate``, of which ``evaluate compare`` and ``evaluate plot`` are commands of their own.
 
     A group would not do: its first argument is the name of a command, and that of ``evaluate`` is a folder.
     """
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """The context of this command, or of the other if its name is the first argument."""
+        if args[:1] == [PLOT]:
+            return typer.main.get_command(plot.app).make_context(f"{info_name} {PLOT}", args[1:], parent, **extra)
         if args[:1] != [COMPARE]:
             return super().make_context(info_name, args, parent, **extra)
         app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})

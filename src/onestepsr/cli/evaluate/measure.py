@@ -34,13 +34,17 @@ LISTED_NAMES = 10
 class MeasureOptions:
     """Metrics and protocol."""
 
-    protocol: Annotated[str, typer.Option(help="basic, d3sr or osediff: metrics, crops, borders.")] = "basic"
+    protocol: Annotated[str, typer.Option(help="basic, d3sr, osediff or tadsr: metrics, crops, borders.")] = "basic"
     metrics: Annotated[
         str | None, typer.Option(help=f"Comma-separated, instead of the protocol's; '{LIST_METRICS}' lists them.")
     ] = None
     crop_border: Annotated[int | None, typer.Option(help="Pixels cut from every side before measuring.")] = None
     resize: Annotated[
         str | None, typer.Option(help="Where SR and HR differ in size: never, crop, sr-to-hr or hr-to-sr.")
+    ] = None
+    unpaired: Annotated[
+        Path | None,
+        typer.Option(help="Folder of other photos, such as FFHQ, for the metric unpaired_fid, which it adds."),
     ] = None
     label: Annotated[str | None, typer.Option(help="Name of the method in tables.")] = None
     device: Annotated[
@@ -49,7 +53,7 @@ class MeasureOptions:
 
     def scorer(self, *, with_reference: bool) -> Scorer:
         """The metrics, loaded; those that cannot be are reported on stderr, before the work and in one line each."""
-        from onestepsr.evaluate.metrics.catalog import select_metrics
+        from onestepsr.evaluate.metrics.catalog import METRICS, UNPAIRED_FID, select_metrics
         from onestepsr.evaluate.protocols import applicable, get_protocol
         from onestepsr.evaluate.run import Scorer
         from onestepsr.inference.devices import resolve_device
@@ -64,7 +68,8 @@ class MeasureOptions:
         else:
             names = [name.strip() for name in self.metrics.split(",") if name.strip()]
             chosen = select_metrics(names, with_reference=with_reference)
-        scorer = Scorer(chosen, protocol, resolve_device(self.device))
+        chosen += [METRICS[UNPAIRED_FID]] if self.unpaired is not None and METRICS[UNPAIRED_FID] not in chosen else []
+        scorer = Scorer(chosen, protocol, resolve_device(self.device), unpaired=self.unpaired)
         show_unavailable(scorer.unavailable)
         return scorer
 
@@ -145,11 +150,12 @@ class ModelOptions:
             "truncate_prompt": given.truncate_prompt or None,
         }
         settings = {name: value for name, value in settings.items() if value is not None}
+        parameters = sum(parameter.numel() for parameter in upscaler.generator.parameters())
         return EvaluatedModel(
             enlarge=lambda image, path: upscaler.upscale_image(image, prompts.applied_to(options, image, path)),
             scale=upscaler.scale,
             draws_noise=upscaler.draws_noise,
-            record=ModelRecord(name=self.model, sha256=_checksum(self.model), options=settings),
+            record=ModelRecord(name=self.model, sha256=_checksum(self.model), options=settings, parameters=parameters),
         )
 
 

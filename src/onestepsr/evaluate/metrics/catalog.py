@@ -16,6 +16,7 @@ from onestepsr.evaluate.result import MetricRecord
 Reference = Callable[[Tensor, Tensor], Tensor]
 NoReference = Callable[[Tensor], Tensor]
 STUDIO = "Y of BT.601 studio range"
+UNPAIRED_FID = "unpaired_fid"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +40,13 @@ class MetricSpec:
     """Loads the metric and returns the function SR -> (N,)."""
     of_sets: Callable[[], fid.SetDistance] | None = None
     """Loads a metric that has one value for all images together."""
+    unpaired: bool = False
+    """True for one of sets that compares with other photos than the HR images."""
 
     @property
     def needs_reference(self) -> bool:
         """True if HR images are needed."""
-        return self.alone is None
+        return self.alone is None and not self.unpaired
 
     @property
     def record(self) -> MetricRecord:
@@ -95,6 +98,18 @@ def _iqa(name: str, title: str, variant: str, *, higher_is_better: bool = True) 
     )
 
 
+def _of_faces(name: str, title: str, variant: str, network: str) -> MetricSpec:
+    """A metric of TAD-SR's Table III that is known by name and refused: its network is none that can be had here."""
+
+    def load() -> Reference:
+        raise UserError(
+            f"{title} takes the weights of {network}, for which this package has no loader: no weights were found "
+            "whose terms allow every use and that give the published numbers"
+        )
+
+    return MetricSpec(name=name, title=title, variant=variant, higher_is_better=False, network=True, against=load)
+
+
 METRICS = {
     spec.name: spec
     for spec in (
@@ -123,6 +138,17 @@ METRICS = {
         MetricSpec(
             name="fid", title="FID", variant="clean-fid", higher_is_better=False, network=True, of_sets=fid.load_fid
         ),
+        MetricSpec(
+            name=UNPAIRED_FID,
+            title="FID (unpaired)",
+            variant="clean-fid, against the photos of --unpaired",
+            higher_is_better=False,
+            network=True,
+            of_sets=fid.load_fid,
+            unpaired=True,
+        ),
+        _of_faces("ids", "IDS", "angle between ArcFace's embeddings of SR and HR, in degrees", "ArcFace"),
+        _of_faces("lmd", "LMD", "distance of facial landmarks in SR and HR, in pixels", "a landmark detector"),
         MetricSpec(
             name="niqe",
             title="NIQE",
@@ -171,7 +197,7 @@ def select_metrics(names: Sequence[str], *, with_reference: bool) -> list[Metric
         if name not in METRICS:
             raise UserError(f"unknown metric '{name}': {did_you_mean(name, METRICS)}")
         if METRICS[name].needs_reference and not with_reference:
-            free = ", ".join(spec.name for spec in METRICS.values() if not spec.needs_reference)
+            free = ", ".join(spec.name for spec in METRICS.values() if not (spec.needs_reference or spec.unpaired))
             raise UserError(f"metric '{name}' compares with HR images: give --hr, or choose from {free}")
         chosen[name] = METRICS[name]
     if not chosen:

@@ -5,6 +5,7 @@ A generator of this family is a frozen autoencoder around a denoising network; o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import cast
@@ -50,9 +51,19 @@ def latents(
     return z_0, z_y
 
 
-def whole_schedule(generator: ResidualShiftGenerator) -> ResidualShiftSchedule:
-    """All steps that the generator's process has, however many of them it runs."""
-    return ResidualShiftSchedule(generator.schedule.config)
+SQRT_ETA_CAP = math.sqrt(0.001)
+"""Largest sqrt(eta) of step 0 in the published code of SinSR and TAD-SR; ResShift's code has none."""
+
+
+def whole_schedule(generator: ResidualShiftGenerator, *, capped: bool = False) -> ResidualShiftSchedule:
+    """All steps that the generator's process has, however many of them it runs.
+
+    ``capped`` limits sqrt(eta) of step 0 to :data:`SQRT_ETA_CAP`, which changes the schedule of 4 steps alone.
+    """
+    process = generator.schedule.config
+    if capped and process.sqrt_eta_start > SQRT_ETA_CAP:
+        process = replace(process, min_noise=max(process.kappa, 1.0) * SQRT_ETA_CAP)
+    return ResidualShiftSchedule(process)
 
 
 def with_sampling(

@@ -7,7 +7,6 @@ appendix carries it over. Networks reach every function as arguments, because th
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError, error_context
-from onestepsr.diffusion.residual_shift import ResidualShiftSchedule, kept_steps
+from onestepsr.diffusion.residual_shift import kept_steps
 from onestepsr.losses.distillation import diffusion_weight, residual_shift_weight
 from onestepsr.methods.shared.residual_shift import whole_schedule, with_sampling
 from onestepsr.models.backbones import load_backbone
@@ -30,8 +29,6 @@ from onestepsr.models.resshift.generator import ResidualShiftGenerator, conditio
 from onestepsr.models.stable_diffusion.config import PromptConfig
 
 Network = Callable[..., Any]
-SQRT_ETA_CAP = math.sqrt(0.001)
-"""Largest sqrt(eta) of step 0 in TAD-SR's published code, which has it from SinSR's; ResShift's code has none."""
 DDIM_STEPS = 50
 """Evaluations of a latent-diffusion teacher where none are asked for: as many as SeeSR's in the paper's appendix."""
 
@@ -107,14 +104,11 @@ class ResidualShiftTeacher(Teacher):
 
     def __init__(self, name: str, steps: int | None, *, official: bool = False, capped: bool = False) -> None:
         """``name`` is that of a model or file; ``steps`` are the evaluations of one sampling, None takes all.
-        ``official`` is for the features; ``capped`` limits sqrt(eta) of step 0 to :data:`SQRT_ETA_CAP`."""
+        ``official`` is for the features; ``capped`` limits sqrt(eta) of step 0 as the published code does."""
         self.generator = load_residual_generator(name)
         self.network = self.generator.unet
         self.features = ResidualShiftFeatures(self.network, official=official)
-        self.schedule = whole_schedule(self.generator)
-        process = self.schedule.config
-        if capped and process.sqrt_eta_start > SQRT_ETA_CAP:
-            self.schedule = ResidualShiftSchedule(replace(process, min_noise=max(process.kappa, 1.0) * SQRT_ETA_CAP))
+        self.schedule = whole_schedule(self.generator, capped=capped)
         self.steps = self.schedule.steps
         self.largest_score_step = min(2, self.steps - 1)  # 1 to 3 in the paper's counting, whatever T is
         with error_context("config.teacher_steps"):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError
 from onestepsr.core.files import replacing
-from onestepsr.models.osediff.generator import DECODER_LAYERS, OSEDiffGenerator
+from onestepsr.models.osediff.generator import DECODER_LAYERS, Enlarging, OSEDiffGenerator
 from onestepsr.models.stable_diffusion.networks import StableDiffusionAutoencoder, StableDiffusionUNet
 from onestepsr.weights.files import load_pickle, read_weights, reading, save_model
 
@@ -54,6 +54,8 @@ class Adapters:
     """Tensors of the autoencoder in their order."""
     modules: dict[str, list[str]]
     """The published lists of adapted layers (:data:`LISTS`), kept so that the file can be written again."""
+    enlarging: Enlarging = "bicubic"
+    """Enlargement of the LR image in inference: of published weights as the published script does it."""
 
     def tensors(self, part: Part) -> dict[str, Tensor]:
         """Tensors of one network."""
@@ -256,6 +258,7 @@ def read_published(path: Path) -> Adapters:
         unet=_state(content["state_dict_unet"], f"{path}: state_dict_unet"),
         vae=_state(content["state_dict_vae"], f"{path}: state_dict_vae"),
         modules={name: _names(content[name], f"{path}: {name}") for name in LISTS},
+        enlarging="pillow",
     )
 
 
@@ -299,6 +302,7 @@ def read_adapters(path: Path) -> Adapters:
         unet={key: tensors[f"unet.{key}"].clone() for key in order.get("unet", ())},
         vae={key: tensors[f"vae.{key}"].clone() for key in order.get("vae", ())},
         modules={name: _names(dict(config.get("modules") or {}).get(name), f"{path}: {name}") for name in LISTS},
+        enlarging="pillow" if config.get("enlarging") == "pillow" else "bicubic",
     )
 
 
@@ -315,6 +319,7 @@ def content_of(adapters: Adapters) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "rank_vae": adapters.rank_vae,
         "modules": adapters.modules,
         "order": {"unet": list(adapters.unet), "vae": list(adapters.vae)},
+        **({} if adapters.enlarging == "bicubic" else {"enlarging": adapters.enlarging}),
     }
     state = {f"unet.{key}": value for key, value in adapters.unet.items()}
     state |= {f"vae.{key}": value for key, value in adapters.vae.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal, Self, cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.models.generators import (
@@ -25,6 +26,7 @@ from onestepsr.models.stable_diffusion.networks import StableDiffusionAutoencode
 from onestepsr.models.tiny.networks import TinyAutoencoder
 
 Posterior = Literal["mean", "sample"]
+Enlarging = Literal["bicubic", "pillow"]
 TIMESTEP = 999
 """The step of OSEDiff's UNet evaluation: the last of Stable Diffusion's 1000."""
 UNET_LAYERS = r".*\.(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv\w*)"
@@ -46,6 +48,9 @@ class OSEDiffGeneratorConfig(StableDiffusionGeneratorConfig):
     """The step at which the UNet is evaluated."""
     posterior: Posterior = "mean"
     """The encoder's output for the UNet: the mean, always the same, or a sample, as the published code draws it."""
+    enlarging: Enlarging = "bicubic"
+    """Enlargement of the LR image: by PyTorch's bicubic filter, or as Pillow does it in 8 bits, as in the published
+    inference script."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,9 +71,11 @@ class OSEDiffGenerator(OneStepLatentGenerator):
         config: OneStepConfig,
         *,
         posterior: Posterior = "mean",
+        enlarging: Enlarging = "bicubic",
     ) -> None:
         """``config`` is an :class:`OSEDiffGeneratorConfig`, or, on another backbone, the plain one of that."""
         super().__init__(autoencoder, unet, prompt, config)
+        self.enlarging = enlarging
         self.prompt_width = prompt.shape[2]
         self.posterior = posterior
         if posterior == "sample":
@@ -82,13 +89,15 @@ class OSEDiffGenerator(OneStepLatentGenerator):
         timestep: int = TIMESTEP,
         scale: int = 4,
         posterior: Posterior = "mean",
+        enlarging: Enlarging = "bicubic",
     ) -> Self:
         """A generator of the networks and the prompt of ``backbone``, which are not copied."""
         config = replace(backbone.config, timestep=timestep, scale=scale, noised=False)
         if isinstance(config, StableDiffusionGeneratorConfig):
             values = {field.name: getattr(config, field.name) for field in fields(config)}
-            config = OSEDiffGeneratorConfig(**values | {"posterior": posterior})
-        made = cls(backbone.autoencoder, backbone.unet, backbone.prompt, config, posterior=posterior)
+            config = OSEDiffGeneratorConfig(**values | {"posterior": posterior, "enlarging": enlarging})
+        networks = backbone.autoencoder, backbone.unet, backbone.prompt
+        made = cls(*networks, config, posterior=posterior, enlarging=enlarging)
         made.prompt = backbone.prompt
         return made
 
@@ -102,6 +111,10 @@ class OSEDiffGenerator(OneStepLatentGenerator):
         height, width = (side * self.scale // factor for side in lr.shape[-2:])
         return lr.new_empty(lr.shape[0], self.latent_channels, height, width)
 
+    def enlarge(self, lr: Tensor) -> Tensor:
+        """The LR image (N, 3, h, w) in [0, 1] at output size, by the filter of the configuration."""
+        return super().enlarge(lr) if self.enlarging == "bicubic" else pillow_bicubic(lr, self.scale)
+
     def encode_lr(self, lr: Tensor, *, rng: Rng = None, origin: Origin = None) -> Tensor:
         """Latent (N, C, s h/f, s w/f) of the enlarged LR (N, 3, h, w): the posterior's mean, or a sample."""
         noise = self.noise_at(rng, origin)(0, self.latent_like(lr)) if self.posterior == "sample" else None
@@ -112,6 +125,16 @@ class OSEDiffGenerator(OneStepLatentGenerator):
         mean."""
         image = self.enlarge(lr) if self.scale != 1 else lr
         return self.encode(image) if noise is None else sampled_latent(self.autoencoder, image * 2 - 1, noise)
+
+
+def pillow_bicubic(lr: Tensor, scale: int) -> Tensor:
+    """``lr`` (N, 3, h, w) in [0, 1] enlarged by Pillow's bicubic filter (a = -0.5) in 8 bits: along the rows, then the
+    columns, rounded after each. One level off Pillow's fixed-point sums at most, on few pixels."""
+    height, width = lr.shape[-2:]
+    levels = (lr.float().clamp(0, 1) * 255).round()
+    for size in ((height, width * scale), (height * scale, width * scale)):
+        levels = F.interpolate(levels, size, mode="bicubic", antialias=True).clamp(0, 255).round()
+    return (levels / 255).to(lr.dtype)
 
 
 def sampled_latent(autoencoder: nn.Module, x: Tensor, noise: Tensor) -> Tensor:
@@ -129,4 +152,4 @@ def osediff_generator(config: OSEDiffGeneratorConfig) -> OSEDiffGenerator:
     """Autoencoder, UNet and prompt embedding, freshly initialised, as one generator."""
     autoencoder, unet = StableDiffusionAutoencoder(config.autoencoder), StableDiffusionUNet(config.unet)
     prompt = initial_prompt(config.unet, config.prompt)
-    return OSEDiffGenerator(autoencoder, unet, prompt, config, posterior=config.posterior)
+    return OSEDiffGenerator(autoencoder, unet, prompt, config, posterior=config.posterior, enlarging=config.enlarging)

@@ -112,8 +112,7 @@ TAD-SR, which take one step, in nothing but their weights."""
 
 RANDOM_RESIDUAL: dict[str, ResidualShiftGeneratorConfig | TinyResidualShiftGeneratorConfig] = {
     REALSR: ResidualShiftGeneratorConfig(),
-    FACE: _FACE,
-    SINSR: _SINSR,
+    **PUBLISHED,
     TINY: TinyResidualShiftGeneratorConfig(),
     MICRO: ResidualShiftGeneratorConfig(
         unet=SwinUNetConfig(
