@@ -1,4 +1,4 @@
-# Two commands for everyone: `make demo` and `make test`. Both make their own virtual environment in .venv.
+# Three commands for everyone: `make demo`, `make serve` and `make test`. They make their own virtual environment in .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,12 +10,18 @@ SOURCES := $(shell find src -type f -not -path '*/__pycache__/*' -not -path '*.e
 INSTALLED := .venv/.installed
 EDITABLE := .venv/.editable
 
-.PHONY: demo test lint clean
+.PHONY: demo serve test lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/onestepsr upscale examples/ -o outputs/demo --overwrite
 	@echo
 	@echo "Done: compare the pictures in examples/ with those in outputs/demo/ (four times the size)."
+
+# Either environment does; one that is there is used.
+serve: | $(BIN)/pip
+	@$(BIN)/python -c 'import fastapi, uvicorn, prometheus_client, python_multipart, onestepsr' 2>/dev/null || \
+	  $(BIN)/pip install $(PINNED) '.[serve]'
+	$(BIN)/onestepsr serve
 
 # The second run is as on a processor with AVX2 only.
 test: lint

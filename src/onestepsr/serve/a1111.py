@@ -142,11 +142,12 @@ def _options(service: Service, wanted: Extras, inspected: Inspected) -> Options:
     second = wanted.upscaler_2.lower() not in NONE and wanted.extras_upscaler_2_visibility > 0
     if second or wanted.gfpgan_visibility > 0 or wanted.codeformer_visibility > 0:
         raise Refusal(422, "option", "upscaler_2, gfpgan and codeformer are not offered here; leave them at 0")
-    names = {name.lower(): name for name in service.settings.models}
+    offered = [model["name"] for model in service.models]
+    names = {name.lower(): name for name in offered}
     key = wanted.upscaler_1.lower()
-    model = service.settings.models[0] if key in NONE else names.get(KNOWN_NAMES.get(key, key))
+    model = offered[0] if key in NONE else names.get(KNOWN_NAMES.get(key, key))
     if model is None:
-        known = did_you_mean(wanted.upscaler_1, service.settings.models)
+        known = did_you_mean(wanted.upscaler_1, offered)
         raise Refusal(422, "option", f"upscaler_1 '{wanted.upscaler_1}' is not offered here; {known}")
     if wanted.resize_mode == 0:
         return Options(model=model, scale=wanted.upscaling_resize, format="png")

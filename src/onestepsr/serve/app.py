@@ -309,9 +309,11 @@ class Service:
             "memory": settings.decode_memory,
         }
         self.watchers, self.metrics = Watchers(), Metrics()
+        paths = {Path(name).name if Path(name).is_file() else name: name for name in settings.models}
+        self.models = [described(name, path) for name, path in paths.items()]
         self.worker = Worker(
             self.queue,
-            settings.models,
+            paths,
             device=settings.device,
             dtype=settings.dtype,
             memory=settings.memory,
@@ -319,7 +321,6 @@ class Service:
             most_seconds=settings.max_seconds,
             changed=self.watchers.notify,
         )
-        self.models = [described(name) for name in settings.models]
         self.ending = False
         self._held = 0
         self._doors = asyncio.Semaphore(2)
@@ -332,8 +333,6 @@ class Service:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # Before anything is read: there is no use in an upload that cannot be taken.
         await run_in_threadpool(self.queue.require_room, client_of(request))
-        if kind in ("application/json", "application/x-www-form-urlencoded"):
-            raise Refusal(415, "type", f"{kind} is no image; send the file itself, or multipart/form-data")
         held = 0
 
         async def limited() -> AsyncIterator[bytes]:
@@ -455,12 +454,11 @@ class Service:
         from onestepsr.inference.options import UpscaleOptions, target_size
 
         values = options.model_dump()
-        values["model"] = model = options.model or self.settings.models[0]
-        if model not in self.settings.models:
-            known = did_you_mean(model, self.settings.models)
-            raise Refusal(422, "option", f"model '{model}' is not offered here; {known}")
-        has_fidelity = next(each["fidelity"] for each in self.models if each["name"] == model)
-        if options.fidelity is not None and not has_fidelity:
+        models = {each["name"]: each for each in self.models}
+        values["model"] = model = options.model or next(iter(models))
+        if model not in models:
+            raise Refusal(422, "option", f"model '{model}' is not offered here; {did_you_mean(model, models)}")
+        if options.fidelity is not None and not models[model]["fidelity"]:
             raise Refusal(422, "option", f"model '{model}' has no control of fidelity")
         if "scale" in options.model_fields_set and (options.width, options.height) != (None, None):
             raise Refusal(422, "option", "scale: width and height exclude it")
@@ -547,10 +545,10 @@ class Inspected:
     """Format of the result where the client chooses none: that of the input, or PNG where that is only read."""
 
 
-def described(name: str) -> dict[str, Any]:
-    """A model as JSON; a file is called by its name."""
-    if Path(name).is_file():
-        return {"name": name, "summary": Path(name).stem, "licence": "", "scale": 4, "fidelity": False}
+def described(name: str, path: str) -> dict[str, Any]:
+    """A model as JSON."""
+    if name != path:
+        return {"name": name, "summary": "", "licence": "", "scale": 4, "fidelity": False}
     spec = get_model(name)
     return {
         "name": spec.id,
@@ -570,7 +568,9 @@ def models_here() -> list[str]:
 
 def failure(job: Job) -> Refusal:
     """The answer for a job without a result."""
-    status = {"image": 422, "memory": 413, "storage": 507, "cancelled": 410}.get(job.error_code or "", 500)
+    status = {"image": 422, "enlargement": 422, "memory": 413, "storage": 507, "cancelled": 410}.get(
+        job.error_code or "", 500
+    )
     return Refusal(status, job.error_code or "internal", job.error or "failed")
 
 

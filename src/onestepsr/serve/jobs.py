@@ -19,7 +19,7 @@ import sqlite3
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -55,6 +55,10 @@ class QueueFull(OneStepSRError):
 
 class Cancelled(OneStepSRError):
     """The job at hand is no longer wanted."""
+
+
+class Unreadable(UserError):
+    """The upload of a job is no image that can be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,7 +353,7 @@ class Worker(threading.Thread):
     def __init__(
         self,
         queue: Queue,
-        models: Sequence[str],
+        models: Mapping[str, str],
         *,
         device: str = "auto",
         dtype: str = "auto",
@@ -358,10 +362,10 @@ class Worker(threading.Thread):
         most_seconds: float = 3600.0,
         changed: Callable[[str], None] = lambda job_id: None,
     ) -> None:
-        """``models`` are aliases or files, the first one is loaded at once. ``memory``: as of ``UpscaleOptions``.
-        ``changed`` is called with the id of a job that has come further, from other threads."""
+        """``models`` are aliases or files by the name that clients use; the first one is loaded at once. ``memory``: as
+        of ``UpscaleOptions``. ``changed`` is called with the id of a job that has come further, from other threads."""
         super().__init__(name="upscaling", daemon=True)
-        self._queue, self._names, self._device, self._dtype = queue, list(models), device, dtype
+        self._queue, self._models, self._device, self._dtype = queue, models, device, dtype
         self._memory, self._limits, self._most_seconds, self.changed = memory, limits, most_seconds, changed
         self._loaded: OrderedDict[tuple[str, float | None], Upscaler] = OrderedDict()
         self._running: dict[str, Progress] = {}
@@ -387,12 +391,13 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """Work until stopped."""
+        first = next(iter(self._models))
         try:
-            self._upscaler(self._names[0], None)
+            self._upscaler(first, None)
             self.ready.set()
         except Exception as error:  # whatever it is, the server says so instead of ending
-            logger.exception("%s", self._names[0])
-            self.failure = f"{self._names[0]} cannot be loaded: {first_line(error)}"
+            logger.exception("%s", first)
+            self.failure = f"{first} cannot be loaded: {first_line(error)}"
             return
         while not self._ending.is_set():
             try:
@@ -425,7 +430,10 @@ class Worker(threading.Thread):
                 raise UserError(f"takes longer than the {self._most_seconds:g} seconds that one image may take")
 
         def attempt() -> None:
-            image = read_upload(self._queue.upload(job.id).read_bytes(), job.name, self._limits)
+            try:
+                image = read_upload(self._queue.upload(job.id).read_bytes(), job.name, self._limits)
+            except UserError as error:
+                raise Unreadable(str(error)) from error
             options = dict(job.options)
             if options.pop("strip_metadata"):
                 image = image.without_metadata()
@@ -465,7 +473,7 @@ class Worker(threading.Thread):
         except sqlite3.Error as error:
             code, message = "storage", storage_reason(error)
         except OneStepSRError as error:
-            code, message = "image", str(error)
+            code, message = "image" if isinstance(error, Unreadable) else "enlargement", str(error)
         except Exception as error:  # a defect of ours: the server goes on
             logger.exception("job %s", job.id)
             code, message = "internal", f"the server failed on this image ({type(error).__name__})"
@@ -490,7 +498,9 @@ class Worker(threading.Thread):
         if key not in self._loaded:
             while len(self._loaded) >= MOST_MODELS:
                 self._loaded.popitem(last=False)
-            self._loaded[key] = Upscaler.from_pretrained(name, self._device, self._dtype, fidelity=fidelity)
+            loaded = Upscaler.from_pretrained(self._models[name], self._device, self._dtype, fidelity=fidelity)
+            loaded.name = name  # in messages, where the path of a file concerns nobody
+            self._loaded[key] = loaded
             logger.info("%s on %s in %s", name, self._loaded[key].device, self._loaded[key].dtype)
         self._loaded.move_to_end(key)
         return self._loaded[key]

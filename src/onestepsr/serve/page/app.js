@@ -98,6 +98,7 @@
   const LEADS = {
     type: "This is no photo that can be read",
     image: "This photo is damaged",
+    enlargement: "This photo could not be enlarged",
     pixels: "This photo is too large",
     bytes: "This file is too large",
     memory: "This photo is too large for the server’s memory",
@@ -142,8 +143,7 @@
     if (document.querySelector("#scale input:checked") === null) {
       document.querySelector("#scale input[value='4']").checked = true;
     }
-    const named = (name) => name.split(/[\\/]/).pop();
-    $("model").replaceChildren(...state.models.map((model) => new Option(named(model.name), model.name)));
+    $("model").replaceChildren(...state.models.map((model) => new Option(model.name, model.name)));
     $("format").append(...state.server.formats.map((each) => new Option(each.name, each.format)));
     for (const id of ["model", "color_fix", "format", "fidelity"]) {
       if (remembered[id] !== undefined && (id === "fidelity" || [...$(id).options].some((o) => o.value === remembered[id]))) {
@@ -231,7 +231,8 @@
 
   function fail(item, code, message) {
     item.status = "failed";
-    item.problem = { title: lead(code), text: sentence(message ?? "") };
+    const text = code === "image" ? message.split("; accepted:")[0] : message ?? ""; // its format was accepted
+    item.problem = { title: lead(code), text: sentence(text) };
     say(`${item.name}: ${item.problem.title}`);
     render(item);
   }
@@ -453,7 +454,7 @@
     bar.hidden = !UNFINISHED.includes(item.status);
     setBar(bar, share(item));
     const done = state.items.filter((each) => each.status === "done").length;
-    $("list-title").textContent = state.items.length === 1 ? "1 photo" : `${done} of ${state.items.length} photos ready`;
+    $("list-title").textContent = state.items.length === 1 ? "1 photo" : `${done} of ${state.items.length} ready`;
     $("download-all").hidden = done < 2;
     if (item === state.selected) {
       show();
