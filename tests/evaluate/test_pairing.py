@@ -136,6 +136,14 @@ DATASETS = {
     "EDSR": ("0801_x4_SR.png", "0801.png"),
     "EDSR, joined": ("0801x4_SR.png", "0801.png"),
     "SwinIR": ("baby_SRx4.png", "baby.png"),
+    "SwinIR, by name": ("baby_SwinIR_x4.png", "baby.png"),
+    "results of EDSR": ("0801_x4_EDSR.png", "0801.png"),
+    "DIV2K mild": ("0801x4m.png", "0801.png"),
+    "DIV2K wild": ("0801x4w1.png", "0801.png"),
+    "SelfExSR": ("img_001_SRF_4_LR.png", "img_001_SRF_4_HR.png"),
+    "Upscayl": ("baby_upscayl_4x_realesrgan.png", "baby.png"),
+    "Real-ESRGAN": ("baby_out.png", "baby.png"),
+    "factor behind": ("baby@4x.png", "baby.png"),
 }
 
 

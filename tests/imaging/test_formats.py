@@ -171,11 +171,26 @@ def test_documentation_has_the_table() -> None:
         (b"II*\0\x10\0\0\0CR\2\0" + bytes(40), r"camera raw \(CR2\)"),
         (b"IIRO\x08\0\0\0" + bytes(40), r"camera raw \(ORF\)"),
         (b"IIU\0\x18\0\0\0" + bytes(40), r"camera raw \(RW2\)"),
+        (b"IIIITwaR" + bytes(40), r"camera raw \(IIQ\)"),
+        (bytes([0, 0, 2] + [0] * 9 + [8, 0, 8, 0, 24, 0]) + bytes(192), "TGA"),
+        (b"\0\0\2\0\1\0" + bytes(40), "ICO"),
+        (b"\x0a\5\1\x08" + bytes(124), "PCX"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\n", "a pointer of Git LFS"),
+        (b'{"error": "not found"}', "a text file"),
+        (b"hello, this is text\n" * 20, "a text file"),
+        (bytes(257) + b"ustar" + bytes(300), "an archive"),
+        (b"\xff\xd8\xff\xdb\0\5\0\1\2\xff\xc1\0\x11\x0c\0\x10\0\x10\3" + bytes(40), "JPEG of 12 bits"),
     ],
 )
 def test_what_is_not_read_is_named(data: bytes, name: str) -> None:
     with pytest.raises(UserError, match=rf"^photo\.jpg: {name}.* is not supported.*; accepted: JPEG, PNG"):
         read_image(data, "photo.jpg")
+
+
+def test_a_tiff_without_its_directory_is_said_in_words() -> None:
+    data = b"II*\0\xff\xff\xff\xff" + bytes(100)
+    with pytest.raises(UserError, match=r"truncated or damaged TIFF file \(\D+\)"):
+        read_image(data, "photo.tif")
 
 
 def raw_tiff(*, thumbnail: bool = True, **tags: object) -> bytes:

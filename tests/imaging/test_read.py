@@ -178,7 +178,7 @@ def test_first_frame_of_an_animation_with_a_warning(caplog: pytest.LogCaptureFix
     [
         (png_header(20_000, 20_000), "400,000,000 pixels"),
         (b"", "empty (0 bytes)"),
-        (b"hello, I am text", "not an image"),
+        (b"hello, I am text", "a text file is not supported"),
         (b"\x89PNG\r\n\x1a\n", "truncated or damaged PNG file"),
         (png_header(40_000, 40_000), "1,600,000,000 pixels, the limit is 250,000,000"),
         (

@@ -120,7 +120,7 @@ def run(
     failures: dict[str, str] = {}
     made = 0
     try:
-        for job in progress(jobs, "Degrading", line=lambda job: failures.get(job.name, job.name)):
+        for job in progress(jobs, "Degrading", line=lambda job: job.name + " (failed)" * (job.name in failures)):
             if skip_existing and _is_there(job.lr) and _is_there(job.hr):
                 continue
             try:

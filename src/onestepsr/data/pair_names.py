@@ -14,11 +14,14 @@ from pathlib import Path
 
 from onestepsr.core.errors import UserError
 
-_FACTOR = r"x\d+(?:\.\d+)?"
+_FACTOR = r"x\d+(?:\.\d+)?(?:m|d|w[1-4])?"
+"""With the tracks of DIV2K: mild, difficult and wild (four versions)."""
 _ROLE = r"[_-](?:LR|LQ|SR|HR|HQ|GT)(?:BI|BD|DN)?"
-_ENDING = re.compile(rf"(?:{_ROLE}(?:[_-]?x?\d+(?:\.\d+)?)?|[_-]?{_FACTOR}|[_-]+)$", re.IGNORECASE)
-_METHOD = re.compile(r"[_-][A-Z]{2}[A-Za-z0-9+]*$")
-"""Name of a method before the factor, as in ``baby_RCAN_x4``."""
+_TOOL = r"[_-](?:out|upscaled|upscayl|bicubic|real-?esrgan)"
+"""Endings of upscalers' outputs, beside the factor."""
+_ENDING = re.compile(rf"(?:{_ROLE}(?:[_-]?x?\d+(?:\.\d+)?)?|[_-]?{_FACTOR}|[@_-]\d+x|{_TOOL}|[_-]+)$", re.IGNORECASE)
+_METHOD = re.compile(r"[_-](?:[A-Z]{2}|[A-Z][a-z0-9]+[A-Z])[A-Za-z0-9+]*$")
+"""Name of a method before the factor or after it, as in ``baby_RCAN_x4`` and ``baby_x4_SwinIR``."""
 _LOW = re.compile(r"[_-](?:LR|LQ)(?:BI|BD|DN)?(?:[_-]?x?\d+(?:\.\d+)?)?$", re.IGNORECASE)
 _HIGH = re.compile(rf"[_-](?:HR|GT)(?:[_-]?{_FACTOR})?$", re.IGNORECASE)
 _SMALLER = re.compile(r"[_-]x(?!1$)\d+(?:\.\d+)?$", re.IGNORECASE)
@@ -79,4 +82,6 @@ def _scenes(name: str) -> list[str]:
     if len(scenes) > 1:
         shorter = _METHOD.sub("", scenes[-1])
         scenes += [shorter] if shorter not in ("", scenes[-1]) else []
+    elif re.search(rf"{_FACTOR}$", without := _METHOD.sub("", rest)):
+        scenes += [without, *(shorter for shorter in [_ENDING.sub("", without)] if shorter)]
     return [f"{folder}{slash}{scene}" for scene in scenes]

@@ -155,6 +155,7 @@ _SIGNATURES = (
     (rb"FUJIFILMCCD-RAW", f"{_RAW} (RAF)"),
     (rb"FOVb", f"{_RAW} (X3F)"),
     (rb"\0MRM", f"{_RAW} (MRW)"),
+    (rb"IIII....|MMMM....", f"{_RAW} (IIQ)"),
     (rb"....ftypcrx ", f"{_RAW} (CR3)"),
     (rb"(II\*\0|MM\0\*|II\+\0|MM\0\+)", "tiff"),
     (rb"BM", "bmp"),
@@ -171,6 +172,7 @@ _SIGNATURES = (
     (rb"II\xbc", "JPEG XR"),
     (rb"DDS ", "DDS"),
     (rb"qoif", "QOI"),
+    (rb"\0\0[\x02\x03\x0a\x0b]\0\0\0\0\0", "TGA"),
     (rb"\0\0[\x01\x02]\0", "ICO"),
     (rb"icns", "ICNS"),
     (rb"SIMPLE  =", "FITS"),
@@ -180,9 +182,20 @@ _SIGNATURES = (
     (rb"%!PS", "PostScript"),
     (rb"PK\x03\x04", "a ZIP archive"),
     (rb"\x1f\x8b", "gzip"),
+    (rb".{257}ustar|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ", "an archive"),
+    (rb"version https://git-lfs", "a pointer of Git LFS ('git lfs pull' fetches the file)"),
+    (rb"\x0a[\0-\x05]\x01[\x01\x02\x04\x08]", "PCX"),
+    (rb"[\x8a\x8b][MJ]NG", "MNG"),
+    (rb"AT&TFORM", "DjVu"),
+    (rb"FORM....ILBM", "ILBM"),
+    (rb"\x01\xda[\0\x01][\x01\x02]", "SGI"),
+    (rb"\x59\xa6\x6a\x95", "Sun Raster"),
+    (rb"BPG\xfb", "BPG"),
+    (rb"\xd7\xcd\xc6\x9a", "WMF"),
     (rb"gimp xcf", "XCF (GIMP)"),
     (rb"(?i:(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body))", "a web page (HTML)"),
     (rb"(?i:(\xef\xbb\xbf)?\s*(<\?xml.{0,500})?\s*<svg)", "SVG"),
+    (rb"(\xef\xbb\xbf)?[\t\n\r\x20-\x7e]{16,}$", "a text file"),
 )
 _PATTERNS = [(re.compile(pattern, re.DOTALL), name) for pattern, name in _SIGNATURES]
 
@@ -285,6 +298,9 @@ def check_structure(data: bytes, kind: str, most_pixels: int) -> None:
     image.
     """
     if kind == "jpeg":
+        bits = _jpeg_bits(data)
+        if bits > 8:
+            raise UserError(f"JPEG of {bits} bits is not supported; {ACCEPTED}")
         scans = data.count(b"\xff\xda")
         if scans > _MOST_SCANS:
             raise UserError(f"{scans:,} scans; accepted: at most {_MOST_SCANS}")
@@ -297,6 +313,19 @@ def check_structure(data: bytes, kind: str, most_pixels: int) -> None:
         most = _RLE_PIXELS_A_BYTE * len(data)
         if compression in (1, 2) and struct.unpack_from("<I", data, 14)[0] >= 40 and abs(width * height) > most:
             raise UserError(f"claims {width} x {abs(height)} pixels, more than {len(data):,} bytes can hold")
+
+
+def _jpeg_bits(data: bytes) -> int:
+    """Bits per sample by the frame header (ITU-T T.81, B.2.2); 0 if it has none."""
+    offset = 2
+    while offset + 5 <= len(data) and data[offset] == 0xFF:
+        marker = data[offset + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return data[offset + 4]
+        if marker == 0xDA:
+            break
+        offset += 1 if marker == 0xFF else 2 + int.from_bytes(data[offset + 2 : offset + 4])
+    return 0
 
 
 def _check_canvas(size: tuple[int, int], length: int, most_pixels: int) -> None:

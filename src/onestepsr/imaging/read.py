@@ -170,7 +170,8 @@ def _damage_reported(kind: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # decoders raise errors of every kind on damaged files
-        raise UserError(f"truncated or damaged {kind} file ({first_line(error, 120)}); {ACCEPTED}") from error
+        reason = "its structure" if isinstance(error, LookupError) else first_line(error, 120)
+        raise UserError(f"truncated or damaged {kind} file ({reason}); {ACCEPTED}") from error
 
 
 # ---- Through Pillow ----
