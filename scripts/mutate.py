@@ -62,7 +62,11 @@ SHAPES = {
     "len",
 }
 """Functions that read shape, dtype and device of a tensor and not its values."""
-EQUIVALENT: dict[tuple[str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str], str] = {
+    ("losses/perceptual.py", f"{name}(features, {x}, {y}) -> {name}(features, {y}, {x})"): "the distance is symmetric"
+    for name in ("lpips", "dists")
+    for x, y in (("x", "y"), ("edges_x", "edges_y"))
+}
 """(file, change) of mutants that compute the same numbers, with the reason."""
 
 

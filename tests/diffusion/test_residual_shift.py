@@ -8,7 +8,14 @@ import torch
 
 from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
-from onestepsr.diffusion.residual_shift import ResidualShiftConfig, ResidualShiftSchedule, kept_steps
+from onestepsr.core.rng import generator as seeded
+from onestepsr.diffusion.residual_shift import (
+    NOISE_BLOCK,
+    NoisePlane,
+    ResidualShiftConfig,
+    ResidualShiftSchedule,
+    kept_steps,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -235,3 +242,25 @@ def test_smallest_and_largest_settings_are_accepted():
 def test_bad_settings_are_refused(values):
     with pytest.raises(UserError, match=next(iter(values))):
         from_mapping(ResidualShiftConfig, values)
+
+
+def test_a_window_of_the_plane_of_noise_is_cut_from_its_blocks():
+    like = torch.zeros(2, 3, 5, 4, dtype=torch.float64)
+    cut = NoisePlane(7, (2 * NOISE_BLOCK - 2, NOISE_BLOCK - 1))(1, like)
+    for sample in range(2):
+        blocks = [
+            [torch.randn(3, 64, 64, generator=seeded(7, "noise", 1, sample, row, column)) for column in (0, 1)]
+            for row in (1, 2)
+        ]
+        rows = [torch.cat([left[..., -1:], right[..., :3]], dim=2) for left, right in blocks]
+        expected = torch.cat([rows[0][:, -2:], rows[1][:, :3]], dim=1)
+        assert torch.equal(cut[sample], expected.double())
+
+
+def test_the_plane_of_an_image_is_drawn_once_and_placed_by_latent_positions():
+    fixed = NoisePlane.drawn(None, (6, 10), 4, 8)
+    assert (fixed.seed, fixed.origin) == (0, (3, 5))
+    first = NoisePlane.drawn(torch.Generator().manual_seed(1), (0, 0), 4, 8)
+    assert first.origin == (0, 0)
+    assert first.seed == int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(1)))
+    assert NoisePlane(3).origin == (0, 0)

@@ -189,3 +189,14 @@ def test_vgg_with_max_pooling_sees_the_largest():
     x = torch.rand(1, 3, 17, 33)
     maps = features(x)
     assert [tuple(m.shape[1:]) for m in maps[1:4]] == [(64, 17, 33), (128, 8, 16), (256, 4, 8)]
+
+
+def test_edges_are_those_of_the_channel_mean_unless_asked_for():
+    features = OrientedFeatures()
+    rng = torch.Generator().manual_seed(3)
+    x, y = (torch.rand(1, 3, 48, 48, generator=rng) for _ in range(2))
+    distances = ((ea_dists, DISTS(features.channels)), (ea_lpips, LPIPS(features.channels[1:])))
+    for edge_aware, distance in distances:
+        found = edge_aware(distance, features, x, y)
+        assert torch.equal(found, edge_aware(distance, features, x, y, per_channel=False))
+        assert not torch.allclose(found, edge_aware(distance, features, x, y, per_channel=True), rtol=1e-3)

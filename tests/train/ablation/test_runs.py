@@ -23,7 +23,8 @@ from onestepsr.core.errors import UserError
 from onestepsr.data.datasets import build_dataset
 from onestepsr.evaluate.metrics.fidelity import as_eight_bit, psnr_y
 from onestepsr.models.loading import BICUBIC, load_generator
-from onestepsr.train import ablation
+from onestepsr.prompts.embedder import EmbeddingCache
+from onestepsr.train import ablation, ablation_report
 from onestepsr.train.ablation import (
     Ablation,
     EvaluationConfig,
@@ -296,3 +297,56 @@ def test_a_model_that_is_there_is_measured_and_not_trained(
     settings = [f"validation={tmp_path / 'held-out'}", "variants.shifting.steps=9"]
     with pytest.raises(UserError, match="variant 'shifting': 9 steps: this schedule has 4"):
         plan(load_suite(str(micro_suite), settings), tmp_path / "out")
+
+
+class NamedGrays:
+    """An embedder whose embedding of a text is its length, in a file of the text's name."""
+
+    def __init__(self, encoder: str, *, cache: EmbeddingCache) -> None:
+        assert encoder == "an encoder"
+        self.folder = cache.folder
+
+    def path(self, text: str) -> Path:
+        return self.folder / f"{text}.pt"
+
+    def embed(self, texts: list[str]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for text in texts:
+            torch.save(torch.full((1, 1), float(len(text))), self.path(text))
+
+    def find(self, text: str) -> torch.Tensor:
+        return torch.load(self.path(text))  # type: ignore[no-any-return]
+
+
+class PromptedGray(torch.nn.Module):
+    """A generator whose result is as bright as its prompt says."""
+
+    def forward(self, lr: torch.Tensor, *, prompt: torch.Tensor) -> torch.Tensor:
+        return torch.full((1, 3, 4 * lr.shape[2], 4 * lr.shape[3]), prompt.item() / 10)
+
+
+def test_a_variant_with_texts_is_measured_under_those_of_the_photos(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation_report, "PromptEmbedder", NamedGrays)
+    config = evaluation(suite, shown=3)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=tmp_path / "cache"))
+    held_out = HeldOut(config)
+    texts = {}
+    for number, name in enumerate(held_out.pairs.names()):  # type: ignore[union-attr]
+        texts[Path(name).stem] = "x" * (1 + number)
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{Path(name).stem}.txt").write_text(texts[Path(name).stem])
+    pairs = held_out.prompted(tmp_path / "texts", "an encoder")
+    measured = held_out.measure(PromptedGray(), pairs=pairs)
+    expected = [pairs[index]["prompt"].item() / 10 for index in range(3)]
+    assert [image.mean().item() for image in measured.images] == pytest.approx(expected, abs=1 / 255)
+    for index in range(3):
+        assert torch.equal(pairs[index]["lr"], held_out.pairs[index]["lr"]), "the same pairs as without texts"
+
+
+def test_texts_for_networks_that_read_none_are_refused(suite: Suite, tmp_path: Path) -> None:
+    variants = {n: dataclasses.replace(v, prompts=tmp_path) for n, v in suite.config.variants.items()}
+    prompted = dataclasses.replace(suite, config=dataclasses.replace(suite.config, variants=variants))
+    with pytest.raises(UserError, match=r"variants.mse.prompts: networks of method d3sr read no texts"):
+        plan(prompted, tmp_path / "out")
