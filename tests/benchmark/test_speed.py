@@ -16,7 +16,7 @@ from onestepsr.benchmark import probes, speed
 from onestepsr.benchmark.counting import count_stages, wrapped
 from onestepsr.benchmark.probes import measure_memory
 from onestepsr.benchmark.speed import SpeedConfig, Stopwatch, agreement, measure_speed, spread, write_sources
-from onestepsr.benchmark.speed_report import step_ratios
+from onestepsr.benchmark.speed_report import comparison_table, step_ratios
 from onestepsr.core.errors import OneStepSRError, UnknownModel, UserError
 from onestepsr.imaging.read import LoadedImage
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
@@ -47,6 +47,15 @@ def test_one_step_is_compared_with_every_number_of_steps() -> None:
     figures = ("over_steps", "network", "steps_alone", "file_to_file")
     assert [tuple(ratio[name] for name in figures) for ratio in ratios] == [(15, 8.0, 15.0, 6.0), (4, 2.5, 4.0, 2.0)]
     assert step_ratios([fifteen, four]) == []
+
+
+def test_several_models_stand_side_by_side() -> None:
+    measured = {"megapixels_per_second": 1.5, "memory_bytes": {"own": 2e6}}
+    one = model(1, path(0.0, 0.1, 0.5)) | measured
+    four = model(4, path(0.0, 0.4, 2.0)) | measured | {"memory_bytes": None}
+    table = comparison_table({"models": [one, four]})
+    assert table.columns[-1] == "ratio to m1"
+    assert table.rows == (("m1", "0.5", "1.5", "2", "1.00"), ("m4, 4 steps", "2", "1.5", "", "4.00"))
 
 
 def test_the_spread_is_of_quartiles() -> None:

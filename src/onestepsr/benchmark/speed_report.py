@@ -29,6 +29,9 @@ matrix product, in the same dtype and memory format; the fraction is of the conv
 baseline's median over the product's for the network alone, agreement the PSNR between the images of both. Memory is
 the peak of a fresh process over its size before it loaded the model: resident, and on the accelerator if there
 is one. Images and megapixels of output per second count everything from file to file."""
+COMPARING = """\
+Seconds are the median for one image from file to file, in the same run on the same machine; the ratio is of these, to
+the first model of the command line."""
 STEPS = """\
 `network` compares whole images without files and colour fix, `steps alone` the evaluations of the diffusion network
 only, `file to file` everything."""
@@ -79,9 +82,28 @@ def _diffusion(path: Figures) -> float | None:
 
 
 def tables(report: Figures) -> list[Grid]:
-    """Figures of the models, their stages, and one step beside several where both were measured."""
+    """Several models side by side, their figures, their stages, and one step beside several where both were
+    measured."""
+    beside = [comparison_table(report)] if len(report["models"]) > 1 else []
     ratios = [ratio_table(report)] if report["speedup_over_steps"] else []
-    return [model_table(report), stage_table(report), *ratios]
+    return [*beside, model_table(report), stage_table(report), *ratios]
+
+
+def comparison_table(report: Figures) -> Grid:
+    """One row for each model, in the order of the command line: time from file to file, as a ratio to the first."""
+    first = report["models"][0]["product"]["whole"]["median"]
+    rows = tuple(
+        (
+            found["model"] + ("" if found["steps"] == 1 else f", {_steps(found['steps'])}"),
+            _digits(found["product"]["whole"]["median"], ".4g"),
+            _digits(found["megapixels_per_second"], ".3g"),
+            _digits(found["memory_bytes"]["own"] / 1e6 if found["memory_bytes"] else None, ",.0f"),
+            _digits(found["product"]["whole"]["median"] / first, ".2f"),
+        )
+        for found in report["models"]
+    )
+    columns = ("model", "seconds", "Mpixel/s", "memory, MB", f"ratio to {report['models'][0]['model']}")
+    return Grid(title="Models side by side", lead=COMPARING, columns=columns, rows=rows)
 
 
 def model_table(report: Figures) -> Grid:
