@@ -14,6 +14,7 @@ from onestepsr.core.files import at_home
 from onestepsr.diffusion.residual_shift import ResidualShiftConfig
 from onestepsr.models.architectures import is_random, load_native, random_generator, repeatable
 from onestepsr.models.backbones import load_backbone
+from onestepsr.models.community import is_foreign, load_community
 from onestepsr.models.generators import BicubicGenerator, Generator, LatentGenerator
 from onestepsr.models.osediff.checkpoints import ARCHITECTURE, Adapters, looks_published, merge, read_any
 from onestepsr.models.osediff.generator import OSEDiffGenerator, Posterior
@@ -101,13 +102,15 @@ LOADERS: dict[str, Callable[[str], nn.Module]] = {
     "resshift": load_published,
     "osediff": load_osediff,
     "realesrgan": lambda name: load_realesrgan(resolve(name)),
+    "community": lambda name: load_community(resolve(name)),
 }
-"""Loader of each family of names: random weights, files and aliases of files of ours, and published models."""
+"""Loader of each family of names: random weights, files and aliases of files of ours, published models, and files of
+other projects."""
 ALIASES: dict[str, Collection[str]] = {
     "bicubic": (BICUBIC,),
     "resshift": PUBLISHED,
     "osediff": OSEDIFF_SCALES,
-    "realesrgan": [spec.id for spec in list_models() if spec.family == "realesrgan"],
+    **{name: [spec.id for spec in list_models() if spec.family == name] for name in ("realesrgan", "community")},
 }
 """Names of the published models by family; every other name is one of ours."""
 
@@ -125,6 +128,8 @@ def load_network(name_or_path: str | Path) -> nn.Module:
         family = "random" if is_random(name_or_path) else "native"
         if looks_like_realesrgan(Path(name_or_path)):
             family = "realesrgan"
+        elif family == "native" and is_foreign(Path(name_or_path)):
+            family = "community"
     return LOADERS[family](name).eval()
 
 
