@@ -112,13 +112,13 @@ def bicubic(x: Tensor, scale: int, *, a: float = -0.75) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     planes = x.to(dtype).reshape(count * channels, 1, height, width)
     padded = functional.pad(planes, (BICUBIC_REACH,) * 4, mode="replicate")
-    enlarged = functional.pixel_shuffle(functional.conv2d(padded, _bicubic_weights(scale).to(dtype)), scale)
+    enlarged = functional.pixel_shuffle(functional.conv2d(padded, bicubic_weights(scale).to(dtype)), scale)
     return enlarged.reshape(count, channels, scale * height, scale * width).to(x.dtype)
 
 
 @functools.cache
 @torch.inference_mode(False)  # tensors made in inference mode could not be used in training afterwards
-def _bicubic_weights(scale: int) -> Tensor:
+def bicubic_weights(scale: int) -> Tensor:
     """Weights (scale^2, 1, 5, 5) of the surrounding pixels for every offset within a pixel, in raster order."""
     offsets = (torch.arange(scale, device="cpu", dtype=torch.float64) + 0.5) / scale - 0.5
     pixels = torch.arange(-BICUBIC_REACH, BICUBIC_REACH + 1, device="cpu", dtype=torch.float64)
