@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "src" / "onestepsr"
 COMMANDS = (
     "upscale",
+    "batch",
     "video",
     "train",
     "ablate",

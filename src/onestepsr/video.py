@@ -73,8 +73,12 @@ class Codec:
 
 CODECS = {
     "h264": Codec(encoder="libx264", crf=17, options=(("preset", "medium"),)),
-    "hevc": Codec(encoder="libx265", crf=19, options=(("preset", "medium"), ("x265-params", "log-level=error"))),
-    "vp9": Codec(encoder="libvpx-vp9", crf=24, worst=63, options=(("b", "0"), ("row-mt", "1"))),
+    "hevc": Codec(
+        encoder="libx265",
+        crf=19,
+        options=(("preset", "medium"), ("x265-params", "log-level=error:pools=none:frame-threads=1")),
+    ),
+    "vp9": Codec(encoder="libvpx-vp9", crf=24, worst=63, options=(("b", "0"),)),
     "av1": Codec(encoder="libsvtav1", crf=24, worst=63, options=(("preset", "7"),)),
     "prores": Codec(encoder="prores_ks", crf=None),
     "ffv1": Codec(encoder="ffv1", crf=None, options=(("level", "3"),)),
@@ -484,6 +488,8 @@ class FilmSink(Sink):
             logger.warning("%s: %s cannot hold transparency; it is laid over black", self.target, self.codec.encoder)
         stream.width, stream.height = image.width, image.height
         context.time_base = self.source.time_base
+        # Several threads of x264 decide by how fast they come along, so that the bytes would not be the same twice.
+        context.thread_count = 1
         context.color_range = 2 if look.full_range else 1
         if not stream.pix_fmt.startswith(("rgb", "bgr", "gbr")):
             context.colorspace = look.matrix if look.matrix != 2 else 1

@@ -47,11 +47,25 @@ def _root(
 
 
 def _register_commands() -> None:
-    from onestepsr.cli import ablate, benchmark, degrade, doctor, export, models, prompts, serve, train, video
+    from onestepsr.cli import ablate, batch, benchmark, degrade, doctor, export, models, prompts, serve, train, video
     from onestepsr.cli.evaluate import command as evaluate
     from onestepsr.cli.upscale import command as upscale
 
-    for module in (upscale, video, train, ablate, evaluate, benchmark, degrade, prompts, serve, export, models, doctor):
+    for module in (
+        upscale,
+        batch,
+        video,
+        train,
+        ablate,
+        evaluate,
+        benchmark,
+        degrade,
+        prompts,
+        serve,
+        export,
+        models,
+        doctor,
+    ):
         module.register(app)
 
 

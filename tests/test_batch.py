@@ -1,0 +1,293 @@
+"""Tables of images through ``onestepsr.batch``: equal bytes, rows, resuming, other filesystems, and bad input."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from onestepsr.cli.main import main
+from onestepsr.core.errors import UserError
+
+pa = pytest.importorskip("pyarrow")
+from pyarrow import parquet  # noqa: E402
+
+from onestepsr.batch import (  # noqa: E402
+    MANIFEST,
+    PARTS,
+    BatchJob,
+    Cluster,
+    UpscaleImages,
+    list_inputs,
+    located,
+    split_query,
+)
+
+HERE = Cluster(address="none")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def put(folder: Path, count: int, side: int = 16) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / ("a" if number % 2 else "b") / f"{number:03d}.{'png' if number % 3 else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(path)
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([*words])
+    return int(stopped.value.code or 0)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST and PARTS not in path.parts]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def manifest(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = parquet.read_table(folder / MANIFEST).to_pylist()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos in ``in`` and, by ``onestepsr upscale``, in ``out``."""
+    folder = tmp_path_factory.mktemp("expected")
+    put(folder / "in", 9)
+    assert run("upscale", str(folder / "in"), "-o", str(folder / "out"), "--recursive") == 0
+    return folder
+
+
+def test_outputs_are_those_of_upscale_and_every_image_is_one_row(
+    expected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (expected / "in" / "bad.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
+    assert run("batch", str(expected / "in"), str(tmp_path), "--address", "none") == 1
+    told = capsys.readouterr()
+    assert re.search(r"failed: .*bad.jpg: [^\n]+\n9 of 10 images done, 1 failed", told.err)
+    assert told.out == f"{tmp_path}/manifest.parquet\n"
+    assert content(tmp_path) == content(expected / "out")
+    rows = manifest(tmp_path)
+    assert [row["input"] for row in rows] == sorted(str(p) for p in (expected / "in").rglob("*.*"))
+    assert [row["status"] for row in rows].count("written") == 9
+    failed = next(row for row in rows if row["status"] == "failed")
+    assert "bad.jpg" in failed["error"]
+    good = rows[0]
+    assert (good["input_width"], good["input_height"], good["output_width"], good["output_height"]) == (16, 16, 64, 64)
+    assert good["seconds"] > 0
+    assert sorted(path.name for path in (tmp_path / PARTS).iterdir()) == ["job.json"]
+    (expected / "in" / "bad.jpg").unlink()
+
+
+def test_a_stopped_job_goes_on(expected: Path, tmp_path: Path) -> None:
+    with closing(BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE).run()) as rows:
+        for number, _ in enumerate(rows):
+            if number == 2:
+                break
+    assert not (tmp_path / MANIFEST).exists()
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    job = BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE)
+    again = list(job.run())
+    assert job.done == 3
+    assert len(again) == 6
+    assert content(tmp_path) == content(expected / "out")
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    rows = manifest(tmp_path)
+    assert len({row["input"] for row in rows}) == len(rows) == 9
+    # Once more: nothing to do, and the manifest stays.
+    assert list(BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE).run()) == []
+    assert manifest(tmp_path) == rows
+
+
+def test_outputs_without_a_row_are_found(expected: Path, tmp_path: Path) -> None:
+    """As after a kill, which leaves images whose rows were not written yet."""
+    list(BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE).run())
+    (tmp_path / MANIFEST).unlink()
+    (tmp_path / "a" / "001.png").unlink()
+    rows = {
+        row["input"]: row for row in BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE).run()
+    }
+    states = [row["status"] for row in rows.values()]
+    assert (states.count("found"), states.count("written")) == (8, 1)
+    assert all(row["output_width"] == 64 for row in manifest(tmp_path))
+    assert content(tmp_path) == content(expected / "out")
+
+
+def test_failed_images_are_tried_again(tmp_path: Path) -> None:
+    put(tmp_path / "in", 2)
+    broken = tmp_path / "in" / "c.png"
+    broken.write_bytes(b"nothing")
+    job = {"source": str(tmp_path / "in"), "output": str(tmp_path / "out"), "cluster": HERE}
+    assert [row["status"] for row in BatchJob(**job).run()].count("failed") == 1
+    Image.new("RGB", (4, 4)).save(broken)
+    assert [row["input"] for row in BatchJob(**job).run()] == [str(broken)]
+    assert [row["status"] for row in manifest(tmp_path / "out")] == ["written"] * 3
+
+
+def test_the_class_takes_tables_of_ray_and_of_spark(expected: Path) -> None:
+    paths = sorted(str(path) for path in (expected / "in" / "b").iterdir())
+    upscale = UpscaleImages()
+    contents = np.array([Path(path).read_bytes() for path in paths], dtype=object)
+    wanted = [(expected / "out" / "b" / Path(path).name).read_bytes() for path in paths]
+    of_ray = upscale({"path": np.array(paths), "bytes": contents})
+    assert of_ray.column("image").to_pylist() == wanted
+    pandas = pytest.importorskip("pandas")
+    of_spark = upscale(pandas.DataFrame({"path": paths, "content": list(contents), "length": 1}))
+    assert list(of_spark["image"]) == wanted
+    assert upscale({"path": np.array(paths[:1])}).column("image").to_pylist() == wanted[:1]
+    with pytest.raises(UserError, match="expected 'path'"):
+        upscale({"name": paths})
+
+
+def test_lists_and_patterns(tmp_path: Path) -> None:
+    put(tmp_path / "in", 6)
+    names = [f"{'a' if n % 2 else 'b'}/{n:03d}.{'png' if n % 3 else 'jpg'}" for n in range(6)]
+    paths = [str(tmp_path / "in" / name) for name in names]
+    (tmp_path / "list.txt").write_text("# photos\n" + "\n".join([*paths, paths[0]]) + "\n")
+    parquet.write_table(pa.table({"id": range(6), "url": paths}), tmp_path / "list.parquet")
+    (tmp_path / "list.csv").write_text("own,size\n" + "".join(f"{path},1\n" for path in paths))
+    assert list_inputs(str(tmp_path / "list.txt"), {}).names == names
+    assert list_inputs(str(tmp_path / "list.parquet"), {}).inputs == paths
+    assert list_inputs(str(tmp_path / "list.csv"), {}, "own").names == names
+    with pytest.raises(UserError, match="has the columns own, size; expected one of path"):
+        list_inputs(str(tmp_path / "list.csv"), {})
+    assert sorted(list_inputs(str(tmp_path / "in"), {}).names) == sorted(names)
+    assert list_inputs(f"{tmp_path}/in/**/*.jpg", {}).names == ["a/003.jpg", "b/000.jpg"]
+    assert list_inputs(f"{tmp_path}/in/a/00[13].*", {}).names == ["001.png", "003.jpg"]
+    assert list_inputs(paths[0], {}).names == ["000.jpg"]
+
+
+def test_addresses() -> None:
+    assert split_query("s3://b/k?endpoint_override=http://127.0.0.1:1&region=x") == (
+        "s3://b/k",
+        {"s3://b": "endpoint_override=http://127.0.0.1:1&region=x"},
+    )
+    assert split_query("/tmp/a?b.jpg") == ("/tmp/a?b.jpg", {})
+    assert located("/tmp/a b#c.jpg")[1] == "/tmp/a b#c.jpg"
+    with pytest.raises(UserError, match="no filesystem"):
+        located("nonsense://x/y")
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "in", 1)
+    (tmp_path / "empty.txt").touch()
+
+    def refused(*words: str) -> str:
+        assert run("batch", *words, "--address", "none") == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ")
+        assert len(err.splitlines()) == 1
+        return err
+
+    out = str(tmp_path / "out")
+    assert "no such file, folder or bucket" in refused(str(tmp_path / "none"), out)
+    assert "the list is empty" in refused(str(tmp_path / "empty.txt"), out)
+    assert "no images there" in refused(f"{tmp_path}/in/*.gif", out)
+    assert "accepted: more than none" in refused(str(tmp_path / "in"), out, "--num-cpus-per-actor", "0")
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused(str(tmp_path / "in"), str(tmp_path / "file" / "below"))
+    assert run("batch", str(tmp_path / "in"), out, "--address", "none") == 0
+    capsys.readouterr()
+    assert "other settings (options)" in refused(str(tmp_path / "in"), out, "--scale", "2")
+    assert run("batch", str(tmp_path / "in"), out, "--address", "none", "--scale", "2", "--overwrite") == 0
+    assert Image.open(tmp_path / "out" / "b" / "000.jpg").size == (32, 32)
+
+
+def test_two_inputs_of_one_output(tmp_path: Path) -> None:
+    for ending in ("jpg", "png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"a.{ending}")
+    job = BatchJob(source=f"{tmp_path}/a.*", output=str(tmp_path / "out"), cluster=HERE, file_format="webp")
+    rows = list(job.run())
+    assert sorted(row["status"] for row in rows) == ["failed", "written"]
+    assert "is that of" in next(row["error"] for row in rows if row["status"] == "failed")
+
+
+# ---- an object store, and a cluster ----
+
+
+def free_port() -> int:
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        return int(own.getsockname()[1])
+
+
+@pytest.fixture
+def bucket() -> Any:
+    """A query that leads to an empty S3 server on loopback with one bucket."""
+    pytest.importorskip("moto")
+    from pyarrow import fs
+
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(300):
+        with socket.socket() as own:
+            if own.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.1)
+    query = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+    os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test")
+    own_fs, _ = fs.FileSystem.from_uri(f"s3://photos/x?{query}")
+    own_fs.create_dir("photos")
+    yield query, own_fs
+    server.terminate()
+    server.wait(20)
+
+
+@pytest.mark.slow
+def test_an_object_store_in_and_out(expected: Path, bucket: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    query, own_fs = bucket
+    for path in (expected / "in").rglob("*.*"):
+        name = path.relative_to(expected / "in").as_posix()
+        with own_fs.open_output_stream(f"photos/in/{name}") as stream:
+            stream.write(path.read_bytes())
+    job = {"output": f"s3://photos/large?{query}", "cluster": HERE}
+    assert len(list(BatchJob(source=f"s3://photos/in?{query}", **job).run())) == 9
+    for name, wanted in content(expected / "out").items():
+        assert own_fs.open_input_stream(f"photos/large/{name}").read() == wanted
+    assert list(BatchJob(source=f"s3://photos/in?{query}", **job).run()) == []
+    assert run("batch", f"s3://absent/in?{query}", f"s3://photos/x?{query}", "--address", "none") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("ONESTEPSR_TEST_RAY" not in os.environ, reason="starts a cluster: takes a minute and more")
+def test_a_local_cluster_whose_actor_and_driver_are_killed(expected: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    import psutil
+
+    words = ["batch", str(expected / "in"), str(tmp_path / "out"), "--images-per-task", "2", "--actors", "1"]
+    command = [sys.executable, "-m", "onestepsr", *words]
+
+    def wait_for(count: int) -> None:
+        for _ in range(6000):
+            if len(content(tmp_path / "out")) >= count:
+                return
+            time.sleep(0.1)
+        raise AssertionError("no progress")
+
+    first = subprocess.Popen(command, env=ENVIRONMENT)
+    wait_for(2)
+    for child in psutil.Process(first.pid).children(recursive=True):
+        if "MapWorker" in "".join(child.cmdline()):
+            child.send_signal(signal.SIGKILL)
+    wait_for(5)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert subprocess.run(command, env=ENVIRONMENT, check=False, timeout=600).returncode == 0
+    assert content(tmp_path / "out") == content(expected / "out")
+    rows = manifest(tmp_path / "out")
+    assert len({row["input"] for row in rows}) == len(rows) == 9
