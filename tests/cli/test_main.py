@@ -1,11 +1,13 @@
 """The command line as a whole: one line and exit code 2 for a mistake, a traceback only on request."""
 
 import io
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import typer
+from PIL import Image
 
 from onestepsr import __version__
 from onestepsr.cli.main import main
@@ -85,3 +87,37 @@ def test_a_name_that_the_encoding_lacks_is_printed_all_the_same(monkeypatch):
     stream.flush()
     assert stopped.value.code == 0
     assert stream.buffer.getvalue().split() == [b"\\u7167", b"\\udcff", b"\xe9"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "upscale photo.png -o out.png --model {name}.safetensors",
+        "upscale photo.png -o {name}/out.png",
+        "train d3sr --recipe {name}.yaml --dry-run",
+        "train d3sr --recipe {name} --dry-run",
+        "degrade photos {name}",
+        "models info {name}",
+        "evaluate {name}",
+    ],
+)
+def test_a_name_that_is_too_long_is_one_short_line(capsys, monkeypatch, tmp_path, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for path in ("photo.png", "photos/photo.png"):
+        Image.new("RGB", (8, 8)).save(path)
+    code, out, err = run(capsys, *line.format(name="x" * 5000).split())
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="devices of Linux")
+def test_a_device_is_no_output_but_stdout_has_a_name(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("photo.png")
+    code, _, err = run(capsys, "upscale", "photo.png", "-o", "/dev/full")
+    assert (code, err) == (2, "error: /dev/full: neither a file nor a folder; -o - writes to stdout\n")
+    code, _, err = run(capsys, "upscale", "photo.png", "-o", "/dev/stdout", "--overwrite")
+    assert (code, err) == (2, "error: --overwrite: stdout is no file\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -88,6 +89,13 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:  # noqa: BLE001  (last resort: any error ends in one line)
         if hasattr(error, "format_message"):  # wrong usage, found by the command-line library
             _explain_usage(error)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            _fail(
+                error,
+                f"{str(error.filename)[:40]}…: {error.strerror} ({len(str(error.filename)):,})",
+                USAGE_ERROR,
+                debug,
+            )
         _fail(error, f"{type(error).__name__}: {error} (add --debug for the traceback)", 1, debug)
     if code == INTERRUPTED:  # the command-line library's code for an interrupt
         typer.echo("terminated" if was_terminated() else "interrupted", err=True)

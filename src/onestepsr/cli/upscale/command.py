@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import stat
 import sys
 from collections.abc import Generator
 from contextlib import closing
@@ -79,6 +80,14 @@ class OutputOptions:
     max_pixels: Annotated[
         int | None, typer.Option(min=1, help="Most pixels of an input, by its header; 250,000,000 if not given.")
     ] = None
+
+    def __post_init__(self) -> None:
+        if self.out in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"):
+            object.__setattr__(self, "out", STREAM)
+        if self.out not in (None, STREAM) and os.path.lexists(str(self.out)):
+            mode = os.stat(str(self.out), follow_symlinks=os.path.exists(str(self.out))).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+                raise UserError(f"{self.out}: neither a file nor a folder; -o - writes to stdout")
 
     @property
     def handling(self) -> Handling:
