@@ -15,9 +15,12 @@ from torch import Tensor
 
 from onestepsr.core.errors import MissingExtra, UserError, first_line
 from onestepsr.models.generators import Generator, MemoryCost, Origin, Rng, pad_to
-from onestepsr.weights.files import FORMAT, canonical_keys, open_weights
+from onestepsr.weights.files import FORMAT, canonical_keys, foreign_weights, open_weights
+from onestepsr.weights.recognise import network_name
 
 PICKLES = (".pth", ".pt")
+ENLARGING = ("an ESRGAN", "a compact", "a SwinIR", "a HAT", "a DAT", "an EDSR", "a GFPGAN")
+"""Beginnings of the names of networks that spandrel may know."""
 LARGEST_SCALE = 8
 MAX_BYTES = 2 * 2**30
 MEMORY_PER_PIXEL = 30_000.0
@@ -100,50 +103,31 @@ def load_community(path: Path) -> CommunityGenerator:
     Raises :class:`MissingExtra` without spandrel, and :class:`UserError` in one line for files that cannot be read
     safely and for architectures that it does not know.
     """
-    state = _state_of(path)
+    tensors = {key: read() for key, read in open_weights(path, limit=MAX_BYTES).items()}
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors")
+    wide = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    state: dict[str, Tensor] = canonical_keys(wide)
+    name = network_name(state)
+    if name is not None and not name.startswith(ENLARGING):
+        raise UserError(f"{path}: {foreign_weights(state)}")
+    seen = f"{path}: {name}, which is not supported here" if name else f"{path}: not onestepsr weights"
     try:
         import spandrel
     except (ImportError, RuntimeError) as error:  # torchvision beside another build of PyTorch ends in a RuntimeError
         if isinstance(error, ModuleNotFoundError) and error.name in (None, "spandrel"):
-            raise MissingExtra(f"{path}: not onestepsr weights; a model of another project", "community") from error
-        raise UserError(f"{path}: spandrel cannot be loaded ({first_line(error)})") from error
+            raise MissingExtra(f"{seen} by itself; a model of another project", "community") from error
+        raise UserError(f"{seen}: spandrel cannot be loaded ({first_line(error)})") from error
     try:
         descriptor = spandrel.ModelLoader(device="cpu").load_from_state_dict(state)
     except spandrel.UnsupportedModelError as error:
         some = ", ".join(f"'{key}' {tuple(state[key].shape)}" for key in list(state)[:3])
         merged = any(".rbr_reparam." in key or "eval_conv" in key for key in state)
         hint = "; it looks re-parameterised: the file from before that step may be known" if merged else ""
-        seen = f"{len(state)} weights, first {some}{hint}"
-        raise UserError(f"{path}: not onestepsr weights, and no architecture that spandrel knows: {seen}") from error
+        words = f"no architecture that spandrel knows: {len(state)} weights, first {some}{hint}"
+        raise UserError(f"{seen}, and {words}") from error
     except Exception as error:  # whatever an architecture makes of weights that only look like its own
-        raise UserError(f"{path}: weights do not fit their architecture ({first_line(error)})") from error
+        raise UserError(f"{seen}: weights do not fit their architecture ({first_line(error)})") from error
     if not isinstance(descriptor, spandrel.ImageModelDescriptor):
         raise UserError(f"{path}: {descriptor.architecture.name} takes more than an image (such as a mask)")
     return CommunityGenerator(descriptor, str(path)).eval()
-
-
-def _state_of(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, in float32 where they are numbers; wrappers such as ``params_ema`` are taken off."""
-    if path.suffix.lower() == ".safetensors":
-        content: dict[str, Any] = {key: read() for key, read in open_weights(path, limit=MAX_BYTES).items()}
-    else:
-        try:
-            if path.stat().st_size > MAX_BYTES:
-                raise UserError(f"{path}: larger than {MAX_BYTES >> 30} GiB")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-        except UserError:
-            raise
-        except Exception as error:  # the unpickler raises whatever the file makes it
-            raise UserError(f"{path}: no weights that can be read safely ({type(error).__name__})") from error
-    for inner in ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", "model", "g_ema"):
-        if isinstance(content, dict) and isinstance(content.get(inner), dict):
-            content = content[inner]
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, no state dict")
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise UserError(f"{path}: holds no tensors")
-    wide = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
-    return cast(dict[str, Tensor], canonical_keys(wide))
