@@ -44,6 +44,7 @@ from onestepsr.inference.devices import (
     resolve_dtype,
     separate_mmaps,
 )
+from onestepsr.inference.engines import ENGINES, Engine, in_engine
 from onestepsr.inference.memory_plan import InputSize, Plan, Workload, bytes_per_pixel, fewer_pixels, plan_image
 from onestepsr.inference.options import Alpha, ColorFix, UpscaleOptions, target_size
 from onestepsr.inference.tiled import LoadedGenerator, NonFiniteError, SharedNorms, TiledRun, enlarge
@@ -121,15 +122,24 @@ class Upscaler:
         sampler: str | None = None,
         fidelity: float | None = None,
         compiled: bool = False,
+        engine: Engine = "torch",
     ) -> Upscaler:
         """Load a model by alias or from a file; raises UnknownModel or UserError in one line.
 
         A model of the ResShift family can run another number of ``steps`` than it was made for, or another ``sampler``
         ("ancestral" or "deterministic"). ``fidelity`` moves ``d3sr-tiny`` from crisp (0, as it is) towards faithful
-        (1), along the line between the weights of the two. ``compiled``: through ``torch.compile``.
+        (1), along the line between the weights of the two. ``compiled``: through ``torch.compile``. ``engine``:
+        onnxruntime or openvino run small networks on the CPU in float32; the default is PyTorch.
         """
         from onestepsr.models.loading import load_generator
 
+        if engine != "torch":
+            if engine not in ENGINES:
+                raise UserError(f"engine '{engine}': accepted: {', '.join(ENGINES)}")
+            if compiled or dtype not in ("auto", "float32") or device not in ("auto", "cpu"):
+                raise UserError(f"engine {engine}: runs on the CPU in float32 and is not compiled")
+            source = load_generator(name_or_path, steps=steps, sampler=sampler, fidelity=fidelity, faster=False)
+            return cls(in_engine(source, engine, str(name_or_path)), "cpu", "float32", str(name_or_path))
         target = resolve_device(device)
         weights_dtype = resolve_dtype(dtype, target)
         full = (

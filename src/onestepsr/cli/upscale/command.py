@@ -11,7 +11,7 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -36,6 +36,7 @@ from onestepsr.cli.upscale.prompts import PromptOptions
 from onestepsr.core.errors import UserError, error_context
 
 if TYPE_CHECKING:
+    from onestepsr.inference.engines import Engine
     from onestepsr.inference.options import UpscaleOptions
     from onestepsr.inference.upscaler import Upscaler
 
@@ -170,6 +171,10 @@ class ModelOptions:
         bool,
         typer.Option("--compile", help="Compile the network first, which takes minutes: for many or large images."),
     ] = False
+    engine: Annotated[
+        str,
+        typer.Option(help="torch; or onnxruntime or openvino, on a CPU in float32 (docs/export.md: where it pays)."),
+    ] = "torch"
     steps: Annotated[
         int | None, typer.Option(help="Network evaluations, for ResShift's family; by default as trained.")
     ] = None
@@ -193,6 +198,7 @@ class ModelOptions:
             sampler=self.sampler,
             fidelity=self.fidelity,
             compiled=self.compiled,
+            engine=cast("Engine", self.engine),
         )
         if seed is not None and not upscaler.draws_noise:
             raise UserError(f"--seed: '{self.model}' draws no noise, so that it would do nothing")
