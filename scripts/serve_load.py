@@ -7,7 +7,8 @@ python scripts/serve_load.py schema --examples 50        (needs schemathesis)
 
 Each starts a server of its own on a free port, says what it saw as JSON, and exits with 1 if a promise was broken. load
 compares each answer with what the library makes of the same photo, and the throughput with that of the model by itself,
-measured in this process before and after while the server is idle.
+measured in this process in turns with the server: while one is measured the other is idle. The time of the processor is
+compared as well, which other programs on the machine disturb less.
 """
 
 from __future__ import annotations
@@ -81,37 +82,44 @@ def small_photos(count: int, side: int) -> list[bytes]:
 # ---- many clients ----
 
 
-def bare_rate(upscaler: Any, photos: list[bytes], seconds: float) -> float:
-    """Images per second of the model by itself: decoded photos in, samples out, nothing read or written."""
-    from onestepsr.imaging.read import read_image
-
-    images = [read_image(photo) for photo in photos]
-    upscaler.upscale_image(images[0])
-    done, started = 0, time.perf_counter()
+def bare_run(upscaler: Any, images: list[Any], seconds: float) -> tuple[int, float, float]:
+    """Images, seconds and processor seconds of the model by itself: decoded photos in, samples out."""
+    done, started, used = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - started < seconds:
         upscaler.upscale_image(images[done % len(images)])
         done += 1
-    return done / (time.perf_counter() - started)
+    return done, time.perf_counter() - started, time.process_time() - used
 
 
-def load(clients: int, seconds: float, side: int, model: str, bare_seconds: float) -> dict[str, Any]:
-    """``clients`` that each send their own photo again and again."""
+def processor_seconds(pid: int) -> float:
+    """Processor seconds of a process and of the children it has."""
+    import psutil
+
+    process = psutil.Process(pid)
+    return sum(sum(each.cpu_times()[:2]) for each in [process, *process.children(recursive=True)])
+
+
+def load(
+    *, clients: int, seconds: float, side: int, model: str, rounds: int = 5, bare_seconds: float = 8.0
+) -> dict[str, Any]:
+    """``clients`` that each send their own photo again and again; between the rounds the model by itself."""
     from onestepsr.imaging.read import read_image
     from onestepsr.imaging.write import encode_image
     from onestepsr.inference.upscaler import Upscaler
 
     photos = small_photos(clients, side)
+    images = [read_image(photo) for photo in photos]
     upscaler = Upscaler.from_pretrained(model)
-    expected = [encode_image(upscaler.upscale_image(read_image(photo)), "jpeg") for photo in photos]
+    expected = [encode_image(upscaler.upscale_image(image), "jpeg") for image in images]
     assert len(set(expected)) == clients
     statuses: Counter[str] = Counter()
     times: list[float] = []
-    memory: list[tuple[float, float]] = []
-    lock, end = threading.Lock(), threading.Event()
+    memory: list[float] = []
+    lock = threading.Lock()
 
-    def client(number: int, address: str) -> None:
+    def client(number: int, address: str, end: float) -> None:
         session = requests.Session()
-        while not end.is_set():
+        while time.perf_counter() < end:
             started = time.perf_counter()
             try:
                 answer = session.post(f"{address}/v1/upscale", data=photos[number], timeout=PATIENCE)
@@ -125,41 +133,47 @@ def load(clients: int, seconds: float, side: int, model: str, bare_seconds: floa
                 if kind == "200":
                     times.append(time.perf_counter() - started)
             if kind in map(str, REFUSALS):
-                end.wait(float(answer.headers["retry-after"]))
+                time.sleep(float(answer.headers["retry-after"]))
 
+    def resident(pid: int) -> float:
+        import psutil
+
+        return psutil.Process(pid).memory_info().rss / 1e6
+
+    served, bare = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
     with tempfile.TemporaryDirectory() as folder, server(Path(folder), "--model", model) as (address, process):
-        before = bare_rate(upscaler, photos, bare_seconds)
-        threads = [threading.Thread(target=client, args=(number, address)) for number in range(clients)]
-        started = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        while time.perf_counter() - started < seconds:
-            time.sleep(min(1.0, seconds / 10))
-            status = Path(f"/proc/{process.pid}/status")
-            if status.exists():
-                resident = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-                memory.append((time.perf_counter() - started, int(resident.split()[1]) / 1024))
-        with lock:
-            in_time = statuses["200"]
-        lasted = time.perf_counter() - started
-        end.set()
-        for thread in threads:
-            thread.join()
-        after = bare_rate(upscaler, photos, bare_seconds)
+        for number in range(rounds):
+            for index, value in enumerate(bare_run(upscaler, images, bare_seconds)):
+                bare[index] += value
+            started, used, before = time.perf_counter(), processor_seconds(process.pid), statuses["200"]
+            end = started + seconds / rounds
+            threads = [threading.Thread(target=client, args=(each, address, end)) for each in range(clients)]
+            for thread in threads:
+                thread.start()
+            while any(
+                thread.is_alive() for thread in threads
+            ):  # until the last answer: the server is busy all the time
+                time.sleep(min(1.0, seconds / 20))
+                if number > 0 or rounds == 1:  # the first round warms up
+                    memory.append(resident(process.pid))
+            served[0] += statuses["200"] - before
+            served[1] += time.perf_counter() - started
+            served[2] += processor_seconds(process.pid) - used
         left = [path.name for path in (Path(folder) / "files").iterdir()]
-    bare = (before + after) / 2
-    warm = [value for moment, value in memory if moment > 0.15 * seconds]
     ordered = sorted(times)
+    rates = served[0] / served[1], bare[0] / bare[1]
+    costs = served[2] / max(1.0, served[0]), bare[2] / max(1.0, bare[0])
     return {
         "clients": clients,
-        "seconds": round(lasted, 1),
+        "seconds": round(served[1], 1),
         "answers": dict(statuses),
-        "images_per_second": round(in_time / lasted, 2),
-        "bare_images_per_second": [round(before, 2), round(after, 2)],
-        "ratio": round(in_time / lasted / bare, 3),
+        "images_per_second": round(rates[0], 2),
+        "bare_images_per_second": round(rates[1], 2),
+        "ratio": round(rates[0] / rates[1], 3),
+        "processor_ms_per_image": [round(1000 * cost, 1) for cost in costs],
         "p50_s": round(statistics.median(ordered), 3) if ordered else None,
         "p95_s": round(ordered[int(0.95 * len(ordered))], 3) if ordered else None,
-        "resident_mb": [round(min(warm)), round(max(warm))] if warm else None,
+        "resident_mb": [round(min(memory)), round(max(memory))],
         "leftover_files": left,
         "broken": sorted(set(statuses) - {"200", *map(str, REFUSALS)}) + left,
     }
@@ -332,7 +346,8 @@ def main() -> None:
         if name == "load":
             command.add_argument("--clients", type=int, default=64)
             command.add_argument("--seconds", type=float, default=180.0)
-            command.add_argument("--bare-seconds", type=float, default=20.0)
+            command.add_argument("--rounds", type=int, default=5)
+            command.add_argument("--bare-seconds", type=float, default=8.0, help="of the model by itself in each round")
         if name in ("load", "kill"):
             command.add_argument("--side", type=int, default=64, help="pixels of the photos")
         if name == "kill":

@@ -419,7 +419,7 @@ class Service:
     def _inspect(self, data: bytes, name: str) -> Inspected:
         image = read_upload(data, name, self.limits)
         kept = image.format if image.format is not None and FORMATS[image.format].write_bits else "png"
-        return Inspected(width=image.width, height=image.height, kept_format=kept)
+        return Inspected(width=image.width, height=image.height, kept_format=kept, image=image)
 
     async def submit(self, request: Request, data: bytes, name: str, options: Options, *, awaited: bool) -> Job:
         """Accept a job; Refusal if its image or its options are not acceptable."""
@@ -441,6 +441,7 @@ class Service:
                 size=(inspected.width, inspected.height),
                 data=data,
                 awaited=awaited,
+                offer=lambda job_id: self.worker.offer(job_id, inspected.image),
             )
         except QueueFull:
             self.metrics.jobs.labels("refused").inc()
@@ -479,11 +480,13 @@ class Service:
         """The job once it is finished; it is dropped if the client leaves, or after ``seconds``."""
         deadline = None if seconds is None else time.monotonic() + seconds
         with self.watchers.watching(job.id) as changed:
+            changed.set()  # it may be finished already
             while True:
-                changed.clear()
-                now = await run_in_threadpool(self.queue.get, job.id)
-                if now is None or now.state in FINISHED:
-                    return now or job
+                if changed.is_set():
+                    changed.clear()
+                    now = await run_in_threadpool(self.queue.get, job.id)
+                    if now is None or now.state in FINISHED:
+                        return now or job
                 late = deadline is not None and time.monotonic() > deadline
                 if self.ending or late or await request.is_disconnected():
                     await run_in_threadpool(self.queue.delete, job.id)
@@ -543,6 +546,8 @@ class Inspected:
     height: int
     kept_format: str
     """Format of the result where the client chooses none: that of the input, or PNG where that is only read."""
+    image: Any = field(repr=False, compare=False)
+    """The image itself."""
 
 
 def described(name: str, path: str) -> dict[str, Any]:

@@ -41,6 +41,8 @@ MOST_ATTEMPTS = 3
 """Times that a job is begun; one during which the server has died this often is failed, since it may be the cause."""
 MOST_MODELS = 2
 """Models that are kept in memory: the ones used last."""
+KEPT_DECODED = 32_000_000
+"""Bytes of decoded images of jobs that wait."""
 DISK_FULL = "the server's disk is full"
 
 
@@ -150,11 +152,20 @@ class Queue:
     # ---- clients ----
 
     def add(
-        self, *, client: str, name: str, options: Mapping[str, Any], size: tuple[int, int], data: bytes, awaited: bool
+        self,
+        *,
+        client: str,
+        name: str,
+        options: Mapping[str, Any],
+        size: tuple[int, int],
+        data: bytes,
+        awaited: bool,
+        offer: Callable[[str], None] = lambda job_id: None,
     ) -> Job:
         """Accept a job on ``data``, whose image is of ``size``; from the return on it is on disk.
 
-        Raises QueueFull, OSError or sqlite3.Error; nothing is left then.
+        ``offer`` is called with its id before it can be taken. Raises QueueFull, OSError or sqlite3.Error; nothing is
+        left then.
         """
         self.require_room(client)
         job_id = secrets.token_urlsafe(18)
@@ -168,6 +179,7 @@ class Queue:
                 # turn that is being served now.
                 last = self._one("SELECT MAX(turn) FROM jobs WHERE client=? AND state='queued'", client)
                 turn = max(self._turn, last or 0) + 1
+                offer(job_id)
                 self._base.execute(
                     "INSERT INTO jobs (id, client, turn, name, options, state, created, width, height, awaited) "
                     "VALUES (?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?)",
@@ -369,6 +381,7 @@ class Worker(threading.Thread):
         self._memory, self._limits, self._most_seconds, self.changed = memory, limits, most_seconds, changed
         self._loaded: OrderedDict[tuple[str, float | None], Upscaler] = OrderedDict()
         self._running: dict[str, Progress] = {}
+        self._lock = threading.Lock()
         self._ending = threading.Event()
         self.ready = threading.Event()
         """Set once the first model is in memory."""
@@ -376,12 +389,20 @@ class Worker(threading.Thread):
         """Reason for which nothing can be done at present."""
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encoding")
         self._room = threading.Semaphore(2)  # enlarged images in memory, beside the one in the network
+        self._decoded: OrderedDict[str, LoadedImage] = OrderedDict()
         self.recent: deque[float] = deque(maxlen=1000)
         """Seconds of the last jobs, taken off by whoever counts them."""
 
     def progress(self, job_id: str) -> Progress | None:
         """State of a job that runs."""
         return self._running.get(job_id)
+
+    def offer(self, job_id: str, image: LoadedImage) -> None:
+        """Keep a small image that was decoded when it came, so that it need not be decoded once more."""
+        with self._lock:
+            self._decoded[job_id] = image
+            while sum(each.pixels.nbytes for each in self._decoded.values()) > KEPT_DECODED:
+                self._decoded.popitem(last=False)
 
     def stop(self, timeout: float = 10.0) -> None:
         """End after the tile at hand; its job goes back into the queue with the next start."""
@@ -430,10 +451,13 @@ class Worker(threading.Thread):
                 raise UserError(f"takes longer than the {self._most_seconds:g} seconds that one image may take")
 
         def attempt() -> None:
-            try:
-                image = read_upload(self._queue.upload(job.id).read_bytes(), job.name, self._limits)
-            except UserError as error:
-                raise Unreadable(str(error)) from error
+            with self._lock:
+                image = self._decoded.pop(job.id, None)
+            if image is None:
+                try:
+                    image = read_upload(self._queue.upload(job.id).read_bytes(), job.name, self._limits)
+                except UserError as error:
+                    raise Unreadable(str(error)) from error
             options = dict(job.options)
             if options.pop("strip_metadata"):
                 image = image.without_metadata()
