@@ -104,4 +104,7 @@ def _cut_safetensors(path: Path, size: int) -> str | None:
             whole = 8 + length + max(ends, default=0)
         except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError):
             return None
-    return f"incomplete: {decimal(size)} of {decimal(whole)}: {AGAIN}" if size < whole else None
+    there, wanted = decimal(size), decimal(whole)
+    if there == wanted:
+        there, wanted = f"{size:,}", f"{whole:,} bytes"
+    return f"incomplete: {there} of {wanted}: {AGAIN}" if size < whole else None
