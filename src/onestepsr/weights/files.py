@@ -208,7 +208,7 @@ def describe_read_error(error: Exception) -> str:
     called = re.search(r"\bGLOBAL (\S+)", text)
     if called is not None:
         return f"it would call '{called[1]}'"
-    if "Weights only load failed" in text:
+    if "Weights only load failed" in text or isinstance(error, LookupError):
         return "it is no pickle of weights alone"
     return first_line(error)
 
