@@ -49,8 +49,8 @@ COMPARISON = {
     ast.NotIn: ast.In,
 }
 NO_GRAD = "torch.no_grad()"
-SYMMETRIC = {"F.mse_loss", "F.l1_loss", "noise_prediction_loss", "min", "max"}
-"""Functions whose first two arguments may change places."""
+SYMMETRIC = {"F.mse_loss", "F.l1_loss", "noise_prediction_loss"}
+"""Functions whose first two arguments may change places; those of min and max may all."""
 SHAPES = {
     "self._at",
     "self.coefficients",
@@ -66,7 +66,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("losses/perceptual.py", f"{name}(features, {x}, {y}) -> {name}(features, {y}, {x})"): "the distance is symmetric"
     for name in ("lpips", "dists")
     for x, y in (("x", "y"), ("edges_x", "edges_y"))
-}
+} | {("losses/perceptual.py", "self._unit(target) -> self._unit(target.detach())"): "the result is detached"}
 """(file, change) of mutants that compute the same numbers, with the reason."""
 
 
@@ -158,8 +158,8 @@ def _calls(call: ast.Call, *, graph: bool) -> Iterator[ast.AST]:
     if graph and isinstance(call.func, ast.Attribute) and call.func.attr == "detach":
         yield call.func.value
         return
-    symmetric = ast.unparse(call.func) in SYMMETRIC
-    for index in range(int(symmetric), len(call.args) - 1):
+    symmetric, extreme = ast.unparse(call.func) in SYMMETRIC, ast.unparse(call.func) in ("min", "max")
+    for index in range(int(symmetric), 0 if extreme else len(call.args) - 1):
         if not any(isinstance(side, ast.Starred) for side in call.args[index : index + 2]):
             other = copy.deepcopy(call)
             other.args[index], other.args[index + 1] = other.args[index + 1], other.args[index]

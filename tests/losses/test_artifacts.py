@@ -20,4 +20,6 @@ def test_wild_residuals_weigh_more_than_even_ones_of_the_same_size() -> None:
 
 def test_an_exact_image_has_no_artefacts() -> None:
     hr = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert artifact_map(hr, hr).abs().max() == 0
+    weights = artifact_map(hr, hr)
+    assert weights.shape == (2, 1, 16, 16)
+    assert weights.abs().max() == 0
