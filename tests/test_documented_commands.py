@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES.remove(ROOT / "docs" / "architecture.md")  # its tree describes commands
 YAML = [path for kind in ("recipes", "suites") for path in sorted((ROOT / "src" / "onestepsr" / kind).glob("*.yaml"))]
-NAMES = "upscale|train|ablate|evaluate|benchmark|degrade|prompts|serve|video|models|doctor"
+NAMES = "upscale|train|ablate|evaluate|benchmark|degrade|prompts|serve|video|batch|models|doctor"
 COMMAND = re.compile(rf"(?:^|[\s;|(])onestepsr ((?:{NAMES})\b.*)")
 BLOCK, INLINE = re.compile(r"```(?:bash|sh)?\n(.*?)```", re.DOTALL), re.compile(r"(?<!`)`(?!`)([^`]+)`")
 OWN_FILES = re.compile(r"SUITE|VARIANT|METHOD|\bNAME\b|\.\.\.")
