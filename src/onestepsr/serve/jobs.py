@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 FINISHED = ("done", "failed", "cancelled")
-MOST_ATTEMPTS = 3
+MOST_ATTEMPTS = 5
 """Times that a job is begun; one during which the server has died this often is failed, since it may be the cause."""
 MOST_MODELS = 2
 """Models that are kept in memory: the ones used last."""
