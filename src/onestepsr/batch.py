@@ -516,7 +516,7 @@ class Cluster:
     images: int = 16
     """Images in one task: what the loss of a machine repeats at most, per actor."""
     retries: int = 3
-    """Times that the images of a lost actor are tried on another one, before they count as failed."""
+    """Rounds in which images that came back from no actor are tried again, before they count as failed."""
 
     def __post_init__(self) -> None:
         if self.num_cpus < 0 or self.num_gpus < 0 or self.num_cpus + self.num_gpus == 0:
@@ -596,34 +596,54 @@ class BatchJob:
         started = _connect(self.cluster.address)
         import ray
 
-        blocks = -(-len(pairs) // self.cluster.images)
         missing = dict(pairs)
+        if self.cluster.address == "none":
+            yield from self.upscale.rows([_Item(row=_row(path, target)) for path, target in pairs])
+            return
+        started = _connect(self.cluster.address)
         try:
-            context = ray.data.DataContext.get_current()
-            context.enable_progress_bars = False
-            context.max_errored_blocks = -1  # images of an actor that died too often are rows, not the end of the job
-            # Ray 2.60 to 2.63 take max_task_retries this way only, and warn that it will be a parameter.
-            warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)
-            items = [{"path": path, "output": target} for path, target in pairs]
-            dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
-                _Actor,
-                fn_constructor_args=(self.upscale,),
-                batch_size=None,  # a task is a block
-                num_cpus=self.cluster.num_cpus or None,
-                num_gpus=self.cluster.num_gpus or None,
-                compute=ray.data.ActorPoolStrategy(size=self._actors(ray.cluster_resources(), blocks)),
-                max_task_retries=self.cluster.retries,
-            )
-            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                for row in batch.to_pylist():
+            # Ray tries a task of a lost actor again, but it may use its tries up on a machine that is gone. Images that
+            # come back from no actor have a round of their own, in the last one each by itself: only one that takes
+            # its process with it is left then.
+            for turn in range(self.cluster.retries + 1):
+                alone = 0 < turn == self.cluster.retries
+                for row in self._turn(missing, 1 if alone else self.cluster.images):
                     if missing.pop(row["input"], None) is not None:
                         yield row
+                if not missing:
+                    return
+                logger.warning("%d images came back from no actor", len(missing))
         finally:
             if started:
+                import ray
+
                 ray.shutdown()
         for path, target in missing.items():
-            why = f"{path}: its process died {self.cluster.retries + 1} times with it or with one of its task"
+            why = f"{path}: its process died in {self.cluster.retries + 1} tries"
             yield {**_row(path, target), "status": "failed", "error": why}
+
+    def _turn(self, missing: Mapping[str, str], size: int) -> Generator[Row, None, None]:
+        """Rows of the images of ``missing``, inputs and outputs, that the cluster makes in tasks of ``size``."""
+        import ray
+
+        items = [{"path": path, "output": target} for path, target in missing.items()]
+        blocks = -(-len(items) // size)
+        # Ray 2.60 to 2.63 take max_task_retries this way only, and warn that it will be a parameter.
+        warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.max_errored_blocks = -1  # images of an actor that died too often are rows, not the end of the job
+        dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
+            _Actor,
+            fn_constructor_args=(self.upscale,),
+            batch_size=None,  # a task is a block
+            num_cpus=self.cluster.num_cpus or None,
+            num_gpus=self.cluster.num_gpus or None,
+            compute=ray.data.ActorPoolStrategy(size=self._actors(ray.cluster_resources(), blocks)),
+            max_task_retries=1,
+        )
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from batch.to_pylist()
 
     def _actors(self, resources: Mapping[str, float], blocks: int) -> int:
         """Actors for which the cluster has room; UserError if for none."""

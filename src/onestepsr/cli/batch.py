@@ -37,7 +37,7 @@ class ClusterOptions:
         int, typer.Option(min=1, help="Images in one task: what a lost actor repeats at most.")
     ] = 16
     retries: Annotated[
-        int, typer.Option(min=0, help="Times that images of a lost actor are tried again before they count as failed.")
+        int, typer.Option(min=0, help="Rounds for images that were lost with their actor, before they count as failed.")
     ] = 3
 
 
