@@ -102,7 +102,8 @@ def convert(
         str,
         typer.Argument(
             help="Backbone: diffusers folder, single-file checkpoint, name, or a file of ours. Or a published model of "
-            "the ResShift family: its name, or its UNet's file with --as. Or OSEDiff's weights: name or file."
+            "the ResShift family: its name, or its UNet's file with --as. Or OSEDiff's weights: name or file. Or SeeSR's "
+            "folder, with unet and controlnet."
         ),
     ],
     target: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .pkl with --to osediff-pkl.")],
@@ -117,7 +118,10 @@ def convert(
         Path | None, typer.Option(help="File of its autoencoder; by default the one of the published model.")
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option(help="Of OSEDiff's weights: what they are added to; by default sd21-base.")
+        str | None, typer.Option(
+            help="Of OSEDiff's weights: what they are added to; by default sd21-base. Of SeeSR: the diffusers folder of "
+            "Stable Diffusion 2-base or 2.1-base, with its text encoder."
+        ),
     ] = None,
     prompt_embedding: Annotated[
         Path | None, typer.Option(help="Of OSEDiff: file of the embedding for images that come without a prompt.")
@@ -174,6 +178,7 @@ def convert(
             backbone=backbone,
             prompt_file=prompt_embedding,
             posterior=cast(Any, posterior),
+            seesr_prompts=_seesr_prompts(source, backbone),
             towards=towards,
             share=share,
             even_contrast=even_contrast,
@@ -185,6 +190,18 @@ def convert(
         typer.echo(json.dumps(document | {"parameters": done.parameters, "bytes": done.bytes}, indent=2))
     else:
         typer.echo(f"{done.file}: {done.architecture}, {done.parameters:,} parameters, {done.bytes:,} bytes")
+
+
+def _seesr_prompts(source: str, backbone: str | None) -> tuple[Tensor, Tensor] | None:
+    """Embeddings of the empty text and of the negative prompt, if SOURCE is SeeSR and its backbone a folder."""
+    from onestepsr.models.seesr.generator import NEGATIVE_PROMPT, looks_published
+
+    if not looks_published(source) or backbone is None or not Path(backbone).is_dir():
+        return None
+    from onestepsr.prompts.embedder import PromptEmbedder
+
+    empty, negative = PromptEmbedder(backbone).embed(["", NEGATIVE_PROMPT])
+    return empty[None], negative[None]
 
 
 def _check_choice(option: str, value: str | None, accepted: Sequence[str]) -> None:

@@ -77,3 +77,13 @@ class DiffusionSchedule:
         """The noise that makes ``x0`` into ``z_t``: Eq. 1 solved for eps."""
         signal, sigma = self.coefficients(t, z_t)
         return (z_t - signal * x0) / sigma
+
+    def ancestral_step(self, z_t: Tensor, x0: Tensor, t: int, following: int, noise: Tensor) -> Tensor:
+        """A sample of step ``following`` < ``t`` from ``z_t`` and its estimate ``x0`` (Ho et al., NeurIPS 2020, Eq.
+        6-7, over the steps from ``following`` to ``t`` at once); ``x0`` itself where ``following`` is below 0."""
+        if following < 0:
+            return x0
+        now, then = self.alpha_bar[t], self.alpha_bar[following]
+        kept = now / then
+        mean = (then.sqrt() * (1 - kept) * x0 + kept.sqrt() * (1 - then) * z_t) / (1 - now)
+        return mean + ((1 - then) / (1 - now) * (1 - kept)).sqrt() * noise

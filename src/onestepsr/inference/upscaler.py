@@ -98,6 +98,7 @@ class Upscaler:
         """The plan with which the last image succeeded."""
         self.prompt_width = generator.prompt_width or None
         """Channels of the prompt embeddings that the generator reads; None if it reads no text."""
+        self.image_tokens, self.added_prompt = generator.image_tokens, generator.added_prompt
         self.generator = generator.eval().requires_grad_(False)
         self._convert(self.dtype)
         self._norms = SharedNorms(generator.autoencoder) if isinstance(generator, LatentGenerator) else None

@@ -26,6 +26,7 @@ from onestepsr.models.resshift.config import (
     TinyResidualShiftGeneratorConfig,
 )
 from onestepsr.models.resshift.generator import residual_shift_generator, tiny_residual_shift_generator
+from onestepsr.models.seesr.generator import SeeSRConfig, seesr_generator
 from onestepsr.models.stable_diffusion.config import (
     SD21_BASE,
     SDXL_BASE,
@@ -58,6 +59,7 @@ ARCHITECTURES = {
         Architecture("stable-diffusion-encoder", StableDiffusionEncoderConfig, StableDiffusionUNetEncoder),
         Architecture("osediff", OSEDiffGeneratorConfig, osediff_generator),
         Architecture(RESIDUAL, ResidualShiftGeneratorConfig, residual_shift_generator),
+        Architecture("seesr", SeeSRConfig, seesr_generator),
         Architecture("realesrgan", RealESRGANConfig, RealESRGANGenerator),
         Architecture(TINY_RESIDUAL, TinyResidualShiftGeneratorConfig, tiny_residual_shift_generator),
     )
@@ -159,11 +161,12 @@ RANDOM = "random:"
 RANDOM_GENERATORS: dict[str, Any] = {
     "d3sr-tiny": TinyGeneratorConfig(model=BUNDLED),
     "sd21-base": StableDiffusionGeneratorConfig(),
+    "seesr": SeeSRConfig(),
     **RANDOM_RESIDUAL,
 }
 """Configurations of the generators by name."""
 _ENCODERS = {"sd21-base": SD21_BASE, "sdxl-base": SDXL_BASE}
-_BACKBONES = [name for name in RANDOM_GENERATORS if name not in RANDOM_RESIDUAL]
+_BACKBONES = [name for name in RANDOM_GENERATORS if name not in (*RANDOM_RESIDUAL, "seesr")]
 
 
 def is_random(name: object) -> bool:
@@ -185,7 +188,7 @@ def random_generator(name: str) -> LatentGenerator:
 
 def random_backbone(name: str) -> OneStepLatentGenerator:
     """The generator that ``random:ALIAS`` names, which must predict noise in one step."""
-    if name.removeprefix(RANDOM) in RANDOM_RESIDUAL:
+    if (alias := name.removeprefix(RANDOM)) in RANDOM_GENERATORS and alias not in _BACKBONES:
         raise UserError(f"'{name}' is no latent-diffusion backbone, accepted: {', '.join(_BACKBONES)}")
     return cast(OneStepLatentGenerator, random_generator(name))
 

@@ -19,6 +19,7 @@ from onestepsr.models.osediff.checkpoints import read_published, write_adapters,
 from onestepsr.models.osediff.generator import Posterior
 from onestepsr.models.resshift.checkpoints import is_published, load_published, looks_published
 from onestepsr.models.resshift.config import PUBLISHED
+from onestepsr.models.seesr import generator as seesr
 from onestepsr.models.tiny.generator import blend, equalize_subpixel_contrast, match_architecture
 from onestepsr.weights.files import architecture_of, save_model
 
@@ -52,6 +53,7 @@ def convert(
     backbone: str | Path | None = None,
     prompt_file: Path | None = None,
     posterior: Posterior | None = None,
+    seesr_prompts: tuple[Tensor, Tensor] | None = None,
     towards: Path | None = None,
     share: float = 0.5,
     even_contrast: bool = False,
@@ -71,10 +73,25 @@ def convert(
     OSEDiff's adapters are added to their ``backbone``; the other arguments are those of :func:`load_osediff`. The
     adapters as they are go into a second file, whose name ends in ``.adapters.safetensors``.
 
+    SeeSR is a folder with ``unet`` and ``controlnet``; ``backbone`` is the diffusers folder of Stable Diffusion beside
+    it, and ``seesr_prompts`` are the embeddings (1, L, C) of the empty text and of SeeSR's negative prompt.
+
     Raises :class:`UserError` in one line when the source is of no kind, ``target`` exists already, the numbers do not
     fit ``dtype``, or an option is for sources of another kind; nothing is left behind then.
     """
     _check_absent(target, overwrite)
+    if seesr.looks_published(source):
+        others = (published_as, autoencoder, prompt_file, posterior, towards, even_contrast or None)
+        if part != "generator" or any(other is not None for other in others):
+            raise UserError(f"{source}: SeeSR takes --backbone, --dtype and --overwrite alone")
+        if backbone is None or not Path(backbone).is_dir():
+            raise UserError(
+                f"{source}: SeeSR needs --backbone, the diffusers folder of Stable Diffusion 2-base or 2.1-base"
+            )
+        prompt, negative = seesr_prompts or (None, None)
+        return _written(
+            seesr.read_published(Path(source), Path(backbone), prompt=prompt, negative=negative), target, dtype
+        )
     is_osediff = holds_adapters(source)
     if not is_osediff and (backbone, prompt_file, posterior) != (None, None, None):
         if Path(source).suffix == ".pkl":
@@ -109,7 +126,7 @@ def convert(
 
 
 def _load_part(source: str | Path, part: Part) -> nn.Module:
-    return load_backbone(source) if part == "generator" else load_discriminator_backbone(source)[0]
+    return load_backbone(source, for_training=True) if part == "generator" else load_discriminator_backbone(source)[0]
 
 
 def _load_residual_shift(source: str | Path, published_as: str | None, autoencoder: Path | None) -> nn.Module:

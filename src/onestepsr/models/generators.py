@@ -90,6 +90,10 @@ class Generator(nn.Module):
     """Images come in float32 even when the weights have 16 bits; otherwise in the dtype of the weights."""
     prompt_width: int = 0
     """Channels of the prompt embeddings that it reads; 0 for a generator that reads no text."""
+    image_tokens: int = 0
+    """Tokens of RAM's image encoder that follow a text's in its prompt embedding; 0 where it takes the text alone."""
+    added_prompt: str = ""
+    """Words that belong behind an image's tags."""
     stages: tuple[Stage, ...] = ()
     """Stages that can be run one by one; empty for a generator that has only :meth:`forward`."""
 

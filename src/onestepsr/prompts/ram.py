@@ -83,8 +83,16 @@ class RamNetwork(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (N, tags) of ``image`` (N, 3, side, side) in ImageNet's statistics."""
-        seen = self.image_proj(self.visual_encoder(image))
-        queries = F.relu(self.wordvec_proj(self.label_embed)).expand(len(image), -1, -1)
+        return self.judge(self.look(image))
+
+    def look(self, image: Tensor) -> Tensor:
+        """What SeeSR attends to: tokens (N, 1 + (side / 32)^2, text_width) of ``image``, their mean first."""
+        seen: Tensor = self.image_proj(self.visual_encoder(image))
+        return seen
+
+    def judge(self, seen: Tensor) -> Tensor:
+        """Logits (N, tags) by the tokens of :meth:`look`."""
+        queries = F.relu(self.wordvec_proj(self.label_embed)).expand(len(seen), -1, -1)
         for layer in self.tagging_head["encoder"]["layer"]:  # type: ignore[index]
             queries = layer(queries, seen)
         logits: Tensor = self.fc(queries)
@@ -273,6 +281,7 @@ class RamTagger:
         to newer versions of torchvision than the published code asks for (:func:`tagger_input`).
         """
         self.folder, self.device, self.scale, self.antialias = folder, device, scale, antialias
+        self.enlarges = True  # OSEDiff's way; SeeSR shows its tagger the LR image itself
         self.config = config or RamConfig()
         self.weights = _first_of(folder, WEIGHTS)
         if self.weights is None or not (folder / TAGS).is_file() or not (folder / THRESHOLDS).is_file():
@@ -286,12 +295,23 @@ class RamTagger:
 
     def describe(self, image: Image.Image) -> str:
         """Tags joined with ", " in the order of the list; nothing if none is above its threshold."""
+        return self.see(image)[0]
+
+    def see(self, image: Image.Image) -> tuple[str, Tensor]:
+        """The tags, and the image tokens (1, K, text_width), float32 on the CPU, that SeeSR reads beside them."""
+        network = self.network()
+        prepared = published_input(image, self.scale) if self.enlarges else image
+        pixels = tagger_input(prepared, antialias=self.antialias, side=self.config.side)
+        with torch.no_grad():
+            tokens = network.look(pixels.to(self.device))
+            probabilities = network.judge(tokens)[0].sigmoid().cpu()
+        return ", ".join(select_tags(probabilities, self.thresholds, self.names)), tokens.float().cpu()
+
+    def network(self) -> RamNetwork:
+        """The network, loaded when it is first asked for."""
         if self._network is None:
             self._network = self._load()
-        pixels = tagger_input(published_input(image, self.scale), antialias=self.antialias, side=self.config.side)
-        with torch.no_grad():
-            probabilities = self._network(pixels.to(self.device))[0].sigmoid().cpu()
-        return ", ".join(select_tags(probabilities, self.thresholds, self.names))
+        return self._network
 
     def release(self) -> None:
         """Drop the network until the next image."""

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from onestepsr.core.config import read_mapping
 from onestepsr.core.errors import MissingExtra, UserError
@@ -134,6 +135,32 @@ class ExtractedPrompts:
         if image is None:
             raise ValueError("an extractor needs the image")
         return format_tags([self.extractor.describe(image)], self.user_prompt)
+
+    def release(self) -> None:
+        """Drop the extractor's weights."""
+        self.extractor.release()
+
+
+class TaggedImages:
+    """SeeSR's prompts: the tags, the user's words and those that belong behind them, and RAM's tokens of the image."""
+
+    needs_image = True
+    tokens: Tensor | None = None
+    """Tokens (1, K, W) of the last image whose :meth:`text` was asked for."""
+
+    def __init__(self, extractor: PromptExtractor, user_prompt: str, added: str) -> None:
+        """:class:`UserError` for an extractor that is not RAM."""
+        if not isinstance(extractor, RamTagger):
+            raise UserError("--prompt-from: SeeSR was trained with the tokens of RAM's image encoder: dape, or a folder")
+        extractor.enlarges = False
+        self.extractor, self.user_prompt, self.added = extractor, user_prompt, added
+
+    def text(self, path: Path, image: Image.Image | None) -> str:
+        """``<tags>, <the user's words>,<added>``, as in SeeSR's script."""
+        if image is None:
+            raise ValueError("an extractor needs the image")
+        tags, self.tokens = self.extractor.see(image)
+        return format_tags([tags], self.user_prompt) + self.added
 
     def release(self) -> None:
         """Drop the extractor's weights."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -71,10 +71,10 @@ class PromptOptions:
         return (self.prompt, self.prompt_file, self.prompt_from) != (None, None, None)
 
     def load(self, upscaler: Upscaler) -> Prompts | None:
-        """Source and embedder of the prompts, or None; a warning if a published OSEDiff model goes without."""
+        """Source and embedder of the prompts, or None; a warning if OSEDiff or SeeSR goes without."""
         if self.are_given:
             return Prompts(self, upscaler)
-        if upscaler.name in OSEDIFF_SCALES:
+        if upscaler.name in OSEDIFF_SCALES or upscaler.image_tokens:
             logger.warning(
                 "%s: reads prompts and is given none; --prompt-from dape makes what it was trained with", upscaler.name
             )
@@ -102,48 +102,64 @@ class Prompts:
         from onestepsr.prompts.embedder import PromptEmbedder
 
         upscaler.require_prompt_width(upscaler.prompt_width or 0)
+        self.added, self.tokens = upscaler.added_prompt, dict[str, Tensor]()
         # Extracted words are truncated as in the published code: the user cannot shorten them.
         truncate = options.truncate_prompt or options.prompt_from is not None
         self.embedder = PromptEmbedder(options.text_encoder, device=upscaler.device, truncate=truncate)
         upscaler.require_prompt_width(self.embedder.width)
         self.source = _source(options, upscaler)
+        self.looks = _image_reader(self.source, upscaler)
         if options.prompt is not None and options.prompt_from is None:
             self.embedder.embed([options.prompt])  # a text that is too long is an error before any work
 
     def of_files(self, paths: Sequence[Path]) -> list[PreparedPrompt]:
         """The prompts of images in files."""
-        return self._embedded([self._text(path, None) for path in paths])
+        return self._embedded([self._read(path, None) for path in paths])
 
     def of_image(self, path: Path, image: LoadedImage) -> PreparedPrompt:
         """The prompt of an image that is not, or no longer, in a file; errors are raised."""
-        prepared = self._embedded([self._text(path, image)])[0]
+        prepared = self._embedded([self._read(path, image)])[0]
         if prepared.error is not None:
             raise prepared.error
         return prepared
 
-    def _text(self, path: Path, image: LoadedImage | None) -> str | UserError:
+    def _read(self, path: Path, image: LoadedImage | None) -> _Read | UserError:
         from onestepsr.imaging.read import read_image, to_pil
 
         try:
             if not self.source.needs_image:
-                return self.source.text(path, None)
+                return _Read(self.source.text(path, None))
             content = read_image(path) if image is None else image
-            return self.source.text(path, to_pil(content).convert("RGB"))
+            text = self.source.text(path, to_pil(content).convert("RGB"))
+            return _Read(text, getattr(self.source, "tokens", None))
         except UserError as error:
             return error
 
-    def _embedded(self, texts: list[str | UserError]) -> list[PreparedPrompt]:
+    def _embedded(self, images: list[_Read | UserError]) -> list[PreparedPrompt]:
         self.source.release()
-        found = iter(self.embedder.try_embed([text for text in texts if isinstance(text, str)]))
+        found = iter(self.embedder.try_embed([image.text for image in images if isinstance(image, _Read)]))
         prepared = []
-        for text in texts:
-            if isinstance(text, UserError):
-                prepared.append(PreparedPrompt(error=text))
+        for image in images:
+            if isinstance(image, UserError):
+                prepared.append(PreparedPrompt(error=image))
             elif isinstance(embedding := next(found), UserError):
-                prepared.append(PreparedPrompt(text=text, error=embedding))
+                prepared.append(PreparedPrompt(text=image.text, error=embedding))
             else:
-                prepared.append(PreparedPrompt(text=text, embedding=embedding[None]))
+                prepared.append(PreparedPrompt(text=image.text, embedding=image.joined(embedding[None])))
         return prepared
+
+
+class _Read(NamedTuple):
+    """The text of an image, and where a model wants them the tokens (1, K, W) that a tagger sees in it."""
+
+    text: str
+    tokens: Tensor | None = None
+
+    def joined(self, embedding: Tensor) -> Tensor:
+        """Embedding (1, L, C) of the text, followed by the tokens."""
+        from onestepsr.models.seesr.networks import joined_prompt
+
+        return embedding if self.tokens is None else joined_prompt(embedding, self.tokens)
 
 
 def prompted(paths: Sequence[Path], prompts: Prompts | None) -> Iterator[PreparedPrompt]:
@@ -156,8 +172,16 @@ def prompted(paths: Sequence[Path], prompts: Prompts | None) -> Iterator[Prepare
 
 
 def _source(options: PromptOptions, upscaler: Upscaler) -> PromptSource:
-    from onestepsr.prompts.sources import ExtractedPrompts, FilePrompts, FixedPrompt, load_extractor
+    from onestepsr.prompts.sources import ExtractedPrompts, FilePrompts, FixedPrompt, TaggedImages, load_extractor
 
+    if upscaler.image_tokens:
+        if options.prompt_from is None:
+            raise UserError(
+                f"{upscaler.name}: reads beside the text what RAM sees in each image; give --prompt-from dape, or a folder "
+                "with RAM's files"
+            )
+        extractor = load_extractor(options.prompt_from, upscaler.device)
+        return TaggedImages(extractor, options.prompt or "", upscaler.added_prompt)
     if options.prompt_file is not None:
         return FilePrompts(options.prompt_file)
     if options.prompt_from is not None:
