@@ -50,6 +50,9 @@ class DataConfig:
     """Folders of HR photos, searched recursively. At least one is needed."""
     lr_paths: tuple[Path, ...] = ()
     """Only for pairs: the folders of LR images, in the order of ``paths``."""
+    taught_paths: tuple[Path, ...] = ()
+    """Only for pairs, and methods that imitate a teacher: the folders of the images that it has made of the LR images,
+    of the HR images' sizes and names, in the order of ``paths``."""
     first: tuple[int, ...] = ()
     """Photos taken from each folder of ``paths``, the first ones by name; 0 takes all, as does an empty list. "The
     first 10,000 of FFHQ" is 10000. A folder that has fewer is refused."""
@@ -106,6 +109,11 @@ class DataConfig:
             )
         if self.kind != "pairs" and self.lr_paths:
             raise ValueError("lr_paths is set: expected only with kind 'pairs'")
+        if self.taught_paths and (self.kind != "pairs" or len(self.taught_paths) != len(self.paths)):
+            raise ValueError(
+                f"taught_paths has {len(self.taught_paths)} folders: expected one for each of {len(self.paths)} paths of "
+                "pairs"
+            )
         if self.prompts is not None and self.pool_size:
             raise ValueError(f"prompts with a pool_size of {self.pool_size}: expected pool_size 0")
         self.recipe()
@@ -126,6 +134,8 @@ MAX_REPLACEMENTS = 1000
 SHOWN_NAMES = 5
 PHOTO = "photo"
 """Entry of a sample where photos have texts: the number of its photo, a tensor without axes."""
+TAUGHT = "taught"
+"""Entry of a teacher's image (3, H, W)."""
 Sample = dict[str, Tensor]
 """``hr`` (3, H, W) and mostly ``lr`` (3, H / scale, W / scale), float32 RGB in [0, 1] on the 256 levels of 8 bit."""
 
@@ -232,22 +242,39 @@ class PairsFolder(PhotoStream):
         chosen = [first_of(*item) for item in zip(found, firsts, config.paths, strict=True)]
         self.pairs = [pair for pairs in chosen for pair in pairs]
         check_sizes(self.pairs, config)
-        super().__init__(config, seed, with_lr, [photo for pair in self.pairs for photo in (pair.hr, pair.lr)])
+        photos = [[pair.hr, pair.lr] for pair in self.pairs]
+        if config.taught_paths:
+            self.files = 3
+            folders = zip(config.paths, config.taught_paths, strict=True)
+            taught = {pair.hr.path: pair.lr for hr, images in folders for pair in match_pairs(hr, images)}
+            for images in photos:
+                images.append(taught[images[0].path])
+                sizes = [(image.width, image.height) for image in (images[2], images[0])]
+                if sizes[0] != sizes[1]:
+                    actual, expected = (f"{width}x{height}" for width, height in sizes)
+                    raise UserError(f"{images[2].path}: {actual}, expected the size of the HR image, {expected}")
+        super().__init__(config, seed, with_lr, [photo for images in photos for photo in images])
 
     def __getitem__(self, index: int) -> Sample:
         rng = generator(self.seed, "sample", index)
         if self.config.crop:
-            number, (hr, lr) = self.decoded(epoch_position(len(self), index, self.seed))
-            sample = augment(self._crop({"hr": to_float(hr), "lr": to_float(lr)}, rng), self.config, rng)
+            number, images = self.decoded(epoch_position(len(self), index, self.seed))
+            whole = {name: to_float(image) for name, image in zip(self._names(), images, strict=True)}
+            sample = augment(self._crop(whole, rng), self.config, rng)
         else:
             number = index % len(self)
-            sample = {"hr": to_float(self._whole(2 * number)), "lr": to_float(self._whole(2 * number + 1))}
+            first = self.files * number
+            sample = {name: to_float(self._whole(first + file)) for file, name in enumerate(self._names())}
         return {**(sample if self.with_lr else {"hr": sample["hr"]}), **self.mark(number)}
 
     def fits(self, images: list[Pixels]) -> bool:
         """Tell whether decoded images are a pair of the scale, and large enough."""
         (height, width), scale = images[1].shape[:2], self.config.scale
         return images[0].shape[:2] == (height * scale, width * scale) and super().fits(images)
+
+    def _names(self) -> tuple[str, ...]:
+        """Entries of a sample, in the order of its files."""
+        return ("hr", "lr", TAUGHT)[: self.files]
 
     def _whole(self, number: int) -> Pixels:
         """Exactly this image: whole images are for validation, where a replacement would mislead."""
@@ -260,8 +287,12 @@ class PairsFolder(PhotoStream):
         side, scale = self.config.crop // self.config.scale, self.config.scale
         height, width = sample["lr"].shape[-2:]
         top, left = integer(height - side + 1, rng), integer(width - side + 1, rng)
-        hr = sample["hr"][:, top * scale : (top + side) * scale, left * scale : (left + side) * scale]
-        return {"hr": hr.contiguous(), "lr": sample["lr"][:, top : top + side, left : left + side].contiguous()}
+        cut = {}
+        for name, image in sample.items():
+            factor = 1 if name == "lr" else scale
+            rows, columns = (slice(start * factor, (start + side) * factor) for start in (top, left))
+            cut[name] = image[:, rows, columns].contiguous()
+        return cut
 
 
 def random_crop(pixels: Pixels, config: DataConfig, rng: torch.Generator) -> Pixels:
@@ -450,7 +481,7 @@ def fingerprint(values: Any) -> str:
 def _pool_name(source: PhotoStream, config: DataConfig, seed: int) -> str:
     """A hash of everything that the entries depend on."""
     settings = to_mapping(config)
-    for name in ("cache_dir", "cache_bytes", "paths", "lr_paths", "prompts"):
+    for name in ("cache_dir", "cache_bytes", "paths", "lr_paths", "taught_paths", "prompts"):
         del settings[name]
     settings["with_lr"] = source.with_lr
     settings["degradation"] = to_mapping(config.recipe())

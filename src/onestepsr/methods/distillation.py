@@ -34,7 +34,7 @@ from onestepsr.methods.base import (
 )
 from onestepsr.methods.shared.adversarial import shifted
 from onestepsr.methods.shared.image_loss import PerceptualConfig, build_perceptual
-from onestepsr.methods.shared.taught import TAUGHT, Teacher, taught
+from onestepsr.methods.shared.taught import Teacher, taught
 from onestepsr.models.backbones import load_backbone
 from onestepsr.models.generators import OneStepLatentGenerator, TrainableGenerator
 from onestepsr.models.image_discriminators import ProjectedDiscriminator, UNetDiscriminator

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError
+from onestepsr.data.datasets import TAUGHT
 from onestepsr.diffusion.residual_shift import NoisePlane
 from onestepsr.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
 from onestepsr.losses.distillation import distillation_loss, gradient_loss, hsd_gradient, sds_gradient
@@ -39,8 +41,9 @@ from onestepsr.methods.shared.teachers import (
     LatentDiffusionConfig,
     LatentDiffusionTeacher,
     ResidualShiftTeacher,
+    SeeSRTeacher,
+    SeeSRTeacherConfig,
     Teacher,
-    student_of,
 )
 from onestepsr.models.discriminators import (
     HeadConfig,
@@ -49,6 +52,9 @@ from onestepsr.models.discriminators import (
     TimeAwareDiscriminator,
 )
 from onestepsr.models.lora import LoraConfig, add_lora
+
+if TYPE_CHECKING:
+    from onestepsr.prompts.embedder import EmbeddingCache, PromptEmbedder
 
 STUDENT, TEACHER, FEATURES, DISCRIMINATOR = "student", "teacher", "features", "discriminator"
 Z_Y, Z_HR, Z_T, NOISE, JUDGED_NOISE, STEP = "z_y", "z_hr", "z_T", "noise", "judged_noise", "t"
@@ -109,16 +115,21 @@ class TADSRConfig:
 
     teacher: str
     """The multi-step model: a name, a file of ours, or ``random:NAME``; with ``family: latent_diffusion`` anything that
-    a backbone loads from. It stays frozen, and the student starts as its copy."""
-    family: Literal["residual_shift", "latent_diffusion"] = "residual_shift"
-    """Diffusion of the teacher: ResShift's, or Stable Diffusion's."""
+    a backbone loads from, with ``family: seesr`` a file converted from SeeSR's. It stays frozen, and the student starts
+    as its copy."""
+    family: Literal["residual_shift", "latent_diffusion", "seesr"] = "residual_shift"
+    """The teacher's kind: ResShift, a plain Stable Diffusion, or SeeSR. What SeeSR makes of LR images is not made in
+    training: ``data.taught_paths``."""
     latent_diffusion: LatentDiffusionConfig = field(default_factory=LatentDiffusionConfig)
     """Settings of a Stable Diffusion backbone as a teacher."""
+    seesr: SeeSRTeacherConfig = field(default_factory=SeeSRTeacherConfig)
+    """Settings of SeeSR as a teacher."""
     teacher_steps: int | None = None
     """Deterministic steps of the teacher; null takes all that residual shifting has, as the paper does, and 50 of
     latent diffusion. Fewer make training faster and the target worse."""
-    tuning: Literal["full", "lora"] = "full"
-    """Train all of the student's network, as the paper does, or adapters on it."""
+    tuning: Literal["full", "lora", "image_branch"] = "full"
+    """Train all of the student's network, as the paper does, or adapters on it. With SeeSR it is ``image_branch``: the
+    layers that attend to image tokens and those that read the control image, as published."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters, used with ``tuning: lora``."""
     gradient_checkpointing: bool = False
@@ -141,6 +152,10 @@ class TADSRConfig:
     def __post_init__(self) -> None:
         if self.published_slips and self.family != "residual_shift":
             raise ValueError("published_slips: the published code for Stable Diffusion has none of them")
+        if (self.family == "seesr") != (self.tuning == "image_branch"):
+            raise ValueError("tuning: image_branch is for family seesr, which takes no other")
+        if self.family == "seesr" and (self.score.kind, self.discriminator.architecture) != ("hsd", "official"):
+            raise ValueError("family seesr takes score.kind hsd and discriminator.architecture official alone")
         if self.distillation_weight <= 0:
             raise ValueError(f"distillation_weight must be above 0, got {self.distillation_weight}")
         for name, kind in (("score", self.score.kind), ("adversarial", self.discriminator.kind)):
@@ -158,6 +173,7 @@ def build(config: TADSRConfig) -> Method:
     frozen: dict[str, nn.Module] = {
         AUTOENCODER: FrozenAutoencoder(teacher.generator.autoencoder),
         TEACHER: teacher.network,
+        **teacher.frozen,
     }
     phases: tuple[Phase, ...] = (Phase(network=STUDENT, loss=_student_phase(teacher, config)),)
     if config.discriminator.kind != "none":
@@ -165,13 +181,16 @@ def build(config: TADSRConfig) -> Method:
         frozen[FEATURES] = teacher.features
         phases = (Phase(network=DISCRIMINATOR, loss=_discriminator_phase(teacher, config)), *phases)
     generator = teacher.generator
+    seesr = config.seesr if config.family == "seesr" else None
     return Method(
         networks=networks,
+        optional=frozenset({DISCRIMINATOR}),
         frozen=frozen,
         phases=phases,
         ema=(STUDENT,),
         preview=_preview_of(teacher),
         export=_export_of(teacher),
+        embedder=None if seesr is None else partial(_embedder, seesr.text_encoder),
         scale=generator.scale,
         hr_multiple=generator.scale * generator.lr_multiple,
     )
@@ -184,6 +203,8 @@ def load_teacher(config: TADSRConfig) -> Teacher:
     if config.family == "residual_shift":
         slips = config.published_slips
         teacher = ResidualShiftTeacher(config.teacher, config.teacher_steps, official=official, capped=slips)
+    elif config.family == "seesr":
+        teacher = SeeSRTeacher(config.teacher, config.seesr)
     else:
         own = config.latent_diffusion
         teacher = LatentDiffusionTeacher(config.teacher, config.teacher_steps, own, official=official)
@@ -191,8 +212,15 @@ def load_teacher(config: TADSRConfig) -> Teacher:
     return teacher
 
 
+def _embedder(text_encoder: str, cache: EmbeddingCache) -> PromptEmbedder:
+    """Of the photos' tags, which are cut off after 75 tokens as in the published code."""
+    from onestepsr.prompts.embedder import PromptEmbedder
+
+    return PromptEmbedder(text_encoder, cache=cache, truncate=True)
+
+
 def _prepare_student(teacher: Teacher, config: TADSRConfig) -> nn.Module:
-    student = student_of(teacher)
+    student = teacher.student()
     if config.gradient_checkpointing:
         for network in (student, teacher.network):  # the discriminator's gradient passes the teacher's features
             checkpoint_gradients(network)
@@ -233,17 +261,23 @@ def _noise(config: TADSRConfig, random: SampleRandom, like: Tensor) -> Tensor:
 
 
 def _begin(teacher: Teacher, networks: Networks, batch: Batch, random: SampleRandom) -> None:
-    """Latents and start of the iteration, left in the batch."""
+    """Latents, conditions and start of the iteration, left in the batch."""
     batch[Z_HR], batch[Z_Y] = latents(networks, teacher.generator, batch)
     batch[NOISE] = random.normal(batch[Z_Y])
-    batch[Z_T] = teacher.start(batch[Z_Y], batch[NOISE])
+    batch[Z_T] = teacher.start(batch[Z_HR if teacher.starts_from_hr else Z_Y], batch[NOISE])
+    teacher.look(networks, batch, random)
 
 
 def _one_step(teacher: Teacher, networks: Networks, batch: Batch) -> Tensor:
     """z_0 of the student: f(z_T, T, y)."""
     z_T = batch[Z_T]
     t = torch.full((len(z_T),), teacher.steps - 1, device=z_T.device)
-    return teacher.estimate(networks[STUDENT], z_T, t, batch["lr"])
+    return teacher.estimate(networks[STUDENT], z_T, t, teacher.sees(batch, judging=False))
+
+
+def _twice(y: Any) -> Any:
+    """A condition, a tensor or a tuple of them, for the samples one time after the other."""
+    return torch.cat([y, y]) if isinstance(y, Tensor) else type(y)(*map(_twice, y))
 
 
 def _discriminator_phase(teacher: Teacher, config: TADSRConfig) -> LossFn:
@@ -257,8 +291,9 @@ def _discriminator_phase(teacher: Teacher, config: TADSRConfig) -> LossFn:
         batch[STEP] = _draw(steps, random, batch[Z_Y])
         with torch.no_grad():
             z_0 = torch.cat([batch[Z_HR], _one_step(teacher, networks, batch)])  # one evaluation for both
-            z_y, noise, t, lr = (torch.cat([batch[name]] * 2) for name in (Z_Y, JUDGED_NOISE, STEP, "lr"))
-            seen = teacher.evaluate(networks[FEATURES], teacher.noised(z_0, z_y, noise, t), t, lr)
+            z_y, noise, t = (torch.cat([batch[name]] * 2) for name in (Z_Y, JUDGED_NOISE, STEP))
+            y = _twice(teacher.sees(batch, judging=True))
+            seen = teacher.evaluate(networks[FEATURES], teacher.noised(z_0, z_y, noise, t), t, y)
         judge = networks[DISCRIMINATOR]
         if settings.architecture == "official":  # as published, one power iteration of its norms for each half
             halves = zip(*(part.chunk(2) for part in seen), strict=True)
@@ -279,7 +314,11 @@ def _student_phase(teacher: Teacher, config: TADSRConfig) -> LossFn:
             _begin(teacher, networks, batch, random)
         z_student = _one_step(teacher, networks, batch)
         with torch.no_grad():
-            z_teacher = teacher.sample(networks[TEACHER], batch[Z_T], batch[Z_Y], batch["lr"])
+            if TAUGHT in batch:  # what the teacher made beforehand
+                z_teacher = networks[AUTOENCODER](batch[TAUGHT])
+            else:
+                y = teacher.sees(batch, judging=False)
+                z_teacher = teacher.sample(networks[TEACHER], batch[Z_T], batch[Z_Y], y)
         terms = {"distillation": config.distillation_weight * distillation_loss(z_student, z_teacher)}
         if score is not None:
             terms[config.score.kind] = config.score_weight * score(networks, batch, random, z_student, z_teacher)
@@ -309,7 +348,7 @@ def _score_term(teacher: Teacher, config: TADSRConfig) -> ScoreTerm | None:
             return teacher.scale_input(z_t, t) if config.published_slips else z_t
 
         def estimate(z_t: Tensor) -> Tensor:
-            return teacher.estimate(networks[TEACHER], z_t, t, batch["lr"])
+            return teacher.estimate(networks[TEACHER], z_t, t, teacher.sees(batch, judging=True))
 
         if config.score.kind == "hsd":
             return gradient_loss(z_student, hsd_gradient(z_student, z_teacher, noised, estimate, weight))
@@ -321,26 +360,26 @@ def _score_term(teacher: Teacher, config: TADSRConfig) -> ScoreTerm | None:
 def _adversarial_term(teacher: Teacher, networks: Networks, batch: Batch, z_student: Tensor) -> Tensor:
     """Eq. 11, at the step and with the noise of the discriminator's phase."""
     z_t = teacher.noised(z_student, batch[Z_Y], batch[JUDGED_NOISE], batch[STEP])
-    seen = teacher.evaluate(networks[FEATURES], z_t, batch[STEP], batch["lr"])
+    seen = teacher.evaluate(networks[FEATURES], z_t, batch[STEP], teacher.sees(batch, judging=True))
     return hinge_generator_loss(networks[DISCRIMINATOR](*seen))
 
 
 def _preview_of(teacher: Teacher) -> Callable[[Networks, Batch], dict[str, Tensor]]:
-    """LR | SR | teacher | HR, from the same noise each time."""
+    """LR | SR | teacher, where it is at hand | HR, from the noised LR latent and the same noise each time."""
 
     def preview(networks: Networks, batch: Batch) -> dict[str, Tensor]:
-        lr, decode = batch["lr"], networks[AUTOENCODER]
-        enlarged = teacher.generator.enlarge(lr)
+        batch, decode = dict(batch), networks[AUTOENCODER]
+        enlarged = teacher.generator.enlarge(batch["lr"])
         z_y = networks[AUTOENCODER](enlarged)
-        z_T = teacher.start(z_y, NoisePlane(0)(0, z_y))
-        student = _one_step(teacher, networks, {"lr": lr, Z_T: z_T})
-        taught = teacher.sample(networks[TEACHER], z_T, z_y, lr)
-        columns = {
-            "LR (bicubic)": enlarged,
-            "SR": decode(student, decode=True),
-            "teacher": decode(taught, decode=True),
-            "HR": batch["hr"],
-        }
+        batch[Z_T] = teacher.start(z_y, NoisePlane(0)(0, z_y))
+        teacher.look(networks, batch, SampleRandom("preview", samples=range(len(z_y))))
+        columns = {"LR (bicubic)": enlarged, "SR": decode(_one_step(teacher, networks, batch), decode=True)}
+        if TAUGHT in batch:
+            columns["teacher"] = batch[TAUGHT]
+        elif not isinstance(teacher, SeeSRTeacher):
+            taught = teacher.sample(networks[TEACHER], batch[Z_T], z_y, teacher.sees(batch, judging=False))
+            columns["teacher"] = decode(taught, decode=True)
+        columns["HR"] = batch["hr"]
         return {title: image.clamp(0, 1) for title, image in columns.items()}
 
     return preview

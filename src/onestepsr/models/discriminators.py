@@ -15,6 +15,7 @@ from torch.nn.utils import spectral_norm as named_spectral_norm
 from torch.nn.utils.parametrizations import spectral_norm
 
 from onestepsr.core.errors import UserError
+from onestepsr.models.seesr.networks import SeeSRUNet
 from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet
 from onestepsr.models.tiny.networks import TinyUNet, timestep_embedding
 
@@ -216,6 +217,21 @@ class LatentDiffusionFeatures(nn.Module):
         else:
             middle, ends, emb = _stable_diffusion_features(cast(StableDiffusionUNet, unet).unet, z_t, t, prompt)
         return (t, *ends) if self.official else (emb, *ends[:-1], middle)
+
+
+class SeeSRFeatures(nn.Module):
+    """Encoder half of SeeSR's UNet with its ControlNet, on their own weights, as in TAD-SR's published code."""
+
+    time_channels = 0
+
+    def __init__(self, network: SeeSRUNet) -> None:
+        super().__init__()
+        self.network = network
+        self.feature_channels = network.config.block_out_channels
+
+    def forward(self, z_t: Tensor, t: Tensor, *condition: Tensor) -> tuple[Tensor, ...]:
+        """The steps (N,), then the features of every level."""
+        return (t, *self.network.features(z_t, t, *condition))
 
 
 def _sizes(unet: nn.Module) -> tuple[tuple[int, ...], int]:

@@ -419,9 +419,13 @@ def tagger_input(image: Image.Image, *, antialias: bool = False, side: int = TAG
     requirements name.
     """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    tensor = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
-    square = F.interpolate(tensor, (side, side), mode="bilinear", antialias=antialias)
-    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return tagger_pixels(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None], antialias=antialias, side=side)
+
+
+def tagger_pixels(image: Tensor, *, antialias: bool = False, side: int = TAGGER_SIDE) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1] as RAM's network takes them, (N, 3, side, side)."""
+    square = F.interpolate(image, (side, side), mode="bilinear", antialias=antialias)
+    mean, deviation = (image.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (square - mean) / deviation
 
 

@@ -35,6 +35,8 @@ class OptimizerConfig:
     """Added to the denominator."""
     warmup_steps: int | None = None
     """Steps of this network's warm-up; null is the schedule's. TAD-SR's discriminator has none."""
+    clipped: bool = True
+    """Hold this network's gradient to ``train.gradient_clip``."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0.0 or not all(0.0 <= beta < 1.0 for beta in self.betas):

@@ -180,15 +180,14 @@ class Trainer:
                     sums[name] = sums[name] + value if name in sums else value
             means = self._finite_means(phase, sums)
             self.accelerator.unscale_gradients(optimizer)
-            limit = math.inf if self.config.gradient_clip is None else self.config.gradient_clip
+            clip, own = self.config.gradient_clip, self.config.optimizer_of(phase.network)
+            limit = clip if clip is not None and own.clipped else math.inf
             parameters = self.networks.states[phase.network].parameters.values()
             norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
             # The loss scaler of fp16 meets infinities on purpose, skips the step and lowers its scale.
             if not math.isfinite(norm) and self.accelerator.scaler is None:
                 self._fail(f"the gradient of network '{phase.network}' is {norm}")
-            rate = self.config.optimizer_of(phase.network).lr * learning_rate_factor(
-                self.config, self.step, phase.network
-            )
+            rate = own.lr * learning_rate_factor(self.config, self.step, phase.network)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()

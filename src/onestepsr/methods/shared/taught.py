@@ -18,13 +18,11 @@ from torch import Tensor
 from onestepsr.core.errors import UserError
 from onestepsr.core.files import file_sha256
 from onestepsr.core.progress import progress
-from onestepsr.data.datasets import DataConfig, PhotoStream, Pool, Sample, fingerprint
+from onestepsr.data.datasets import TAUGHT, DataConfig, PhotoStream, Pool, Sample, fingerprint
 from onestepsr.inference.devices import resolve_device, resolve_dtype
 from onestepsr.inference.tiled import LoadedGenerator
 from onestepsr.models.generators import Generator
 
-TAUGHT = "taught"
-"""Key of the teacher's image (3, H, W) in a sample."""
 FORMAT = 1
 """Part of the pool's name: raise it when the same settings make other targets than before."""
 
@@ -116,5 +114,7 @@ def taught(source: Any, teacher: Teacher, config: DataConfig, seed: int) -> Taug
     stream = source.source if isinstance(source, Pool) else source
     if not stream.with_lr or config.prompts is not None:
         raise UserError("data: a teacher needs LR images, and its pool keeps no texts")
+    if config.taught_paths:
+        raise UserError("data.taught_paths: the targets of this method are made by its own teacher")
     taught_stream = TaughtStream(stream, teacher)
     return TaughtPool(taught_stream, config, seed) if config.pool_size else taught_stream
