@@ -23,6 +23,9 @@ from onestepsr.core.errors import UserError
 from onestepsr.inference.upscaler import Upscaler
 from onestepsr.models import loading
 from onestepsr.models.generators import Generator
+from onestepsr.prompts import sources
+from onestepsr.prompts.embedder import PromptEmbedder
+from onestepsr.prompts.ram import RamTagger
 from onestepsr.weights import download, files
 
 
@@ -156,7 +159,6 @@ def test_a_generator_of_osediff_follows_the_prompt_in_every_tile(
 ) -> None:
     from onestepsr.core.config import to_mapping
     from onestepsr.models.osediff.generator import OSEDiffGeneratorConfig, osediff_generator
-    from onestepsr.prompts.embedder import PromptEmbedder
 
     monkeypatch.setenv(download.CACHE, str(tmp_path / "cache"))
     config = OSEDiffGeneratorConfig(unet=UNET, autoencoder=AUTOENCODER)
@@ -175,6 +177,42 @@ def test_a_generator_of_osediff_follows_the_prompt_in_every_tile(
     changed = (images[0] != images[1]).any(2)
     assert changed[:, :60].any()
     assert changed[:, 100:].any()
+
+
+def test_seesr_reads_tags_and_tokens_of_each_image(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_folder: Path
+) -> None:
+    class Seer(Reader):
+        image_tokens, added_prompt = 3, "cat"
+
+        def forward(self, lr: Tensor, *, prompt: Tensor | None = None, **others: Any) -> Tensor:
+            assert prompt is not None
+            given.append(prompt)
+            return super().forward(lr, prompt=prompt)
+
+    class Tagger(RamTagger):
+        def __init__(self) -> None:
+            self.enlarges = True
+
+        def see(self, image: Image.Image) -> tuple[str, Tensor]:
+            assert not self.enlarges, "the tagger sees the LR image itself"
+            return "tree", torch.full((1, 3, WIDTH - 4), float(image.width))
+
+        def release(self) -> None: ...
+
+    given: list[Tensor] = []
+    monkeypatch.setattr(loading, "load_generator", lambda name, **options: Seer())
+    monkeypatch.setattr(sources, "load_extractor", lambda name, device: Tagger())
+    document = json.loads(run("a.png", "--prompt-from", "dape", "--json"))
+    assert document["results"][0]["prompt"] == "tree, ,cat"
+    with Image.open("a.png") as image:
+        width = image.width
+    assert given[0].shape == (1, 80, WIDTH)
+    assert torch.equal(given[0][0, :77], PromptEmbedder(text_folder).embed(["tree, ,cat"])[0])
+    assert (given[0][:, 77:, : WIDTH - 4] == width).all()
+    assert not given[0][:, 77:, WIDTH - 4 :].any()
+    with pytest.raises(UserError, match="what RAM sees in each image; give --prompt-from dape"):
+        run("b.png", "--prompt", "x")
 
 
 def test_nothing_of_prompts_is_imported_without_one() -> None:

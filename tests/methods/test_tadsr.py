@@ -335,7 +335,17 @@ def test_the_suite_holds_table_five_and_its_neighbours() -> None:
         "sds_time_aware": ("sds", "time_aware"),
         "hsd_gan": ("hsd", "plain"),
         "hsd_time_aware": ("hsd", "time_aware"),
+        "sds_gan_published": ("sds", "plain"),
+        "sds_time_aware_published": ("sds", "time_aware"),
+        "hsd_gan_published": ("hsd", "plain"),
+        "hsd_time_aware_published": ("hsd", "time_aware"),
     }
+    for name, run in runs.items():
+        judge = run.config.discriminator if run.method == "tadsr" else None
+        if judge is not None and judge.kind != "none":
+            found_settings = (judge.architecture, judge.noise, judge.t_max)
+            published = name.endswith("_published")
+            assert found_settings == (("official", "fresh", 13) if published else ("paper", "start", 14)), name
     assert runs["sinsr"].method == "sinsr"
     assert len({config.config.teacher for config in runs.values()}) == 1
     assert suite.config.published is not None

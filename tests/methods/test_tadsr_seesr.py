@@ -20,8 +20,9 @@ from onestepsr.losses.adversarial import hinge_discriminator_loss, hinge_generat
 from onestepsr.methods import tadsr
 from onestepsr.methods.base import Batch, Method, SampleRandom
 from onestepsr.methods.tadsr import TADSRConfig, build
-from onestepsr.models.seesr.generator import SeeSRGenerator
 from onestepsr.models.loading import load_generator
+from onestepsr.models.seesr.generator import SeeSRGenerator
+from onestepsr.models.seesr.networks import SeeSRCondition
 from onestepsr.prompts.ram import tagger_pixels
 from onestepsr.train.recipes import OptimizerConfig, load_run
 from onestepsr.weights.files import save_model
@@ -54,7 +55,9 @@ def method_on(teacher: Path, **settings: Any) -> Method:
 
 def batch_of(count: int = 2, texts: bool = True) -> Batch:
     rng = torch.Generator().manual_seed(1)
-    batch = {name: torch.rand(count, 3, side, side, generator=rng) for name, side in (("hr", 32), ("lr", 8), (TAUGHT, 32))}
+    batch = {
+        name: torch.rand(count, 3, side, side, generator=rng) for name, side in (("hr", 32), ("lr", 8), (TAUGHT, 32))
+    }
     return batch | ({"prompt": torch.randn(count, 5, 16, generator=rng)} if texts else {})
 
 
@@ -70,7 +73,7 @@ def iteration(method: Method, batch: Batch) -> list[dict[str, Tensor]]:
 
 
 def test_one_iteration_is_the_published_one(teacher: Path) -> None:
-    """Every value again, from the published code's order of calls: the student under the LR image from the noised photo,
+    """Every value again, in the published code's order of calls: the student under the LR image from the noised photo,
     the teacher under the photo, the noises compared directly."""
     method, batch = method_on(teacher, seesr={"tagger": "random", "null_text": 0.0}), batch_of()
     given = dict(batch)
@@ -89,18 +92,16 @@ def test_one_iteration_is_the_published_one(teacher: Path) -> None:
         ram = networks["ram"]
         text = given["prompt"]
         enlarged = generator.enlarge(given["lr"]).clamp(0, 1)
-        seen = (enlarged, text, ram(tagger_pixels(enlarged, side=16)))
-        judging = (given["hr"], text, ram(tagger_pixels(given["hr"], side=16)))
+        seen = SeeSRCondition(enlarged, text, ram(tagger_pixels(enlarged, side=16)))
+        judging = SeeSRCondition(given["hr"], text, ram(tagger_pixels(given["hr"], side=16)))
         steps[0].uniform()
         judged_noise = steps[0].normal(z_hr)
         t = 20 + 20 * steps[0].integers(0, 44)
         assert t.tolist() == batch["t"].tolist()
         z_T = schedule.add_noise(z_hr, noise, 999)
-        z_0 = schedule.x0_from_eps(z_T, student(z_T, torch.full((2,), 999), *seen), 999)
+        z_0 = schedule.x0_from_eps(z_T, student(z_T, torch.full((2,), 999), seen), 999)
         network = networks["teacher"]
-        real, fake = (
-            (t, *network.features(schedule.add_noise(z, judged_noise, t), t, *judging)) for z in (z_hr, z_0)
-        )
+        real, fake = ((t, *network.features(schedule.add_noise(z, judged_noise, t), t, judging)) for z in (z_hr, z_0))
         discriminator.load_state_dict(state)
         hinge = hinge_discriminator_loss(discriminator(*real), discriminator(*fake))
         torch.testing.assert_close(terms[0]["hinge"], hinge, rtol=1e-4, atol=1e-5)
@@ -109,7 +110,7 @@ def test_one_iteration_is_the_published_one(teacher: Path) -> None:
         )
         t = 20 + 20 * steps[1].integers(0, 44)
         noise = steps[1].normal(z_hr)
-        eps = [network(schedule.add_noise(z, noise, t), t, *judging) for z in (z_0, z_taught)]
+        eps = [network(schedule.add_noise(z, noise, t), t, judging) for z in (z_0, z_taught)]
         hsd = ((eps[0] - eps[1]) * z_0).mean((1, 2, 3)).mean()
         torch.testing.assert_close(terms[1]["hsd"], hsd, rtol=2e-3, atol=1e-5)
         adversarial = 0.2 * hinge_generator_loss(discriminator(*fake))
@@ -131,20 +132,20 @@ def test_only_the_image_branch_of_the_student_learns(teacher: Path) -> None:
     shared = {id(p) for p in network.parameters()} & {id(p) for p in student.parameters()}
     assert len(shared) == sum(not p.requires_grad for p in student.parameters())
     with torch.no_grad():
-        before = network(*(part[:1] for part in _inputs()))
+        before = network(*_inputs())
         for parameter in student.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1)
-        assert torch.equal(network(*(part[:1] for part in _inputs())), before)
-        assert not torch.allclose(student(*(part[:1] for part in _inputs())), before, atol=1e-4)
+        assert torch.equal(network(*_inputs()), before)
+        assert not torch.allclose(student(*_inputs()), before, atol=1e-4)
 
 
-def _inputs() -> tuple[Tensor, ...]:
+def _inputs() -> tuple[Tensor, Tensor, SeeSRCondition]:
     rng = torch.Generator().manual_seed(0)
     z, control, text, image = (
         torch.randn(shape, generator=rng) for shape in ((1, 4, 8, 8), (1, 3, 16, 16), (1, 5, 16), (1, 5, 12))
     )
-    return z, torch.tensor([500]), control, text, image
+    return z, torch.tensor([500]), SeeSRCondition(control, text, image)
 
 
 def test_half_of_the_texts_are_left_empty(teacher: Path) -> None:
@@ -197,7 +198,7 @@ def test_what_does_not_go_together(teacher: Path) -> None:
             from_mapping(TADSRConfig, {"teacher": "x", **OWN, **change})
     with pytest.raises(UserError, match="expected SeeSR"):
         method_on(Path("d3sr-tiny"))
-    with pytest.raises(UserError, match="DAPE: .* must hold"):
+    with pytest.raises(UserError, match=r"DAPE: .* must hold"):
         method_on(teacher, seesr={"tagger": "nowhere"})
     method, batch = method_on(teacher), batch_of()
     del batch[TAUGHT]
@@ -213,7 +214,9 @@ def test_images_of_a_teacher_are_cut_like_their_pair(tmp_path: Path) -> None:
             (tmp_path / folder).mkdir(exist_ok=True)
             Image.fromarray(image).save(tmp_path / folder / f"{name}.png")
     folders: dict[str, Any] = {
-        "paths": [tmp_path / "hr"], "lr_paths": [tmp_path / "lr"], "taught_paths": [tmp_path / "taught"]
+        "paths": [tmp_path / "hr"],
+        "lr_paths": [tmp_path / "lr"],
+        "taught_paths": [tmp_path / "taught"],
     }
     config = from_mapping(DataConfig, {"kind": "pairs", **folders, "crop": 16, "rotations": True})
     dataset = build_dataset(config, 0)
@@ -242,5 +245,10 @@ def test_the_recipe_has_the_published_settings() -> None:
     optimizer = OptimizerConfig(lr=2e-5, betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8)
     assert run.train.optimizer == optimizer
     assert run.train.optimizer_of("discriminator") == replace(optimizer, clipped=False)
-    assert (run.train.batch_size, run.train.steps, run.train.gradient_clip, run.train.ema_decay) == (8, 30000, 1.0, 0.99)
+    assert (run.train.batch_size, run.train.steps, run.train.gradient_clip, run.train.ema_decay) == (
+        8,
+        30000,
+        1.0,
+        0.99,
+    )
     assert (run.train.schedule.kind, run.train.schedule.warmup_steps, run.train.ema_warmup) == ("constant", 0, False)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from small_diffusion import GENERATOR
 from small_osediff import CONFIG as OSEDIFF
+from small_seesr import CONFIG as SEESR
 from torch import Tensor
 
 from onestepsr.core.config import from_mapping, to_mapping
@@ -23,6 +24,7 @@ from onestepsr.models.osediff.generator import OSEDiffGenerator, osediff_generat
 from onestepsr.models.realesrgan.networks import RealESRGANConfig, RealESRGANGenerator
 from onestepsr.models.resshift.config import TinyResidualShiftGeneratorConfig
 from onestepsr.models.resshift.generator import residual_shift_generator, tiny_residual_shift_generator
+from onestepsr.models.seesr.generator import seesr_generator
 from onestepsr.models.stable_diffusion.networks import stable_diffusion_generator
 from onestepsr.models.tiny.denoiser import TinyDenoiserConfig
 from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
@@ -33,6 +35,7 @@ from weights_by_name import fill_by_name
 
 PUBLISHED_COUNTS = {
     "random:sd21-base": 865_910_724 + 83_653_863 + 77 * 1024,
+    "random:seesr": 1_126_760_324 + 489_031_440 + 83_653_863 + 2 * 77 * 1024,
     "random:resshift-realsr": 118_593_583 + 55_322_782,
     "random:sinsr": 118_593_583 + 55_322_782,
 }
@@ -75,6 +78,7 @@ FAMILIES = {
     "osediff sampled": Family(
         build=osediff_generator, config=replace(OSEDIFF, scale=2, posterior="sample"), noise=True, staged=True
     ),
+    "seesr": Family(build=seesr_generator, config=replace(SEESR, scale=2), noise=True, staged=True),
     "resshift": Family(build=residual_shift_generator, config=SMALL_RESIDUAL, noise=True, staged=True),
     "realesrgan": Family(build=RealESRGANGenerator, config=RealESRGANConfig(blocks=1, width=8, growth=4)),
     "tiny resshift": Family(build=tiny_residual_shift_generator, config=SMALL_TINY_RESIDUAL, noise=True),

@@ -102,8 +102,8 @@ def convert(
         str,
         typer.Argument(
             help="Backbone: diffusers folder, single-file checkpoint, name, or a file of ours. Or a published model of "
-            "the ResShift family: its name, or its UNet's file with --as. Or OSEDiff's weights: name or file. Or SeeSR's "
-            "folder, with unet and controlnet."
+            "the ResShift family: its name, or its UNet's file with --as. Or OSEDiff's weights: name or file. Or "
+            "SeeSR's folder, with unet and controlnet."
         ),
     ],
     target: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .pkl with --to osediff-pkl.")],
@@ -118,9 +118,10 @@ def convert(
         Path | None, typer.Option(help="File of its autoencoder; by default the one of the published model.")
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option(
-            help="Of OSEDiff's weights: what they are added to; by default sd21-base. Of SeeSR: the diffusers folder of "
-            "Stable Diffusion 2-base or 2.1-base, with its text encoder."
+        str | None,
+        typer.Option(
+            help="Of OSEDiff's weights: what they are added to; by default sd21-base. Of SeeSR: the diffusers folder "
+            "of Stable Diffusion 2-base or 2.1-base, with its text encoder."
         ),
     ] = None,
     prompt_embedding: Annotated[

@@ -111,8 +111,8 @@ class DataConfig:
             raise ValueError("lr_paths is set: expected only with kind 'pairs'")
         if self.taught_paths and (self.kind != "pairs" or len(self.taught_paths) != len(self.paths)):
             raise ValueError(
-                f"taught_paths has {len(self.taught_paths)} folders: expected one for each of {len(self.paths)} paths of "
-                "pairs"
+                f"taught_paths has {len(self.taught_paths)} folders: expected one for each of {len(self.paths)} paths "
+                "of pairs"
             )
         if self.prompts is not None and self.pool_size:
             raise ValueError(f"prompts with a pool_size of {self.pool_size}: expected pool_size 0")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError
-from onestepsr.data.datasets import DataConfig
+from onestepsr.data.datasets import TAUGHT, DataConfig
 from onestepsr.imaging.resize import bicubic
 from onestepsr.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
 from onestepsr.losses.perceptual import DISTS, LPIPS, artifact_map, lattice_loss

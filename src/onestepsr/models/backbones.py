@@ -64,8 +64,8 @@ def load_backbone(
     ``name_or_path`` is an alias, a safetensors file of ours, a diffusers folder, a single-file checkpoint or
     ``random:ALIAS``. Foreign backbones have no prompt embedding: it starts as ``prompt`` says. ``prompt_file`` (see
     :func:`read_prompt`) replaces the prompt of any of them. Raises :class:`UserError` in one line; a UNet that predicts
-    velocity is such an error, but in a single-file checkpoint, which cannot say so, only ``for_training`` and for a file
-    of ours to train from, because the losses of all methods assume noise and go to nan after a while.
+    velocity is such an error, but in a single-file checkpoint, which cannot say so, only ``for_training`` and for
+    a file of ours to train from, because the losses of all methods assume noise and go to nan after a while.
     """
     generator = _load_generator(name_or_path, prompt or PromptConfig(), for_training)
     if prompt_file is not None:

@@ -15,7 +15,7 @@ from torch.nn.utils import spectral_norm as named_spectral_norm
 from torch.nn.utils.parametrizations import spectral_norm
 
 from onestepsr.core.errors import UserError
-from onestepsr.models.seesr.networks import SeeSRUNet
+from onestepsr.models.seesr.networks import SeeSRCondition, SeeSRUNet
 from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet
 from onestepsr.models.tiny.networks import TinyUNet, timestep_embedding
 
@@ -229,9 +229,9 @@ class SeeSRFeatures(nn.Module):
         self.network = network
         self.feature_channels = network.config.block_out_channels
 
-    def forward(self, z_t: Tensor, t: Tensor, *condition: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, z_t: Tensor, t: Tensor, y: SeeSRCondition) -> tuple[Tensor, ...]:
         """The steps (N,), then the features of every level."""
-        return (t, *self.network.features(z_t, t, *condition))
+        return (t, *self.network.features(z_t, t, y))
 
 
 def _sizes(unet: nn.Module) -> tuple[tuple[int, ...], int]:

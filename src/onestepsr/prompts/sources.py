@@ -151,7 +151,9 @@ class TaggedImages:
     def __init__(self, extractor: PromptExtractor, user_prompt: str, added: str) -> None:
         """:class:`UserError` for an extractor that is not RAM."""
         if not isinstance(extractor, RamTagger):
-            raise UserError("--prompt-from: SeeSR was trained with the tokens of RAM's image encoder: dape, or a folder")
+            raise UserError(
+                "--prompt-from: SeeSR was trained with the tokens of RAM's image encoder: dape, or a folder"
+            )
         extractor.enlarges = False
         self.extractor, self.user_prompt, self.added = extractor, user_prompt, added
 

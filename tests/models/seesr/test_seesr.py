@@ -27,18 +27,18 @@ from onestepsr.models.seesr.generator import (
     looks_published,
     read_published,
 )
-from onestepsr.models.seesr.networks import joined_prompt
+from onestepsr.models.seesr.networks import SeeSRCondition, joined_prompt
 from onestepsr.prompts.embedder import PromptEmbedder
 from onestepsr.weights import download
 
 
-def inputs(seed: int = 3) -> tuple[Tensor, ...]:
-    """Latent, steps, control image, text and image tokens for two samples."""
+def inputs(seed: int = 3) -> tuple[Tensor, Tensor, SeeSRCondition]:
+    """Latent, steps and condition of two samples."""
     rng = torch.Generator().manual_seed(seed)
     z, control, text, image = (
         torch.randn(shape, generator=rng) for shape in ((2, 4, 8, 8), (2, 3, 16, 16), (2, 5, 16), (2, 6, 12))
     )
-    return z, torch.tensor([3, 900]), control.sigmoid(), text, image
+    return z, torch.tensor([3, 900]), SeeSRCondition(control.sigmoid(), text, image)
 
 
 # ---- names and sizes ----
@@ -53,14 +53,19 @@ def test_names_and_sizes_are_those_of_the_published_code() -> None:
         generator: Any = random_generator("random:seesr")
         unet = UNet2DConditionModel.from_config(dict(generator.denoiser.unet.config))
         controlnet = ControlNetModel.from_config(dict(generator.denoiser.controlnet.config))
-    for ours, plain, image_layers in ((generator.denoiser.unet, unet, 16), (generator.denoiser.controlnet, controlnet, 7)):
+    for ours, plain, image_layers in (
+        (generator.denoiser.unet, unet, 16),
+        (generator.denoiser.controlnet, controlnet, 7),
+    ):
         expected = {key: tuple(value.shape) for key, value in plain.state_dict().items()}
         for key, shape in list(expected.items()):
             if ".attentions." in key:
                 width = (*shape[:-1], 512) if key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) else shape
                 expected[key.replace(".attentions.", ".image_attentions.")] = width
         assert {key: tuple(value.shape) for key, value in ours.state_dict().items()} == expected
-        assert sum(".image_attentions." in key and key.endswith("attn2.to_k.weight") for key in expected) == image_layers
+        assert (
+            sum(".image_attentions." in key and key.endswith("attn2.to_k.weight") for key in expected) == image_layers
+        )
     counts = [sum(p.numel() for p in part.parameters()) for part in (unet, controlnet)]
     assert counts == [865_910_724, 364_228_240]
     total = sum(p.numel() for p in generator.denoiser.parameters())
@@ -81,15 +86,15 @@ def unet_names(generator: Any) -> set[str]:
 # ---- layers ----
 
 
-def through(block: Any, h: Tensor, emb: Tensor, text: Tensor, image: Tensor, skips: list[Tensor] | None = None) -> Any:
+def through(block: Any, h: Tensor, emb: Tensor, y: SeeSRCondition, skips: list[Tensor] | None = None) -> Any:
     """A block of diffusers, layer by layer: the residual block, then the text's transformer, then the image's."""
     outputs = []
     for index, resnet in enumerate(block.resnets):
         h = resnet(h if skips is None else torch.cat([h, skips.pop()], dim=1), emb)
         if hasattr(block, "attentions"):
             layer = block.attentions[index]
-            h = type(layer).forward(layer, h, encoder_hidden_states=text)[0]
-            h = block.image_attentions[index](h, encoder_hidden_states=image)[0]
+            h = type(layer).forward(layer, h, encoder_hidden_states=y.text, return_dict=False)[0]
+            h = block.image_attentions[index](h, encoder_hidden_states=y.image, return_dict=False)[0]
         outputs.append(h)
     for sampler in getattr(block, "downsamplers" if skips is None else "upsamplers", None) or ():
         h = sampler(h)
@@ -97,49 +102,49 @@ def through(block: Any, h: Tensor, emb: Tensor, text: Tensor, image: Tensor, ski
     return h, outputs
 
 
-def middle_of(block: Any, h: Tensor, emb: Tensor, text: Tensor, image: Tensor) -> Tensor:
+def middle_of(block: Any, h: Tensor, emb: Tensor, y: SeeSRCondition) -> Tensor:
     h = block.resnets[0](h, emb)
-    h = type(block.attentions[0]).forward(block.attentions[0], h, encoder_hidden_states=text)[0]
-    h = block.image_attentions[0](h, encoder_hidden_states=image)[0]
+    h = type(block.attentions[0]).forward(block.attentions[0], h, encoder_hidden_states=y.text, return_dict=False)[0]
+    h = block.image_attentions[0](h, encoder_hidden_states=y.image, return_dict=False)[0]
     result: Tensor = block.resnets[1](h, emb)
     return result
 
 
-def reference(network: Any, z: Tensor, t: Tensor, control: Tensor, text: Tensor, image: Tensor) -> Any:
+def reference(network: Any, z: Tensor, t: Tensor, y: SeeSRCondition) -> Any:
     """Prediction and the judged features, from the layers of both networks in the published order."""
     guide, unet = network.controlnet, network.unet
     emb = guide.time_embedding(guide.time_proj(t))
-    h = guide.conv_in(z) + guide.controlnet_cond_embedding(control)
+    h = guide.conv_in(z) + guide.controlnet_cond_embedding(y.control)
     states = [h]
     for block in guide.down_blocks:
-        h, outputs = through(block, h, emb, text, image)
+        h, outputs = through(block, h, emb, y)
         states += outputs
     residuals = [layer(state) for layer, state in zip(guide.controlnet_down_blocks, states, strict=True)]
-    middle = guide.controlnet_mid_block(middle_of(guide.mid_block, h, emb, text, image))
+    middle = guide.controlnet_mid_block(middle_of(guide.mid_block, h, emb, y))
     emb = unet.time_embedding(unet.time_proj(t))
     h = unet.conv_in(z)
     states = [h]
     for block in unet.down_blocks:
-        h, outputs = through(block, h, emb, text, image)
+        h, outputs = through(block, h, emb, y)
         states += outputs
     states = [state + residual for state, residual in zip(states, residuals, strict=True)]
     judged = [states[1], states[3]]  # one residual block a level: behind it, and before the halving
-    h = middle_of(unet.mid_block, h, emb, text, image) + middle
+    h = middle_of(unet.mid_block, h, emb, y) + middle
     for block in unet.up_blocks:
-        h, _ = through(block, h, emb, text, image, states)
+        h, _ = through(block, h, emb, y, states)
     assert not states
     return unet.conv_out(nn.functional.silu(unet.conv_norm_out(h))), judged
 
 
 @torch.no_grad()
 def test_the_denoiser_is_unet_and_controlnet_with_the_image_behind_the_text() -> None:
-    network, (z, t, control, text, image) = small_seesr().denoiser, inputs()
-    expected, judged = reference(network, z, t, control, text, image)
-    torch.testing.assert_close(network(z, t, control, text, image), expected, rtol=1e-5, atol=1e-5)
-    for found, wanted in zip(network.features(z, t, control, text, image), judged, strict=True):
+    network, (z, t, y) = small_seesr().denoiser, inputs()
+    expected, judged = reference(network, z, t, y)
+    torch.testing.assert_close(network(z, t, y), expected, rtol=1e-5, atol=1e-5)
+    for found, wanted in zip(network.features(z, t, y), judged, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    for changed in ((control * 0.5, text, image), (control, text + 1, image), (control, text, image + 1)):
-        assert not torch.allclose(network(z, t, *changed), expected, atol=1e-5)
+    for changed in (y._replace(control=y.control * 0.5), y._replace(text=y.text + 1), y._replace(image=y.image + 1)):
+        assert not torch.allclose(network(z, t, changed), expected, atol=1e-5)
 
 
 @torch.no_grad()
@@ -189,7 +194,10 @@ def test_fifty_steps_are_those_of_the_published_scheduler() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(draws))
         for t in scheduler.timesteps:
-            eps = [generator.denoiser(z, t[None], control, side, image) for side in (generator.negative, text)]
+            eps = [
+                generator.denoiser(z, t[None], SeeSRCondition(control, side, image))
+                for side in (generator.negative, text)
+            ]
             z = scheduler.step(eps[0] + 5.5 * (eps[1] - eps[0]), t, z).prev_sample
     found = generator.sample(z_y, generator.condition(lr, prompt), noise)
     torch.testing.assert_close(found, z, rtol=1e-3, atol=1e-3)
@@ -202,7 +210,7 @@ def test_one_step_is_the_estimate_at_the_last_step() -> None:
     condition = generator.condition(lr, None)
     assert not condition.image.any()
     z = generator.schedule.add_noise(z_y, noise(0, z_y), 999)
-    eps = generator.denoiser(z, torch.tensor([999]), *condition)
+    eps = generator.denoiser(z, torch.tensor([999]), condition)
     expected = (z - (1 - generator.schedule.alpha_bar[999]).sqrt() * eps) / generator.schedule.alpha_bar[999].sqrt()
     torch.testing.assert_close(generator.sample(z_y, condition, noise), expected, rtol=1e-4, atol=1e-4)
 
@@ -228,7 +236,7 @@ def test_settings_that_make_no_sampler() -> None:
 
 def test_published_folders_become_a_file_that_upscales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(download.CACHE, str(tmp_path / "cache"))
-    assert WIDTH == CONFIG.unet.cross_attention_dim
+    assert CONFIG.unet.cross_attention_dim == WIDTH
     published = small_seesr()
     own, base = write_published(tmp_path, published)
     write_text_encoder(base)

@@ -9,6 +9,7 @@ from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.methods.base import get_method
 from onestepsr.models.backbones import LEAST_CORRELATION, load_backbone, load_discriminator_backbone, noise_correlation
+from onestepsr.models.convert import convert
 from onestepsr.models.stable_diffusion import checkpoints
 from onestepsr.models.stable_diffusion.config import SD21_BASE, SDXL_BASE
 from onestepsr.train.recipes import load_methods
@@ -122,6 +123,10 @@ def test_training_refuses_a_file_that_does_not_predict_noise(tmp_path, method, k
     with pytest.raises(UserError, match=r"prediction type is not 'epsilon'") as error:
         entry.build(from_mapping(entry.config, {key: str(path), **config}))
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"prediction type is not 'epsilon'"):
+        convert(path, tmp_path / "ours.safetensors")  # whose file could not say what it predicts either
+    assert not (tmp_path / "ours.safetensors").exists()
+    convert(path, tmp_path / "half.safetensors", part="discriminator")  # features need no prediction
 
 
 def test_models_of_other_sizes_are_named(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from onestepsr.prompts.ram import (
     tagger_input,
     usual_folder,
 )
-from onestepsr.prompts.sources import load_extractor
+from onestepsr.prompts.sources import TaggedImages, load_extractor
 
 MICRO = RamConfig(
     tags=5, side=32, width=8, depths=(2, 2), heads=(2, 4), window=4, text_width=12, head_width=16, head_heads=2
@@ -139,6 +139,24 @@ def test_an_image_becomes_the_tags_above_their_thresholds(folder):
     tagger.release()
     assert tagger._network is None
     assert tagger.describe(photo()) == ", ".join(NAMES)
+
+
+def test_tokens_of_the_image_itself_beside_the_tags(folder):
+    tagger = RamTagger(folder, config=MICRO)
+    tagger.enlarges = False
+    tags, tokens = tagger.see(photo())
+    network, pixels = random_network(), tagger_input(photo(), side=32)
+    with torch.no_grad():
+        expected = network.image_proj(network.visual_encoder(pixels))
+        probabilities = network(pixels)[0].sigmoid()
+    torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)
+    assert tokens.shape == (1, 1 + 4 * 4, 12)
+    assert tags == ", ".join(select_tags(probabilities, torch.full((5,), 0.5), NAMES))
+    source = TaggedImages(tagger, "a boat", "clean")
+    assert source.text(Path("x.png"), photo()) == f"{tags}, a boat,clean"
+    assert torch.equal(source.tokens, tokens)
+    with pytest.raises(UserError, match="tokens of RAM's image encoder"):
+        TaggedImages(object(), "", "")
 
 
 def test_adapters_are_merged_with_the_scale_of_loralib(folder):

@@ -102,13 +102,11 @@ class Prompts:
         from onestepsr.prompts.embedder import PromptEmbedder
 
         upscaler.require_prompt_width(upscaler.prompt_width or 0)
-        self.added, self.tokens = upscaler.added_prompt, dict[str, Tensor]()
         # Extracted words are truncated as in the published code: the user cannot shorten them.
         truncate = options.truncate_prompt or options.prompt_from is not None
         self.embedder = PromptEmbedder(options.text_encoder, device=upscaler.device, truncate=truncate)
         upscaler.require_prompt_width(self.embedder.width)
         self.source = _source(options, upscaler)
-        self.looks = _image_reader(self.source, upscaler)
         if options.prompt is not None and options.prompt_from is None:
             self.embedder.embed([options.prompt])  # a text that is too long is an error before any work
 
@@ -177,8 +175,8 @@ def _source(options: PromptOptions, upscaler: Upscaler) -> PromptSource:
     if upscaler.image_tokens:
         if options.prompt_from is None:
             raise UserError(
-                f"{upscaler.name}: reads beside the text what RAM sees in each image; give --prompt-from dape, or a folder "
-                "with RAM's files"
+                f"{upscaler.name}: reads beside the text what RAM sees in each image; give --prompt-from dape, or a "
+                "folder with RAM's files"
             )
         extractor = load_extractor(options.prompt_from, upscaler.device)
         return TaggedImages(extractor, options.prompt or "", upscaler.added_prompt)

@@ -19,6 +19,7 @@ from onestepsr.methods.base import Batch, Exported, Networks, exported
 from onestepsr.models.generators import LatentAutoencoder, LatentUNet, OneStepLatentGenerator
 from onestepsr.models.resshift.config import Sampler
 from onestepsr.models.resshift.generator import ResidualShiftGenerator, conditioned
+from onestepsr.models.seesr.generator import SeeSRGenerator
 
 DENOISER, AUTOENCODER = "denoiser", "autoencoder"
 """Names of the trained network and of the frozen one in :class:`onestepsr.methods.base.Method`."""
@@ -43,7 +44,7 @@ class FrozenAutoencoder(nn.Module):
 
 @torch.no_grad()
 def latents(
-    networks: Networks, generator: ResidualShiftGenerator | OneStepLatentGenerator, batch: Batch
+    networks: Networks, generator: ResidualShiftGenerator | OneStepLatentGenerator | SeeSRGenerator, batch: Batch
 ) -> tuple[Tensor, Tensor]:
     """z_0 of the HR image and z_y of the enlarged LR image, (N, C, h, w) each; one evaluation for both."""
     images = torch.cat([batch["hr"], generator.enlarge(batch["lr"])])

@@ -57,9 +57,9 @@ RAM, LR_TOKENS, HR_TOKENS, TEXT = "ram", "lr_tokens", "hr_tokens", "text"
 class Teacher(ABC):
     """A generator F from which one step is distilled.
 
-    Latents are (N, C, h, w), the condition ``y`` is mostly the LR image (N, 3, H, W) in [0, 1], steps ``t`` are integers (N,) from 0 to :attr:`steps` -
-    1, which is where sampling starts. ``network`` is the teacher's network, a student of the same shape, or, for
-    :meth:`evaluate`, :attr:`features`.
+    Latents are (N, C, h, w), the condition ``y`` is mostly the LR image (N, 3, H, W) in [0, 1], steps ``t`` are
+    integers (N,) from 0 to :attr:`steps` - 1, which is where sampling starts. ``network`` is the teacher's network, a student of
+    the same shape, or, for :meth:`evaluate`, :attr:`features`.
     """
 
     generator: ResidualShiftGenerator | OneStepLatentGenerator | SeeSRGenerator
@@ -77,12 +77,14 @@ class Teacher(ABC):
     frozen: Mapping[str, nn.Module] = MappingProxyType({})
     """Further networks without training, by name, that the conditions are made with."""
 
-    def look(self, networks: Mapping[str, Network], batch: dict[str, Tensor], random: SampleRandom) -> None:
+    def look(  # noqa: B027 (most teachers need nothing)
+        self, networks: Mapping[str, Network], batch: dict[str, Tensor], random: SampleRandom
+    ) -> None:
         """Leave in ``batch`` what :meth:`sees` needs, once per iteration."""
 
     def sees(self, batch: dict[str, Tensor], *, judging: bool) -> Any:
-        """The condition ``y`` of the networks; ``judging`` where the teacher looks at noised results, in the features of
-        the discriminator and in score distillation."""
+        """The condition ``y`` of the networks; ``judging`` where the teacher looks at noised results, in the features
+        of the discriminator and in score distillation."""
         return batch["lr"]
 
     def student(self) -> nn.Module:
@@ -338,17 +340,17 @@ class SeeSRTeacher(Teacher):
 
     def evaluate(self, network: Network, z_t: Tensor, t: Tensor, y: Any) -> Any:
         """The network under all conditions, without guidance."""
-        return network(z_t, t, *y)
+        return network(z_t, t, y)
 
     def estimate(self, network: Network, z_t: Tensor, t: Tensor, y: Any) -> Tensor:
         """z_0 by the predicted noise."""
-        return self.schedule.x0_from_eps(z_t, cast(Tensor, network(z_t, t, *y)), t)
+        return self.schedule.x0_from_eps(z_t, cast(Tensor, network(z_t, t, y)), t)
 
     def sample(self, network: Network, z_T: Tensor, z_y: Tensor, y: Any) -> Tensor:
         """Not while training: 100 evaluations for each image."""
         raise UserError(
-            "data.taught_paths: SeeSR's images of the LR images are made beforehand ('onestepsr upscale --model'); name "
-            "their folders"
+            "data.taught_paths: SeeSR's images of the LR images are made beforehand ('onestepsr upscale --model'); "
+            "name their folders"
         )
 
     def student_generator(self, student: nn.Module) -> SeeSRGenerator:

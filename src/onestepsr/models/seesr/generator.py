@@ -108,11 +108,13 @@ class SeeSRGenerator(LatentGenerator):
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent (N, C, H/f, W/f), float32, of an image (N, 3, H, W) in [0, 1] whose sides are multiples of f."""
-        return self.autoencoder.encode((x.float() * 2 - 1).to(self.prompt.dtype)).float()
+        latent: Tensor = self.autoencoder.encode((x.float() * 2 - 1).to(self.prompt.dtype))
+        return latent.float()
 
     def decode(self, z: Tensor) -> Tensor:
         """Image (N, 3, H, W) in about [0, 1], float32, not clamped, of a latent."""
-        return self.autoencoder.decode(z.to(self.prompt.dtype)).float() * 0.5 + 0.5
+        image: Tensor = self.autoencoder.decode(z.to(self.prompt.dtype))
+        return image.float() * 0.5 + 0.5
 
     def encode_lr(self, lr: Tensor, *, rng: Rng = None, origin: Origin = None) -> Tensor:
         """Latent (N, C, s h/f, s w/f), float32, of the enlarged LR (N, 3, h, w)."""
@@ -142,10 +144,12 @@ class SeeSRGenerator(LatentGenerator):
         control, text, image = (part.to(dtype) for part in condition)
         t = torch.full((count,), step, device=z.device)
         if self.config.guidance == 1:
-            return self.denoiser(z.to(dtype), t, control, text, image).float()
+            eps: Tensor = self.denoiser(z.to(dtype), t, SeeSRCondition(control, text, image))
+            return eps.float()
         texts = torch.cat([side.expand(count, -1, -1) for side in _one_length(self.negative, text)])
         both = [torch.cat([part.expand(count, *part.shape[1:])] * 2) for part in (z.to(dtype), t, control, image)]
-        negative, positive = self.denoiser(both[0], both[1], both[2], texts, both[3]).float().chunk(2)
+        eps = self.denoiser(both[0], both[1], SeeSRCondition(both[2], texts, both[3]))
+        negative, positive = eps.float().chunk(2)
         return negative + self.config.guidance * (positive - negative)
 
 

@@ -94,10 +94,9 @@ class SeeSRUNet(LatentUNet):
         for network in (self.unet, self.controlnet):
             _add_image_attentions(network, config, image_width)
 
-    def forward(self, z_t: Tensor, t: Tensor, control: Tensor, text: Tensor, image: Tensor) -> Tensor:
-        """Predicted noise, shaped like ``z_t`` (N, C, h, w), at steps ``t`` (N,), under the parts of a
-        :class:`SeeSRCondition`."""
-        down, middle, tokens = self._control(z_t, t, control, text, image)
+    def forward(self, z_t: Tensor, t: Tensor, y: SeeSRCondition) -> Tensor:
+        """Predicted noise, shaped like ``z_t`` (N, C, h, w), at steps ``t`` (N,), under the condition ``y``."""
+        down, middle, tokens = self._control(z_t, t, y)
         return cast(
             Tensor,
             self.unet(
@@ -110,10 +109,10 @@ class SeeSRUNet(LatentUNet):
             )[0],
         )
 
-    def features(self, z_t: Tensor, t: Tensor, control: Tensor, text: Tensor, image: Tensor) -> tuple[Tensor, ...]:
+    def features(self, z_t: Tensor, t: Tensor, y: SeeSRCondition) -> tuple[Tensor, ...]:
         """The end of every level on the way down, before it is halved, with the ControlNet's residual added: what
         TAD-SR's discriminator judges (N, C_k, h / 2^k, w / 2^k)."""
-        down, _, tokens = self._control(z_t, t, control, text, image)
+        down, _, tokens = self._control(z_t, t, y)
         unet = self.unet
         emb = unet.time_embedding(unet.get_time_embed(sample=z_t, timestep=t))
         h = unet.conv_in(z_t)
@@ -127,13 +126,11 @@ class SeeSRUNet(LatentUNet):
             count += len(outputs)
         return tuple(features)
 
-    def _control(
-        self, z_t: Tensor, t: Tensor, control: Tensor, text: Tensor, image: Tensor
-    ) -> tuple[list[Tensor], Tensor, tuple[Tensor, Tensor]]:
+    def _control(self, z_t: Tensor, t: Tensor, y: SeeSRCondition) -> tuple[list[Tensor], Tensor, tuple[Tensor, Tensor]]:
         """The ControlNet's residuals, and both kinds of tokens for each of the N samples."""
-        tokens = (text.expand(len(z_t), -1, -1), image.expand(len(z_t), -1, -1))
+        tokens = (y.text.expand(len(z_t), -1, -1), y.image.expand(len(z_t), -1, -1))
         down, middle = self.controlnet(
-            z_t, t, encoder_hidden_states=tokens, controlnet_cond=control.to(z_t.dtype), return_dict=False
+            z_t, t, encoder_hidden_states=tokens, controlnet_cond=y.control.to(z_t.dtype), return_dict=False
         )
         return down, middle, tokens
 
