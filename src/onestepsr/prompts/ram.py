@@ -86,7 +86,7 @@ class RamNetwork(nn.Module):
         return self.judge(self.look(image))
 
     def look(self, image: Tensor) -> Tensor:
-        """What SeeSR attends to: tokens (N, 1 + (side / 32)^2, text_width) of ``image``, their mean first."""
+        """Tokens that SeeSR attends to, (N, 1 + (side / 32)^2, text_width) of ``image``, their mean first."""
         seen: Tensor = self.image_proj(self.visual_encoder(image))
         return seen
 

@@ -58,8 +58,8 @@ class Teacher(ABC):
     """A generator F from which one step is distilled.
 
     Latents are (N, C, h, w), the condition ``y`` is mostly the LR image (N, 3, H, W) in [0, 1], steps ``t`` are
-    integers (N,) from 0 to :attr:`steps` - 1, which is where sampling starts. ``network`` is the teacher's network, a student of
-    the same shape, or, for :meth:`evaluate`, :attr:`features`.
+    integers (N,) from 0 to :attr:`steps` - 1, which is where sampling starts. ``network`` is the teacher's network, a
+    student of the same shape, or, for :meth:`evaluate`, :attr:`features`.
     """
 
     generator: ResidualShiftGenerator | OneStepLatentGenerator | SeeSRGenerator
