@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onestepsr.models.discriminators import HeadConfig, TimeAwareDiscriminator
+from onestepsr.models.discriminators import HeadConfig, OfficialDiscriminator, TimeAwareDiscriminator
 from onestepsr.models.tiny.denoiser import TinyDenoiser, TinyDenoiserConfig
 
 pytestmark = pytest.mark.numeric
@@ -111,3 +111,21 @@ def test_frozen_features_carry_gradient_to_the_latent_and_do_not_learn() -> None
     assert heads == {name for name, _ in network.named_parameters()}
     shared = {tensor.data_ptr() for tensor in teacher.state_dict().values()}
     assert not shared & {tensor.data_ptr() for tensor in network.state_dict().values()}, "checkpoints hold heads alone"
+
+
+def test_the_published_heads_in_bfloat16_take_either_memory_order() -> None:
+    """A group norm's backward ends the process where such features have no gradient themselves (PyTorch 2.13, CPU)."""
+    channels, found = (64, 96), []
+    for order in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        network = OfficialDiscriminator(channels)
+        for layer in network.out_layers:
+            torch.nn.init.normal_(layer[-1].weight, std=0.1)  # type: ignore[index, arg-type]
+        features = [torch.randn(2, count, 12 >> k, 12 >> k) for k, count in enumerate(channels)]
+        features = [feature.bfloat16().contiguous(memory_format=order) for feature in features]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = network(torch.tensor([3, 900]), *features)[0]
+        logits.float().mean().backward()
+        found.append((logits.float(), network.out_layers[0][-1].weight.grad))  # type: ignore[index]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05 * float(one.detach().std()))

@@ -105,6 +105,11 @@ def build_network(
         raise UserError(f"{where}: configuration does not fit '{architecture}': {first_line(error)}") from error
 
 
+SLACK = 4
+"""Sizes beyond those of a file that may be built: the half of a UNet is cut from a whole one, and a network of which a
+file lacks some weights shall be told which."""
+
+
 @contextmanager
 def no_larger_than(shapes: Shapes) -> Iterator[None]:
     """Inside, this thread cannot build a network with more parameters than ``shapes``, or one with more values.
@@ -112,19 +117,20 @@ def no_larger_than(shapes: Shapes) -> Iterator[None]:
     A configuration of 10^8 blocks would otherwise take hours, and one of a width of 10^8 any memory, before the first
     missing weight is found.
     """
-    most, largest, thread = len(shapes), max(map(math.prod, shapes.values()), default=0), threading.get_ident()
+    largest, thread = max(map(math.prod, shapes.values()), default=0), threading.get_ident()
+    most, most_values = SLACK * len(shapes), SLACK * largest
     seen: dict[int, nn.Parameter] = {}  # held, or the next one could have the identity of one that has gone
 
     def check(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is None or threading.get_ident() != thread:
             return
         seen[id(parameter)] = parameter
-        if parameter.numel() > largest:
+        if parameter.numel() > most_values:
             raise UserError(
                 f"it describes a weight of {tuple(parameter.shape)}, the largest here has {largest:,} values"
             )
         if len(seen) > most:
-            raise UserError(f"it describes more than the {most} weights that are here")
+            raise UserError(f"it describes more than {most} weights, here are {len(shapes)}")
 
     hook = register_module_parameter_registration_hook(check)
     try:

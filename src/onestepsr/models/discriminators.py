@@ -373,7 +373,9 @@ class OfficialDiscriminator(nn.Module):
         logits = []
         for k, (feature, head) in enumerate(zip(chosen, self.heads, strict=True)):
             norm, *others = cast(nn.Sequential, self.out_layers[k])
-            h = norm(feature)
+            # Of channels_last in bfloat16 without a gradient of their own, a group norm's backward ends the process
+            # (PyTorch 2.13, CPU).
+            h = norm(feature.contiguous())
             if self.emb_layers:
                 scale, shift = self.emb_layers[k](sinusoid)[:, :, None, None].chunk(2, dim=1)
                 h = h * (1 + scale) + shift
