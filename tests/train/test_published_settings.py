@@ -35,8 +35,8 @@ PUBLISHED = {
     "tadsr-face": (7, 5e-5, {"distillation_weight": 1.0, "score_weight": 0.1, "adversarial_weight": 0.2}),
     "tadsr-sd2": (8, 2e-5, {"distillation_weight": 0.2, "score_weight": 1.0, "adversarial_weight": 0.2}),
 }
-OWN = {"tadsr-sd21"}
-"""Recipes at the size of Stable Diffusion that repeat no paper."""
+OWN = {"tadsr-sd21", "sinsr-face"}
+"""Recipes at the published sizes that repeat no run of a paper."""
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
