@@ -56,3 +56,8 @@ def test_bad_betas_are_refused():
         DiffusionScheduleConfig(beta_start=0.1, beta_end=0.01)
     with pytest.raises(ValueError, match="beta_end < 1"):
         DiffusionScheduleConfig(beta_end=1.0)
+    with pytest.raises(ValueError, match="0 < beta_start"):
+        DiffusionScheduleConfig(beta_start=0.0)
+    with pytest.raises(ValueError, match="steps must be 1"):
+        DiffusionScheduleConfig(steps=0)
+    assert DiffusionScheduleConfig(steps=1, beta_start=0.01, beta_end=0.01).steps == 1

@@ -120,3 +120,14 @@ def test_value_is_the_mean_of_latent_times_weighted_disagreement() -> None:
     weighted = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     loss = gradient_loss(z, weighted / weighted[0].numel())
     assert loss.item() == pytest.approx((z * weighted).mean().item(), rel=1e-5)
+
+
+def test_a_gradient_with_a_graph_of_its_own_is_a_constant_for_one_sample_too() -> None:
+    z = torch.full((1, 2, 2, 2), 3.0, requires_grad=True)
+    teacher = torch.ones(1, 2, 2, 2, requires_grad=True)
+    gradient = (z.detach() - teacher) * 2
+    gradient_loss(z, gradient).backward()
+    assert teacher.grad is None
+    assert torch.equal(z.grad, torch.full_like(z, 4.0))
+    found = sds_gradient(z.detach(), lambda x: x, lambda x: x - 1, torch.tensor([2.0]))
+    assert torch.equal(found, torch.full((1, 2, 2, 2), 2 / 8))
