@@ -202,7 +202,7 @@ def png(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "status", "code", "words"),
     [
-        (b"hello, this is no image", 415, "type", "not an image"),
+        (b"hello, this is no image", 415, "type", "accepted: JPEG, PNG"),
         (b"%PDF-1.7 ...", 415, "type", "PDF is not supported"),
         (b"", 415, "type", "not an image"),
         (png(400, 301), 413, "pixels", "claims 400 x 301"),
