@@ -931,7 +931,7 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         "/v1/archive",
         summary="Results of several jobs in one ZIP",
         response_class=Response,
-        responses={200: {"content": {"application/zip": {}}}, **_errors(404, 422)},
+        responses={200: {"content": {"application/zip": {}}}, **_errors(400, 404, 422)},
     )
     def archive(selection: Selection) -> Response:
         jobs = [found(job_id) for job_id in dict.fromkeys(selection.ids)]
