@@ -328,7 +328,9 @@ def schema(examples: int, model: str, seed: int = 1) -> dict[str, Any]:
         command = ["st", "run", f"{address}/v1/openapi.json", "--checks", checks, "--max-examples", str(examples)]
         program = str(Path(sys.executable).parent / command[0])
         options = ["--phases", "examples,coverage,fuzzing", "--seed", str(seed), "--no-color"]
-        done = subprocess.run([program, *command[1:], *options], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [program, *command[1:], *options], capture_output=True, text=True, check=False, cwd=folder
+        )
         alive = process.poll() is None
     tail = done.stdout.strip().splitlines()
     broken = [] if done.returncode == 0 and alive else tail[-60:] + done.stderr.splitlines()[-5:]
