@@ -12,7 +12,6 @@ from onestepsr.methods.shared.teachers import (
     LatentDiffusionConfig,
     LatentDiffusionTeacher,
     ResidualShiftTeacher,
-    student_of,
 )
 
 pytestmark = pytest.mark.numeric
@@ -100,14 +99,14 @@ def test_latent_diffusion_starts_from_the_noised_lr_latent() -> None:
     alpha_bar = teacher.schedule.alpha_bar[399]
     torch.testing.assert_close(teacher.start(z_y, drawn), alpha_bar.sqrt() * z_y + (1 - alpha_bar).sqrt() * drawn)
     assert latent_diffusion(start=None).steps == 1000
-    generator = teacher.student_generator(student_of(teacher))
+    generator = teacher.student_generator(teacher.student())
     assert generator.timestep == 399
 
 
 def test_students_are_copies() -> None:
     for teacher in (ResidualShiftTeacher(MICRO, None), latent_diffusion()):
         teacher.network.requires_grad_(False)
-        student = student_of(teacher)
+        student = teacher.student()
         for (name, own), (_, taught) in zip(
             student.named_parameters(), teacher.network.named_parameters(), strict=True
         ):
