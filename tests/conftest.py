@@ -42,6 +42,7 @@ def write_backbone(path: Path) -> None:
 def micro_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A suite of two variants of two steps each, with its recipe, photos and backbone; runs in seconds."""
     monkeypatch.delenv("ONESTEPSR_NIQE_PARAMETERS", raising=False)
+    monkeypatch.setenv("ONESTEPSR_CACHE", str(tmp_path / "cache"))  # without the statistics that someone has downloaded
     write_photos(tmp_path / "photos", 2, seed=0)
     write_photos(tmp_path / "held-out", 3, seed=1)
     write_backbone(tmp_path / "backbone.safetensors")

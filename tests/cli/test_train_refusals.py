@@ -108,7 +108,7 @@ CASES = {
     "a step beyond the schedule": (["config.timestep=1000"], "config.timestep: 1000, but"),
     "noise beyond the schedule": (["config.discriminator.t_max=5000"], "discriminator.t_max: 5000, but the diffusion"),
     "a discriminator of negative width": (["config.discriminator.hidden=[-1]"], "hidden widths of at least 1"),
-    "a date as folder of photos": (["data.paths=[2026-01-02]"], "data.paths[0]: expected Path, got datetime.date"),
+    "a date as folder of photos": (["data.paths=[2026-01-02]"], "2026-01-02: no such folder"),
     "whole images in batches": (
         ["data.kind=pairs", "data.lr_paths=[{folder}/quarters]", "data.crop=0"],
         "data.crop: 0 keeps whole images",

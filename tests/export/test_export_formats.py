@@ -147,6 +147,7 @@ def test_real_esrgan_is_one_graph(tmp_path: Path) -> None:
     check(exported, generator, TOLERANCES["ncnn", torch.float32])
 
 
+@pytest.mark.slow
 def test_stable_diffusion_is_three_graphs(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     generator = diffusion()

@@ -508,12 +508,12 @@ def test_killed_with_twenty_jobs_and_started_again(weights: Path, tmp_path: Path
     for number in range(20):
         photos.append(tmp_path / f"{number}.png")
         with Image.open(EXAMPLES / "hopper.jpg") as image:
-            image.resize((64 + number, 48)).save(photos[-1])
+            image.resize((200 + number, 160)).save(photos[-1])
     with server_process(tmp_path / "data", *options) as (client, process):
         jobs = [client.submit(path, tile="32") for path in photos]
-        states = [client.get(f"/v1/jobs/{job['id']}").json()["state"] for job in jobs]
+        states = [client.get(f"/v1/jobs/{job['id']}").json()["state"] for job in jobs[-3:]]
         process.kill()
-    assert states.count("done") < 20
+    assert "done" not in states[1:], "the server was faster than the test"
     with server_process(tmp_path / "data", *options) as (client, process):
         done = [client.wait(job["id"]) for job in jobs]
         assert {job["state"] for job in done} == {"done"}
