@@ -340,3 +340,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run(str(tmp_path / "in.gif"), "--fps", "a") == 2
     assert run(str(tmp_path / "none.mp4")) == 2
     assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_a_sequence_replaces_no_image(tmp_path: Path, upscaler: Upscaler) -> None:
+    for number in (1, 2):
+        (tmp_path / f"m{number}").mkdir()
+        Image.new("RGB", (8, 6)).save(tmp_path / f"m{number}" / "00001.png")
+    with pytest.raises(UserError, match="that of the input"):
+        VideoJob(f"{tmp_path}/m1", f"{tmp_path}/m1/%05d.png", upscaler, overwrite=True)
+    with pytest.raises(UserError, match="already exists"):
+        VideoJob(f"{tmp_path}/m1", f"{tmp_path}/m2/%05d.png", upscaler)
+    with pytest.raises(UserError, match="has the name of that of"):
+        VideoJob(f"{tmp_path}/m*/*.png", f"{tmp_path}/out", upscaler)
+    with pytest.raises(UserError, match="expected a name"):
+        VideoJob(f"{tmp_path}/m1", ".", upscaler)
+    made(tmp_path / "m1", tmp_path / "out" / "x%03d.png", upscaler)

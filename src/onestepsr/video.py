@@ -710,6 +710,11 @@ def _opened_as(path: Path, mode: str, hard: bool) -> Image.Image:
     return Image.fromarray(samples)
 
 
+def _image_name(name: str) -> str:
+    """Name of the output of an image of a sequence."""
+    return name if Path(name).suffix.lower() != ".gif" else str(Path(name).with_suffix(".png"))
+
+
 class SequenceSink(Sink):
     """Images in a folder, one per frame, each under its final name as soon as it is complete."""
 
@@ -726,8 +731,7 @@ class SequenceSink(Sink):
             return self.folder / (self.target.name % (index + 1))
         if frame.name is None:
             return self.folder / f"frame_{index + 1:06d}.png"
-        path = self.folder / frame.name
-        return path if path.suffix.lower() not in (".gif",) else path.with_suffix(".png")
+        return self.folder / _image_name(frame.name)
 
     def write(self, index: int, image: LoadedImage, frame: Frame) -> None:
         """Write one file."""
@@ -777,8 +781,12 @@ class VideoJob:
         options = options or UpscaleOptions()
         self.size = target_size(self.source.width, self.source.height, options)
         self.kind: Literal["film", "animation", "sequence"] = kind_of(self.target)
+        if not self.target.name:
+            raise UserError(f"{target}: expected a name; -o chooses a film, an animation, a folder or a pattern")
         if self.target.resolve() == Path(source).resolve():
             raise UserError(f"{target}: the output is the input; -o chooses another name")
+        if self.kind == "sequence":
+            self._refuse_inputs(Path(source))
         self.work = self.target.with_name(f".onestepsr-video-{self.target.name.replace('%', '')}")
         plan = upscaler.plan(self.source.height, self.source.width, options)
         self.options = replace(options, tile=_fixed_tile(plan.tile, plan.tiles, plan.multiple, options))
@@ -787,12 +795,37 @@ class VideoJob:
         self.goes_on = state is not None and state["job"] == self._identity
         if self.goes_on and state is not None:
             self.options = replace(self.options, tile=state["tile"])  # the free memory may be another today
-        elif (
-            self.target.exists() and not overwrite and not (self.kind == "sequence" and not any(self.target.iterdir()))
-        ):
-            raise UserError(f"{target}: already exists; give --overwrite")
+        elif not overwrite and (there := self._existing()) is not None:
+            raise UserError(f"{there}: already exists; give --overwrite")
         self.problem: str | None = None
         """The reason that some frames are missing; known after the last one."""
+
+    def _refuse_inputs(self, source: Path) -> None:
+        """UserError if images of the output would replace those of the input, or each other."""
+        numbered = "%" in self.target.name
+        folder = self.target.parent if numbered else self.target
+        whole = isinstance(self.source, SequenceSource)
+        files = self.source.files if isinstance(self.source, SequenceSource) else [source]
+        if (whole or is_image_name(source.name)) and folder.resolve() in {path.parent.resolve() for path in files}:
+            raise UserError(f"{self.target}: the output's folder is that of the input; -o chooses another")
+        if numbered or not isinstance(self.source, SequenceSource):
+            return
+        taken: dict[str, Path] = {}
+        for path, name in zip(files, self.source.names, strict=True):
+            other = taken.setdefault(_image_name(name), path)
+            if other is not path:
+                raise UserError(f"{path}: its output has the name of that of {other}; -o takes a pattern: out/%06d.png")
+
+    def _existing(self) -> Path | None:
+        """A file or folder that the output would replace."""
+        if "%" in self.target.name:
+            before, width, after = re.split(r"%0?(\d*)d", self.target.name)
+            digits = re.compile(rf"{re.escape(before)}\s*\d{{{int(width or 1)},}}{re.escape(after)}")
+            folder = self.target.parent
+            return next((p for p in folder.iterdir() if digits.fullmatch(p.name)), None) if folder.is_dir() else None
+        if self.kind == "sequence" and self.target.is_dir() and not any(self.target.iterdir()):
+            return None
+        return self.target if self.target.exists() else None
 
     def run(self) -> Generator[Progressed, None, None]:
         """Enlarge frame by frame; the result is in its place when the generator ends. Close it to stop early."""
