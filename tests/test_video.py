@@ -355,3 +355,11 @@ def test_a_sequence_replaces_no_image(tmp_path: Path, upscaler: Upscaler) -> Non
     with pytest.raises(UserError, match="expected a name"):
         VideoJob(f"{tmp_path}/m1", ".", upscaler)
     made(tmp_path / "m1", tmp_path / "out" / "x%03d.png", upscaler)
+
+
+def test_other_options_of_the_model_begin_anew(tmp_path: Path, upscaler: Upscaler) -> None:
+    source, target = make_film(tmp_path / "in.mp4", frames=3), tmp_path / "out.mp4"
+    with closing(VideoJob(str(source), str(target), upscaler, loading={"fidelity": 0.5}).run()) as states:
+        next(states)
+    assert VideoJob(str(source), str(target), upscaler, loading={"fidelity": 0.5}).goes_on
+    assert not VideoJob(str(source), str(target), upscaler, loading={"fidelity": None}).goes_on

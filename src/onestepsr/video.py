@@ -16,7 +16,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -770,12 +770,15 @@ class VideoJob:
         video: VideoOptions | None = None,
         *,
         overwrite: bool = False,
+        loading: Mapping[str, Any] | None = None,
     ) -> None:
         """Check everything that can be checked before any work; :class:`UserError` in one line.
 
-        ``target`` is a film, an animation, a folder or a pattern with ``%d``, by its ending.
+        ``target`` is a film, an animation, a folder or a pattern with ``%d``, by its ending. ``loading`` are the other
+        arguments of :meth:`Upscaler.from_pretrained`: a stopped run goes on with the same ones only.
         """
         self.video, self.upscaler = video or VideoOptions(), upscaler
+        self._loading = dict(loading or {})
         self.target = Path(target)
         self.source = open_source(source, self.video.fps)
         options = options or UpscaleOptions()
@@ -910,6 +913,7 @@ class VideoJob:
                 [str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats, strict=True)
             ],
             "model": [self.upscaler.name, str(self.upscaler.dtype), str(self.upscaler.device)],
+            "loading": self._loading,
             "options": options,
             "video": {**asdict(self.video), "fps": str(self.video.fps)},
             "version": __version__,

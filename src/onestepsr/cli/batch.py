@@ -99,13 +99,12 @@ def batch(
     if file_format != "keep":
         with error_context("--format"):
             file_format = format_named(file_format)
-    loading = {"steps": model.steps, "sampler": model.sampler, "fidelity": model.fidelity, "compiled": model.compiled}
     upscale = UpscaleImages(
         model.model,
         model.device,
         model.dtype,
         image.checked(),
-        loading=loading,
+        loading=model.loading,
         max_pixels=files.max_pixels or MAX_PIXELS,
         strip_metadata=files.strip_metadata,
     )

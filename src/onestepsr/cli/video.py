@@ -94,7 +94,8 @@ def video(
         refuse(context, ["scale"], "--width and --height exclude it")
     options, settings = image.checked(), encoding.checked()
     target = encoding.out or default_target(source, image.suffix)
-    job = VideoJob(source, target, model.load(options.seed), options, settings, overwrite=encoding.overwrite)
+    upscaler = model.load(options.seed)
+    job = VideoJob(source, target, upscaler, options, settings, overwrite=encoding.overwrite, loading=model.loading)
     done, resumed = 0, False
     started = time.monotonic()
     try:

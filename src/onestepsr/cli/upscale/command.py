@@ -11,7 +11,7 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -185,6 +185,11 @@ class ModelOptions:
         float | None,
         typer.Option(help="For d3sr-tiny: 0 (crisp, as it is) to 1 (faithful: fewer details drawn, higher PSNR)."),
     ] = None
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of :meth:`Upscaler.from_pretrained` after model, device and dtype."""
+        return {name: getattr(self, name) for name in ("steps", "sampler", "fidelity", "compiled", "engine")}
 
     def load(self, seed: int | None = None) -> Upscaler:
         """The model, ready to enlarge; UserError for a ``seed`` of a model that draws no noise."""
