@@ -363,3 +363,13 @@ def test_other_options_of_the_model_begin_anew(tmp_path: Path, upscaler: Upscale
         next(states)
     assert VideoJob(str(source), str(target), upscaler, loading={"fidelity": 0.5}).goes_on
     assert not VideoJob(str(source), str(target), upscaler, loading={"fidelity": None}).goes_on
+
+
+def test_a_refused_option_leaves_segments_alone(tmp_path: Path, upscaler: Upscaler) -> None:
+    source, target = make_film(tmp_path / "in.mp4", frames=6), tmp_path / "out.mp4"
+    with closing(VideoJob(str(source), str(target), upscaler, None, VideoOptions(segment=2)).run()) as states:
+        while next(states).frame < 4:
+            pass
+    with pytest.raises(UserError, match="crf 99"):
+        list(VideoJob(str(source), str(target), upscaler, None, VideoOptions(segment=2, crf=99)).run())
+    assert VideoJob(str(source), str(target), upscaler, None, VideoOptions(segment=2)).goes_on

@@ -832,6 +832,7 @@ class VideoJob:
 
     def run(self) -> Generator[Progressed, None, None]:
         """Enlarge frame by frame; the result is in its place when the generator ends. Close it to stop early."""
+        self._sink(self.work / "none")  # options that cannot be are refused before the segments of others go
         check_writable(self.work / "state")
         with locked(self.work / "lock", wait=False) as free:
             if not free:
@@ -841,11 +842,12 @@ class VideoJob:
                     if path.name != "lock":
                         path.unlink()
                 write_text(self.work / "state.json", json.dumps({"job": self._identity, "tile": self.options.tile}))
-            sink = self._sink()
+            sink = self._sink(self.work)
             yield from self._through(sink)
             self.problem = self.source.problem
             sink.finish()
-        shutil.rmtree(self.work)
+            (self.work / "state.json").unlink(missing_ok=True)
+        shutil.rmtree(self.work, ignore_errors=True)  # what is left is no state, and goes with the next run
 
     def _through(self, sink: Sink) -> Iterator[Progressed]:
         turn = self._turn()
@@ -874,12 +876,12 @@ class VideoJob:
                 ended = number % self.video.segment == 0
                 yield Progressed(frame=number, count=self.source.count, segment_ended=ended)
 
-    def _sink(self) -> Sink:
+    def _sink(self, work: Path) -> Sink:
         if self.kind == "film":
-            return FilmSink(self.target, self.work, self.source, self.video)
+            return FilmSink(self.target, work, self.source, self.video)
         if self.kind == "animation":
-            return AnimationSink(self.target, self.work, self.source)
-        return SequenceSink(self.target, self.work, self.source)
+            return AnimationSink(self.target, work, self.source)
+        return SequenceSink(self.target, work, self.source)
 
     def _turn(self) -> Callable[[LoadedImage], LoadedImage] | None:
         """Turn frames upright where the output cannot say that players have to."""
