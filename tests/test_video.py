@@ -373,3 +373,10 @@ def test_a_refused_option_leaves_segments_alone(tmp_path: Path, upscaler: Upscal
     with pytest.raises(UserError, match="crf 99"):
         list(VideoJob(str(source), str(target), upscaler, None, VideoOptions(segment=2, crf=99)).run())
     assert VideoJob(str(source), str(target), upscaler, None, VideoOptions(segment=2)).goes_on
+
+
+def test_names_with_colons(tmp_path: Path, upscaler: Upscaler, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_film(tmp_path / "in:1.mp4", frames=3)
+    monkeypatch.chdir(tmp_path)
+    made("in:1.mp4", Path("out:1.mp4"), upscaler)
+    assert len(decoded(tmp_path / "out:1.mp4")) == 3

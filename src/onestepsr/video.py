@@ -223,7 +223,7 @@ class FilmSource(Source):
     @contextlib.contextmanager
     def _opened(self) -> Iterator[InputContainer]:
         try:
-            with av.open(str(self.path), "r") as container:
+            with av.open(str(self.path.absolute()), "r") as container:
                 yield container
         except av.error.FFmpegError as error:
             raise UserError(f"{self.path}: cannot be read as a film ({error.strerror})") from error
@@ -439,7 +439,7 @@ class FilmSink(Sink):
         with writing(self.target):
             if self._output is None:
                 path = self.work / f"{PART.format(len(self.parts))}.nut"
-                self._output = av.open(str(path), "w", format="nut")
+                self._output = av.open(str(path.absolute()), "w", format="nut")
                 self._stream = self._new_stream(self._output, image)
             self._mux(self._stream.encode(self._converted(image, frame)))
             self._frames.append((frame.pts, frame.duration))
@@ -524,8 +524,10 @@ class FilmSink(Sink):
         look = self.source.look
         options = {"movflags": "faststart"} if self.container in ("mp4", "mov") else {}
         with contextlib.ExitStack() as stack:
-            first = stack.enter_context(av.open(str(self.work / f"{PART.format(0)}.nut"), "r"))
-            output = stack.enter_context(av.open(str(path), "w", format=self.container, container_options=options))
+            first = stack.enter_context(av.open(str(self.work.absolute() / f"{PART.format(0)}.nut"), "r"))
+            output = stack.enter_context(
+                av.open(str(path.absolute()), "w", format=self.container, container_options=options)
+            )
             output.flags |= av.container.Flags.bitexact.value  # no random numbers in the file
             stream: Any = output.add_stream_from_template(first.streams.video[0], opaque=True)
             stream.time_base = self.source.time_base
@@ -540,7 +542,7 @@ class FilmSink(Sink):
                 stream.set_display_matrix(look.display)
             copied: Iterator[tuple[float, Any]] = iter(())
             if isinstance(self.source, FilmSource):
-                source = stack.enter_context(av.open(str(self.source.path), "r"))
+                source = stack.enter_context(av.open(str(self.source.path.absolute()), "r"))
                 copied = self._copied(source, output, stream)
             for _, packet in heapq.merge(self._packets(stream), copied, key=lambda entry: entry[0]):
                 output.mux(packet)
@@ -561,7 +563,7 @@ class FilmSink(Sink):
         durations = {pts: duration for part in self.parts for pts, duration in part["frames"]}
         number = 0
         for index in range(len(self.parts)):
-            with av.open(str(self.work / f"{PART.format(index)}.nut"), "r") as part:
+            with av.open(str(self.work.absolute() / f"{PART.format(index)}.nut"), "r") as part:
                 for packet in part.demux(video=0):
                     if packet.size == 0:
                         continue
