@@ -380,3 +380,17 @@ def test_names_with_colons(tmp_path: Path, upscaler: Upscaler, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     made("in:1.mp4", Path("out:1.mp4"), upscaler)
     assert len(decoded(tmp_path / "out:1.mp4")) == 3
+
+
+@pytest.mark.parametrize(("loop", "plays"), [(None, 1), (0, 0), (2, 3)])
+def test_an_animation_is_shown_as_often_as_before(
+    tmp_path: Path, upscaler: Upscaler, loop: int | None, plays: int
+) -> None:
+    frames = [Image.new("RGB", (8, 8), (90 * number, 0, 0)) for number in range(2)]
+    more = {} if loop is None else {"loop": loop}
+    frames[0].save(tmp_path / "in.gif", save_all=True, append_images=frames[1:], duration=50, **more)
+    for ending in ("webp", "png"):
+        made(tmp_path / "in.gif", tmp_path / f"out.{ending}", upscaler)
+        assert Image.open(tmp_path / f"out.{ending}").info["loop"] == plays
+    made(tmp_path / "out.webp", tmp_path / "back.gif", upscaler)
+    assert Image.open(tmp_path / "back.gif").info.get("loop") == loop

@@ -288,7 +288,7 @@ class AnimationSource(Source):
         with self._opened() as image:
             self.width, self.height = image.size
             self.count = int(getattr(image, "n_frames", 1))
-            self.loop: int | None = image.info.get("loop")
+            self.plays = _plays(image.info.get("loop"), image.format or "")
         if self.width * self.height > MAX_PIXELS:
             raise UserError(f"{path}: {self.width} x {self.height} pixels are more than {MAX_PIXELS:,}")
 
@@ -366,6 +366,11 @@ def open_source(text: str, fps: Fraction) -> Source:
             raise UserError(f"{text}: no image matches this pattern")
         return SequenceSource(matches, [match.name for match in matches], fps)
     raise UserError(f"{text}: no such file or folder")
+
+
+def _plays(loop: int | None, kind: str) -> int:
+    """Showings of an animation, 0 for endless ones: GIF counts repetitions, WebP and PNG count all showings."""
+    return 1 if loop is None else int(loop) + (kind == "GIF" and loop > 0)
 
 
 def _same(image: LoadedImage) -> LoadedImage:
@@ -673,8 +678,10 @@ class AnimationSink(Sink):
                 modes.add(image.mode)
         mode = "RGBA" if any(name.endswith("A") for name in modes) else "RGB"
         kind = ANIMATIONS[self.target.suffix.lower()]
-        loop = self.source.loop if isinstance(self.source, AnimationSource) else 0
-        params: dict[str, Any] = {} if loop is None and kind == "GIF" else {"loop": loop or 0}
+        plays = self.source.plays if isinstance(self.source, AnimationSource) else 0
+        params: dict[str, Any] = {"loop": plays}
+        if kind == "GIF":
+            params = {} if plays == 1 else {"loop": max(plays - 1, 0)}
         if kind == "WEBP":
             params |= {"quality": 95, "method": 4}
         elif kind == "GIF":
