@@ -215,6 +215,17 @@ def test_two_inputs_of_one_output(tmp_path: Path) -> None:
     assert "is that of" in next(row["error"] for row in rows if row["status"] == "failed")
 
 
+def test_outputs_are_no_inputs(tmp_path: Path) -> None:
+    put(tmp_path, 2)
+    for output in (tmp_path, tmp_path / "a" / ".." / ".", tmp_path.parent):
+        with pytest.raises(UserError, match="holds the inputs"):
+            BatchJob(source=str(tmp_path), output=str(output), cluster=HERE, overwrite=True).plan()
+    for made in (2, 0):
+        job = BatchJob(source=str(tmp_path), output=str(tmp_path / "large"), cluster=HERE)
+        assert len(list(job.run())) == made
+        assert job.total == 2
+
+
 # ---- an object store, and a cluster ----
 
 

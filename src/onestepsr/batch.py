@@ -348,6 +348,35 @@ class Listed:
     inputs: list[str]
     names: list[str]
 
+    def outside(self, folder: str) -> Listed:
+        """Those that do not lie below ``folder``, whose images are outputs; UserError if there are none."""
+        start = _place(f"{folder.rstrip('/')}/x").removesuffix("x")
+        kept = [
+            (path, name)
+            for path, name in zip(self.inputs, self.names, strict=True)
+            if not _place(path).startswith(start)
+        ]
+        if not kept:
+            raise UserError(f"{folder}: the output folder holds the inputs; choose another")
+        return Listed(inputs=[path for path, _ in kept], names=[name for _, name in kept])
+
+
+def _place(uri: str) -> str:
+    """Where a file lies, without links: the same for all ways to say it."""
+    root = _root(uri)
+    path = uri if root in ("", "file://") else None
+    if path is None:
+        return f"{root}{posixpath.normpath('/' + uri.removeprefix(root).lstrip('/'))}"
+    path = path.removeprefix(root)
+    if os.path.islink(path):
+        return os.path.realpath(path)
+    return os.path.join(_real_folder(os.path.dirname(path)), os.path.basename(path))
+
+
+@lru_cache(1024)
+def _real_folder(path: str) -> str:
+    return os.path.realpath(path)
+
 
 def list_inputs(text: str, queries: Mapping[str, str], column: str | None = None) -> Listed:
     """The images that ``text`` stands for: a file, a folder with all below it, a pattern, or a list of them.
@@ -551,12 +580,13 @@ class BatchJob:
         source, queries = split_query(self.source)
         output, more = split_query(self.output)
         self.upscale.queries.update({**queries, **more})
-        listed = list_inputs(source, self.upscale.queries, self.column)
+        listed = list_inputs(source, self.upscale.queries, self.column).outside(output)
         manifest = Manifest(output, self.upscale.queries)
         self.upscale.skip_existing = not self.overwrite
         rows = manifest.begin(self._description(), overwrite=self.overwrite)
         taken: dict[str, str] = {}
-        pairs, refused = [], []
+        pairs: list[tuple[str, str]] = []
+        refused: list[Row] = []
         for path, name in zip(listed.inputs, listed.names, strict=True):
             target = f"{manifest.output}/{self._renamed(name)}"
             if target in taken:
