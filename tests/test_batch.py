@@ -226,6 +226,11 @@ def test_outputs_are_no_inputs(tmp_path: Path) -> None:
         assert job.total == 2
 
 
+def test_names_of_a_list_stay_below_the_output(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("../../a/x.png\nb/../../c/y.png\n")
+    assert list_inputs(str(tmp_path / "list.txt"), {}).names == ["a/x.png", "c/y.png"]
+
+
 # ---- an object store, and a cluster ----
 
 

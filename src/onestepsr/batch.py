@@ -446,7 +446,8 @@ def _of_list(text: str, content: bytes, ending: str, column: str | None) -> List
     paths = list(dict.fromkeys(paths))
     if not paths:
         raise UserError(f"{text}: the list is empty")
-    below = [re.sub(r"^[A-Za-z][\w+.-]*://", "", path).lstrip("/") for path in paths]
+    bare = (re.sub(r"^[A-Za-z][\w+.-]*://", "", path).lstrip("/") for path in paths)
+    below = [posixpath.normpath(f"/{path}").lstrip("/") for path in bare]  # no output lies above its folder
     common = posixpath.commonpath([posixpath.dirname(path) for path in below])
     return Listed(inputs=paths, names=[posixpath.relpath(path, common) if common else path for path in below])
 
