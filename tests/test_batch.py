@@ -231,6 +231,14 @@ def test_names_of_a_list_stay_below_the_output(tmp_path: Path) -> None:
     assert list_inputs(str(tmp_path / "list.txt"), {}).names == ["a/x.png", "c/y.png"]
 
 
+def test_one_source_per_output(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        put(tmp_path / name, 1)
+    list(BatchJob(source=str(tmp_path / "one"), output=str(tmp_path / "out"), cluster=HERE).run())
+    with pytest.raises(UserError, match=r"holds images of .*one; choose another"):
+        BatchJob(source=str(tmp_path / "two"), output=str(tmp_path / "out"), cluster=HERE).plan()
+
+
 # ---- an object store, and a cluster ----
 
 

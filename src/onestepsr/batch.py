@@ -473,6 +473,9 @@ class Manifest:
             known = json.loads(read_bytes(record, self.queries))
             if known != job and not overwrite:
                 differs = sorted(key for key in {*known, *job} if known.get(key) != job.get(key))
+                if "source" in differs:
+                    held = known.get("source", "another source")
+                    raise UserError(f"{self.output}: holds images of {held}; choose another folder, or --overwrite")
                 raise UserError(
                     f"{self.output}: holds images made with other settings ({', '.join(differs)}); "
                     "choose another folder, or --overwrite"
@@ -697,10 +700,12 @@ class BatchJob:
         return name if ending.lower() in EXTENSIONS else stem + ".png"
 
     def _description(self) -> dict[str, Any]:
-        """Everything that decides the bytes of the outputs."""
+        """Everything that decides the outputs and their bytes."""
         hidden = ("prompt_embedding", "memory")
         options = {key: value for key, value in vars(self.upscale.options).items() if key not in hidden}
+        source = split_query(self.source)[0]
         own = {
+            "source": source.rstrip("/") if _root(source) else os.path.abspath(source),
             "model": self.upscale.model,
             "dtype": self.upscale.dtype,
             "loading": self.upscale.loading,
