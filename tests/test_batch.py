@@ -239,6 +239,20 @@ def test_one_source_per_output(tmp_path: Path) -> None:
         BatchJob(source=str(tmp_path / "two"), output=str(tmp_path / "out"), cluster=HERE).plan()
 
 
+def test_an_interrupted_overwrite_is_not_done_and_a_deleted_output_is_made_again(tmp_path: Path) -> None:
+    put(tmp_path / "in", 3)
+    job = {"source": str(tmp_path / "in"), "output": str(tmp_path / "out"), "cluster": HERE}
+    list(BatchJob(**job).run())
+    (tmp_path / "out" / "a" / "001.png").unlink()
+    assert [row["input"] for row in BatchJob(**job).run()] == [str(tmp_path / "in" / "a" / "001.png")]
+    with closing(BatchJob(**job, overwrite=True).run()) as rows:
+        next(rows)
+    with pytest.raises(UserError, match="give --overwrite again"):
+        BatchJob(**job).plan()
+    assert len(list(BatchJob(**job, overwrite=True).run())) == 3
+    assert list(BatchJob(**job).run()) == []
+
+
 # ---- an object store, and a cluster ----
 
 

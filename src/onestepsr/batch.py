@@ -463,6 +463,7 @@ class Manifest:
         self.output, self.queries = output.rstrip("/"), queries
         self.path = f"{self.output}/{MANIFEST}"
         self._parts: list[str] = []
+        self._job: dict[str, Any] = {}
         self._run = secrets.token_hex(4)
         self._started = time.time_ns()
 
@@ -471,6 +472,8 @@ class Manifest:
         record = f"{self.output}/{PARTS}/job.json"
         if _exists(record, self.queries):
             known = json.loads(read_bytes(record, self.queries))
+            if known.pop("overwriting", False) and not overwrite:
+                raise UserError(f"{self.output}: a run with --overwrite was interrupted; give --overwrite again")
             if known != job and not overwrite:
                 differs = sorted(key for key in {*known, *job} if known.get(key) != job.get(key))
                 if "source" in differs:
@@ -482,12 +485,29 @@ class Manifest:
                 )
         elif _exists(self.path, self.queries) and not overwrite:
             raise UserError(f"{self.path}: is no manifest of this job; choose another folder, or --overwrite")
-        write_bytes(record, json.dumps(job, indent=1).encode(), self.queries)
+        self._job = dict(job)
+        self._note({**job, "overwriting": True} if overwrite else job)
         rows: dict[str, Row] = {}
         for part in self._list():
             for row in parquet.read_table(pa.BufferReader(read_bytes(part, self.queries))).to_pylist():
                 rows[row["input"]] = row
         return {} if overwrite else rows
+
+    def _note(self, job: Mapping[str, Any]) -> None:
+        write_bytes(f"{self.output}/{PARTS}/job.json", json.dumps(job, indent=1).encode(), self.queries)
+
+    def outputs(self) -> set[str]:
+        """Outputs that are there, by one listing."""
+        filesystem, path = located(self.output, self.queries)
+        try:
+            found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+            return {
+                f"{self.output}/{entry.path.removeprefix(path).lstrip('/')}"
+                for entry in found
+                if entry.type == fs.FileType.File
+            }
+        except (OSError, pa.ArrowException, UnicodeError) as error:
+            raise UserError(f"{self.output}: cannot be listed ({_reason(error)})") from error
 
     def add(self, rows: Sequence[Row]) -> None:
         """Write rows that have come."""
@@ -509,6 +529,7 @@ class Manifest:
                     rows[row["input"]] = row
         joined = [rows[name] for name in sorted(rows)]
         self._write(self.path, joined)
+        self._note(self._job)
         for part in parts:
             if part != self.path:
                 filesystem, path = located(part, self.queries)
@@ -588,6 +609,7 @@ class BatchJob:
         manifest = Manifest(output, self.upscale.queries)
         self.upscale.skip_existing = not self.overwrite
         rows = manifest.begin(self._description(), overwrite=self.overwrite)
+        there = manifest.outputs() if rows else set()
         taken: dict[str, str] = {}
         pairs: list[tuple[str, str]] = []
         refused: list[Row] = []
@@ -598,7 +620,7 @@ class BatchJob:
                 refused.append({**_row(path, None), "status": "failed", "error": why})
                 continue
             taken[target] = path
-            if rows.get(path, {}).get("status") not in ("written", "found"):
+            if rows.get(path, {}).get("status") not in ("written", "found") or target not in there:
                 pairs.append((path, target))
         self.total = len(listed.inputs)
         self.done = self.total - len(pairs) - len(refused)
