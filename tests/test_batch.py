@@ -253,6 +253,19 @@ def test_an_interrupted_overwrite_is_not_done_and_a_deleted_output_is_made_again
     assert list(BatchJob(**job).run()) == []
 
 
+def test_names_that_are_not_utf8_are_one_line(tmp_path: Path) -> None:
+    for name, line in (("list.txt", b"a\xff.png\n"), ("list.csv", b"path,n\na\xff.png,1\n")):
+        (tmp_path / name).write_bytes(line)
+        with pytest.raises(UserError, match="not UTF-8"):
+            list_inputs(str(tmp_path / name), {})
+    try:
+        (tmp_path / os.fsdecode(b"a\xff.png")).touch()
+    except OSError:
+        pytest.skip("the filesystem takes UTF-8 only")
+    with pytest.raises(UserError, match="not UTF-8"):
+        list_inputs(str(tmp_path), {})
+
+
 # ---- an object store, and a cluster ----
 
 

@@ -384,6 +384,14 @@ def list_inputs(text: str, queries: Mapping[str, str], column: str | None = None
     A list is a Parquet, CSV or TSV file with a column of paths (:data:`PATH_COLUMNS`, or ``column``), or a text file
     with a path in each line. :class:`UserError` if there is none.
     """
+    try:
+        return _listed(text, queries, column)
+    except UnicodeError as error:
+        shown = text.encode("utf-8", "replace").decode()
+        raise UserError(f"{shown}: a name in it is not UTF-8; rename the file, or save the list as UTF-8") from error
+
+
+def _listed(text: str, queries: Mapping[str, str], column: str | None) -> Listed:
     ending = posixpath.splitext(text)[1].lower()
     if ending in (".parquet", ".csv", ".tsv", ".txt"):
         return _of_list(text, read_bytes(text, queries), ending, column)
@@ -426,7 +434,7 @@ def _pattern(path: str) -> str:
 
 def _of_list(text: str, content: bytes, ending: str, column: str | None) -> Listed:
     if ending == ".txt":
-        lines = (line.strip() for line in content.decode("utf-8-sig", errors="surrogateescape").splitlines())
+        lines = (line.strip() for line in content.decode("utf-8-sig").splitlines())
         paths = [line for line in lines if line and not line.startswith("#")]
     else:
         try:
@@ -442,7 +450,8 @@ def _of_list(text: str, content: bytes, ending: str, column: str | None) -> List
         if chosen is None:
             have = ", ".join(table.column_names)
             raise UserError(f"{text}: has the columns {have}; expected one of {', '.join(known)}")
-        paths = [str(path) for path in table.column(chosen).to_pylist() if path]
+        values = [path for path in table.column(chosen).to_pylist() if path]
+        paths = [path.decode() if isinstance(path, bytes) else str(path) for path in values]
     paths = list(dict.fromkeys(paths))
     if not paths:
         raise UserError(f"{text}: the list is empty")
