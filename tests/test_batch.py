@@ -266,6 +266,14 @@ def test_names_that_are_not_utf8_are_one_line(tmp_path: Path) -> None:
         list_inputs(str(tmp_path), {})
 
 
+def test_a_wrong_model_does_not_bind_the_folder(tmp_path: Path) -> None:
+    put(tmp_path / "in", 1)
+    job = {"source": str(tmp_path / "in"), "output": str(tmp_path / "out"), "cluster": HERE}
+    with pytest.raises(UserError):
+        list(BatchJob(**job, upscale=UpscaleImages("d3sr-tyni")).run())
+    assert len(list(BatchJob(**job).run())) == 1
+
+
 # ---- an object store, and a cluster ----
 
 

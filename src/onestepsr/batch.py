@@ -473,6 +473,7 @@ class Manifest:
         self.path = f"{self.output}/{MANIFEST}"
         self._parts: list[str] = []
         self._job: dict[str, Any] = {}
+        self._before: bytes | None = None
         self._run = secrets.token_hex(4)
         self._started = time.time_ns()
 
@@ -480,7 +481,8 @@ class Manifest:
         """Rows of earlier runs of the same job, by input; UserError if the outputs are those of another job."""
         record = f"{self.output}/{PARTS}/job.json"
         if _exists(record, self.queries):
-            known = json.loads(read_bytes(record, self.queries))
+            self._before = read_bytes(record, self.queries)
+            known = json.loads(self._before)
             if known.pop("overwriting", False) and not overwrite:
                 raise UserError(f"{self.output}: a run with --overwrite was interrupted; give --overwrite again")
             if known != job and not overwrite:
@@ -504,6 +506,16 @@ class Manifest:
 
     def _note(self, job: Mapping[str, Any]) -> None:
         write_bytes(f"{self.output}/{PARTS}/job.json", json.dumps(job, indent=1).encode(), self.queries)
+
+    def forget(self) -> None:
+        """Leave the record as it was before :meth:`begin`: nothing was made."""
+        record = f"{self.output}/{PARTS}/job.json"
+        if self._before is not None:
+            write_bytes(record, self._before, self.queries)
+            return
+        filesystem, path = located(record, self.queries)
+        with suppress(OSError, pa.ArrowException):
+            filesystem.delete_file(path)
 
     def outputs(self) -> set[str]:
         """Outputs that are there, by one listing."""
@@ -639,15 +651,21 @@ class BatchJob:
         """Make what is missing; yields the row of every image as it is finished. Close the generator to stop early."""
         manifest, pairs, waiting = self.plan()
         yield from waiting
-        flushed = time.monotonic()
+        flushed, any_made = time.monotonic(), False
         try:
             with closing(self._made(pairs)) as made:
                 for row in made:
+                    any_made = True
                     waiting.append(row)
                     if time.monotonic() - flushed > FLUSH_S:
                         manifest.add(waiting)
                         waiting, flushed = [], time.monotonic()
                     yield row
+        except UserError:
+            if not any_made:  # such as a model that there is none of: the folder is not bound to it
+                waiting = []
+                manifest.forget()
+            raise
         finally:
             manifest.add(waiting)
         manifest.end()
