@@ -274,6 +274,12 @@ def test_a_wrong_model_does_not_bind_the_folder(tmp_path: Path) -> None:
     assert len(list(BatchJob(**job).run())) == 1
 
 
+def test_folders_that_begin_with_a_line_are_no_hidden_ones(tmp_path: Path) -> None:
+    for name in ("_raw", ".hidden", PARTS):
+        put(tmp_path / name, 1)
+    assert list_inputs(str(tmp_path), {}).names == ["_raw/b/000.jpg"]
+
+
 # ---- an object store, and a cluster ----
 
 

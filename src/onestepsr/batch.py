@@ -414,7 +414,7 @@ def _listed(text: str, queries: Mapping[str, str], column: str | None) -> Listed
         for entry in found
         if entry.type == fs.FileType.File
         and is_image_name(posixpath.basename(entry.path))
-        and not any(part.startswith((".", "_")) for part in entry.path.removeprefix(base).split("/")[:-1])
+        and not any(part.startswith(".") or part == PARTS for part in entry.path.removeprefix(base).split("/")[:-1])
         and (wanted is None or wanted.fullmatch(entry.path))
     ]
     if not names:
