@@ -105,7 +105,7 @@ def test_files_of_no_job_are_removed_and_nobody_waits_for_an_awaited_job(tmp_pat
     queue = Queue(tmp_path)
     kept, awaited = add(queue), add(queue, awaited=True)
     (queue.files / ".onestepsr-partial-0123-456").write_bytes(b"half")
-    (queue.files / "unknown.in").write_bytes(b"orphan")
+    (queue.files / f"{'x' * 24}.in").write_bytes(b"orphan")
     again = Queue(tmp_path)
     assert [path.name for path in again.files.iterdir()] == [f"{kept.id}.in"]
     assert again.get(awaited.id) is None
@@ -151,3 +151,12 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be used as data folder"):
         Queue(tmp_path / "file")
+
+
+def test_files_and_modes_of_others_are_left_alone(tmp_path: Path) -> None:
+    own = tmp_path / "files" / "holiday.jpg"
+    own.parent.mkdir(mode=0o755)
+    own.write_bytes(b"mine")
+    Queue(tmp_path).close()
+    assert own.read_bytes() == b"mine"
+    assert own.parent.stat().st_mode & 0o777 == 0o755

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import re
 import secrets
 import sqlite3
 import threading
@@ -43,6 +44,8 @@ MOST_MODELS = 2
 """Models that are kept in memory: the ones used last."""
 KEPT_DECODED = 32_000_000
 """Bytes of decoded images of jobs that wait."""
+OWN_NAME = re.compile(r"[A-Za-z0-9_-]{24}\.(in|out)")
+"""Names of uploads and results."""
 DISK_FULL = "the server's disk is full"
 
 
@@ -120,10 +123,12 @@ class Queue:
         self._lock = threading.RLock()
         self._arrived = threading.Condition(self._lock)
         try:
-            self.files.mkdir(parents=True, exist_ok=True)
-            for private in (folder, self.files):
-                private.chmod(0o700)
-            self._base = sqlite3.connect(folder / "jobs.sqlite3", check_same_thread=False, isolation_level=None)
+            # Private where they are made here; a folder that is there already keeps its mode.
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.files.mkdir(exist_ok=True, mode=0o700)
+            table = folder / "jobs.sqlite3"
+            table.touch(mode=0o600)
+            self._base = sqlite3.connect(table, check_same_thread=False, isolation_level=None)
             self._base.row_factory = sqlite3.Row
             # With NORMAL an accepted job survives the end of the process; a power failure may cost the last ones.
             self._base.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA busy_timeout=5000;")
@@ -323,7 +328,8 @@ class Queue:
             self._base.execute("UPDATE jobs SET state='queued' WHERE state='running'")
             known = {row["id"] for row in self._base.execute("SELECT id FROM jobs")}
         for path in self.files.iterdir():
-            if path.name.startswith(PARTIAL_PREFIX) or path.stem not in known:
+            abandoned = OWN_NAME.fullmatch(path.name) is not None and path.stem not in known
+            if abandoned or path.name.startswith(PARTIAL_PREFIX):  # others are not ours
                 with suppress(OSError):
                     path.unlink()
 
