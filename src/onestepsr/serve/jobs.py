@@ -472,6 +472,9 @@ class Worker(threading.Thread):
             made = upscaler.upscale_image(image, UpscaleOptions(**options, memory=self._memory), advance)
             del image
             self._room.acquire()
+            if self._ending.is_set():  # nothing is encoded any more: the job is done with the next start
+                self._room.release()
+                raise Cancelled(job.id)
             self._encoding.submit(self._guarded, job, lambda: self._write(job, made, file_format, started), True)
 
         if not self._guarded(job, attempt):
