@@ -431,6 +431,8 @@ class Service:
         self, request: Request, data: bytes, name: str, inspected: Inspected, options: Options, *, awaited: bool
     ) -> Job:
         """Put an inspected image into the queue."""
+        if self.worker.failure is not None and not self.worker.is_alive():
+            raise Refusal(503, "busy", self.worker.failure, {"retry-after": "60"})
         values = await run_in_threadpool(self._checked, inspected, options)
         try:
             job = await run_in_threadpool(
