@@ -567,3 +567,15 @@ def test_a_full_disk(weights: Path, photo: Path, tmp_path: Path) -> None:
             assert client.get("/readyz").status_code == 200
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+@pytest.mark.parametrize(("behind_proxy", "expected"), [(True, "10.0.0.9"), (False, "127.0.0.1")])
+def test_a_client_cannot_choose_its_address(
+    behind_proxy: bool, expected: str, settings: Settings, tmp_path: Path
+) -> None:
+    from starlette.requests import Request
+
+    service = Service(replace(settings, data_dir=tmp_path, behind_proxy=behind_proxy))
+    headers = [(b"x-forwarded-for", b"1.2.3.4"), (b"x-forwarded-for", b"5.6.7.8, 10.0.0.9")]
+    request = Request({"type": "http", "headers": headers, "client": ("127.0.0.1", 1)})
+    assert service.client_of(request) == expected

@@ -42,7 +42,7 @@ def serve(
         list[str] | None, typer.Option(help="Name under which this server is asked for; repeat it; * is any.")
     ] = None,
     behind_proxy: Annotated[
-        bool, typer.Option("--behind-proxy", help="Take clients' addresses from X-Forwarded-For.")
+        bool, typer.Option("--behind-proxy", help="Take clients' addresses from the last entry of X-Forwarded-For.")
     ] = False,
     data_dir: Annotated[Path, typer.Option(help="Folder of the queue, uploads and results.")] = Path(
         "~/.local/share/onestepsr/serve"
@@ -86,6 +86,7 @@ def serve(
         models=model or models_here(),
         token=token,
         hosts=None if allow_host and "*" in allow_host else allow_host or (),
+        behind_proxy=behind_proxy,
         max_pixels=max_pixels,
         max_bytes=max_bytes,
         max_queue=max_queue,
@@ -113,8 +114,7 @@ def serve(
             log_level="info" if verbose else "warning",
             access_log=verbose,
             server_header=False,
-            proxy_headers=behind_proxy,
-            forwarded_allow_ips="*" if behind_proxy else None,
+            proxy_headers=False,
             limit_concurrency=1000,
             timeout_keep_alive=15,
             timeout_graceful_shutdown=5,

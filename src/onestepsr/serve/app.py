@@ -86,6 +86,8 @@ class Settings:
     token: str | None = None
     hosts: Sequence[str] | None = ()
     """Names besides this machine's own under which the server is asked for; None: any."""
+    behind_proxy: bool = False
+    """Take clients' addresses from the last entry of X-Forwarded-For, which the proxy itself has written."""
     max_pixels: int = 25_000_000
     max_bytes: int = 64_000_000
     max_queue: int = 256
@@ -326,13 +328,22 @@ class Service:
         self._doors = asyncio.Semaphore(2)
         """Images that are decoded at once to see what they are."""
 
+    def client_of(self, request: Request) -> str:
+        """Name under which a client has its turn: its address."""
+        if self.settings.behind_proxy:
+            # The proxy adds its entry at the end; those before it are what the client claims.
+            last = ",".join(request.headers.getlist("x-forwarded-for")).rpartition(",")[2].strip()
+            if last:
+                return last[:100]
+        return request.client.host if request.client is not None else "?"
+
     # ---- uploads ----
 
     async def upload(self, request: Request) -> tuple[bytes, str, dict[str, str]]:
         """Content, file name and form fields of a request with an image in its body."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # Before anything is read: there is no use in an upload that cannot be taken.
-        await run_in_threadpool(self.queue.require_room, client_of(request))
+        await run_in_threadpool(self.queue.require_room, self.client_of(request))
         held = 0
 
         async def limited() -> AsyncIterator[bytes]:
@@ -437,7 +448,7 @@ class Service:
         try:
             job = await run_in_threadpool(
                 self.queue.add,
-                client=client_of(request),
+                client=self.client_of(request),
                 name=name,
                 options=values,
                 size=(inspected.width, inspected.height),
@@ -579,11 +590,6 @@ def failure(job: Job) -> Refusal:
         job.error_code or "", 500
     )
     return Refusal(status, job.error_code or "internal", job.error or "failed")
-
-
-def client_of(request: Request) -> str:
-    """Name under which a client has its turn: its address."""
-    return request.client.host if request.client is not None else "?"
 
 
 def display_name(name: str) -> str:
