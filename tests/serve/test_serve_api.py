@@ -28,6 +28,7 @@ pytest.importorskip("fastapi")
 from serving import EXAMPLES, Client, events, server_process, serving, write_weights
 
 from onestepsr.cli.main import app as command_line
+from onestepsr.core.errors import UserError
 from onestepsr.inference.options import SCALE_RANGE, UpscaleOptions
 from onestepsr.serve.app import Options, Service, Settings, display_name
 from onestepsr.serve.jobs import MOST_MODELS, Worker
@@ -579,3 +580,17 @@ def test_a_client_cannot_choose_its_address(
     headers = [(b"x-forwarded-for", b"1.2.3.4"), (b"x-forwarded-for", b"5.6.7.8, 10.0.0.9")]
     request = Request({"type": "http", "headers": headers, "client": ("127.0.0.1", 1)})
     assert service.client_of(request) == expected
+
+
+def test_files_as_models(
+    settings: Settings, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(weights, tmp_path / folder / "m.safetensors")
+    monkeypatch.chdir(tmp_path / "a")
+    service = Service(replace(settings, data_dir=tmp_path / "data", models=["m.safetensors"]))
+    assert [model["name"] for model in service.models] == ["m.safetensors"]
+    both = [str(tmp_path / folder / "m.safetensors") for folder in ("a", "b")]
+    with pytest.raises(UserError, match="tell them apart"):
+        Service(replace(settings, data_dir=tmp_path / "other", models=both))

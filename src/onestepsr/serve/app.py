@@ -311,7 +311,11 @@ class Service:
             "memory": settings.decode_memory,
         }
         self.watchers, self.metrics = Watchers(), Metrics()
-        paths = {Path(name).name if Path(name).is_file() else name: name for name in settings.models}
+        paths: dict[str, str] = {}
+        for given in settings.models:
+            name = Path(given).name if Path(given).is_file() else given
+            if paths.setdefault(name, given) != given:
+                raise UserError(f"{paths[name]} and {given}: clients could not tell them apart; rename one")
         self.models = [described(name, path) for name, path in paths.items()]
         self.worker = Worker(
             self.queue,
@@ -565,7 +569,7 @@ class Inspected:
 
 def described(name: str, path: str) -> dict[str, Any]:
     """A model as JSON."""
-    if name != path:
+    if Path(path).is_file():
         return {"name": name, "summary": "", "licence": "", "scale": 4, "fidelity": False}
     spec = get_model(name)
     return {
