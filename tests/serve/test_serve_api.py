@@ -594,3 +594,8 @@ def test_files_as_models(
     both = [str(tmp_path / folder / "m.safetensors") for folder in ("a", "b")]
     with pytest.raises(UserError, match="tell them apart"):
         Service(replace(settings, data_dir=tmp_path / "other", models=both))
+
+
+def test_invented_methods_are_no_labels(client: Client) -> None:
+    client.request("FOOBAR", "/v1/models")
+    assert "FOOBAR" not in client.get("/metrics").text

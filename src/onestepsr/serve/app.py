@@ -154,6 +154,7 @@ _HEADERS = {
     "cache-control": "no-store",
 }
 _OPEN = ("/healthz", "/readyz")  # and the page with its files: it asks for the token
+_METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")  # clients may invent others: no figures for those
 _LOCAL_NAMES = ("localhost",)
 
 
@@ -195,7 +196,8 @@ class Guard:
                 await self._app(scope, receive, answer)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(scope["method"] if route != "other" else "", route, str(status)).inc()
+            method = scope["method"] if route != "other" and scope["method"] in _METHODS else ""
+            self._metrics.requests.labels(method, route, str(status)).inc()
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers, path = Headers(scope=scope), scope["path"]
