@@ -30,7 +30,7 @@ from serving import EXAMPLES, Client, events, server_process, serving, write_wei
 from onestepsr.cli.main import app as command_line
 from onestepsr.core.errors import UserError
 from onestepsr.inference.options import SCALE_RANGE, UpscaleOptions
-from onestepsr.serve.app import Options, Service, Settings, display_name
+from onestepsr.serve.app import Options, Service, Settings, _zipped, display_name
 from onestepsr.serve.jobs import MOST_MODELS, Worker
 
 
@@ -599,3 +599,12 @@ def test_files_as_models(
 def test_invented_methods_are_no_labels(client: Client) -> None:
     client.request("FOOBAR", "/v1/models")
     assert "FOOBAR" not in client.get("/metrics").text
+
+
+def test_large_results_fit_into_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(bytes(1000))
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 500)
+    content = b"".join(_zipped([("large", path)]))
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        assert archive.read("large") == bytes(1000)

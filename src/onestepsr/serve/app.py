@@ -1047,9 +1047,11 @@ def _zipped(entries: Sequence[tuple[str, Path]]) -> Iterator[bytes]:
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:
         for name, path in entries:
             info = zipfile.ZipInfo(name, time.localtime()[:6])
-            with suppress(FileNotFoundError), path.open("rb") as source, archive.open(info, "w") as target:
-                while block := source.read(2**18):
-                    target.write(block)
-                    yield from new()
+            with suppress(FileNotFoundError), path.open("rb") as source:
+                info.file_size = path.stat().st_size  # decides on ZIP64
+                with archive.open(info, "w") as target:
+                    while block := source.read(2**18):
+                        target.write(block)
+                        yield from new()
             yield from new()
     yield from new()
