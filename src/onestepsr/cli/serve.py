@@ -63,10 +63,14 @@ def serve(
 
     Images stay in --data-dir until they expire; nothing is sent anywhere. The API is described at /v1/openapi.json.
     """
+    if token is not None:
+        token = token.strip()
+        if not token:
+            raise UserError("--token: empty")
+        if not (token.isascii() and token.isprintable()):
+            raise UserError("--token: only printable ASCII characters, since it is sent in a header")
     if not (token or no_auth or is_loopback(host)):
         raise UserError(f"--host {host}: others could use this server; give --token SECRET, or --no-auth if they may")
-    if token is not None and not token.strip():
-        raise UserError("--token: empty")
     try:
         import uvicorn
 
