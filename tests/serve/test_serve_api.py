@@ -610,3 +610,16 @@ def test_large_results_fit_into_an_archive(tmp_path: Path, monkeypatch: pytest.M
     content = b"".join(_zipped([("large", path)]))
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         assert archive.read("large") == bytes(1000)
+
+
+def test_uploads_in_memory_are_bounded_in_every_dialect(
+    client: Client, service: Service, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onestepsr.serve.app.MOST_HELD", 100)
+    image = base64.b64encode(photo.read_bytes()).decode()
+    for answer in (
+        client.post("/v1/jobs", data=photo.read_bytes()),
+        client.post("/sdapi/v1/extra-single-image", json={"image": image}),
+    ):
+        assert reason(answer)[:2] == (503, "busy")
+    assert service._held == 0

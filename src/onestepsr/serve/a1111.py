@@ -67,9 +67,14 @@ def add_routes(app: FastAPI, service: Service) -> None:
     from onestepsr.serve.app import _UPLOAD_ERRORS
 
     async def parsed(request: Request, model: type[BaseModel]) -> Any:
+        await run_in_threadpool(service.queue.require_room, service.client_of(request))
         most = service.settings.max_bytes * 4 // 3 + 2**20
-        body = b"".join([block async for block in service.body(request, most)])
-        return await run_in_threadpool(model.model_validate_json, body)
+        blocks = []
+        with service.holding() as hold:
+            async for block in service.body(request, most):
+                hold(len(block))
+                blocks.append(block)
+            return await run_in_threadpool(model.model_validate_json, b"".join(blocks))
 
     def body_of(model: type[BaseModel]) -> dict[str, Any]:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")

@@ -350,27 +350,22 @@ class Service:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # Before anything is read: there is no use in an upload that cannot be taken.
         await run_in_threadpool(self.queue.require_room, self.client_of(request))
-        held = 0
 
-        async def limited() -> AsyncIterator[bytes]:
-            nonlocal held
+        async def limited(hold: Callable[[int], None]) -> AsyncIterator[bytes]:
             async for block in self.body(request, self.settings.max_bytes):
-                held += len(block)
-                self._held += len(block)
-                if self._held > MOST_HELD:
-                    raise Refusal(503, "busy", "too many uploads at once", {"retry-after": "5"})
+                hold(len(block))
                 yield block
 
-        try:
+        with self.holding() as hold:
             if kind != "multipart/form-data":
-                data = b"".join([block async for block in limited()])
+                data = b"".join([block async for block in limited(hold)])
                 return data, request.query_params.get("name", "image"), {}
             if "boundary=" not in request.headers.get("content-type", ""):
                 raise Refusal(422, "form", "multipart/form-data without a boundary")
             try:
                 form = await MultiPartParser(
                     request.headers,
-                    limited(),  # type: ignore[arg-type]
+                    limited(hold),  # type: ignore[arg-type]
                     max_files=1,
                     max_fields=30,
                     max_part_size=10_000,
@@ -386,6 +381,21 @@ class Service:
                 return data, files[0][1].filename or "image", fields
             finally:
                 await form.close()
+
+    @contextmanager
+    def holding(self) -> Iterator[Callable[[int], None]]:
+        """Counts bytes of uploads that are in memory until the block ends; Refusal where they are too many."""
+        held = 0
+
+        def hold(nbytes: int) -> None:
+            nonlocal held
+            held += nbytes
+            self._held += nbytes
+            if nbytes > 0 and self._held > MOST_HELD:
+                raise Refusal(503, "busy", "too many uploads at once", {"retry-after": "5"})
+
+        try:
+            yield hold
         finally:
             self._held -= held
 
@@ -423,15 +433,18 @@ class Service:
             identify(data)
         except UserError as error:
             raise Refusal(415, "type", str(error)) from error
-        async with self._doors:
-            try:
+        self._held += len(data)  # while it waits
+        try:
+            async with self._doors:
                 return await run_in_threadpool(self._inspect, data, name)
-            except TooLarge as error:
-                raise Refusal(413, "pixels", str(error)) from error
-            except UserError as error:
-                raise Refusal(422, "image", str(error).removeprefix(f"{name}: ")) from error
-            except MemoryError as error:
-                raise Refusal(413, "memory", "not enough memory on the server for this image") from error
+        except TooLarge as error:
+            raise Refusal(413, "pixels", str(error)) from error
+        except UserError as error:
+            raise Refusal(422, "image", str(error).removeprefix(f"{name}: ")) from error
+        except MemoryError as error:
+            raise Refusal(413, "memory", "not enough memory on the server for this image") from error
+        finally:
+            self._held -= len(data)
 
     def _inspect(self, data: bytes, name: str) -> Inspected:
         image = read_upload(data, name, self.limits)
