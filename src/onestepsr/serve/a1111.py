@@ -91,8 +91,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
     )
     async def single(request: Request) -> dict[str, str]:
         wanted = await parsed(request, SingleImage)
-        image = await _enlarged(service, request, wanted, wanted.image, "image.png")
-        return {"html_info": "", "image": image}
+        waiting, wanted.image = [wanted.image], ""
+        job = await _accepted(service, request, wanted, waiting.pop(), "image.png")
+        return {"html_info": "", "image": await _enlarged(service, request, wanted, job)}
 
     @app.post(
         "/sdapi/v1/extra-batch-images",
@@ -102,7 +103,14 @@ def add_routes(app: FastAPI, service: Service) -> None:
     )
     async def batch(request: Request) -> dict[str, Any]:
         wanted = await parsed(request, BatchImages)
-        images = [await _enlarged(service, request, wanted, file.data, file.name) for file in wanted.image_list]
+        images = []
+        with service.holding() as hold:
+            hold(sum(len(file.data) for file in wanted.image_list))
+            while wanted.image_list:
+                hold(-len(wanted.image_list[0].data))
+                name = wanted.image_list[0].name
+                job = await _accepted(service, request, wanted, wanted.image_list.pop(0).data, name)
+                images.append(await _enlarged(service, request, wanted, job))
         return {"html_info": "", "images": images}
 
     @app.get("/sdapi/v1/upscalers", summary="Models (A1111)")
@@ -111,15 +119,20 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return [{"name": m["name"], "model_name": m["name"], **nothing, "scale": m["scale"]} for m in service.models]
 
 
-async def _enlarged(service: Service, request: Request, wanted: Extras, encoded: str, name: str) -> str:
-    """The enlarged image, as PNG in base64."""
+async def _accepted(service: Service, request: Request, wanted: Extras, encoded: str, name: str) -> Job:
+    """A job on an image in base64. Nothing of what was sent is held in memory when this returns."""
     from onestepsr.serve.app import display_name
 
     data = await run_in_threadpool(_decoded, encoded, service.settings.max_bytes)
+    del encoded
     name = display_name(name)
     inspected = await service.inspect(data, name)
     options = _options(service, wanted, inspected)
-    job = await service.accept(request, data, name, inspected, options, awaited=True)
+    return await service.accept(request, data, name, inspected, options, awaited=True)
+
+
+async def _enlarged(service: Service, request: Request, wanted: Extras, job: Job) -> str:
+    """The enlarged image of a job, as PNG in base64."""
     done = await service.finished(job, request, None)
     content = await service.content(done)
     return await run_in_threadpool(_answer, content, done, wanted)
