@@ -113,8 +113,15 @@ def serve(
             listener = socket.create_server((host, port), family=family, backlog=2048)
         except OSError as error:
             raise UserError(f"--host {host} --port {port}: cannot be listened on ({error.strerror})") from error
+        application = create_app(settings)
+
+        class Server(uvicorn.Server):
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                application.state.service.end()  # before connections are waited for, so that clients get an answer
+                await super().shutdown(sockets)
+
         config = uvicorn.Config(
-            create_app(settings),
+            application,
             log_level="info" if verbose else "warning",
             access_log=verbose,
             server_header=False,
@@ -127,7 +134,7 @@ def serve(
         name = f"[{host}]" if ":" in host else host
         typer.echo(f"onestepsr is at http://{name}:{listener.getsockname()[1]}/ (Ctrl-C ends it)")
         with suppress(KeyboardInterrupt):  # uvicorn ends in good order, and then sends the signal once more
-            uvicorn.Server(config).run(sockets=[listener])
+            Server(config).run(sockets=[listener])
 
 
 def is_loopback(host: str) -> bool:

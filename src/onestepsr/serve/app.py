@@ -343,6 +343,11 @@ class Service:
                 return last[:100]
         return request.client.host if request.client is not None else "?"
 
+    def end(self) -> None:
+        """Answer whoever waits for a job, since the server ends; on the loop's own thread."""
+        self.ending = True
+        self.watchers.wake_all()
+
     # ---- uploads ----
 
     async def upload(self, request: Request) -> tuple[bytes, str, dict[str, str]]:
@@ -648,8 +653,7 @@ def create_app(settings: Settings) -> FastAPI:
         try:
             yield
         finally:
-            service.ending = True
-            service.watchers.wake_all()
+            service.end()
             cleaning.cancel()
             await run_in_threadpool(service.worker.stop)
             service.queue.close()
