@@ -306,14 +306,16 @@ def compare(exported: Exported, generator: Generator, images: Sequence[Path] = (
     user's, of which the middle is taken, beside the packaged one."""
     rng = np.random.default_rng(0)
     with resources.as_file(resources.files("onestepsr") / "assets" / "photo.jpg") as packaged:
-        photos = {path.name: samples_to_tensor(read_image(path).pixels)[:, :3] for path in (packaged, *images)}
+        named = [("photo.jpg", packaged), *((str(path), path) for path in images)]
+        photos = [(label, samples_to_tensor(read_image(path).pixels)[:, :3]) for label, path in named]
     found = []
     for height, width in ODD_SIZES:
-        cases = {"noise": torch.from_numpy(rng.random((1, 3, height, width), np.float32))}
-        for label, photo in photos.items():
+        cases = [("noise", torch.from_numpy(rng.random((1, 3, height, width), np.float32)))]
+        for label, photo in photos:
             top, left = max(0, photo.shape[2] - height) // 2, max(0, photo.shape[3] - width) // 2
-            cases[label] = photo[..., top : top + height, left : left + width].expand(-1, 3, -1, -1).contiguous()
-        for label, lr in cases.items():
+            part = photo[..., top : top + height, left : left + width].expand(-1, 3, -1, -1)
+            cases.append((label, part.contiguous()))
+        for label, lr in cases:
             with torch.inference_mode():
                 wanted = generator(lr).float().clamp(0.0, 1.0)
             difference = (wanted - torch.from_numpy(run_exported(exported, generator, lr))).abs().max()
