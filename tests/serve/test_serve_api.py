@@ -584,9 +584,7 @@ def test_a_client_cannot_choose_its_address(
     assert service.client_of(request) == expected
 
 
-def test_files_as_models(
-    settings: Settings, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_as_models(settings: Settings, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         shutil.copy(weights, tmp_path / folder / "m.safetensors")
