@@ -677,13 +677,7 @@ class BatchJob:
             yield from self.upscale.rows([_Item(row=_row(path, target)) for path, target in pairs])
             return
         started = _connect(self.cluster.address)
-        import ray
-
         missing = dict(pairs)
-        if self.cluster.address == "none":
-            yield from self.upscale.rows([_Item(row=_row(path, target)) for path, target in pairs])
-            return
-        started = _connect(self.cluster.address)
         try:
             # Ray tries a task of a lost actor again, but it may use its tries up on a machine that is gone. Images that
             # come back from no actor have a round of their own, in the last one each by itself: only one that takes
