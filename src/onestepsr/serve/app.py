@@ -456,12 +456,6 @@ class Service:
         kept = image.format if image.format is not None and FORMATS[image.format].write_bits else "png"
         return Inspected(width=image.width, height=image.height, kept_format=kept, image=image)
 
-    async def submit(self, request: Request, data: bytes, name: str, options: Options, *, awaited: bool) -> Job:
-        """Accept a job; Refusal if its image or its options are not acceptable."""
-        name = display_name(name)
-        inspected = await self.inspect(data, name)
-        return await self.accept(request, data, name, inspected, options, awaited=awaited)
-
     async def accept(
         self, request: Request, data: bytes, name: str, inspected: Inspected, options: Options, *, awaited: bool
     ) -> Job:
