@@ -501,9 +501,7 @@ class Worker(threading.Thread):
                 self._queue.put_back(job)  # if it is the server that ends
         except MemoryError:
             code, message = "memory", "not enough memory on the server for this image"
-        except OSError as error:
-            code, message = "storage", storage_reason(error)
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             code, message = "storage", storage_reason(error)
         except OneStepSRError as error:
             code, message = "image" if isinstance(error, Unreadable) else "enlargement", str(error)
