@@ -19,7 +19,7 @@ import secrets
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -33,7 +33,7 @@ from onestepsr import __version__
 from onestepsr.core.errors import MissingExtra, OneStepSRError, UserError, first_line
 from onestepsr.core.files import PARTIAL_PREFIX, replacing, writing
 from onestepsr.imaging.folders import is_image_name
-from onestepsr.imaging.formats import EXTENSIONS, FORMATS, MAX_BYTES, MAX_PIXELS
+from onestepsr.imaging.formats import EXTENSIONS, FORMATS, MAX_BYTES, MAX_PIXELS, kept_format
 from onestepsr.imaging.image import LoadedImage
 from onestepsr.imaging.read import read_image
 from onestepsr.imaging.write import check_size, encode_image
@@ -314,8 +314,8 @@ class UpscaleImages:
             item.file_format = EXTENSIONS[posixpath.splitext(output)[1].lower()]
         elif self.file_format != "keep":
             item.file_format = self.file_format
-        elif image.format is not None and FORMATS[image.format].write_bits:
-            item.file_format = image.format
+        else:
+            item.file_format = kept_format(image.format)
         check_size(item.file_format, *item.size, output or item.row["input"])
 
     def _enlarge(self, upscaler: Upscaler, item: _Item) -> None:
@@ -499,9 +499,8 @@ class Manifest:
         self._job = dict(job)
         self._note({**job, "overwriting": True} if overwrite else job)
         rows: dict[str, Row] = {}
-        for part in self._list():
-            for row in parquet.read_table(pa.BufferReader(read_bytes(part, self.queries))).to_pylist():
-                rows[row["input"]] = row
+        for row in self._recorded(self._list()):
+            rows[row["input"]] = row
         return {} if overwrite else rows
 
     def _note(self, job: Mapping[str, Any]) -> None:
@@ -542,12 +541,11 @@ class Manifest:
         """Join all rows into the one file: the latest of each input, sorted by input."""
         rows: dict[str, Row] = {}
         parts = self._list()
-        for part in parts:
-            for row in parquet.read_table(pa.BufferReader(read_bytes(part, self.queries))).to_pylist():
-                known = rows.get(row["input"])
-                # An image that was written and is found by a later run keeps the row of its making.
-                if not (row["status"] == "found" and known is not None and known["status"] == "written"):
-                    rows[row["input"]] = row
+        for row in self._recorded(parts):
+            known = rows.get(row["input"])
+            # An image that was written and is found by a later run keeps the row of its making.
+            if not (row["status"] == "found" and known is not None and known["status"] == "written"):
+                rows[row["input"]] = row
         joined = [rows[name] for name in sorted(rows)]
         self._write(self.path, joined)
         self._note(self._job)
@@ -565,6 +563,11 @@ class Manifest:
         names = sorted(entry.base_name for entry in found if entry.base_name.startswith("part-"))
         whole = [self.path] if _exists(self.path, self.queries) else []
         return [*whole, *(f"{self.output}/{PARTS}/{name}" for name in names)]
+
+    def _recorded(self, parts: Sequence[str]) -> Iterator[Row]:
+        """Rows of some parts, in the order of writing."""
+        for part in parts:
+            yield from parquet.read_table(pa.BufferReader(read_bytes(part, self.queries))).to_pylist()
 
     def _write(self, uri: str, rows: Sequence[Row]) -> None:
         sink = pa.BufferOutputStream()

@@ -127,6 +127,11 @@ def format_named(name: str) -> str:
     raise UserError(f"'{name}' is no image format that can be written; accepted: {known}")
 
 
+def kept_format(read: str | None) -> str:
+    """The format of an output that keeps that of its input, ``read``: PNG where that is none or is only read."""
+    return read if read is not None and FORMATS[read].write_bits else "png"
+
+
 def format_table() -> str:
     """The formats as a table in Markdown, for the documentation."""
     rows = [

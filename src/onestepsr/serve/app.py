@@ -40,7 +40,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onestepsr import __version__
 from onestepsr.core.errors import OneStepSRError, TooLarge, UserError, did_you_mean
-from onestepsr.imaging.formats import FORMATS, format_named, identify
+from onestepsr.imaging.formats import FORMATS, format_named, identify, kept_format
 from onestepsr.serve.jobs import FINISHED, Job, Queue, QueueFull, Worker, is_full, read_upload, storage_reason
 from onestepsr.weights.catalog import BICUBIC, DEFAULT_MODEL, get_model, list_models
 
@@ -453,8 +453,7 @@ class Service:
 
     def _inspect(self, data: bytes, name: str) -> Inspected:
         image = read_upload(data, name, self.limits)
-        kept = image.format if image.format is not None and FORMATS[image.format].write_bits else "png"
-        return Inspected(width=image.width, height=image.height, kept_format=kept, image=image)
+        return Inspected(width=image.width, height=image.height, kept_format=kept_format(image.format), image=image)
 
     async def accept(
         self, request: Request, data: bytes, name: str, inspected: Inspected, options: Options, *, awaited: bool

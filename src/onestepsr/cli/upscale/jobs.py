@@ -413,7 +413,7 @@ def upscale_stream(
 
     To stdout, "keep" is the format of the input, or PNG where that is only read.
     """
-    from onestepsr.imaging.formats import FORMATS
+    from onestepsr.imaging.formats import kept_format
     from onestepsr.imaging.write import check_size, encode_image, format_of
     from onestepsr.inference.options import target_size
 
@@ -422,7 +422,7 @@ def upscale_stream(
     if target is not None:
         written_format = format_of(target)
     elif file_format == KEEP:
-        written_format = image.format if image.format is not None and FORMATS[image.format].write_bits else "png"
+        written_format = kept_format(image.format)
     else:
         written_format = file_format
     with error_context("<stdin>" if source == STREAM else source):
