@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -329,6 +330,32 @@ def test_an_object_store_in_and_out(expected: Path, bucket: Any, capsys: pytest.
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("running", [False, True])
+def test_a_cluster_of_this_job_ends_with_it_and_no_other(
+    running: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "in", 1)
+    calls: list[str] = []
+
+    def init(**settings: Any) -> None:
+        calls.append("init")
+
+    ray = ModuleType("ray")
+    ray.is_initialized = lambda: running or "init" in calls  # type: ignore[attr-defined]
+    ray.init = init  # type: ignore[attr-defined]
+    ray.shutdown = lambda: calls.append("shutdown")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.data", ModuleType("ray.data"))
+
+    def turn(job: BatchJob, missing: dict[str, str], size: int) -> list[dict[str, Any]]:
+        return [{"input": path, "output": target, "status": "written"} for path, target in missing.items()]
+
+    monkeypatch.setattr(BatchJob, "_turn", turn)
+    job = BatchJob(source=str(tmp_path / "in"), output=str(tmp_path / "out"))
+    assert [row["status"] for row in job.run()] == ["written"]
+    assert calls == ([] if running else ["init", "shutdown"])
+
+
 @pytest.mark.skipif("ONESTEPSR_TEST_RAY" not in os.environ, reason="starts a cluster: takes a minute and more")
 def test_a_local_cluster_whose_actor_and_driver_are_killed(expected: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
