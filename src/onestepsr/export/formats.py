@@ -21,6 +21,7 @@ from torch import Tensor
 from onestepsr.core.errors import MissingExtra, UserError
 from onestepsr.export.diffusers_folder import export_folder, load_pipeline
 from onestepsr.imaging.read import read_image, samples_to_tensor
+from onestepsr.inference.engines import Run, open_onnxruntime, open_openvino
 from onestepsr.models.generators import Generator, pad_to_multiple
 from onestepsr.models.graphs import OPSET, AnySize, Graph, dynamic_sides, example_for, graphs_of, write_onnx
 
@@ -41,7 +42,6 @@ TOLERANCES: dict[tuple[str, torch.dtype], float] = {
 convolutions by Winograd's method, whose rounding is larger; 16 bits lose three digits."""
 ODD_SIZES = ((37, 53), (64, 41), (21, 95))
 """Height and width of the images of the comparison."""
-Run = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,27 +140,14 @@ def _write_pipeline(path: Path, name: str, generator: Generator, licence: str, f
 def _onnx(graph: Graph, stem: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> tuple[list[Path], Run]:
     path = stem.with_name(f"{stem.name}_{SHORT[dtype]}_op{OPSET}.onnx")
     write_onnx(graph, path, metadata, dtype)
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtra("checking an ONNX file", "export") from error
-    session = onnxruntime.InferenceSession(path, _session_options(), providers=["CPUExecutionProvider"])
+    opened = open_onnxruntime(path, "checking an ONNX file")
     kind = np.float16 if dtype == torch.float16 else np.float32
 
     def run(image: NDArray[Any]) -> NDArray[Any]:
-        return np.asarray(session.run(None, {"input": image.astype(kind)})[0], np.float32)
+        return np.asarray(opened(image.astype(kind)), np.float32)
 
     data = path.with_name(path.name + ".data")
     return [path, data] if data.exists() else [path], run
-
-
-def _session_options() -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    return options
 
 
 def _openvino(graph: Graph, stem: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> tuple[list[Path], Run]:
@@ -176,10 +163,7 @@ def _openvino(graph: Graph, stem: Path, metadata: Mapping[str, str], dtype: torc
         for key, value in metadata.items():
             model.set_rt_info(value, ["onestepsr", key])
         openvino.save_model(model, path, compress_to_fp16=dtype == torch.float16)
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    settings["ENABLE_CPU_PINNING"] = False  # the first core may be busy with something else
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
-    return [path, path.with_suffix(".bin")], lambda image: np.asarray(compiled(image)[0], np.float32)
+    return [path, path.with_suffix(".bin")], open_openvino(path)
 
 
 def _torch(graph: Graph, stem: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> tuple[list[Path], Run]:

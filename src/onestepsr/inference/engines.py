@@ -67,26 +67,31 @@ def in_engine(generator: Generator, engine: Engine, name: str) -> Generator:
     return EngineGenerator(generator, _RUNNERS[engine](path))
 
 
-def _onnxruntime(path: Path) -> Run:
+def open_onnxruntime(path: Path, purpose: str = "--engine onnxruntime") -> Run:
+    """An ONNX file in onnxruntime, on the CPU and PyTorch's number of threads; its input has the file's dtype.
+
+    Raises MissingExtra without the package, with what it is wanted for.
+    """
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingExtra("--engine onnxruntime", "export") from error
+        raise MissingExtra(purpose, "export") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda image: np.asarray(session.run(None, {"input": image})[0])
 
 
-def _openvino(path: Path) -> Run:
+def open_openvino(path: Path, purpose: str = "--engine openvino") -> Run:
+    """An ONNX file or OpenVINO's own in OpenVINO, computed in float32; otherwise as :func:`open_onnxruntime`."""
     try:
         import openvino
     except ImportError as error:
-        raise MissingExtra("--engine openvino", "export") from error
+        raise MissingExtra(purpose, "export") from error
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     settings["ENABLE_CPU_PINNING"] = False  # the first core may be busy with something else
     compiled = openvino.Core().compile_model(path, "CPU", settings)
     return lambda image: np.array(compiled(image)[0])
 
 
-_RUNNERS: dict[str, Callable[[Path], Run]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+_RUNNERS: dict[str, Callable[[Path], Run]] = {"onnxruntime": open_onnxruntime, "openvino": open_openvino}
