@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from onestepsr.imaging import resize as resize_module
-from onestepsr.imaging.resize import fill_transparent, resize
+from onestepsr.imaging.resize import bicubic, fill_transparent, resize
 
 RNG = np.random.default_rng(5)
 
@@ -71,3 +73,12 @@ def test_what_is_visible_beside_its_surroundings_keeps_its_colour() -> None:
     shadow = np.full((40, 40), 255, np.uint8)
     shadow[:, 20:] = 60
     assert fill_transparent(pixels, shadow) is pixels
+
+
+def test_bicubic_after_a_graph_was_traced_with_it() -> None:
+    resize_module._bicubic_values.cache_clear()
+    with FakeTensorMode():
+        assert bicubic(torch.ones(1, 3, 4, 5), 4).shape == (1, 3, 16, 20)
+    image = torch.linspace(0, 1, 60).reshape(1, 3, 4, 5)
+    expected = torch.nn.functional.interpolate(image, scale_factor=4, mode="bicubic")
+    torch.testing.assert_close(bicubic(image, 4), expected)

@@ -116,19 +116,25 @@ def bicubic(x: Tensor, scale: int, *, a: float = -0.75) -> Tensor:
     return enlarged.reshape(count, channels, scale * height, scale * width).to(x.dtype)
 
 
-@functools.cache
-@torch.inference_mode(False)  # tensors made in inference mode could not be used in training afterwards
 def bicubic_weights(scale: int) -> Tensor:
-    """Weights (scale^2, 1, 5, 5) of the surrounding pixels for every offset within a pixel, in raster order."""
-    offsets = (torch.arange(scale, device="cpu", dtype=torch.float64) + 0.5) / scale - 0.5
-    pixels = torch.arange(-BICUBIC_REACH, BICUBIC_REACH + 1, device="cpu", dtype=torch.float64)
-    line = _cubic((offsets[:, None] - pixels[None]).abs(), a=-0.75)  # (scale, 5)
-    return torch.einsum("pi,qj->pqij", line, line).reshape(scale**2, 1, len(pixels), len(pixels))
+    """Weights (scale^2, 1, 5, 5) of the surrounding pixels, float64, for every offset within one, row by row."""
+    return torch.tensor(_bicubic_values(scale), device="cpu")
 
 
-def _cubic(distance: Tensor, a: float) -> Tensor:
+@functools.cache
+def _bicubic_values(scale: int) -> NDArray[np.float64]:
+    # Numbers are kept and no tensor: one that is made in inference mode cannot be trained with, and one that is made
+    # while a graph is traced belongs to that graph.
+    offsets = (np.arange(scale) + 0.5) / scale - 0.5
+    pixels = np.arange(-BICUBIC_REACH, BICUBIC_REACH + 1.0)
+    line = _cubic(np.abs(offsets[:, None] - pixels), a=-0.75)  # (scale, 5)
+    values: NDArray[np.float64] = np.einsum("pi,qj->pqij", line, line)
+    return values.reshape(scale**2, 1, len(pixels), len(pixels))
+
+
+def _cubic(distance: NDArray[np.float64], a: float) -> NDArray[np.float64]:
     """Keys' kernel at distances of 0 and more: two cubic polynomials, zero from 2 on."""
     d = distance
     near = ((a + 2) * d - (a + 3)) * d * d + 1
     far = a * (((d - 5) * d + 8) * d - 4)
-    return torch.where(d <= 1, near, torch.where(d < 2, far, 0.0))
+    return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
