@@ -75,21 +75,23 @@ def test_instructions_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "limit", "chosen"),
+    ("vendor", "flags", "limit", "chosen"),
     [
-        ("avx2 avx512_bf16", "", torch.bfloat16),
-        ("avx2 avx512f avx512_bf16 amx_bf16", "avx512_core_bf16", torch.bfloat16),
-        ("avx2 avx512_bf16", "AVX2", torch.float32),
-        ("avx2 avx512_bf16", "avx512_core", torch.float32),
-        ("avx2 avx512f", "", torch.float32),
-        ("avx2", "", torch.float32),
-        ("asimd sve bf16", "", torch.float32),
+        ("AuthenticAMD", "avx2 avx512_bf16", "", torch.bfloat16),
+        ("AuthenticAMD", "avx2 avx512_bf16", "AVX2", torch.float32),
+        ("AuthenticAMD", "avx2 avx512_bf16", "avx512_core", torch.float32),
+        ("AuthenticAMD", "avx2 avx512f", "", torch.float32),
+        ("GenuineIntel", "avx2 avx512_bf16 amx_bf16", "", torch.bfloat16),
+        ("GenuineIntel", "avx2 avx512_bf16 amx_bf16", "avx512_core_bf16", torch.float32),
+        ("GenuineIntel", "avx2 avx512_bf16", "", torch.float32),
+        ("GenuineIntel", "avx2", "", torch.float32),
+        ("", "asimd sve bf16", "", torch.float32),
     ],
 )
 def test_the_instructions_decide_the_dtype(
-    flags: str, limit: str, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    vendor: str, flags: str, limit: str, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "processor", lambda: {"model name": "Some CPU", "flags": flags})
+    monkeypatch.setattr(machine, "processor", lambda: {"vendor_id": vendor, "flags": flags})
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert resolve_dtype("auto", torch.device("cpu")) == chosen
 

@@ -140,7 +140,7 @@ def test_a_type_that_only_a_gpu_computes_in(folder: Path, capsys: pytest.Capture
 def test_a_type_that_this_processor_is_slow_in_is_no_refusal(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, native: bool, lines: int
 ) -> None:
-    monkeypatch.setattr("onestepsr.train.run.multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr("onestepsr.train.run.prefers_bfloat16", lambda: native)
     recipe, change = str(folder / "recipe.yaml"), "train.mixed_precision=bf16"
     with pytest.raises(SystemExit) as end:
         main(["train", "d3sr", change, "--recipe", recipe, "--dry-run", "--out", str(folder / "never")])

@@ -329,7 +329,7 @@ def test_other_errors_are_not_tried_again() -> None:
 def test_float32_that_does_not_fit_becomes_bfloat16(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("onestepsr.inference.devices.multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr("onestepsr.inference.devices.prefers_bfloat16", lambda: False)
     monkeypatch.setattr("onestepsr.inference.memory_plan.multiplies_bfloat16", lambda: True)
     options = UpscaleOptions(memory=0.13)  # needs 155 MB in float32, 106 MB in bfloat16
     automatic = Upscaler(Nearest(), "cpu", "auto", "nearest")

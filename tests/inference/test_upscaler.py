@@ -274,8 +274,7 @@ def test_weights_that_do_not_fit_are_one_line(monkeypatch: pytest.MonkeyPatch) -
 def test_values_that_are_not_finite(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OneStepSRError, match=r"broken: values that are not finite in torch\.bfloat16; try --dtype"):
         Upscaler(Broken(), "cpu", "bfloat16", "broken")(photo(8, 8))
-    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: True)
-    monkeypatch.setattr(devices, "instructions", frozenset)
+    monkeypatch.setattr(devices, "prefers_bfloat16", lambda: True)
     automatic = Upscaler(Broken(), "cpu", "auto", "broken")
     assert automatic.dtype == torch.bfloat16
     assert automatic(photo(8, 8)).size == (32, 32)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from onestepsr.core.errors import OneStepSRError, UserError, first_line
-from onestepsr.core.machine import instructions, multiplies_bfloat16
+from onestepsr.core.machine import prefers_bfloat16
 from onestepsr.models.generators import Generator, LatentGenerator
 
 logger = logging.getLogger(__name__)
@@ -52,13 +52,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype called ``name``.
 
     "auto" is float16 on a CUDA GPU (its 11 bits matter more to an image than bfloat16's range; should it overflow, the
-    image is repeated in float32), bfloat16 on a CPU of x86 with instructions for it, else float32.
+    image is repeated in float32), bfloat16 on a CPU that is faster in it, else float32.
     """
     if name == "auto":
         if device.type == "cuda":
             return torch.float16
-        faster = multiplies_bfloat16() and "bf16" not in instructions()  # ARM's, of which we have no measurement
-        return torch.bfloat16 if device.type == "cpu" and faster else torch.float32
+        return torch.bfloat16 if device.type == "cpu" and prefers_bfloat16() else torch.float32
     if name not in DTYPES:
         raise UserError(f"dtype '{name}': accepted: auto, {', '.join(DTYPES)}")
     return DTYPES[name]
