@@ -89,6 +89,22 @@ def test_the_published_x4plus_does_too(tmp_path: Path) -> None:
         assert difference(load_community(path)(lr), ours(lr)) < 1e-5
 
 
+@pytest.mark.slow
+def test_architectures_of_other_licences_are_known_where_they_are_installed(tmp_path: Path) -> None:
+    pytest.importorskip("spandrel_extra_arches")
+    from spandrel_extra_arches.architectures.FeMaSR.__arch.femasr import FeMaSRNet
+
+    torch.manual_seed(0)
+    theirs = FeMaSRNet(LQ_stage=True, scale_factor=4).eval().requires_grad_(False)
+    torch.save({"params": theirs.state_dict()}, tmp_path / "FeMaSR.pth")
+    network = load_community(tmp_path / "FeMaSR.pth")
+    assert (network.architecture, network.scale, network.lr_multiple) == ("FeMaSR", 4, 16)
+    lr = torch.rand(1, 3, 32, 16)
+    with torch.inference_mode():
+        assert difference(network(lr), theirs(lr)) < 1e-5
+    assert network(lr[..., :21, :9]).shape == (1, 3, 84, 36)
+
+
 def test_another_scale_goes_through_the_upscaler(tmp_path: Path) -> None:
     path = compact(tmp_path / "2x_Small.pth")
     network = load_network(path)

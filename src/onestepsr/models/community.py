@@ -6,6 +6,8 @@ HAT, DAT, RealPLKSR and some forty more). Files are opened by this package, whic
 
 from __future__ import annotations
 
+import importlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -118,6 +120,8 @@ def load_community(path: Path) -> CommunityGenerator:
         if isinstance(error, ModuleNotFoundError) and error.name in (None, "spandrel"):
             raise MissingExtra(f"{seen} by itself; a model of another project", "community") from error
         raise UserError(f"{seen}: spandrel cannot be loaded ({first_line(error)})") from error
+    with suppress(ImportError):  # FeMaSR and others of licences that are not permissive, where they are installed
+        importlib.import_module("spandrel_extra_arches").install(ignore_duplicates=True)
     try:
         descriptor = spandrel.ModelLoader(device="cpu").load_from_state_dict(state)
     except spandrel.UnsupportedModelError as error:
