@@ -1,6 +1,7 @@
 """The doctor command reports what is there, and never fails because something is missing."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,13 +20,17 @@ app.callback()(lambda: None)
 doctor.register(app)
 
 
+DOCTOR = ["doctor", "--model", "random:resshift-micro"]  # which no other engine runs: nothing is measured
+
+
 @pytest.fixture(autouse=True)
-def short_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.001)
+    monkeypatch.setenv("ONESTEPSR_CACHE", str(tmp_path))
 
 
 def test_json_holds_everything() -> None:
-    result = CliRunner().invoke(app, ["doctor", "--json"])
+    result = CliRunner().invoke(app, [*DOCTOR, "--json"])
     assert result.exit_code == 0
     findings = json.loads(result.stdout)
     assert findings["schema"] == 1
@@ -35,14 +40,16 @@ def test_json_holds_everything() -> None:
     assert findings["cpu"]["free_memory_gb"] > 0
     assert set(findings["tflops"]) >= {"float32", "bfloat16"}
     assert all(speed > 0 for speed in findings["tflops"].values())
+    assert findings["engines"]["chosen"] == "torch"
+    assert "draws noise" in findings["engines"]["reason"]
     assert [model["id"] for model in findings["models"]] == [spec.id for spec in list_models()]
 
 
 def test_text_has_one_line_for_each_finding() -> None:
-    result = CliRunner().invoke(app, ["doctor"])
+    result = CliRunner().invoke(app, DOCTOR)
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    for title in ("python", "torch", "cpu", "free memory", "speed", "default", "extra prompts"):
+    for title in ("python", "torch", "cpu", "free memory", "speed", "default", "engine", "extra prompts"):
         assert sum(line.startswith(f"{title} ") for line in lines) == 1
 
 
@@ -58,6 +65,17 @@ def test_missing_parts_are_named_with_their_remedy(monkeypatch: pytest.MonkeyPat
     assert extras["iqa"] == {"missing": ["no-such-distribution"], "install": "pip install 'onestepsr[iqa]'"}
     assert extras["metrics"]["missing"] == []
     assert "test" not in extras
+
+
+def test_engines_are_measured_and_the_choice_is_kept(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    engines = doctor.examine_engines("bicubic")
+    assert engines["measured"][0]["engine"] == "torch"
+    assert len(engines["measured"]) > 1
+    assert all(one["seconds"] > 0 for one in engines["measured"])
+    kept = json.loads(next((tmp_path / "engines").iterdir()).read_text())
+    assert (kept["model"], kept["engine"], kept["measured"]) == ("bicubic", engines["chosen"], engines["measured"])
+    assert doctor.engines_as_text(engines).startswith(f"{engines['chosen']} for bicubic (128 x 128 pixels: torch ")
 
 
 def test_unknown_processor_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,4 +124,4 @@ def test_a_dtype_that_the_device_lacks_is_left_out(monkeypatch: pytest.MonkeyPat
     assert doctor.measure_speeds(torch.device("cpu")) == {"float32": 1.0}
     monkeypatch.setattr(probes, "convolution_speed", lambda *_, **__: speed(torch.device("cpu"), torch.bfloat16))
     assert doctor.measure_speeds(torch.device("cpu")) == {}
-    assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
+    assert CliRunner().invoke(app, DOCTOR).exit_code == 0

@@ -340,6 +340,7 @@ def test_a_token_guards_everything_but_the_page(settings: Settings, photo: Path,
         (["--token", "é"], "--token: only printable ASCII"),
         (["--model", "no-such-model"], "unknown model 'no-such-model'"),
         (["--model", "sd21-base"], "is a backbone, no upscaler"),
+        (["--engine", "tensorrt"], "--engine tensorrt: accepted: auto, torch, onnxruntime, openvino"),
     ],
 )
 def test_starts_that_are_refused(arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -398,6 +399,16 @@ def test_few_models_are_kept_in_memory(weights: Path, service: Service) -> None:
     assert len(worker._loaded) == MOST_MODELS
     assert worker._upscaler(names[-1], None) is first[-1]
     assert worker._upscaler(names[0], None) is not first[0]
+
+
+def test_models_run_in_the_engine_of_the_server(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    monkeypatch.setenv("ONESTEPSR_CACHE", str(tmp_path / "cache"))
+    assert Worker(service.queue, {"b": "bicubic"})._upscaler("b", None).engine == "torch"  # nothing is measured
+    worker = Worker(service.queue, {"b": "bicubic"}, engine="onnxruntime")
+    assert worker._upscaler("b", None).engine == "onnxruntime"
 
 
 # ---- the dialect of A1111 ----

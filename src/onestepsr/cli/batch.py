@@ -104,7 +104,8 @@ def batch(
         model.device,
         model.dtype,
         image.checked(),
-        loading=model.loading,
+        # what one machine has measured is no reason for the others
+        loading=model.loading | ({"engine": "torch"} if model.engine == "auto" else {}),
         max_pixels=files.max_pixels or MAX_PIXELS,
         strip_metadata=files.strip_metadata,
     )

@@ -8,12 +8,14 @@ import logging
 import platform
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from onestepsr.core.errors import UserError, first_line
 from onestepsr.core.machine import accelerators, cores, free_memory, instructions, processor_name
+from onestepsr.weights.catalog import require_upscaler
 
 if TYPE_CHECKING:
     import torch
@@ -35,14 +37,20 @@ def register(app: typer.Typer) -> None:
 
 def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    model: Annotated[str, typer.Option(help="Model, or file, with which the engines are measured.")] = "d3sr-tiny",
 ) -> None:
-    """Show versions, hardware, measured speed, models and optional parts of this installation."""
-    findings = examine()
+    """Show versions, hardware, measured speed, models and optional parts of this installation.
+
+    Measures the installed engines with the model and keeps the fastest that gives the same image: upscale, video and
+    serve take it from then on (--engine auto).
+    """
+    require_upscaler(model)
+    findings = examine(model)
     typer.echo(json.dumps(findings, indent=1) if as_json else as_text(findings))
 
 
-def examine() -> dict[str, Any]:
-    """Everything the command shows, as plain data."""
+def examine(model: str) -> dict[str, Any]:
+    """Everything the command shows, as plain data; engines are measured with ``model``."""
     import torch
 
     from onestepsr.inference.upscaler import resolve_device, resolve_dtype
@@ -58,6 +66,7 @@ def examine() -> dict[str, Any]:
         "chosen": {"device": str(device), "dtype": _name(resolve_dtype("auto", device))},
         "threads": torch.get_num_threads(),
         "tflops": speeds,
+        "engines": examine_engines(model),
         "models": examine_models(),
         "extras": examine_extras(),
     }
@@ -94,6 +103,17 @@ def measure_speeds(device: torch.device) -> dict[str, float]:
         except RuntimeError as error:  # bfloat16 on an older GPU, a GPU that this PyTorch has no code for, no memory
             logger.warning("%s: no convolution in %s (%s)", device, _name(dtype), first_line(error))
     return speeds
+
+
+def examine_engines(model: str) -> dict[str, Any]:
+    """The engine that ``model`` runs in from now on, what each one took, and the reason if nothing was measured."""
+    from onestepsr.inference.engines import SIDE, measure_engines
+
+    try:
+        chosen, found = measure_engines(model)
+    except UserError as error:
+        return {"model": model, "chosen": "torch", "side": SIDE, "measured": [], "reason": str(error)}
+    return {"model": model, "chosen": chosen, "side": SIDE, "measured": [asdict(one) for one in found], "reason": None}
 
 
 def examine_models() -> list[dict[str, str]]:
@@ -139,6 +159,7 @@ def as_text(findings: Mapping[str, Any]) -> str:
     rows += [
         ("speed", f"{speeds} TFLOP/s (3 x 3 convolution on {chosen['device']}, {findings['threads']} threads)"),
         ("default", f"--device {chosen['device']} --dtype {chosen['dtype']}"),
+        ("engine", engines_as_text(findings["engines"])),
         *((f"model {model['id']}", f"{model['state']} ({model['licence']})") for model in findings["models"]),
     ]
     for name, entry in findings["extras"].items():
@@ -146,6 +167,14 @@ def as_text(findings: Mapping[str, Any]) -> str:
         rows.append((f"extra {name}", missing if entry["missing"] else "present"))
     width = max(len(title) for title, _ in rows)
     return "\n".join(f"{title:<{width}}  {text}" for title, text in rows)
+
+
+def engines_as_text(engines: Mapping[str, Any]) -> str:
+    """The engine that was chosen, and the time of each."""
+    if engines["reason"]:
+        return f"{engines['chosen']} ({engines['reason']})"
+    times = ", ".join(f"{one['engine']} {one['dtype']} {one['seconds']:.3g} s" for one in engines["measured"])
+    return f"{engines['chosen']} for {engines['model']} ({engines['side']} x {engines['side']} pixels: {times})"
 
 
 def _name(dtype: torch.dtype) -> str:

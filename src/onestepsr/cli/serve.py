@@ -7,11 +7,14 @@ import logging
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from onestepsr.core.errors import MissingExtra, UserError, error_context
+
+if TYPE_CHECKING:
+    from onestepsr.inference.engines import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,9 @@ def serve(
     keep_hours: Annotated[float, typer.Option(min=0.01, help="Hours that results are kept.")] = 24.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="auto (what doctor measured, else torch), torch; or onnxruntime, openvino: a CPU.")
+    ] = "auto",
     memory: Annotated[
         float | None, typer.Option(help="Most GB for weights, feature maps and the image that is enlarged.")
     ] = None,
@@ -77,6 +83,11 @@ def serve(
         from onestepsr.serve.app import Settings, create_app, models_here
     except ImportError as error:
         raise MissingExtra("onestepsr serve", "serve") from error
+    if engine != "auto":
+        from onestepsr.inference.engines import ENGINES  # loads PyTorch, which is else left to the thread that computes
+
+        if engine not in ENGINES:
+            raise UserError(f"--engine {engine}: accepted: {', '.join(ENGINES)}")
     from onestepsr.core.files import at_home, locked
     from onestepsr.weights.catalog import require_upscaler, resolve
 
@@ -98,6 +109,7 @@ def serve(
         keep_hours=keep_hours,
         device=device,
         dtype=dtype,
+        engine=cast("Engine", engine),
         memory=memory,
     )
     logging.getLogger("onestepsr").setLevel(logging.INFO if verbose else logging.WARNING)

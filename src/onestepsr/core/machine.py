@@ -52,7 +52,7 @@ def multiplies_bfloat16() -> bool:
     Without them bfloat16 is slower than float32: 2.7 times with AVX-512, where oneDNN converts every operand, and 5 to
     15 times with AVX2, for which oneDNN has no kernels and PyTorch's own loops compute.
     """
-    if _onednn_limit() in LIMITS_WITHOUT_BFLOAT16:
+    if onednn_limit() in LIMITS_WITHOUT_BFLOAT16:
         return False
     known = instructions()
     if not known:  # not Linux
@@ -71,12 +71,12 @@ def prefers_bfloat16() -> bool:
     known = instructions()
     if not known:  # not Linux
         return multiplies_bfloat16()
-    amx = "amx_bf16" in known and _onednn_limit() not in LIMITS_WITHOUT_AMX
+    amx = "amx_bf16" in known and onednn_limit() not in LIMITS_WITHOUT_AMX
     amd = "avx512_bf16" in known and processor().get("vendor_id") != "GenuineIntel"
     return multiplies_bfloat16() and (amx or amd)
 
 
-def _onednn_limit() -> str:
+def onednn_limit() -> str:
     """The newest instruction set that the environment lets oneDNN use, in lower case; empty without a limit."""
     return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").lower()
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -44,7 +45,7 @@ from onestepsr.inference.devices import (
     resolve_dtype,
     separate_mmaps,
 )
-from onestepsr.inference.engines import ENGINES, Engine, in_engine
+from onestepsr.inference.engines import ENGINES, Engine, in_engine, in_measured_engine, measured_engine
 from onestepsr.inference.memory_plan import InputSize, Plan, Workload, bytes_per_pixel, fewer_pixels, plan_image
 from onestepsr.inference.options import Alpha, ColorFix, UpscaleOptions, target_size
 from onestepsr.inference.tiled import LoadedGenerator, NonFiniteError, SharedNorms, TiledRun, enlarge
@@ -83,14 +84,16 @@ class Upscaler:
         name: str = "generator",
         *,
         compiled: bool = False,
+        engine: Engine = "torch",
     ) -> None:
         """``generator`` is any :class:`onestepsr.models.generators.Generator`; it is moved to the device and dtype, not
-        copied. ``compiled``: through ``torch.compile``, for large images or many of one size."""
+        copied. ``compiled``: through ``torch.compile``, for large images or many of one size. ``engine``: what the
+        generator runs in, for reports."""
         if not isinstance(generator, Generator):
             raise TypeError(f"a {type(generator).__name__} is no onestepsr.models.generators.Generator")
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
-        self.name = name
+        self.name, self.engine = name, engine
         self.scale = generator.scale
         self._chooses_dtype = dtype == "auto"
         self._most_pixels: int | None = None  # at once, since memory ran out with more
@@ -130,17 +133,27 @@ class Upscaler:
         A model of the ResShift family can run another number of ``steps`` than it was made for, or another ``sampler``
         ("ancestral" or "deterministic"). ``fidelity`` moves ``d3sr-tiny`` from crisp (0, as it is) towards faithful
         (1), along the line between the weights of the two. ``compiled``: through ``torch.compile``. ``engine``:
-        onnxruntime or openvino run small networks on the CPU in float32; the default is PyTorch.
+        onnxruntime or openvino run small networks on the CPU in float32; "auto" is the one that ``onestepsr doctor``
+        has measured to be the fastest here with the same image, or PyTorch. The default is PyTorch, whose bytes do not
+        depend on what was measured.
         """
         from onestepsr.models.loading import load_generator
 
-        if engine != "torch":
-            if engine not in ENGINES:
-                raise UserError(f"engine '{engine}': accepted: {', '.join(ENGINES)}")
+        if engine not in ENGINES:
+            raise UserError(f"engine '{engine}': accepted: {', '.join(ENGINES)}")
+        name = str(name_or_path)
+        load = partial(load_generator, name_or_path, steps=steps, sampler=sampler, fidelity=fidelity)
+        if engine == "auto":
+            usual = dtype == "auto" and not compiled and (steps, sampler, fidelity) == (None, None, None)
+            choice = measured_engine(name) if usual and resolve_device(device).type == "cpu" else None
+            if choice is not None:
+                measured = in_measured_engine(load(faster=False), choice, name)
+                if measured is not None:
+                    return cls(measured, "cpu", "float32", name, engine=choice[0])
+        elif engine != "torch":
             if compiled or dtype not in ("auto", "float32") or device not in ("auto", "cpu"):
                 raise UserError(f"engine {engine}: runs on the CPU in float32 and is not compiled")
-            source = load_generator(name_or_path, steps=steps, sampler=sampler, fidelity=fidelity, faster=False)
-            return cls(in_engine(source, engine, str(name_or_path)), "cpu", "float32", str(name_or_path))
+            return cls(in_engine(load(faster=False), engine, name), "cpu", "float32", name, engine=engine)
         target = resolve_device(device)
         weights_dtype = resolve_dtype(dtype, target)
         full = (
@@ -148,10 +161,8 @@ class Upscaler:
             f"{str(weights_dtype).removeprefix('torch.')}; free some, or choose another --device or --dtype"
         )
         with oom_as_user_error(full), separate_mmaps():
-            generator = load_generator(
-                name_or_path, device=target, dtype=weights_dtype, steps=steps, sampler=sampler, fidelity=fidelity
-            )
-            return cls(generator, str(target), dtype, str(name_or_path), compiled=compiled)
+            generator = load(device=target, dtype=weights_dtype)
+            return cls(generator, str(target), dtype, name, compiled=compiled)
 
     def __call__(
         self,

@@ -24,7 +24,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -43,6 +43,9 @@ from onestepsr.core.errors import OneStepSRError, TooLarge, UserError, did_you_m
 from onestepsr.imaging.formats import FORMATS, format_named, identify, kept_format
 from onestepsr.serve.jobs import FINISHED, Job, Queue, QueueFull, Worker, is_full, read_upload, storage_reason
 from onestepsr.weights.catalog import BICUBIC, DEFAULT_MODEL, get_model, list_models
+
+if TYPE_CHECKING:
+    from onestepsr.inference.engines import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +100,7 @@ class Settings:
     keep_hours: float = 24.0
     device: str = "auto"
     dtype: str = "auto"
+    engine: Engine = "auto"
     memory: float | None = None
 
 
@@ -324,6 +328,7 @@ class Service:
             paths,
             device=settings.device,
             dtype=settings.dtype,
+            engine=settings.engine,
             memory=settings.memory,
             limits=self.limits,
             most_seconds=settings.max_seconds,

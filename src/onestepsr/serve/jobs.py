@@ -32,6 +32,7 @@ from onestepsr.core.files import PARTIAL_PREFIX, replacing
 
 if TYPE_CHECKING:
     from onestepsr.imaging.image import LoadedImage
+    from onestepsr.inference.engines import Engine
     from onestepsr.inference.upscaler import Upscaler
 
 logger = logging.getLogger(__name__)
@@ -375,6 +376,7 @@ class Worker(threading.Thread):
         *,
         device: str = "auto",
         dtype: str = "auto",
+        engine: Engine = "auto",
         memory: float | None = None,
         limits: Mapping[str, Any] | None = None,
         most_seconds: float = 3600.0,
@@ -383,7 +385,7 @@ class Worker(threading.Thread):
         """``models`` are aliases or files by the name that clients use; the first one is loaded at once. ``memory``: as
         of ``UpscaleOptions``. ``changed`` is called with the id of a job that has come further, from other threads."""
         super().__init__(name="upscaling", daemon=True)
-        self._queue, self._models, self._device, self._dtype = queue, models, device, dtype
+        self._queue, self._models, self._device, self._dtype, self._engine = queue, models, device, dtype, engine
         self._memory, self._limits, self._most_seconds, self.changed = memory, limits, most_seconds, changed
         self._loaded: OrderedDict[tuple[str, float | None], Upscaler] = OrderedDict()
         self._running: dict[str, Progress] = {}
@@ -529,10 +531,12 @@ class Worker(threading.Thread):
         if key not in self._loaded:
             while len(self._loaded) >= MOST_MODELS:
                 self._loaded.popitem(last=False)
-            loaded = Upscaler.from_pretrained(self._models[name], self._device, self._dtype, fidelity=fidelity)
+            loaded = Upscaler.from_pretrained(
+                self._models[name], self._device, self._dtype, fidelity=fidelity, engine=self._engine
+            )
             loaded.name = name  # in messages, where the path of a file concerns nobody
             self._loaded[key] = loaded
-            logger.info("%s on %s in %s", name, self._loaded[key].device, self._loaded[key].dtype)
+            logger.info("%s on %s in %s by %s", name, loaded.device, loaded.dtype, loaded.engine)
         self._loaded.move_to_end(key)
         return self._loaded[key]
 

@@ -173,8 +173,8 @@ class ModelOptions:
     ] = False
     engine: Annotated[
         str,
-        typer.Option(help="torch; or onnxruntime or openvino, on a CPU in float32 (docs/export.md: where it pays)."),
-    ] = "torch"
+        typer.Option(help="auto (what doctor measured, else torch), torch; or onnxruntime, openvino: a CPU, float32."),
+    ] = "auto"
     steps: Annotated[
         int | None, typer.Option(help="Network evaluations, for ResShift's family; by default as trained.")
     ] = None
@@ -207,7 +207,7 @@ class ModelOptions:
         )
         if seed is not None and not upscaler.draws_noise:
             raise UserError(f"--seed: '{self.model}' draws no noise, so that it would do nothing")
-        logger.info("%s on %s in %s", self.model, upscaler.device, upscaler.dtype)
+        logger.info("%s on %s in %s by %s", self.model, upscaler.device, upscaler.dtype, upscaler.engine)
         return upscaler
 
 
