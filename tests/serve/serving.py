@@ -21,7 +21,8 @@ import uvicorn
 from onestepsr.core.config import to_mapping
 from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
 from onestepsr.models.tiny.networks import TinyConfig
-from onestepsr.serve.app import Service, Settings, create_app
+from onestepsr.serve.app import create_app
+from onestepsr.serve.service import Service, Settings
 from onestepsr.weights.files import save_model
 
 SMALL = TinyConfig(

@@ -30,8 +30,9 @@ from serving import EXAMPLES, Client, events, server_process, serving, write_wei
 from onestepsr.cli.main import app as command_line
 from onestepsr.core.errors import UserError
 from onestepsr.inference.options import SCALE_RANGE, UpscaleOptions
-from onestepsr.serve.app import Options, Service, Settings, _zipped, display_name
+from onestepsr.serve.app import _zipped
 from onestepsr.serve.jobs import MOST_MODELS, Worker
+from onestepsr.serve.service import Options, Service, Settings, display_name
 
 
 @pytest.fixture(scope="module")
@@ -624,7 +625,7 @@ def test_large_results_fit_into_an_archive(tmp_path: Path, monkeypatch: pytest.M
 def test_uploads_in_memory_are_bounded_in_every_dialect(
     client: Client, service: Service, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onestepsr.serve.app.MOST_HELD", 100)
+    monkeypatch.setattr("onestepsr.serve.service.MOST_HELD", 100)
     image = base64.b64encode(photo.read_bytes()).decode()
     for answer in (
         client.post("/v1/jobs", data=photo.read_bytes()),

@@ -17,7 +17,7 @@ pytest.importorskip("fastapi")
 
 from serving import EXAMPLES, server_process, serving, write_weights
 
-from onestepsr.serve.app import Settings
+from onestepsr.serve.service import Settings
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,7 +19,7 @@ pytest.importorskip("fastapi")
 from serving import EXAMPLES, Client, serving, write_weights
 
 from onestepsr.cli.main import app as command_line
-from onestepsr.serve.app import Service, Settings
+from onestepsr.serve.service import Service, Settings
 
 PATH = find_browser()
 pytestmark = pytest.mark.skipif(PATH is None, reason="no Chromium here; ONESTEPSR_TEST_BROWSER may name one")

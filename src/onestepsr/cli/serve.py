@@ -80,7 +80,8 @@ def serve(
     try:
         import uvicorn
 
-        from onestepsr.serve.app import Settings, create_app, models_here
+        from onestepsr.serve.app import create_app
+        from onestepsr.serve.service import Settings, models_here
     except ImportError as error:
         raise MissingExtra("onestepsr serve", "serve") from error
     if engine != "auto":

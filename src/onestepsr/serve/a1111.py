@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from onestepsr.core.errors import did_you_mean
+from onestepsr.serve.guard import UPLOAD_ERRORS, Refusal
 from onestepsr.serve.jobs import Job
-
-if TYPE_CHECKING:
-    from onestepsr.serve.app import Inspected, Options, Service
+from onestepsr.serve.service import Inspected, Options, Service, display_name
 
 NONE = ("", "none")
 KNOWN_NAMES = {"r-esrgan 4x+": "realesrgan-x4plus", "r-esrgan 4x+ anime6b": "realesrgan-x4plus-anime"}
@@ -64,7 +63,6 @@ class BatchImages(Extras):
 
 def add_routes(app: FastAPI, service: Service) -> None:
     """Add the calls to ``app``."""
-    from onestepsr.serve.app import _UPLOAD_ERRORS
 
     async def parsed(request: Request, model: type[BaseModel]) -> Any:
         await run_in_threadpool(service.queue.require_room, service.client_of(request))
@@ -86,7 +84,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post(
         "/sdapi/v1/extra-single-image",
         summary="Enlarge one image (A1111)",
-        responses=_UPLOAD_ERRORS,
+        responses=UPLOAD_ERRORS,
         openapi_extra=body_of(SingleImage),
     )
     async def single(request: Request) -> dict[str, str]:
@@ -98,7 +96,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post(
         "/sdapi/v1/extra-batch-images",
         summary="Enlarge several images (A1111)",
-        responses=_UPLOAD_ERRORS,
+        responses=UPLOAD_ERRORS,
         openapi_extra=body_of(BatchImages),
     )
     async def batch(request: Request) -> dict[str, Any]:
@@ -121,8 +119,6 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 async def _accepted(service: Service, request: Request, wanted: Extras, encoded: str, name: str) -> Job:
     """A job on an image in base64. Nothing of what was sent is held in memory when this returns."""
-    from onestepsr.serve.app import display_name
-
     data = await run_in_threadpool(_decoded, encoded, service.settings.max_bytes)
     del encoded
     name = display_name(name)
@@ -139,8 +135,6 @@ async def _enlarged(service: Service, request: Request, wanted: Extras, job: Job
 
 
 def _decoded(encoded: str, most_bytes: int) -> bytes:
-    from onestepsr.serve.app import Refusal
-
     if encoded.startswith(("http://", "https://")):
         raise Refusal(422, "option", "image: an address; this server asks no other one, send the image itself")
     if encoded.startswith("data:"):
@@ -155,8 +149,6 @@ def _decoded(encoded: str, most_bytes: int) -> bytes:
 
 
 def _options(service: Service, wanted: Extras, inspected: Inspected) -> Options:
-    from onestepsr.serve.app import Options, Refusal
-
     second = wanted.upscaler_2.lower() not in NONE and wanted.extras_upscaler_2_visibility > 0
     if second or wanted.gfpgan_visibility > 0 or wanted.codeformer_visibility > 0:
         raise Refusal(422, "option", "upscaler_2, gfpgan and codeformer are not offered here; leave them at 0")
