@@ -126,6 +126,21 @@ def test_what_cannot_be_loaded_is_kept_with_the_reason() -> None:
         Scorer([broken], BASIC)
 
 
+def test_values_do_not_depend_on_the_number_of_threads() -> None:
+    names = ("psnr", "psnr_rgb", "ssim", "ssim_rgb", "ssim_basicsr", "ms_ssim", "overshoot", "grid")
+    several = Scorer([METRICS[name] for name in names], BASIC)
+    pair = [samples(scene(190, 210, seed)) for seed in range(2)]
+    before, values = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            values.append(several.score("a", *pair).values)
+    finally:
+        torch.set_num_threads(before)
+    assert set(values[0]) == set(names)
+    assert values[0] == values[1]
+
+
 class MeanDifference:
     """A metric of sets: by how much the mean levels differ."""
 
@@ -143,9 +158,9 @@ def test_metrics_of_sets_have_one_value_for_all_images() -> None:
     several = scorer(ALL, spec)
     first = several.score("a", *[samples(torch.full((1, 3, 16, 16), level)) for level in (0.2, 0.4)])
     assert "sets" not in first.values
-    assert several.whole() == ({}, {"sets": "needs two"})
-    several.score("b", *[samples(torch.full((1, 3, 16, 16), level)) for level in (0.6, 1.0)])
-    values, unavailable = several.whole()
+    assert several.whole([first]) == ({}, {"sets": "needs two"})
+    second = several.score("b", *[samples(torch.full((1, 3, 16, 16), level)) for level in (0.6, 1.0)])
+    values, unavailable = several.whole([first, second])
     assert (values["sets"].count, unavailable) == (2, {})
     assert values["sets"].value == pytest.approx(0.9, abs=1e-6)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,6 +55,8 @@ class Score:
     name: str
     values: dict[str, float] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    features: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By metric of sets, the features of SR and of HR, or SR twice where that is compared with other photos."""
 
 
 class Scorer:
@@ -77,7 +79,6 @@ class Scorer:
         self.unavailable: dict[str, str] = {}
         self._measures: dict[str, Reference] = {}
         self._sets: dict[str, SetDistance] = {}
-        self._features: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         self._unpaired = None if unpaired is None else find_images(unpaired)
         self._device_lock = threading.Lock()
         for metric in self.metrics:
@@ -108,12 +109,13 @@ class Scorer:
                 score.problems.append(Problem(files=files, metric=metric.name, reason=str(error)))
         return score
 
-    def whole(self) -> tuple[dict[str, WholeValue], dict[str, str]]:
-        """Metrics of all images scored so far together, and the reason for each that cannot be computed."""
+    def whole(self, scores: Iterable[Score]) -> tuple[dict[str, WholeValue], dict[str, str]]:
+        """Metrics of all images of ``scores`` together, and the reason for each that cannot be computed."""
+        ordered = sorted(scores, key=lambda score: score.name)
         values: dict[str, WholeValue] = {}
         unavailable: dict[str, str] = {}
         for metric, measure in self._sets.items():
-            known = [features for _, features in sorted(self._features[metric].items())]
+            known = [score.features[metric] for score in ordered if metric in score.features]
             spec = next(spec for spec in self.metrics if spec.name == metric)
             try:
                 if not known:
@@ -137,7 +139,7 @@ class Scorer:
             if metric.unpaired and self._unpaired is None:
                 raise UserError("compares with other photos than the references: name their folder by --unpaired")
             if metric.of_sets is not None:
-                self._sets[metric.name], self._features[metric.name] = metric.of_sets(), {}
+                self._sets[metric.name] = metric.of_sets()
             else:
                 self._measures[metric.name] = metric.load()
         except UserError as error:
@@ -149,7 +151,7 @@ class Scorer:
             features = self._sets[metric.name].features
             found = self._on_device(metric, features, sr)
             other = found if metric.unpaired else self._on_device(metric, features, hr)
-            self._features[metric.name][score.name] = found, other
+            score.features[metric.name] = found, other
             return
         value = float(self._on_device(metric, self._measures[metric.name], sr, hr))
         if not math.isfinite(value):
@@ -327,11 +329,15 @@ class Clock:
         return {name: round(value, 3) for name, value in parts.items()}
 
 
-def evaluate_images(
-    data: CaseSet, scorer: Scorer, *, label: str, track: Track = lambda scores, _: scores
-) -> EvaluationResult:
-    """Measure super-resolved images that are in files; several are read and measured at a time, each by one thread."""
-    clock, count = Clock(), worker_count()
+Scores = Generator[Score, None, None]
+
+
+def score_files(cases: Sequence[Case], scorer: Scorer, workers: int, clock: Clock | None = None) -> Scores:
+    """Measure super-resolved images that are in files, in their order: ``workers`` at a time, each by one thread.
+
+    One each, because sums that threads share have other last digits for every number of them.
+    """
+    clock = clock or Clock()
 
     def score(case: Case) -> Score:
         files = str(case.path) if case.hr is None else f"{case.path} against {case.hr}"
@@ -344,12 +350,31 @@ def evaluate_images(
         except OneStepSRError as error:
             return Score(name=case.name, problems=[Problem(reason=str(error))])
 
-    limits = Limits(images=2 * count, readers=count, writers=1)
-    with (
-        _one_core_each(count),
-        closing(bounded_map(data.cases, score, lambda one: one, lambda one: one, limits=limits)) as scores,
-    ):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        limits = Limits(images=2 * workers, readers=workers, writers=1)
+        with closing(bounded_map(cases, score, lambda one: one, lambda one: one, limits=limits)) as scores:
+            yield from scores
+    finally:
+        torch.set_num_threads(before)
+
+
+def evaluate_images(
+    data: CaseSet,
+    scorer: Scorer,
+    *,
+    label: str,
+    track: Track = lambda scores, _: scores,
+    spread: Callable[[Sequence[Case]], Scores] | None = None,
+) -> EvaluationResult:
+    """Measure super-resolved images that are in files; ``spread`` does it elsewhere, and gives scores in any order."""
+    clock = Clock()
+    own = score_files(data.cases, scorer, worker_count(), clock) if spread is None else spread(data.cases)
+    with closing(own) as scores:
         measured = list(track(scores, len(data.cases)))
+    places = {case.name: place for place, case in enumerate(data.cases)}
+    measured.sort(key=lambda score: places[score.name])
     folders, files = _recorded(data, "sr")
     return _result(measured, scorer, clock, label=label, folders=folders, files=files)
 
@@ -449,7 +474,7 @@ def worker_count() -> int:
 
 
 def _result(
-    scores: Iterable[Score],
+    scores: Sequence[Score],
     scorer: Scorer,
     clock: Clock,
     *,
@@ -460,7 +485,7 @@ def _result(
     model: ModelRecord | None = None,
 ) -> EvaluationResult:
     by_name = {score.name: score for score in scores}
-    whole, unavailable = scorer.whole()
+    whole, unavailable = scorer.whole(scores)
     return EvaluationResult(
         label=label,
         protocol=scorer.protocol.record(scorer.metrics, **(settings or {})),
@@ -475,17 +500,6 @@ def _result(
         machine={**machine_entries(), "torch": str(torch.__version__), "metrics_on": str(scorer.device)},
         date=now(),
     )
-
-
-@contextmanager
-def _one_core_each(workers: int) -> Iterator[None]:
-    """Share PyTorch's threads among the threads that measure."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // workers))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _recorded(data: CaseSet, role: Literal["lr", "sr"]) -> tuple[Files, dict[str, Files]]:

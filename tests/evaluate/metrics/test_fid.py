@@ -85,9 +85,8 @@ def test_unpaired_fid_compares_with_the_photos_of_another_folder(tmp_path) -> No
     spec = replace(METRICS[UNPAIRED_FID], of_sets=lambda: fid)
     scorer = Scorer([METRICS["grid"], spec], PROTOCOLS["basic"], unpaired=tmp_path)
     shown = [scene(40, 44, seed=number) for number in range(7, 10)]
-    for number, sr in enumerate(shown):
-        scorer.score(f"{number}", samples(sr))  # no reference, and another size
-    values, unavailable = scorer.whole()
+    scores = [scorer.score(f"{number}", samples(sr)) for number, sr in enumerate(shown)]  # another size
+    values, unavailable = scorer.whole(scores)
     expected = frechet_distance(*(torch.cat([fid.features(one) for one in side]) for side in (shown, photos[:, None])))
     assert values[UNPAIRED_FID].value == pytest.approx(expected, rel=1e-6)
     assert (values[UNPAIRED_FID].count, unavailable) == (3, {})

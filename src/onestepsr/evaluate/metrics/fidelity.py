@@ -90,7 +90,7 @@ def ssim(sr: Tensor, hr: Tensor, *, planes: Planes = "studio", rounded: bool = T
     luminance, contrast_structure = _ssim_terms(x, y)
     if clamped:
         contrast_structure = contrast_structure.clamp(min=0)
-    return (luminance * contrast_structure).flatten(1).mean(1)
+    return _mean(luminance * contrast_structure)
 
 
 def ms_ssim(sr: Tensor, hr: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def ms_ssim(sr: Tensor, hr: Tensor) -> Tensor:
         contrast_structure = contrast_structure.clamp(min=0)
         coarsest = scale == len(MS_SSIM_WEIGHTS) - 1
         factor = luminance * contrast_structure if coarsest else contrast_structure
-        result = result * factor.flatten(1).mean(1) ** weight
+        result = result * _mean(factor) ** weight
     return result
 
 
@@ -133,9 +133,7 @@ def lattice_variation(strength: Tensor) -> Tensor:
     """Variation (N,) of a plane (N, 1, H, W) over the lattice: of the averages at its 16 positions, the standard
     deviation over the mean."""
     averages = [
-        strength[..., row::LATTICE, column::LATTICE].flatten(1).mean(1)
-        for row in range(LATTICE)
-        for column in range(LATTICE)
+        _mean(strength[..., row::LATTICE, column::LATTICE]) for row in range(LATTICE) for column in range(LATTICE)
     ]
     phases = torch.stack(averages, dim=1)  # (N, 16)
     return phases.std(dim=1, correction=0) / phases.mean(dim=1).clamp(min=1e-12)
@@ -154,7 +152,8 @@ def overshoot(sr: Tensor, hr: Tensor) -> Tensor:
     low = -F.max_pool2d(-reference, EDGE_WINDOW, stride=1, padding=EDGE_WINDOW // 2)
     near_edge = (high - low >= STRONG_EDGE).to(y.dtype)
     excess = ((y - high).clamp(min=0) + (low - y).clamp(min=0)) * near_edge
-    return 255 * excess.flatten(1).sum(1) / near_edge.flatten(1).sum(1).clamp(min=1)
+    share = _mean(near_edge)
+    return 255 * _mean(excess) / torch.where(share > 0, share, 1.0)
 
 
 def check_image(image: Tensor) -> None:
@@ -185,8 +184,15 @@ def _ssim_terms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _psnr(x: Tensor, y: Tensor) -> Tensor:
-    mse = (x - y).square().flatten(1).mean(1)
-    return -10 * torch.log10(mse + MSE_FLOOR)
+    return -10 * torch.log10(_mean((x - y).square()) + MSE_FLOOR)
+
+
+def _mean(planes: Tensor) -> Tensor:
+    """Mean (N,) of (N, C, H, W): of the means of rows, each the work of one thread.
+
+    A sum that several threads share has other last digits for every number of them.
+    """
+    return planes.mean(dim=3).mean(dim=2).mean(dim=1)
 
 
 def _gaussian(planes: Tensor) -> Tensor:
