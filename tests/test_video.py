@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 from contextlib import closing
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from small import Nearest
 
 av = pytest.importorskip("av")
 
-from onestepsr.video import FilmSource, VideoJob, VideoOptions, default_target, open_source, pixel_format  # noqa: E402
+from onestepsr.video import CODECS, FilmSource, VideoJob, VideoOptions, default_target, open_source, pixel_format  # noqa: E402
 
 WIDTH, HEIGHT, FRAMES = 32, 24, 25
 TICK = Fraction(1, 12800)
@@ -287,7 +289,7 @@ def test_bad_input_is_one_line(tmp_path: Path, upscaler: Upscaler) -> None:
     assert "accepted: h264" in refused(source, "out.mp4", codec="divx")
     assert "accepted: 0 to 51" in refused(source, "out.mp4", crf=52)
     assert "takes none" in refused(source, "out.mkv", codec="ffv1", crf=5)
-    assert "WebM holds" in refused(source, "out.webm", codec="h264")
+    assert "this container holds vp9, av1" in refused(source, "out.webm", codec="h264")
     assert "even sides" in refused(source, "out.mp4", UpscaleOptions(width=75))
     assert "expected one number" in refused(source, "f_%s.png")
     assert not (tmp_path / "out.mp4").exists()
@@ -394,3 +396,105 @@ def test_an_animation_is_shown_as_often_as_before(
         assert Image.open(tmp_path / f"out.{ending}").info["loop"] == plays
     made(tmp_path / "out.webp", tmp_path / "back.gif", upscaler)
     assert Image.open(tmp_path / "back.gif").info.get("loop") == loop
+
+
+# ---- codecs, and a full disk ----
+
+
+def raw_film(path: Path, pixel_format: str, *, full_range: bool = False, matrix: int = 1) -> Path:
+    """Five frames of moving blocks, coded without loss."""
+    swscale = {1: 1, 6: 5, 9: 9}[matrix]
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("ffv1", rate=25)
+        video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, pixel_format
+        context = video.codec_context
+        context.color_range, context.colorspace = 1 + full_range, matrix
+        context.color_primaries, context.color_trc = matrix, 16 if matrix == 9 else matrix
+        blocks = np.random.default_rng(0).integers(30, 220, (HEIGHT // 4, WIDTH // 2, 3), dtype=np.uint8)
+        wide = blocks.repeat(4, axis=0).repeat(4, axis=1)
+        for number in range(5):
+            own = np.ascontiguousarray(wide[:, number : number + WIDTH])
+            frame = av.VideoFrame.from_ndarray(own, format="rgb24")
+            frame = frame.reformat(
+                format=pixel_format, dst_colorspace=swscale, src_color_range=2, dst_color_range=1 + full_range
+            )
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+    return path
+
+
+CODED = [
+    ("h264", "mov", "yuv422p10le", "yuv422p10le"),
+    ("hevc", "mp4", "yuv420p10le", "yuv420p10le"),
+    ("hevc", "mkv", "yuv444p", "yuv444p"),
+    ("vp9", "webm", "yuv444p", "yuv444p"),
+    ("vp9", "mp4", "yuv420p10le", "yuv420p"),
+    ("av1", "webm", "yuv420p10le", "yuv420p10le"),
+    ("av1", "mp4", "yuv444p", "yuv420p"),
+    ("prores", "mov", "yuv420p", "yuv422p10le"),
+    ("prores", "mkv", "yuv444p", "yuv444p10le"),
+    ("ffv1", "mkv", "yuv422p10le", "yuv422p10le"),
+]
+
+
+@pytest.mark.parametrize(("codec", "ending", "given", "expected"), CODED)
+@pytest.mark.parametrize(("full_range", "matrix"), [(False, 9), (True, 6)])
+def test_codecs_keep_samples_and_their_meaning(
+    tmp_path: Path,
+    upscaler: Upscaler,
+    *,
+    caplog: pytest.LogCaptureFixture,
+    codec: str,
+    ending: str,
+    given: str,
+    expected: str,
+    full_range: bool,
+    matrix: int,
+) -> None:
+    source = raw_film(tmp_path / "in.mkv", given, full_range=full_range, matrix=matrix)
+    target = tmp_path / f"out.{ending}"
+    made(source, target, upscaler, codec=codec, segment=3)
+    before, after = decoded(source), decoded(target)
+    assert len(after) == 5
+    assert after[0].format.name.replace("yuvj", "yuv") == expected
+    assert after[0].color_range == 1 + (full_range and codec != "prores")  # whose players know one range only
+    assert (after[0].colorspace, after[0].color_primaries) == (matrix, matrix)
+    assert after[0].color_trc == before[0].color_trc
+    for small, large in zip(before, after, strict=True):
+        own, theirs = (frame.to_ndarray(format="rgb24").astype(float) for frame in (small, large))
+        assert abs(own.mean((0, 1)) - theirs.mean((0, 1))).max() < 3
+    with av.open(str(target)) as container:
+        if (codec, ending) == ("hevc", "mp4"):
+            assert container.streams.video[0].codec_context.codec_tag == "hvc1"
+    lost = expected in ("yuv420p",) and given != expected
+    assert (f"has no {given}: {expected}" in caplog.text) == lost
+
+
+@pytest.mark.parametrize(
+    ("codec", "ending"), [("h264", "webm"), ("vp9", "mov"), ("av1", "mov"), ("prores", "mp4"), ("ffv1", "mov")]
+)
+def test_containers_refuse_what_they_do_not_hold(
+    tmp_path: Path, upscaler: Upscaler, codec: str, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = raw_film(tmp_path / "in.mkv", "yuv420p")
+    with pytest.raises(UserError, match=rf"this container holds .*, not {codec}; one that ends in .mkv does"):
+        made(source, tmp_path / f"out.{ending}", upscaler, codec=codec)
+    monkeypatch.setitem(CODECS, codec, replace(CODECS[codec], encoder="libnone"))
+    with pytest.raises(UserError, match=f"codec {codec}: FFmpeg's libraries here were built without libnone"):
+        made(source, tmp_path / "out.mkv", upscaler, codec=codec)
+
+
+@pytest.mark.parametrize("limit", [1500, 4000])  # in a segment, and where they are joined
+def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path: Path, upscaler: Upscaler, limit: int) -> None:
+    source, target = raw_film(tmp_path / "in.mkv", "yuv420p"), tmp_path / "out.mkv"
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(UserError, match=r"out.mkv: .*\(File too large\)"):
+            made(source, target, upscaler, codec="ffv1", segment=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".onestepsr-video-out.mkv", "in.mkv"]
+    made(source, target, upscaler, codec="ffv1", segment=2)
+    assert len(decoded(target)) == 5

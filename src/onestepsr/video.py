@@ -14,6 +14,7 @@ import heapq
 import json
 import logging
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ except ImportError as error:
     raise MissingExtra("onestepsr video", "video") from error
 
 logger = logging.getLogger(__name__)
+os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder prints a page about itself otherwise
 
 ANIMATIONS = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG", ".apng": "PNG"}
 """Endings of animated images, and Pillow's names of their formats."""
@@ -57,6 +59,13 @@ TURNING = ("mp4", "mov", "matroska")
 SEGMENT = 120
 """Frames in one segment. Each begins with a key frame, and is what a killed run has to repeat at most."""
 PART = "part-{:06d}"
+HOLDS = {
+    "mp4": ("h264", "hevc", "vp9", "av1"),
+    "mov": ("h264", "hevc", "prores"),
+    "matroska": ("h264", "hevc", "vp9", "av1", "prores", "ffv1"),
+    "webm": ("vp9", "av1"),
+}
+"""Codecs that a container holds, as FFmpeg writes and players read it; the first is the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +78,10 @@ class Codec:
     worst: int = 51
     """End of that scale."""
     options: tuple[tuple[str, str], ...] = ()
+    segments: str = "nut"
+    """Container of the segments."""
+    says_range: bool = True
+    """False if players take its samples for those of limited range whatever a file says."""
 
 
 CODECS = {
@@ -80,7 +93,7 @@ CODECS = {
     ),
     "vp9": Codec(encoder="libvpx-vp9", crf=24, worst=63, options=(("b", "0"),)),
     "av1": Codec(encoder="libsvtav1", crf=24, worst=63, options=(("preset", "7"),)),
-    "prores": Codec(encoder="prores_ks", crf=None),
+    "prores": Codec(encoder="prores_ks", crf=None, segments="mov", says_range=False),
     "ffv1": Codec(encoder="ffv1", crf=None, options=(("level", "3"),)),
 }
 
@@ -420,12 +433,18 @@ class FilmSink(Sink):
         """UserError for a codec that the container cannot hold, or a quality that it does not have."""
         self.target, self.work, self.source = target, work, source
         self.container = CONTAINERS[target.suffix.lower()]
-        name = options.codec or ("vp9" if self.container == "webm" else "h264")
+        holds = HOLDS[self.container]
+        name = options.codec or holds[0]
         self.codec, self.segment = CODECS[name], options.segment
-        if self.container == "webm" and name not in ("vp9", "av1"):
-            raise UserError(f"{target}: WebM holds vp9 and av1, not {name}")
-        if (name == "prores" and self.container == "mp4") or (name == "ffv1" and self.container in ("mp4", "mov")):
-            raise UserError(f"{target}: MP4 and QuickTime do not hold {name}; choose a name that ends in .mkv")
+        if name not in holds:
+            raise UserError(
+                f"{target}: this container holds {', '.join(holds)}, not {name}; one that ends in .mkv does"
+            )
+        try:
+            av.Codec(self.codec.encoder, "w")
+        except ValueError as error:
+            raise UserError(f"codec {name}: FFmpeg's libraries here were built without {self.codec.encoder}") from error
+        self.full_range = source.look.full_range and self.codec.says_range
         self.crf = self.codec.crf if options.crf is None else options.crf
         if options.crf is not None and not (self.codec.crf is not None and 0 <= options.crf <= self.codec.worst):
             takes = "takes none" if self.codec.crf is None else f"accepted: 0 to {self.codec.worst}"
@@ -441,10 +460,10 @@ class FilmSink(Sink):
 
     def write(self, index: int, image: LoadedImage, frame: Frame) -> None:
         """Encode one frame into the current segment."""
-        with writing(self.target):
+        with self._writing():
             if self._output is None:
-                path = self.work / f"{PART.format(len(self.parts))}.nut"
-                self._output = av.open(str(path.absolute()), "w", format="nut")
+                path = self.work / f"{PART.format(len(self.parts))}.film"
+                self._output = av.open(str(path.absolute()), "w", format=self.codec.segments)
                 self._stream = self._new_stream(self._output, image)
             self._mux(self._stream.encode(self._converted(image, frame)))
             self._frames.append((frame.pts, frame.duration))
@@ -453,11 +472,22 @@ class FilmSink(Sink):
 
     def finish(self) -> None:
         """Join the segments, copy the other streams, and put the film in its place."""
-        with writing(self.target):
+        with self._writing():
             if self._output is not None:
                 self._end_segment()
             with replacing(self.target) as partial:
                 self._join(partial)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Errors of the disk, the encoder and the container as one line."""
+        try:
+            with writing(self.target):
+                yield
+        except av.error.FFmpegError as error:
+            raise UserError(
+                f"{self.target}: {self.codec.encoder} or the container failed ({error.strerror})"
+            ) from error
 
     def _end_segment(self) -> None:
         assert self._output is not None
@@ -483,8 +513,10 @@ class FilmSink(Sink):
         deep, alpha = image.pixels.dtype == np.uint16, image.alpha is not None
         formats = [entry.name for entry in context.codec.video_formats or ()]
         stream.pix_fmt = pixel_format(look.pixel_format, formats, deep=deep, alpha=alpha)
-        subsampled = "420" in stream.pix_fmt or stream.pix_fmt in ("nv12", "p010le")
-        if (image.width % 2 or image.height % 2) and subsampled:
+        bits, across, down = _fineness(stream.pix_fmt)
+        if look.pixel_format is not None and any(map(int.__lt__, (bits, across, down), _fineness(look.pixel_format))):
+            logger.warning("%s: %s has no %s: %s", self.target, self.codec.encoder, look.pixel_format, stream.pix_fmt)
+        if (image.width % 2 and across == 1) or (image.height % 2 and down == 1):
             raise UserError(
                 f"{self.target}: {image.width} x {image.height} pixels; {self.codec.encoder} with halved colour "
                 "resolution needs even sides: choose another --scale, or --width and --height"
@@ -495,13 +527,18 @@ class FilmSink(Sink):
         context.time_base = self.source.time_base
         # Several threads of x264 decide by how fast they come along, so that the bytes would not be the same twice.
         context.thread_count = 1
-        context.color_range = 2 if look.full_range else 1
-        if not stream.pix_fmt.startswith(("rgb", "bgr", "gbr")):
+        self._describe(context, stream.pix_fmt)
+        return stream
+
+    def _describe(self, context: Any, pix_fmt: str) -> None:
+        """Write down what the samples mean: some codecs say it themselves, for others the container does."""
+        look = self.source.look
+        context.color_range = 2 if self.full_range else 1
+        if not pix_fmt.startswith(("rgb", "bgr", "gbr")):
             context.colorspace = look.matrix if look.matrix != 2 else 1
         context.color_primaries, context.color_trc = look.primaries, look.transfer
         if look.aspect is not None:
             context.sample_aspect_ratio = look.aspect
-        return stream
 
     def _converted(self, image: LoadedImage, frame: Frame) -> Any:
         """The frame in the encoder's pixel format."""
@@ -517,7 +554,7 @@ class FilmSink(Sink):
             format=wanted,
             dst_colorspace=_swscale(look.matrix if look.matrix != 2 else 1),
             src_color_range=2,
-            dst_color_range=2 if look.full_range else 1,
+            dst_color_range=2 if self.full_range else 1,
             interpolation="BICUBIC",
         )
         converted.colorspace = self._stream.codec_context.colorspace
@@ -529,7 +566,7 @@ class FilmSink(Sink):
         look = self.source.look
         options = {"movflags": "faststart"} if self.container in ("mp4", "mov") else {}
         with contextlib.ExitStack() as stack:
-            first = stack.enter_context(av.open(str(self.work.absolute() / f"{PART.format(0)}.nut"), "r"))
+            first = stack.enter_context(self._segment(0))
             output = stack.enter_context(
                 av.open(str(path.absolute()), "w", format=self.container, container_options=options)
             )
@@ -537,12 +574,9 @@ class FilmSink(Sink):
             stream: Any = output.add_stream_from_template(first.streams.video[0], opaque=True)
             stream.time_base = self.source.time_base
             context = stream.codec_context
-            context.color_range = 2 if look.full_range else 1
-            context.color_primaries, context.color_trc = look.primaries, look.transfer
+            self._describe(context, first.streams.video[0].codec_context.pix_fmt)
             if self.codec.encoder == "libx265" and self.container in ("mp4", "mov"):
                 context.codec_tag = "hvc1"  # without which Apple's players show nothing
-            if look.aspect is not None:
-                context.sample_aspect_ratio = look.aspect
             if look.display is not None and self.container in TURNING:
                 stream.set_display_matrix(look.display)
             copied: Iterator[tuple[float, Any]] = iter(())
@@ -551,6 +585,9 @@ class FilmSink(Sink):
                 copied = self._copied(source, output, stream)
             for _, packet in heapq.merge(self._packets(stream), copied, key=lambda entry: entry[0]):
                 output.mux(packet)
+
+    def _segment(self, index: int) -> InputContainer:
+        return av.open(str(self.work.absolute() / f"{PART.format(index)}.film"), "r", format=self.codec.segments)
 
     def _packets(self, stream: Any) -> Iterator[tuple[float, Any]]:
         """Packets of all segments in the order of decoding, with time stamps for the whole film.
@@ -568,7 +605,7 @@ class FilmSink(Sink):
         durations = {pts: duration for part in self.parts for pts, duration in part["frames"]}
         number = 0
         for index in range(len(self.parts)):
-            with av.open(str(self.work.absolute() / f"{PART.format(index)}.nut"), "r") as part:
+            with self._segment(index) as part:
                 for packet in part.demux(video=0):
                     if packet.size == 0:
                         continue
@@ -636,16 +673,26 @@ _STREAM_TAGS = ("encoder", "vendor_id", "DURATION", "NUMBER_OF_FRAMES", "NUMBER_
 
 
 def pixel_format(wanted: str | None, known: Sequence[str], *, deep: bool, alpha: bool) -> str:
-    """The encoder's pixel format nearest to that of the source: the same, else as deep, else 8 bits."""
+    """The encoder's pixel format nearest to that of the source: the same, else as deep, else 8 bits, and of these the
+    one with as many colour samples."""
     if wanted in known and wanted is not None:
         return wanted
-    choices = ["yuv420p", "yuv422p", "yuv444p"]
-    if deep:
-        choices = ["yuv420p10le", "yuv422p10le", "yuv444p10le", "yuv420p16le", "yuv444p16le", *choices]
+    choices = [
+        *("yuv420p", "yuv422p", "yuv444p"),
+        *("yuv420p10le", "yuv422p10le", "yuv444p10le", "yuv420p16le", "yuv444p16le"),
+    ]
+    chroma = re.search("4[1-4][0-4]", wanted or "")
+    choices.sort(key=lambda name: (("p1" in name) != deep, chroma is not None and chroma.group() not in name))
     if alpha:
         deep_first = ("yuva444p10le", "yuva444p16le", "yuva420p") if deep else ("yuva420p", "bgra", "yuva444p10le")
         choices = [*deep_first, *choices]
-    return next((name for name in [*choices, "yuv422p10le"] if name in known), known[0])
+    return next((name for name in choices if name in known), known[0])
+
+
+def _fineness(name: str) -> tuple[int, int, int]:
+    """Bits of a sample of a pixel format, and colour samples for every two pixels across and down."""
+    parts = av.VideoFormat(name, 2, 2).components
+    return parts[0].bits, parts[min(1, len(parts) - 1)].width, parts[min(1, len(parts) - 1)].height
 
 
 class AnimationSink(Sink):
