@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from onestepsr.inference.pipeline import Limits, bounded_map
+from onestepsr.inference.pipeline import Limits, bounded_map, grouped_map
 
 LIMITS = Limits()
 
@@ -158,3 +158,22 @@ def test_items_are_taken_as_they_are_needed() -> None:
     with closing(bounded_map(items, images._read, images._run, images._write)) as results:
         next(results)
         assert len(taken) <= 3 * LIMITS.images
+
+
+def test_groups_are_of_one_kind_and_lose_nothing() -> None:
+    images, groups = Counted(), list[list[int]]()
+
+    def run(group: list[int]) -> list[int]:
+        groups.append(list(group))
+        reach(lambda: images.read == 12 or images.held >= LIMITS.images)  # all that may be read ahead is there
+        return [number * number for number in group]
+
+    def kind(number: int) -> bool:
+        return number % 3 == 0
+
+    mapped = grouped_map(range(12), images._read, run, images._write, kind=kind, most=3, limits=LIMITS)
+    with closing(mapped) as results:
+        assert sorted(results) == [number * number for number in range(12)]
+    assert sorted(number for group in groups for number in group) == list(range(12))
+    assert all(len({kind(number) for number in group}) == 1 for group in groups)
+    assert max(map(len, groups)) == 3

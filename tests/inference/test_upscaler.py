@@ -253,6 +253,47 @@ def test_a_file_of_sixteen_bits_stays_one(upscaler: Upscaler, tmp_path: Path) ->
     assert read_image(upscaler.upscale_file(tmp_path / "deep.png", tmp_path / "b.tif")).pixels.dtype == np.uint16
 
 
+@pytest.mark.parametrize("scale", [4.0, 3.0])
+def test_images_of_one_size_go_through_the_network_together(scale: float) -> None:
+    together = Upscaler(Nearest(), "cpu", "float32")
+    images = [LoadedImage(pixels=photo(17, 23, seed)) for seed in range(5)]
+    options = UpscaleOptions(scale=scale, tile_batch=3)
+    made = together.upscale_images(images, options)
+    assert [len(lr) for lr in together.generator.given] == [3, 2]
+    for image, one in zip(images, made, strict=True):
+        np.testing.assert_array_equal(
+            one.pixels, Upscaler(Nearest(), "cpu", "float32").upscale_image(image, options).pixels
+        )
+    assert (together.images_at_once(UpscaleOptions()), together.images_at_once(options)) == (1, 3)
+
+
+def test_images_that_are_no_batch_go_one_by_one() -> None:
+    def sizes(images: list[LoadedImage], **options: Any) -> list[int]:
+        one = Upscaler(Nearest(), "cpu", "float32")
+        assert len(one.upscale_images(images, UpscaleOptions(tile_batch=4, **options))) == len(images)
+        return [len(lr) for lr in one.generator.given]
+
+    opaque = [LoadedImage(pixels=photo(20, 20, seed)) for seed in range(2)]
+    assert sizes(opaque) == [2]
+    assert sizes(opaque, color_fix="adain") == [1, 1]
+    assert sizes([LoadedImage(pixels=one.pixels, alpha=one.pixels[..., 0]) for one in opaque]) == [1, 1]
+    assert sizes([LoadedImage(pixels=photo(40, 40, seed)) for seed in range(2)], tile=16, overlap=4) == [3] * 6
+    noisy = Upscaler(Noisy(), "cpu", "float32")
+    assert noisy.images_at_once(UpscaleOptions(tile_batch=4)) == 1
+
+
+def test_a_batch_that_fails_goes_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
+    class Alone(Nearest):
+        def forward(self, lr: Tensor, **conditions: Any) -> Tensor:
+            if len(lr) > 1:
+                raise RuntimeError("out of memory")
+            return super().forward(lr)
+
+    images = [LoadedImage(pixels=photo(20, 20, seed)) for seed in range(2)]
+    made = Upscaler(Alone(), "cpu", "float32").upscale_images(images, UpscaleOptions(tile_batch=2))
+    assert [one.pixels.shape for one in made] == [(80, 80, 3)] * 2
+
+
 def test_seed_decides_the_noise() -> None:
     noisy = Upscaler(Noisy(), "cpu", "float32")
     samples = photo(40, 40)

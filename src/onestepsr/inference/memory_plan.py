@@ -171,6 +171,8 @@ class Workload:
     """Device of the network."""
     stage: Stage | None = None
     """The stage; None: all of the generator on one tile after the other."""
+    count: int = 1
+    """Images of this size that may go through the network together where each is one tile."""
 
     @property
     def computed(self) -> torch.dtype:
@@ -505,7 +507,7 @@ def _single_plan(load: Workload, most_pixels: int | None) -> Plan:
 
 def _plan_of(load: Workload, tile: Sides, most_pixels: int | None) -> Plan:
     area, tiles = load.geometry(tile)
-    batch = _batch(load, area, tiles, most_pixels)
+    batch = _batch(load, area, tiles if tiles > 1 else load.count, most_pixels)
     return Plan(
         tile=tile,
         tiles=tiles,
@@ -526,7 +528,7 @@ def _batch(load: Workload, area: int, tiles: int, most_pixels: int | None) -> in
     if wanted != "auto":
         most = wanted
     elif load.device.type == "cuda":
-        most = min(LARGEST_BATCH, int(load.budget / (area * load.cost.bytes_per_pixel)))
+        most = min(max(LARGEST_BATCH, load.count), int(load.budget / (area * load.cost.bytes_per_pixel)))
     if most_pixels is not None:
         most = min(most, most_pixels // area)
     return -(-tiles // -(-tiles // max(1, min(most, tiles))))

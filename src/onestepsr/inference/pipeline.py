@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -51,6 +51,25 @@ def bounded_map(
     is for the functions to return; an exception that leaves one of them ends the whole run. Stopping early drops what
     is not being written yet.
     """
+    return grouped_map(items, read, lambda group: [run(group.pop())], write, nbytes=nbytes, limits=limits)
+
+
+def grouped_map(
+    items: Iterable[Item],
+    read: Callable[[Item], Loaded],
+    run: Callable[[list[Loaded]], list[Made]],
+    write: Callable[[Made], Result],
+    *,
+    kind: Callable[[Loaded], Hashable] = lambda loaded: None,
+    most: int = 1,
+    nbytes: Callable[[Loaded], int] = lambda loaded: 0,
+    limits: Limits | None = None,
+) -> Generator[Result, None, None]:
+    """As :func:`bounded_map`, but ``run`` is given up to ``most`` items of one ``kind``, and returns as many.
+
+    These are the next item and those behind it that have been read by then: nothing waits for a group to be full, so
+    that groups depend on time, and results come in the order of running.
+    """
     limits = limits or Limits()
     budget = _Budget(limits)
 
@@ -78,10 +97,18 @@ def bounded_map(
                 reading.append(readers.submit(read_one, number, item))
             if not reading:
                 break
-            loaded, size = reading.popleft().result()
-            made = run(loaded)
-            results.append(writers.submit(write_one, made, size))
-            del loaded, made  # or this frame would keep both images until the next ones are there
+            first, size = reading.popleft().result()
+            group, sizes, wanted = [first], [size], kind(first)
+            del first
+            for later in list(reading) if most > 1 else ():
+                if len(group) < most and later.done() and kind(later.result()[0]) == wanted:
+                    reading.remove(later)
+                    group.append(later.result()[0])
+                    sizes.append(later.result()[1])
+                del later
+            made = run(group)
+            results.extend(writers.submit(write_one, *one) for one in zip(made, sizes, strict=True))
+            del group, made  # or this frame would keep both images until the next ones are there
             while results and results[0].done():
                 yield results.popleft().result()
         while results:

@@ -220,6 +220,14 @@ class TiledRun:
             z_h = self._joined(self.run_stage("unet", self.plan.stages["unet"], z_l))
             yield from self.run_stage("decode", self.plan.stages["decode"], z_h)
 
+    def rows_of_each(self, images: Iterable[NDArray[Any]]) -> Iterator[Iterator[Tensor]]:
+        """:meth:`rows` of each of ``images``, which are all of this one's size and kind and in one tile each."""
+        join = self._join_of(self.plan)
+        tiles = (Tile(origin=(0, 0), lr=_padded(pixels, self._padding)) for pixels in images)
+        with no_malloc_trim(self.keep_memory):
+            for piece in self._outputs(None, tiles, self.plan.batch):
+                yield join.rows(iter([piece]), self._size, self.scale)
+
     def enlarged_rows(self) -> Iterator[Tensor]:
         """The input, enlarged bicubically, as :meth:`rows`."""
         join = self._join_of(self.plan)

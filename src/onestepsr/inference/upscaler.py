@@ -7,7 +7,7 @@ Lanczos filter below 4, enlarged bicubically above, so the network always works 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -68,6 +68,8 @@ logger = logging.getLogger(__name__)
 LARGE_WORK = 100_000_000
 """Peak bytes of a tile on a CPU from which on freed memory is kept while the image is enlarged; smaller work lives on
 memory that the C library keeps by itself, and would only pay for handing it back."""
+IMAGES_AT_ONCE = 16
+"""Small images of one size that go through a network on a GPU together, if the memory allows; not measured."""
 BAND_ROWS = 256
 """Output rows that are rounded at once."""
 Progress = Callable[[int, int], None]
@@ -241,6 +243,30 @@ class Upscaler:
             alpha = resize(mask, height, width)[..., 0]
         return replace(image, pixels=resize(samples, height, width), alpha=alpha)
 
+    def upscale_images(self, images: Sequence[LoadedImage], options: UpscaleOptions | None = None) -> list[LoadedImage]:
+        """Enlarge images that are alike (:func:`kind_of`), each as :meth:`upscale_image` does.
+
+        Where the network takes batches and an opaque image is one tile, as many as the memory allows go through it
+        together. Kernels may add up in another order then: see ``docs/batch.md`` for what differs. If that fails, one
+        goes after the other.
+        """
+        options, first = options or UpscaleOptions(), images[0]
+        if len(images) > 1 and first.alpha is None and options.color_fix != "adain":
+            plan = self._plan(_size_of(first), options, len(images))
+            if plan.batch > 1 and plan.tiles == 1 and plan.stages is None:
+                try:
+                    return self._enlarge_together(images, options, plan)
+                except (MemoryError, RuntimeError, NonFiniteError) as error:
+                    logger.info("%s: %d images one by one (%s)", self.name, len(images), error)
+        return [self.upscale_image(image, options) for image in images]
+
+    def images_at_once(self, options: UpscaleOptions) -> int:
+        """Images that are worth giving to :meth:`upscale_images` together: 1 on a CPU unless ``tile_batch`` says so."""
+        if not self.generator.takes_batches:
+            return 1
+        wanted = options.tile_batch
+        return wanted if wanted != "auto" else IMAGES_AT_ONCE if self.device.type == "cuda" else 1
+
     def require_prompt_width(self, width: int) -> None:
         """Raise :class:`UserError` unless the generator reads prompt embeddings of ``width`` channels."""
         if self.prompt_width is None:
@@ -272,9 +298,15 @@ class Upscaler:
         """True if ``area`` input pixels at once are worth :func:`onestepsr.inference.devices.no_malloc_trim`."""
         return self.device.type == "cpu" and area * bytes_per_pixel(self.generator, self.dtype) > LARGE_WORK
 
-    def _plan(self, size: InputSize, options: UpscaleOptions) -> Plan:
+    def _plan(self, size: InputSize, options: UpscaleOptions, count: int = 1) -> Plan:
         load = Workload(
-            generator=self.generator, name=self.name, dtype=self.dtype, size=size, options=options, device=self.device
+            generator=self.generator,
+            name=self.name,
+            dtype=self.dtype,
+            size=size,
+            options=options,
+            device=self.device,
+            count=count,
         )
         try:
             return plan_image(load, self._most_pixels)
@@ -342,8 +374,42 @@ class Upscaler:
         """The network's output at its own scale, colour-fixed, as samples of the image's kind."""
         pixels = image.pixels if image.alpha is None else fill_transparent(image.pixels, image.alpha)
         shape = (image.height * self.scale, image.width * self.scale, pixels.shape[2])
+        run = self._run(image, pixels, options, plan, progress)
+        errors = compiler_errors_named(self.name) if self.compiled else nullcontext()
+        with errors, torch.inference_mode():
+            if options.color_fix != "adain":
+                return _stored(_cropped(run.rows(), *shape[:2]), shape, pixels.dtype.type)
+            # AdaIN needs statistics of the whole output: it is kept with 16 bits until they are known.
+            fine = _stored(_cropped(run.rows(), *shape[:2]), shape, np.uint16)
+            wanted = statistics(_cropped(run.enlarged_rows(), *shape[:2]))
+            return _stored(_matched(fine, statistics(_bands(fine)), wanted), shape, pixels.dtype.type)
+
+    def _enlarge_together(
+        self, images: Sequence[LoadedImage], options: UpscaleOptions, plan: Plan
+    ) -> list[LoadedImage]:
+        """Opaque images of one kind, enlarged with a plan for all of them."""
+        first, kind = images[0], images[0].pixels.dtype.type
+        width, height = target_size(first.width, first.height, options)
+        shape = (first.height * self.scale, first.width * self.scale, first.pixels.shape[2])
+        run = self._run(first, first.pixels, options, plan, None)
+        with torch.inference_mode():
+            stored = [
+                resize(_stored(_cropped(rows, *shape[:2]), shape, kind), height, width)
+                for rows in run.rows_of_each(image.pixels for image in images)
+            ]
+        self.last_plan = plan
+        return [replace(image, pixels=pixels) for image, pixels in zip(images, stored, strict=True)]
+
+    def _run(
+        self,
+        image: LoadedImage,
+        pixels: NDArray[Any],
+        options: UpscaleOptions,
+        plan: Plan,
+        progress: Progress | None,
+    ) -> TiledRun:
         shares_norms = options.tile_norms == "image" and options.tile_blend == "smooth" and not self.compiled
-        run = TiledRun(
+        return TiledRun(
             LoadedGenerator(generator=self.generator, device=self.device, dtype=self.dtype, name=self.name),
             pixels,
             plan,
@@ -354,14 +420,11 @@ class Upscaler:
             fill=self.compiled,
             keep_memory=self.keeps_freed_memory(plan.pixels),
         )
-        errors = compiler_errors_named(self.name) if self.compiled else nullcontext()
-        with errors, torch.inference_mode():
-            if options.color_fix != "adain":
-                return _stored(_cropped(run.rows(), *shape[:2]), shape, pixels.dtype.type)
-            # AdaIN needs statistics of the whole output: it is kept with 16 bits until they are known.
-            fine = _stored(_cropped(run.rows(), *shape[:2]), shape, np.uint16)
-            wanted = statistics(_cropped(run.enlarged_rows(), *shape[:2]))
-            return _stored(_matched(fine, statistics(_bands(fine)), wanted), shape, pixels.dtype.type)
+
+
+def kind_of(image: LoadedImage) -> tuple[object, ...]:
+    """What images must have in common for :meth:`Upscaler.upscale_images`: size, channels, depth, alpha, profile."""
+    return image.pixels.shape, image.pixels.dtype, image.alpha is None, image.icc
 
 
 def _loaded(source: object) -> LoadedImage:
