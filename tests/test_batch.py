@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -20,10 +23,14 @@ from PIL import Image
 
 from onestepsr.cli.main import main
 from onestepsr.core.errors import UserError
+from onestepsr.core.files import PARTIAL_PREFIX
+from onestepsr.inference.options import UpscaleOptions
+from onestepsr.inference.upscaler import Upscaler
 
 pa = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402
 
+from onestepsr import batch  # noqa: E402
 from onestepsr.batch import (  # noqa: E402
     MANIFEST,
     PARTS,
@@ -36,6 +43,7 @@ from onestepsr.batch import (  # noqa: E402
 )
 
 HERE = Cluster(address="none")
+UPSCALE = UpscaleImages()  # loads its model once for all tests
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -94,13 +102,15 @@ def test_outputs_are_those_of_upscale_and_every_image_is_one_row(
 
 
 def test_a_stopped_job_goes_on(expected: Path, tmp_path: Path) -> None:
-    with closing(BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE).run()) as rows:
+    with closing(
+        BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE, upscale=UPSCALE).run()
+    ) as rows:
         for number, _ in enumerate(rows):
             if number == 2:
                 break
     assert not (tmp_path / MANIFEST).exists()
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
-    job = BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE)
+    job = BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE, upscale=UPSCALE)
     again = list(job.run())
     assert job.done == 3
     assert len(again) == 6
@@ -109,17 +119,18 @@ def test_a_stopped_job_goes_on(expected: Path, tmp_path: Path) -> None:
     rows = manifest(tmp_path)
     assert len({row["input"] for row in rows}) == len(rows) == 9
     # Once more: nothing to do, and the manifest stays.
-    assert list(BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE).run()) == []
+    assert list(BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE, upscale=UPSCALE).run()) == []
     assert manifest(tmp_path) == rows
 
 
 def test_outputs_without_a_row_are_found(expected: Path, tmp_path: Path) -> None:
     """As after a kill, which leaves images whose rows were not written yet."""
-    list(BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE).run())
+    list(BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE, upscale=UPSCALE).run())
     (tmp_path / MANIFEST).unlink()
     (tmp_path / "a" / "001.png").unlink()
     rows = {
-        row["input"]: row for row in BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE).run()
+        row["input"]: row
+        for row in BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE, upscale=UPSCALE).run()
     }
     states = [row["status"] for row in rows.values()]
     assert (states.count("found"), states.count("written")) == (8, 1)
@@ -131,7 +142,7 @@ def test_failed_images_are_tried_again(tmp_path: Path) -> None:
     put(tmp_path / "in", 2)
     broken = tmp_path / "in" / "c.png"
     broken.write_bytes(b"nothing")
-    job = {"source": str(tmp_path / "in"), "output": str(tmp_path / "out"), "cluster": HERE}
+    job = {"source": str(tmp_path / "in"), "output": str(tmp_path / "out"), "cluster": HERE, "upscale": UPSCALE}
     assert [row["status"] for row in BatchJob(**job).run()].count("failed") == 1
     Image.new("RGB", (4, 4)).save(broken)
     assert [row["input"] for row in BatchJob(**job).run()] == [str(broken)]
@@ -151,6 +162,35 @@ def test_the_class_takes_tables_of_ray_and_of_spark(expected: Path) -> None:
     assert upscale({"path": np.array(paths[:1])}).column("image").to_pylist() == wanted[:1]
     with pytest.raises(UserError, match="expected 'path'"):
         upscale({"name": paths})
+
+
+def test_images_of_one_size_are_made_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, 6)
+    put(tmp_path / "wide", 4, side=20)
+    paths = [*sorted(str(path) for path in tmp_path.rglob("*.*")), str(tmp_path / "absent.png")]
+    groups: list[int] = []
+    original = Upscaler.upscale_images
+
+    def counted(self: Upscaler, images: list[Any], options: UpscaleOptions) -> list[Any]:
+        groups.append(len({image.width for image in images}))
+        groups.append(len(images))
+        return original(self, images, options)
+
+    monkeypatch.setattr(Upscaler, "upscale_images", counted)
+    together = UpscaleImages(options=UpscaleOptions(tile_batch=4))
+    table = {row["input"]: row for row in together({"path": paths}).to_pylist()}
+    alone = {row["input"]: row for row in UPSCALE({"path": paths}).to_pylist()}
+    assert set(groups[::2]) == {1}
+    assert 1 < max(groups[1::2]) <= 4
+    assert list(table.keys() - alone.keys()) == []
+    for path in paths[:-1]:
+        with (
+            Image.open(io.BytesIO(table[path]["image"])) as ours,
+            Image.open(io.BytesIO(alone[path]["image"])) as theirs,
+        ):
+            assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
+        assert table[path]["seconds"] > 0
+    assert table[paths[-1]]["status"] == "failed"
 
 
 def test_lists_and_patterns(tmp_path: Path) -> None:
@@ -210,7 +250,9 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_two_inputs_of_one_output(tmp_path: Path) -> None:
     for ending in ("jpg", "png"):
         Image.new("RGB", (4, 4)).save(tmp_path / f"a.{ending}")
-    job = BatchJob(source=f"{tmp_path}/a.*", output=str(tmp_path / "out"), cluster=HERE, file_format="webp")
+    job = BatchJob(
+        source=f"{tmp_path}/a.*", output=str(tmp_path / "out"), cluster=HERE, upscale=UPSCALE, file_format="webp"
+    )
     rows = list(job.run())
     assert sorted(row["status"] for row in rows) == ["failed", "written"]
     assert "is that of" in next(row["error"] for row in rows if row["status"] == "failed")
@@ -220,9 +262,9 @@ def test_outputs_are_no_inputs(tmp_path: Path) -> None:
     put(tmp_path, 2)
     for output in (tmp_path, tmp_path / "a" / ".." / ".", tmp_path.parent):
         with pytest.raises(UserError, match="holds the inputs"):
-            BatchJob(source=str(tmp_path), output=str(output), cluster=HERE, overwrite=True).plan()
+            BatchJob(source=str(tmp_path), output=str(output), cluster=HERE, upscale=UPSCALE, overwrite=True).plan()
     for made in (2, 0):
-        job = BatchJob(source=str(tmp_path), output=str(tmp_path / "large"), cluster=HERE)
+        job = BatchJob(source=str(tmp_path), output=str(tmp_path / "large"), cluster=HERE, upscale=UPSCALE)
         assert len(list(job.run())) == made
         assert job.total == 2
 
@@ -235,14 +277,14 @@ def test_names_of_a_list_stay_below_the_output(tmp_path: Path) -> None:
 def test_one_source_per_output(tmp_path: Path) -> None:
     for name in ("one", "two"):
         put(tmp_path / name, 1)
-    list(BatchJob(source=str(tmp_path / "one"), output=str(tmp_path / "out"), cluster=HERE).run())
+    list(BatchJob(source=str(tmp_path / "one"), output=str(tmp_path / "out"), cluster=HERE, upscale=UPSCALE).run())
     with pytest.raises(UserError, match=r"holds images of .*one; choose another"):
-        BatchJob(source=str(tmp_path / "two"), output=str(tmp_path / "out"), cluster=HERE).plan()
+        BatchJob(source=str(tmp_path / "two"), output=str(tmp_path / "out"), cluster=HERE, upscale=UPSCALE).plan()
 
 
 def test_an_interrupted_overwrite_is_not_done_and_a_deleted_output_is_made_again(tmp_path: Path) -> None:
     put(tmp_path / "in", 3)
-    job = {"source": str(tmp_path / "in"), "output": str(tmp_path / "out"), "cluster": HERE}
+    job = {"source": str(tmp_path / "in"), "output": str(tmp_path / "out"), "cluster": HERE, "upscale": UPSCALE}
     list(BatchJob(**job).run())
     (tmp_path / "out" / "a" / "001.png").unlink()
     assert [row["input"] for row in BatchJob(**job).run()] == [str(tmp_path / "in" / "a" / "001.png")]
@@ -269,9 +311,9 @@ def test_names_that_are_not_utf8_are_one_line(tmp_path: Path) -> None:
 
 def test_a_wrong_model_does_not_bind_the_folder(tmp_path: Path) -> None:
     put(tmp_path / "in", 1)
-    job = {"source": str(tmp_path / "in"), "output": str(tmp_path / "out"), "cluster": HERE}
+    job = {"source": str(tmp_path / "in"), "output": str(tmp_path / "out"), "cluster": HERE, "upscale": UPSCALE}
     with pytest.raises(UserError):
-        list(BatchJob(**job, upscale=UpscaleImages("d3sr-tyni")).run())
+        list(BatchJob(**{**job, "upscale": UpscaleImages("d3sr-tyni")}).run())
     assert len(list(BatchJob(**job).run())) == 1
 
 
@@ -279,6 +321,93 @@ def test_folders_that_begin_with_a_line_are_no_hidden_ones(tmp_path: Path) -> No
     for name in ("_raw", ".hidden", PARTS):
         put(tmp_path / name, 1)
     assert list_inputs(str(tmp_path), {}).names == ["_raw/b/000.jpg"]
+
+
+def test_a_full_disk_is_a_row_and_the_rest_goes_on(expected: Path, tmp_path: Path) -> None:
+    large = expected / "in" / "large.png"
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(large)
+    job = {"source": str(expected / "in"), "output": str(tmp_path), "cluster": HERE, "upscale": UPSCALE}
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))  # outputs of 16 x 16 pixels have 13 kB
+        rows = {row["input"]: row for row in BatchJob(**job).run()}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        large.unlink()
+    assert [row["error"] for row in rows.values() if row["status"] != "written"] == [
+        f"{tmp_path}/large.png: cannot be written (File too large)"
+    ]
+    assert content(tmp_path) == content(expected / "out")
+    assert len(manifest(tmp_path)) == 10
+
+
+def test_a_disk_too_full_for_the_manifest_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "FLUSH_S", 0.0)
+    put(tmp_path / "in", 4)
+    job = {"source": str(tmp_path / "in"), "output": str(tmp_path / "out"), "cluster": HERE, "upscale": UPSCALE}
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    states: list[str] = []
+
+    def run_until_full() -> None:
+        for row in BatchJob(**job).run():
+            states.append(row["status"])
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+
+    try:
+        with pytest.raises(UserError, match="cannot be written") as error:
+            run_until_full()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert "\n" not in str(error.value)
+    assert len(states) == 4
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.startswith(PARTIAL_PREFIX)]
+    list(BatchJob(**job).run())
+    assert [row["status"] in ("written", "found") for row in manifest(tmp_path / "out")] == [True] * 4
+
+
+def test_missing_buckets_and_folders_are_rows_or_a_line(tmp_path: Path) -> None:
+    put(tmp_path / "in", 1)
+    good = tmp_path / "in" / "b" / "000.jpg"
+    (tmp_path / "list.txt").write_text(f"{good}\n{tmp_path}/none/x.png\nnonsense://x/y.png\n")
+    job = BatchJob(source=str(tmp_path / "list.txt"), output=str(tmp_path / "out"), cluster=HERE, upscale=UPSCALE)
+    rows = {row["input"]: row for row in job.run()}
+    assert [row["status"] for row in rows.values()].count("failed") == 2
+    assert rows[str(good)]["status"] == "written"
+    assert all(row["error"].startswith(path) for path, row in rows.items() if row["status"] == "failed")
+
+
+def measured(sr: Path, hr: Path, target: Path, *words: str) -> tuple[dict[str, Any], bytes]:
+    """What ``onestepsr evaluate`` writes but for times, as JSON and as rows."""
+    files = ["--json", str(target / "a.json"), "--csv", str(target / "a.csv")]
+    assert run("evaluate", str(sr), "--hr", str(hr), "--metrics", "psnr,ssim,grid", *files, *words) == 1
+    content = json.loads((target / "a.json").read_text())
+    return {key: content[key] for key in content.keys() - {"date", "seconds"}}, (target / "a.csv").read_bytes()
+
+
+def broken_set(folder: Path) -> tuple[Path, Path]:
+    """SR and HR images of which one cannot be read."""
+    put(folder / "hr", 5, side=40)
+    put(folder / "sr", 5, side=40)
+    for path in (folder / "sr").rglob("*.*"):
+        with Image.open(path) as image:
+            image.point(lambda value: value // 2).save(path)
+    (folder / "sr" / "a" / "003.jpg").write_bytes(b"no image")
+    return folder / "sr", folder / "hr"
+
+
+def test_evaluations_in_tasks_are_equal_to_the_last_digit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sr, hr = broken_set(tmp_path)
+    whole = measured(sr, hr, tmp_path)
+    words = ["--ray", "--address", "none", "--images-per-task", "2"]
+    assert measured(sr, hr, tmp_path, *words) == whole
+    assert (list(whole[0]["failed"]), whole[0]["count"]["ssim"]) == (["a/003"], 4)
+    capsys.readouterr()
+    assert run("evaluate", str(sr), "--hr", str(hr), "--address", "none") == 2
+    assert run("evaluate", "--model", "d3sr-tiny", "--data", str(hr), "--ray") == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert "--address: needs --ray" in errors[0]
+    assert "make them with 'onestepsr batch'" in errors[1]
+    assert len(errors) == 2
 
 
 # ---- an object store, and a cluster ----
@@ -320,13 +449,41 @@ def test_an_object_store_in_and_out(expected: Path, bucket: Any, capsys: pytest.
         name = path.relative_to(expected / "in").as_posix()
         with own_fs.open_output_stream(f"photos/in/{name}") as stream:
             stream.write(path.read_bytes())
-    job = {"output": f"s3://photos/large?{query}", "cluster": HERE}
+    job = {"output": f"s3://photos/large?{query}", "cluster": HERE, "upscale": UPSCALE}
     assert len(list(BatchJob(source=f"s3://photos/in?{query}", **job).run())) == 9
     for name, wanted in content(expected / "out").items():
         assert own_fs.open_input_stream(f"photos/large/{name}").read() == wanted
     assert list(BatchJob(source=f"s3://photos/in?{query}", **job).run()) == []
+    capsys.readouterr()
     assert run("batch", f"s3://absent/in?{query}", f"s3://photos/x?{query}", "--address", "none") == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    closed = query.replace("true", "false")
+    assert run("batch", str(expected / "in"), f"s3://absent/x?{closed}", "--address", "none") == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert "s3://absent" in errors[0]
+    assert "s3://absent" in errors[1]
+
+
+@pytest.mark.skipif("ONESTEPSR_TEST_RAY" not in os.environ, reason="starts a cluster: takes a minute and more")
+def test_an_object_store_in_and_out_by_a_cluster(expected: Path, bucket: Any) -> None:
+    pytest.importorskip("ray")
+    query, own_fs = bucket
+    for path in (expected / "in").rglob("*.*"):
+        name = path.relative_to(expected / "in").as_posix()
+        with own_fs.open_output_stream(f"photos/in/{name}") as stream:
+            stream.write(path.read_bytes())
+    with own_fs.open_output_stream("photos/in/broken.png") as stream:
+        stream.write(b"no image")
+    words = [f"s3://photos/in?{query}", f"s3://photos/large?{query}", "--images-per-task", "3"]
+    first = subprocess.run(
+        [sys.executable, "-m", "onestepsr", "batch", *words], env=ENVIRONMENT, check=False, timeout=900
+    )
+    assert first.returncode == 1
+    for name, wanted in content(expected / "out").items():
+        assert own_fs.open_input_stream(f"photos/large/{name}").read() == wanted
+    rows = parquet.read_table(pa.BufferReader(own_fs.open_input_stream(f"photos/large/{MANIFEST}").read())).to_pylist()
+    assert len({row["input"] for row in rows}) == len(rows) == 10
+    assert [row["input"] for row in rows if row["status"] == "failed"] == ["s3://photos/in/broken.png"]
 
 
 @pytest.mark.slow
@@ -347,10 +504,10 @@ def test_a_cluster_of_this_job_ends_with_it_and_no_other(
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setitem(sys.modules, "ray.data", ModuleType("ray.data"))
 
-    def turn(job: BatchJob, missing: dict[str, str], size: int) -> list[dict[str, Any]]:
-        return [{"input": path, "output": target, "status": "written"} for path, target in missing.items()]
+    def turn(cluster: Cluster, items: list[dict[str, Any]], *_: Any) -> list[dict[str, Any]]:
+        return [{"input": item["input"], "output": item["output"], "status": "written"} for item in items]
 
-    monkeypatch.setattr(BatchJob, "_turn", turn)
+    monkeypatch.setattr(Cluster, "_turn", turn)
     job = BatchJob(source=str(tmp_path / "in"), output=str(tmp_path / "out"))
     assert [row["status"] for row in job.run()] == ["written"]
     assert calls == ([] if running else ["init", "shutdown"])

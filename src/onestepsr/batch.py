@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import posixpath
 import re
 import secrets
@@ -26,12 +27,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from PIL import Image
 
 from onestepsr import __version__
 from onestepsr.core.errors import MissingExtra, OneStepSRError, UserError, first_line
 from onestepsr.core.files import PARTIAL_PREFIX, replacing, writing
+from onestepsr.evaluate.pairing import Case
+from onestepsr.evaluate.run import Problem, Score, Scorer, score_files
 from onestepsr.imaging.folders import is_image_name
 from onestepsr.imaging.formats import EXTENSIONS, FORMATS, MAX_BYTES, MAX_PIXELS, kept_format
 from onestepsr.imaging.image import LoadedImage
@@ -39,8 +42,8 @@ from onestepsr.imaging.read import read_image
 from onestepsr.imaging.write import check_size, encode_image
 from onestepsr.inference.devices import is_out_of_memory
 from onestepsr.inference.options import UpscaleOptions, target_size
-from onestepsr.inference.pipeline import Limits, bounded_map
-from onestepsr.inference.upscaler import Upscaler
+from onestepsr.inference.pipeline import Limits, grouped_map
+from onestepsr.inference.upscaler import Upscaler, kind_of
 
 try:
     import pyarrow as pa
@@ -262,15 +265,21 @@ class UpscaleImages:
         return table.to_pandas() if hasattr(batch, "iloc") else table
 
     def rows(self, items: Sequence[_Item]) -> Generator[Row, None, None]:
-        """Enlarge images; the next ones are read and the last ones written while the network runs."""
+        """Enlarge images; the next ones are read and the last ones written while the network runs.
+
+        On a GPU, images of one size go through it together; rows come in the order of running.
+        """
         upscaler = self.upscaler
-        return bounded_map(
+        most = upscaler.images_at_once(self.options)
+        return grouped_map(
             items,
             self._guarded(self._read),
-            self._guarded(lambda item: self._enlarge(upscaler, item)),
+            lambda group: self._enlarge(upscaler, group),
             lambda item: self._guarded(self._write)(item).row,
+            kind=lambda item: None if item.image is None else kind_of(item.image),
+            most=most,
             nbytes=lambda item: item.nbytes,
-            limits=Limits(readers=2),
+            limits=Limits(images=max(8, 2 * most), readers=2 if most == 1 else 4),
         )
 
     def _guarded(self, step: Callable[[_Item], None]) -> Callable[[_Item], _Item]:
@@ -318,10 +327,22 @@ class UpscaleImages:
             item.file_format = kept_format(image.format)
         check_size(item.file_format, *item.size, output or item.row["input"])
 
-    def _enlarge(self, upscaler: Upscaler, item: _Item) -> None:
-        image, item.image = item.image, None
-        if image is not None:
+    def _enlarge(self, upscaler: Upscaler, group: list[_Item]) -> list[_Item]:
+        images = [item.image for item in group if item.image is not None]
+        if len(images) > 1:
+            started = time.perf_counter()
+            with suppress(Exception):  # then each by itself, so that the fault of one is no other's
+                for item, image in zip(group, upscaler.upscale_images(images, self.options), strict=True):
+                    item.image = image
+                    item.row["seconds"] += round((time.perf_counter() - started) / len(group), 4)
+                return group
+
+        def alone(item: _Item) -> None:
+            image, item.image = item.image, None
+            assert image is not None
             item.image = upscaler.upscale_image(image, self.options)
+
+        return [self._guarded(alone)(item) for item in group]
 
     def _write(self, item: _Item) -> None:
         assert item.image is not None
@@ -602,6 +623,83 @@ class Cluster:
         if self.images < 1:
             raise UserError(f"{self.images} images per task: accepted: 1 and more")
 
+    @property
+    def lost(self) -> str:
+        """The reason for images that come back from no actor."""
+        return f"its process died in {self.retries + 1} tries"
+
+    def spread(self, missing: dict[str, Row], actor: type, argument: Any) -> Generator[Row, None, None]:
+        """Rows that actors of the class ``actor`` make of those of ``missing``, by "input"; what came is taken out.
+
+        An actor is made with ``argument`` and called with tables of a task. It may die: what is left in ``missing`` at
+        the end has taken its process with it in every round.
+        """
+        if not missing:
+            return
+        if self.address == "none":
+            own = actor(argument)
+            items = list(missing.values())
+            for start in range(0, len(items), self.images):
+                group = items[start : start + self.images]
+                for row in own({name: [item[name] for item in group] for name in group[0]}).to_pylist():
+                    del missing[row["input"]]
+                    yield row
+            return
+        started = _connect(self.address)
+        try:
+            # Ray tries a task of a lost actor again, but it may use its tries up on a machine that is gone. Images that
+            # come back from no actor have a round of their own, in the last one each by itself: only one that takes
+            # its process with it is left then.
+            for turn in range(self.retries + 1):
+                alone = 0 < turn == self.retries
+                for row in self._turn(list(missing.values()), 1 if alone else self.images, actor, argument):
+                    if missing.pop(row["input"], None) is not None:
+                        yield row
+                if not missing:
+                    return
+                logger.warning("%d images came back from no actor", len(missing))
+        finally:
+            if started:
+                import ray
+
+                ray.shutdown()
+
+    def _turn(self, items: list[Row], size: int, actor: type, argument: Any) -> Generator[Row, None, None]:
+        """Rows that come back of ``items``, in tasks of ``size``."""
+        import ray
+
+        blocks = -(-len(items) // size)
+        # Ray 2.60 to 2.63 take max_task_retries this way only, and warn that it will be a parameter.
+        warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.max_errored_blocks = -1  # images of an actor that died too often are rows, not the end of the job
+        dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
+            actor,
+            fn_constructor_args=(argument,),
+            batch_size=None,  # a task is a block
+            num_cpus=self.num_cpus or None,
+            num_gpus=self.num_gpus or None,
+            compute=ray.data.ActorPoolStrategy(size=self._actors(ray.cluster_resources(), blocks)),
+            max_task_retries=1,
+        )
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from batch.to_pylist()
+
+    def _actors(self, resources: Mapping[str, float], blocks: int) -> int:
+        """Actors for which the cluster has room; UserError if for none."""
+        room = [
+            int(resources.get(kind, 0) / each)
+            for kind, each in (("CPU", self.num_cpus), ("GPU", self.num_gpus))
+            if each > 0
+        ]
+        most = min(room)
+        if most < 1:
+            have = f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
+            wanted = f"{self.num_cpus:g} CPUs and {self.num_gpus:g} GPUs"
+            raise UserError(f"the cluster has {have}, but one actor takes {wanted}")
+        return max(1, min(self.actors or most, most, blocks))
+
 
 @dataclass(kw_only=True)
 class BatchJob:
@@ -661,8 +759,12 @@ class BatchJob:
                     any_made = True
                     waiting.append(row)
                     if time.monotonic() - flushed > FLUSH_S:
-                        manifest.add(waiting)
-                        waiting, flushed = [], time.monotonic()
+                        flushed = time.monotonic()
+                        try:
+                            manifest.add(waiting)
+                            waiting = []
+                        except UserError as error:  # a full disk, for the images too: the others may fit
+                            logger.warning("%s; its rows wait", error)
                     yield row
         except UserError:
             if not any_made:  # such as a model that there is none of: the folder is not bound to it
@@ -674,70 +776,13 @@ class BatchJob:
         manifest.end()
 
     def _made(self, pairs: Sequence[tuple[str, str]]) -> Generator[Row, None, None]:
-        if not pairs:
-            return
         if self.cluster.address == "none":
             yield from self.upscale.rows([_Item(row=_row(path, target)) for path, target in pairs])
             return
-        started = _connect(self.cluster.address)
-        missing = dict(pairs)
-        try:
-            # Ray tries a task of a lost actor again, but it may use its tries up on a machine that is gone. Images that
-            # come back from no actor have a round of their own, in the last one each by itself: only one that takes
-            # its process with it is left then.
-            for turn in range(self.cluster.retries + 1):
-                alone = 0 < turn == self.cluster.retries
-                for row in self._turn(missing, 1 if alone else self.cluster.images):
-                    if missing.pop(row["input"], None) is not None:
-                        yield row
-                if not missing:
-                    return
-                logger.warning("%d images came back from no actor", len(missing))
-        finally:
-            if started:
-                import ray
-
-                ray.shutdown()
-        for path, target in missing.items():
-            why = f"{path}: its process died in {self.cluster.retries + 1} tries"
-            yield {**_row(path, target), "status": "failed", "error": why}
-
-    def _turn(self, missing: Mapping[str, str], size: int) -> Generator[Row, None, None]:
-        """Rows of the images of ``missing``, inputs and outputs, that the cluster makes in tasks of ``size``."""
-        import ray
-
-        items = [{"path": path, "output": target} for path, target in missing.items()]
-        blocks = -(-len(items) // size)
-        # Ray 2.60 to 2.63 take max_task_retries this way only, and warn that it will be a parameter.
-        warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.max_errored_blocks = -1  # images of an actor that died too often are rows, not the end of the job
-        dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
-            _Actor,
-            fn_constructor_args=(self.upscale,),
-            batch_size=None,  # a task is a block
-            num_cpus=self.cluster.num_cpus or None,
-            num_gpus=self.cluster.num_gpus or None,
-            compute=ray.data.ActorPoolStrategy(size=self._actors(ray.cluster_resources(), blocks)),
-            max_task_retries=1,
-        )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield from batch.to_pylist()
-
-    def _actors(self, resources: Mapping[str, float], blocks: int) -> int:
-        """Actors for which the cluster has room; UserError if for none."""
-        room = [
-            int(resources.get(kind, 0) / each)
-            for kind, each in (("CPU", self.cluster.num_cpus), ("GPU", self.cluster.num_gpus))
-            if each > 0
-        ]
-        most = min(room)
-        if most < 1:
-            have = f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
-            wanted = f"{self.cluster.num_cpus:g} CPUs and {self.cluster.num_gpus:g} GPUs"
-            raise UserError(f"the cluster has {have}, but one actor takes {wanted}")
-        return max(1, min(self.cluster.actors or most, most, blocks))
+        missing = {path: {"input": path, "path": path, "output": target} for path, target in pairs}
+        yield from self.cluster.spread(missing, _Actor, self.upscale)
+        for path, item in missing.items():
+            yield {**_row(path, item["output"]), "status": "failed", "error": f"{path}: {self.cluster.lost}"}
 
     def _renamed(self, name: str) -> str:
         stem, ending = posixpath.splitext(name)
@@ -770,9 +815,35 @@ class _Actor:
         self.upscale = upscale
         _ = upscale.upscaler
 
-    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> Any:
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> Any:
         """Enlarge one task's images."""
         return self.upscale(batch)
+
+
+class MeasureFiles:
+    """An actor of Ray that measures images in files, for ``onestepsr evaluate --ray``."""
+
+    def __init__(self, make_scorer: Callable[[], Scorer]) -> None:
+        """``make_scorer`` loads the metrics."""
+        self.scorer = make_scorer()
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> Any:
+        """Measure one task's images: :class:`Case` in, :class:`Score` out, both pickled, which keeps every digit."""
+        workers = max(1, torch.get_num_threads())  # Ray sets it to the cores of the actor
+        scores = list(score_files([pickle.loads(case) for case in batch["case"]], self.scorer, workers))
+        return pa.table({"input": [score.name for score in scores], "score": [pickle.dumps(score) for score in scores]})
+
+
+def measure_files(
+    cases: Sequence[Case], make_scorer: Callable[[], Scorer], cluster: Cluster
+) -> Generator[Score, None, None]:
+    """Scores of images in files that all machines of ``cluster`` can read, in the order in which they are done."""
+    missing = {case.name: {"input": case.name, "case": pickle.dumps(case)} for case in cases}
+    with closing(cluster.spread(missing, MeasureFiles, make_scorer)) as rows:
+        for row in rows:
+            yield pickle.loads(row["score"])
+    for name in missing:
+        yield Score(name=name, problems=[Problem(reason=f"{name}: {cluster.lost}")])
 
 
 def _connect(address: str) -> bool:

@@ -6,8 +6,8 @@ import logging
 import sys
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from typing import Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from onestepsr.cli.options import grouped, refuse
 from onestepsr.cli.upscale.command import ImageOptions, ModelOptions
 from onestepsr.core.errors import error_context
 from onestepsr.core.progress import progress
+
+if TYPE_CHECKING:
+    from onestepsr.batch import Cluster
 
 LINE_S = 10.0
 """Seconds between lines about progress where stderr is no terminal."""
@@ -39,6 +42,19 @@ class ClusterOptions:
     retries: Annotated[
         int, typer.Option(min=0, help="Rounds for images that were lost with their actor, before they count as failed.")
     ] = 3
+
+    def checked(self) -> Cluster:
+        """The cluster of a job; UserError for values out of range, and without the extra."""
+        from onestepsr.batch import Cluster
+
+        return Cluster(
+            address=self.address,
+            num_cpus=self.num_cpus_per_actor,
+            num_gpus=self.num_gpus_per_actor,
+            actors=self.actors,
+            images=self.images_per_task,
+            retries=self.retries,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +104,7 @@ def batch(
     for each image: sizes, seconds, status, error. The same command goes on where an earlier one was stopped or killed.
     Exit code: 0 all made, 1 some failed (the others are done), 2 wrong usage.
     """
-    from onestepsr.batch import BatchJob, Cluster, UpscaleImages
+    from onestepsr.batch import BatchJob, UpscaleImages
     from onestepsr.imaging.formats import MAX_PIXELS, format_named
 
     if verbose:
@@ -109,15 +125,11 @@ def batch(
         max_pixels=files.max_pixels or MAX_PIXELS,
         strip_metadata=files.strip_metadata,
     )
-    own = {**asdict(cluster), "num_cpus": cluster.num_cpus_per_actor, "num_gpus": cluster.num_gpus_per_actor}
-    own["images"] = cluster.images_per_task
-    for name in ("num_cpus_per_actor", "num_gpus_per_actor", "images_per_task"):
-        del own[name]
     job = BatchJob(
         source=source,
         output=output,
         upscale=upscale,
-        cluster=Cluster(**own),
+        cluster=cluster.checked(),
         file_format=file_format,
         column=files.column,
         overwrite=files.overwrite,

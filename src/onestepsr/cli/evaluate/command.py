@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from onestepsr.cli.batch import ClusterOptions
 from onestepsr.cli.evaluate import plot
 from onestepsr.cli.evaluate.measure import (
     LIST_METRICS,
@@ -149,6 +150,10 @@ def evaluate(
     prompts: PromptOptions,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
     outputs: OutputOptions,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Measure SR on a Ray cluster that can read its folders; extra 'batch'.")
+    ] = False,
+    cluster: ClusterOptions,
 ) -> None:
     """Measure super-resolved images, against references where there are any; or run a model and measure it.
 
@@ -159,13 +164,17 @@ def evaluate(
     if measuring.metrics == LIST_METRICS:
         return _list_metrics()
     outputs.check(json_file)
+    if not ray:
+        refuse(context, [field.name for field in fields(cluster)], "needs --ray")
+    elif model.model is not None:
+        raise UserError("--ray measures images in files: make them with 'onestepsr batch' instead of --model")
     if model.model is None:
         refuse(context, [field.name for group in (model, prompts) for field in fields(group)], "needs --model")
         if sr is None:
             raise UserError("nothing to measure: give SR images, or --model with --data")
         if hr is None:
             refuse(context, ["suffix"], "needs --hr, to whose names those of SR images belong")
-        outcome = measure_images(sr, hr, suffix, measuring)
+        outcome = measure_images(sr, hr, suffix, measuring, cluster.checked() if ray else None)
         _show(outcome, outputs, json_file)
     else:
         if sr is not None:

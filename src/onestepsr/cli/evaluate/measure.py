@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -14,9 +15,10 @@ from onestepsr.core.errors import UserError, join_names
 from onestepsr.core.progress import progress
 
 if TYPE_CHECKING:
-    from onestepsr.evaluate.pairing import CaseSet
+    from onestepsr.batch import Cluster
+    from onestepsr.evaluate.pairing import Case, CaseSet
     from onestepsr.evaluate.result import EvaluationResult
-    from onestepsr.evaluate.run import Degrader, EvaluatedModel, Score, Scorer
+    from onestepsr.evaluate.run import Degrader, EvaluatedModel, Score, Scorer, Scores
     from onestepsr.imaging.read import LoadedImage
     from onestepsr.inference.options import UpscaleOptions
     from onestepsr.inference.upscaler import Upscaler
@@ -200,8 +202,10 @@ class Outcome:
     """Metrics that have been reported as unavailable."""
 
 
-def measure_images(sr: Path, hr: Path | None, suffix: str, options: MeasureOptions) -> Outcome:
-    """Measure images in files."""
+def measure_images(
+    sr: Path, hr: Path | None, suffix: str, options: MeasureOptions, cluster: Cluster | None = None
+) -> Outcome:
+    """Measure images in files, on a Ray cluster if one is given."""
     from onestepsr.evaluate.pairing import pair_by_name
     from onestepsr.evaluate.run import evaluate_images
 
@@ -210,7 +214,13 @@ def measure_images(sr: Path, hr: Path | None, suffix: str, options: MeasureOptio
     _show_unmatched("HR without SR", data.unmatched_hr)
     scorer = options.scorer(with_reference=hr is not None)
     label = options.label or sr.resolve().stem or str(sr)
-    result = evaluate_images(data, scorer, label=label, track=_tracked)
+    spread: Callable[[Sequence[Case]], Scores] | None = None
+    if cluster is not None:
+        from onestepsr.batch import measure_files
+
+        make_scorer = partial(options.scorer, with_reference=hr is not None)
+        spread = partial(measure_files, make_scorer=make_scorer, cluster=cluster)
+    result = evaluate_images(data, scorer, label=label, track=_tracked, spread=spread)
     return Outcome(result=result, unmatched=data.unmatched, reported_unavailable=frozenset(scorer.unavailable))
 
 
