@@ -574,7 +574,7 @@ class FilmSink(Sink):
             stream: Any = output.add_stream_from_template(first.streams.video[0], opaque=True)
             stream.time_base = self.source.time_base
             context = stream.codec_context
-            self._describe(context, first.streams.video[0].codec_context.pix_fmt)
+            self._describe(context, str(first.streams.video[0].codec_context.pix_fmt))
             if self.codec.encoder == "libx265" and self.container in ("mp4", "mov"):
                 context.codec_tag = "hvc1"  # without which Apple's players show nothing
             if look.display is not None and self.container in TURNING:
@@ -587,7 +587,9 @@ class FilmSink(Sink):
                 output.mux(packet)
 
     def _segment(self, index: int) -> InputContainer:
-        return av.open(str(self.work.absolute() / f"{PART.format(index)}.film"), "r", format=self.codec.segments)
+        path = self.work.absolute() / f"{PART.format(index)}.film"
+        opened: InputContainer = av.open(str(path), "r", format=self.codec.segments)
+        return opened
 
     def _packets(self, stream: Any) -> Iterator[tuple[float, Any]]:
         """Packets of all segments in the order of decoding, with time stamps for the whole film.
