@@ -30,6 +30,8 @@ from pyarrow import parquet
 from onestepsr.batch import MANIFEST, PARTS
 from onestepsr.data.photos import find_images
 
+UPSCALE = ("upscale", "--engine", "torch")
+"""The single process, in the engine that the batch command takes."""
 EVERY_S = 2.0
 """Seconds between two looks at memory and outputs."""
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.95)
@@ -145,7 +147,7 @@ def lose(folder: Path, expected: Path) -> bool:
 def measure(folder: Path, expected: Path, single: Run) -> bool:
     """A cluster of this machine's cores against the single process."""
     run = timed(["batch", str(folder / "in"), str(folder / "out")], folder / "out", threads=1)
-    whole = timed(["upscale", str(folder / "in"), "-o", str(folder / "all")], folder / "all", threads=None)
+    whole = timed([*UPSCALE, str(folder / "in"), "-o", str(folder / "all")], folder / "all", threads=None)
     columns = ["command", "images/s", "seconds in all", *(f"MB at {share:.0%}" for share in SHARES), "most MB"]
     print("| " + " | ".join(columns) + " |")
     print("|---" * len(columns) + "|")
@@ -169,7 +171,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="onestepsr-cluster-") as name:
         folder = Path(name)
         cut(arguments.photos, folder / "in", count, arguments.side)
-        single = timed(["upscale", str(folder / "in"), "-o", str(folder / "single")], folder / "single", threads=1)
+        single = timed([*UPSCALE, str(folder / "in"), "-o", str(folder / "single")], folder / "single", threads=1)
         own = (folder, folder / "single")
         fine = lose(*own) if arguments.part == "lose" else measure(*own, single)
     raise SystemExit(0 if fine else 1)

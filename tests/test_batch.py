@@ -177,9 +177,9 @@ def test_images_of_one_size_are_made_together(tmp_path: Path, monkeypatch: pytes
         return original(self, images, options)
 
     monkeypatch.setattr(Upscaler, "upscale_images", counted)
-    together = UpscaleImages(options=UpscaleOptions(tile_batch=4))
+    together = UpscaleImages(options=UpscaleOptions(tile_batch=4), file_format="png")
     table = {row["input"]: row for row in together({"path": paths}).to_pylist()}
-    alone = {row["input"]: row for row in UPSCALE({"path": paths}).to_pylist()}
+    alone = {row["input"]: row for row in UpscaleImages(file_format="png")({"path": paths}).to_pylist()}
     assert set(groups[::2]) == {1}
     assert 1 < max(groups[1::2]) <= 4
     assert list(table.keys() - alone.keys()) == []
