@@ -272,6 +272,7 @@ def _describe(model: str) -> dict[str, Any]:
             "sources": list(each.urls),
         }
         | ({"named_at": each.unlinked} if each.unlinked else {})
+        | ({"made_by": each.made_by} if each.made_by else {})
         for each in spec.downloads
     ]
     return described | ({"files": files} if len(files) > 1 else dict(*files))

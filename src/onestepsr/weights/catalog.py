@@ -42,7 +42,7 @@ class ModelSpec:
     family: str = ""
     """Family of published weights with a loader of its own: ``osediff``; empty for all others."""
     use: str = ""
-    """For models that are not upscalers: the command or setting that reads them."""
+    """The command or setting that reads the model; of an upscaler only where ``--model`` alone is not enough."""
     bundled: str = ""
     """File name of the weights inside the package; empty for a model without weights of that kind."""
     sha256: str = ""
@@ -94,7 +94,9 @@ class ModelSpec:
         if not has_cache_folder():
             return f"no home folder for it: set {CACHE}"
         damage = next((download.damage for download in self.downloads if download.damage), "")
-        state = f"damaged: {damage}" if damage else "cached" if self.is_here else "not downloaded"
+        is_own = any(not file.urls and not file.path.exists() for file in self.downloads)
+        absent = "its file is yours to bring" if is_own else "not downloaded"
+        state = f"damaged: {damage}" if damage else "cached" if self.is_here else absent
         sizes = [file.bytes for file in self.files if file.bytes is not None]
         return f"{state} ({human_bytes(sum(sizes))})" if len(sizes) == len(self.files) else state
 

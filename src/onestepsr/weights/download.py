@@ -81,6 +81,8 @@ class Download:
     """Licence and terms of use, logged before the first download."""
     unlinked: str = ""
     """Where the file is named, if nobody offers it at a known address; only then may ``urls`` be empty."""
+    made_by: str = ""
+    """Command that makes such a file of what its authors offer; empty if they offer the file itself."""
     alternative: str = "give the path of the file instead of its name"
     """Advice for a file that lies elsewhere."""
 
@@ -363,8 +365,9 @@ def _missing(download: Download, failures: list[str]) -> str:
     folder, size = download.path.parent, human_bytes(download.bytes)
     fetching = f"run 'onestepsr models download {download.model}' on a machine with a network"
     if not download.urls:
-        tried = [*tried, f"{download.unlinked} names the file without an address"]
-        fetching = "get it from its authors"
+        offer = "offers what it is made of" if download.made_by else "names the file without an address"
+        tried = [*tried, f"{download.unlinked} {offer}"]
+        fetching = f"make it by '{download.made_by}'" if download.made_by else "get it from its authors"
     return (
         f"{download.model}: {download.file} ({size}) is not in {folder} and could not be fetched ({'; '.join(tried)}). "
         f"Three ways to provide it: (1) {fetching} and copy the file into {folder}; (2) {download.alternative}; (3) "

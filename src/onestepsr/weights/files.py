@@ -41,8 +41,8 @@ MAX_WEIGHT_BYTES = 20 * 2**30
 PICKLES = (".pth", ".pt", ".ckpt")
 NOT_OURS = f"not onestepsr weights (no 'format: {FORMAT}' in the file's metadata)"
 RUNS = (
-    "files of onestepsr, Real-ESRGAN x4plus (.pth, .bin) and the models of 'onestepsr models list' are; "
-    "'onestepsr models convert' takes Stable Diffusion 2.1-base, OSEDiff and the ResShift family (docs/models.md)"
+    "files of onestepsr, Real-ESRGAN x4plus (.pth, .bin) and the models of 'onestepsr models list' are; 'onestepsr "
+    "models convert' takes Stable Diffusion 2.1-base, OSEDiff, SeeSR and the ResShift family (docs/models.md)"
 )
 
 

@@ -104,6 +104,7 @@ def test_files_of_tadsr_are_named_but_not_offered():
         ) as error:
             load_published(alias)
         assert "models convert" in str(error.value)
+        assert catalog.get_model(alias).state == "its file is yours to bring"
 
 
 @pytest.mark.parametrize("alias", KINDS)

@@ -30,6 +30,7 @@ from onestepsr.models.seesr.generator import (
 from onestepsr.models.seesr.networks import SeeSRCondition, joined_prompt
 from onestepsr.prompts.embedder import PromptEmbedder
 from onestepsr.weights import download
+from onestepsr.weights.catalog import get_model
 
 
 def inputs(seed: int = 3) -> tuple[Tensor, Tensor, SeeSRCondition]:
@@ -245,15 +246,19 @@ def test_published_folders_become_a_file_that_upscales(tmp_path: Path, monkeypat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("onestepsr.models.seesr.generator.SeeSRConfig", small_defaults)
         generator = read_published(own, base)
-        target = tmp_path / "seesr.safetensors"
+        with pytest.raises(UserError, match=r"cswry/SeeSR offers what it is made of.*'onestepsr models convert"):
+            load_network("seesr")
+        assert get_model("seesr").state == "its file is yours to bring"
+        target = get_model("seesr").path
         result = CliRunner().invoke(app, ["models", "convert", str(own), str(target), "--backbone", str(base)])
     assert result.exit_code == 0, result.output
     assert "seesr.safetensors: seesr," in result.output
+    assert get_model("seesr").state == "cached"
     for part in ("unet", "controlnet"):
         states = [getattr(one.denoiser, part).state_dict() for one in (published, generator, load_network(target))]
         assert states[0].keys() == states[1].keys() == states[2].keys()
         assert all(torch.equal(states[0][key], other[key]) for other in states[1:] for key in other)
-    loaded: Any = load_generator(target)
+    loaded: Any = load_generator("seesr")
     empty, negative = PromptEmbedder(base).embed(["", NEGATIVE_PROMPT])
     assert torch.equal(loaded.prompt[0], empty)
     assert torch.equal(loaded.negative[0], negative)
