@@ -1,6 +1,7 @@
 """Exported files of small networks, run by their own engines at odd sizes beside the generator."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from small_diffusion import GENERATOR
 
 from onestepsr.core.errors import UserError
+from onestepsr.export import formats
 from onestepsr.export.formats import ODD_SIZES, TOLERANCES, Exported, compare, export_generator, run_exported
 from onestepsr.models.architectures import describe
 from onestepsr.models.generators import Generator
@@ -136,6 +138,16 @@ def test_ncnn_has_the_blobs_of_real_esrgan(tmp_path: Path, dtype: torch.dtype) -
     assert param[2].split() == ["Input", "data", "0", "1", "data"]
     assert param[-1].split()[6] == "output"
     check(exported, tiny(), TOLERANCES["ncnn", dtype])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux")
+def test_a_converter_that_takes_too_much_memory_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pnnx")
+    monkeypatch.setattr(formats, "PNNX_BYTES", 1 << 20)
+    generator = RealESRGANGenerator(RealESRGANConfig(blocks=1, width=8, growth=4)).eval().requires_grad_(False)
+    with pytest.raises(UserError, match="x4: pnnx could not convert the network in 0 GB of memory"):
+        export_generator(generator, "x4", "ncnn", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_real_esrgan_is_one_graph(tmp_path: Path) -> None:

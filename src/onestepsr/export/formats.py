@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
+import subprocess
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -40,6 +40,8 @@ TOLERANCES: dict[tuple[str, torch.dtype], float] = {
 }
 """Largest difference from the generator, of values in [0, 1], by format and dtype of the weights. ncnn computes 3x3
 convolutions by Winograd's method, whose rounding is larger; 16 bits lose three digits."""
+PNNX_BYTES = 4_000_000_000
+"""Memory that pnnx may take on Linux: 0.5 GB suffice for 16 of Real-ESRGAN's groups, all 23 took 16 GB and no end."""
 ODD_SIZES = ((37, 53), (64, 41), (21, 95))
 """Height and width of the images of the comparison."""
 
@@ -196,17 +198,22 @@ def _ncnn(graph: Graph, stem: Path, metadata: Mapping[str, str], dtype: torch.dt
     side = 8 * whole.multiple
     inputs = (torch.rand(1, 3, side, 2 * side), torch.rand(1, 3, 3 * side, side))
     with tempfile.TemporaryDirectory(prefix="onestepsr-export-") as folder:
-        with _quiet_programs(), torch.no_grad():
-            pnnx.export(
-                whole.network.eval(),
-                str(Path(folder) / "net.pt"),
-                (inputs[0],),
-                (inputs[1],),
-                fp16=dtype == torch.float16,
-            )
+        traced = Path(folder) / "net.pt"
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.jit.trace(whole.network.eval(), inputs[0]).save(str(traced))  # type: ignore[no-untyped-call]
+        shapes = [f"{name}={list(x.shape)}" for name, x in zip(("inputshape", "inputshape2"), inputs, strict=True)]
+        command = [pnnx.EXEC_PATH, str(traced), *shapes, f"fp16={int(dtype == torch.float16)}"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder) as process:
+            if sys.platform == "linux":
+                import resource
+
+                resource.prlimit(process.pid, resource.RLIMIT_AS, (PNNX_BYTES, PNNX_BYTES))
         produced = Path(folder) / "net.ncnn.param"
         if not produced.is_file():
-            raise UserError(f"{metadata['model']}: pnnx could not convert the network")
+            raise UserError(
+                f"{metadata['model']}: pnnx cannot convert the network in {PNNX_BYTES / 1e9:.0f} GB of memory"
+            )
         param.write_text(_with_borders(produced.read_text(), whole.multiple, whole.scale), encoding="ascii")
         param.with_suffix(".bin").write_bytes((Path(folder) / "net.ncnn.bin").read_bytes())
     net = ncnn.Net()
@@ -253,25 +260,6 @@ def _with_borders(param: str, multiple: int, scale: int) -> str:
         ]
     blobs = sum(int(line.split()[3]) for line in layers)
     return "\n".join([lines[0], f"{len(layers)} {blobs}", *layers]) + "\n"
-
-
-class _quiet_programs:  # noqa: N801  (used as a function)
-    """Inside, programs that are started and this process write their chatter nowhere, on both streams."""
-
-    def __enter__(self) -> None:
-        self._kept = [os.dup(1), os.dup(2)]
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):
-            os.dup2(nowhere, stream)
-        os.close(nowhere)
-        self._python = redirect_stdout(io.StringIO())
-        self._python.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._python.__exit__(None, None, None)
-        for stream, kept in zip((1, 2), self._kept, strict=True):
-            os.dup2(kept, stream)
-            os.close(kept)
 
 
 _WRITERS: dict[str, Callable[[Graph, Path, Mapping[str, str], torch.dtype], tuple[list[Path], Run]]] = {
