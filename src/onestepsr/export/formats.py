@@ -212,7 +212,7 @@ def _ncnn(graph: Graph, stem: Path, metadata: Mapping[str, str], dtype: torch.dt
         produced = Path(folder) / "net.ncnn.param"
         if not produced.is_file():
             raise UserError(
-                f"{metadata['model']}: pnnx cannot convert the network in {PNNX_BYTES / 1e9:.0f} GB of memory"
+                f"{metadata['model']}: pnnx could not convert the network in {PNNX_BYTES / 1e9:.0f} GB of memory"
             )
         param.write_text(_with_borders(produced.read_text(), whole.multiple, whole.scale), encoding="ascii")
         param.with_suffix(".bin").write_bytes((Path(folder) / "net.ncnn.bin").read_bytes())
