@@ -423,7 +423,7 @@ class Upscaler:
 
 
 def kind_of(image: LoadedImage) -> tuple[object, ...]:
-    """What images must have in common for :meth:`Upscaler.upscale_images`: size, channels, depth, alpha, profile."""
+    """Properties that images must share for :meth:`Upscaler.upscale_images`: size, channels, depth, alpha, profile."""
     return image.pixels.shape, image.pixels.dtype, image.alpha is None, image.icc
 
 
