@@ -122,7 +122,7 @@ _RUNNERS: dict[str, Callable[[Path], Run]] = {"onnxruntime": open_onnxruntime, "
 # ---- the choice by measurement ---------------------------------------------------------------------------------------
 
 SCHEMA = 1
-SIDE, ROUNDS = 128, 3
+SIDE, ROUNDS = 128, 5
 """Side of the image that is enlarged, and timed runs of each engine."""
 TOLERANCE = 1e-4
 """Largest difference from PyTorch in float32, of values in [0, 1], with which an engine is chosen; a step of 8 bits is
