@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from small_seesr import CONFIG as SEESR
 
 from onestepsr.benchmark.complexity import (
     Complexity,
@@ -21,12 +23,16 @@ from onestepsr.benchmark.complexity import (
     tables,
 )
 from onestepsr.benchmark.counting import size_of
+from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UnknownModel, UserError
 from onestepsr.core.tables import Grid
 from onestepsr.methods.base import Method
 from onestepsr.methods.d3sr import D3SRConfig, DiscriminatorConfig
 from onestepsr.methods.d3sr import build as build_d3sr
+from onestepsr.models.realesrgan.networks import RealESRGANConfig, RealESRGANGenerator
+from onestepsr.models.seesr.generator import seesr_generator
 from onestepsr.weights.catalog import list_models
+from onestepsr.weights.files import save_model
 
 
 def of(report: Report, name: str) -> Complexity:
@@ -231,12 +237,66 @@ def test_a_file_of_weights_is_counted_without_reading_them(tmp_path: Path) -> No
     assert found.trainable == 0
 
 
+@pytest.mark.parametrize(("alias", "groups"), [("realesrgan-x4plus", 23), ("realesrgan-x4plus-anime", 6)])
+def test_real_esrgan_is_counted_by_hand_without_weights(
+    alias: str, groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three dense blocks of five convolutions a group; all layers are 3 x 3, the last ones at 2 and 4 times the LR."""
+    monkeypatch.setenv("ONESTEPSR_CACHE", str(tmp_path))
+    dense = sum((64 + 32 * number) * 32 for number in range(4)) + (64 + 4 * 32) * 64
+    body, lr = 9 * 3 * groups * dense, 16 * 16
+    found = measure(alias, 64)
+    assert found.layer_macs == found.macs == lr * (body + 9 * (3 * 64 + (1 + 4 + 2 * 16) * 64**2 + 16 * 64 * 3))
+    biases = 3 * groups * (4 * 32 + 64) + 5 * 64 + 3
+    assert found.parameters == body + 9 * (2 * 3 * 64 + 4 * 64**2) + biases
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_another_project_is_counted_by_its_own_sizes(tmp_path: Path) -> None:
+    network = RealESRGANGenerator(RealESRGANConfig(blocks=2))
+    torch.save({"params_ema": network.state_dict()}, tmp_path / "x4.pth")
+    found = measure(str(tmp_path / "x4.pth"), 16)
+    assert found.parameters == size_of(network.parameters())
+    assert [stage.name for stage in found.stages] == ["network"]
+
+
+@pytest.mark.parametrize(("name", "steps"), [("random:resshift-tiny", 15), ("random:d3sr-tiny", 1)])
+def test_random_names_are_counted_by_their_stages(name: str, steps: int) -> None:
+    found = measure(name, 256)
+    assert [(stage.name, stage.times) for stage in found.stages] == [("encode", 1), ("unet", steps), ("decode", 1)]
+    assert min(stage.cost.macs for stage in found.stages) > 0
+
+
+def test_one_step_of_seesr_is_two_evaluations_at_once(tmp_path: Path) -> None:
+    """Guidance evaluates both texts; without it a step costs half."""
+    found = {}
+    for guidance in (5.5, 1.0):
+        config = replace(SEESR, guidance=guidance)
+        path, state = tmp_path / f"{guidance}.safetensors", seesr_generator(config).state_dict()
+        save_model(path, architecture="seesr", config=to_mapping(config), state_dict=state)
+        found[guidance] = measure(str(path), 64)
+        assert found[guidance].steps == SEESR.steps
+    assert macs_by_stage(found[5.5])["unet"] == 2 * macs_by_stage(found[1.0])["unet"] > 0
+
+
+def test_seesr_is_counted_without_weights() -> None:
+    found = measure("seesr", 64)
+    assert found.parameters == 1_126_760_324 + 489_031_440 + 83_653_863 + 2 * 77 * 1024
+    assert found.steps == 50
+
+
+def test_enlargement_without_a_network_costs_nothing() -> None:
+    found = measure("bicubic", 64)
+    assert (found.macs, found.layer_macs, found.parameters, found.steps) == (0, 0, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("name", "side", "error", "words"),
     [
         ("d3sr-sd", 512, UnknownModel, "did you mean 'd3sr-sd21'"),
         ("vgg16", 512, UnknownModel, "unknown network 'vgg16'"),
-        ("bicubic", 512, UserError, "no weights file"),
+        ("realesrgan-x4plu", 512, UnknownModel, "did you mean 'realesrgan-x4plus'"),
+        ("bicubic", 10, UserError, "multiple of 4, such as 8"),
         ("random:sdxl-base", 512, UserError, "discriminator's backbone only"),
         ("sinsr", 500, UserError, "multiple of 256, such as 512"),
         ("d3sr-tiny", 500, UserError, "multiple of 16, such as 496"),

@@ -1,8 +1,12 @@
 """The counter: toy networks whose operations can be counted by hand, and the stages of generators."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from small_seesr import CONFIG as SEESR
+from small_seesr import small_seesr
 from torch import Tensor, nn
 
 from onestepsr.benchmark.complexity import measure
@@ -128,6 +132,12 @@ def test_every_step_of_a_sampler_counts() -> None:
     )
     assert list(one) == ["encode", "steps", "decode"]
     assert four == {**one, "steps": 4 * one["steps"]}
+
+
+def test_the_steps_of_seesr_count() -> None:
+    one, four = (count_stages(small_seesr(replace(SEESR, steps=steps)), [evaluation(1, 3, 8, 8)]) for steps in (1, 4))
+    assert four == {**one, "steps": 4 * one["steps"]}
+    assert one["steps"] > 0
 
 
 def test_a_network_without_stages_counts_nothing() -> None:

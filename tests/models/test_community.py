@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from onestepsr import Upscaler
+from onestepsr.benchmark.complexity import measure
 from onestepsr.core.errors import MissingExtra, UserError
 from onestepsr.models.community import CommunityGenerator, is_foreign, load_community
 from onestepsr.models.loading import load_network
@@ -110,6 +111,7 @@ def test_another_scale_goes_through_the_upscaler(tmp_path: Path) -> None:
     network = load_network(path)
     assert isinstance(network, CommunityGenerator)
     assert network.scale == 2
+    assert measure(str(path), 64).parameters == sum(parameter.numel() for parameter in network.parameters())
     upscaler = Upscaler.from_pretrained(path, "cpu", "float32")
     image = (torch.rand(23, 31, 3) * 255).byte().numpy()
     assert upscaler(image, scale=4, tile=16).size == (124, 92)

@@ -17,18 +17,28 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from onestepsr.benchmark.counting import Cost, count, size_of
+from onestepsr.benchmark.counting import Cost, count, size_of, without_contents
 from onestepsr.core.errors import UnknownModel, UserError, did_you_mean
+from onestepsr.core.files import at_home
 from onestepsr.core.tables import Grid
-from onestepsr.models.architectures import RANDOM, build_network, is_random, random_backbone, random_generator
+from onestepsr.models.architectures import (
+    RANDOM,
+    RANDOM_GENERATORS,
+    build_network,
+    random_backbone,
+    random_generator,
+)
 from onestepsr.models.backbones import load_discriminator_backbone
 from onestepsr.models.discriminators import DiffusionEncoder, NoiseAwareDiscriminator
-from onestepsr.models.generators import OneStepLatentGenerator
+from onestepsr.models.generators import Generator, OneStepLatentGenerator
+from onestepsr.models.loading import family_of, load_network
 from onestepsr.models.lora import LoraConfig, add_lora
 from onestepsr.models.osediff.generator import ENCODER_LAYERS, FIRST_LAYER, UNET_LAYERS, OSEDiffGenerator
-from onestepsr.models.resshift.checkpoints import is_published
+from onestepsr.models.realesrgan.networks import PUBLISHED as PUBLISHED_REALESRGAN
+from onestepsr.models.realesrgan.networks import RealESRGANGenerator
 from onestepsr.models.resshift.config import PUBLISHED
 from onestepsr.models.resshift.generator import ResidualShiftGenerator, residual_shift_generator
+from onestepsr.models.seesr.generator import SeeSRGenerator
 from onestepsr.models.stable_diffusion.networks import StableDiffusionUNet, StableDiffusionUNetEncoder
 from onestepsr.models.tiny.networks import FACTOR as TINY_FACTOR
 from onestepsr.prompts.ram import RamConfig, RamNetwork
@@ -217,18 +227,28 @@ def _build(name_or_path: str) -> tuple[str, nn.Module]:
         summary, build = NETWORKS[name_or_path]
         return summary, build()
     kinds = {spec.id: spec.kind for spec in catalog.list_models()}
-    if is_random(name_or_path) or kinds.get(name_or_path) == "backbone":
-        network = random_generator(name_or_path if is_random(name_or_path) else f"{RANDOM}{name_or_path}")
-        return "a backbone as it comes, nothing trained", network.requires_grad_(False)
-    if is_published(name_or_path):
-        return "a published model as it runs, nothing trained", _resshift(name_or_path)
-    if name_or_path in catalog.OSEDIFF_SCALES:
-        return "a published model as it runs, nothing trained", _osediff(catalog.OSEDIFF_SCALES[name_or_path])
-    if kinds.get(name_or_path) != "upscaler" and not Path(name_or_path).is_file():
-        raise UnknownModel(
-            f"unknown network '{name_or_path}', and no weights file of ours: {did_you_mean(name_or_path, NETWORKS)}"
-        )
-    return "a model as it runs, nothing trained", _from_weights(name_or_path)
+    name = str(at_home(Path(name_or_path)))
+    if kinds.get(name) == "backbone":
+        name = f"{RANDOM}{name}"
+    family = family_of(name)
+    if family == "random":
+        return "a backbone as it comes, nothing trained", random_generator(name).requires_grad_(False)
+    if not Path(name).is_file():
+        if kinds.get(name) != "upscaler":
+            near = did_you_mean(name, [*NETWORKS, *(known for known in kinds if kinds[known] == "upscaler")])
+            raise UnknownModel(f"unknown network '{name}', and no weights file: {near}")
+        summary = "a published model as it runs, nothing trained"
+        if name in RANDOM_GENERATORS:
+            return summary, random_generator(f"{RANDOM}{name}").requires_grad_(False)
+        if family == "osediff":
+            return summary, _osediff(catalog.OSEDIFF_SCALES[name])
+        if family == "realesrgan":
+            return summary, RealESRGANGenerator(PUBLISHED_REALESRGAN[name]).requires_grad_(False)
+    summary = "a model as it runs, nothing trained"
+    if family == "native":
+        return summary, _from_weights(name)
+    with torch.device("cpu"):  # sizes that only the weights tell
+        return summary, without_contents(load_network(name))
 
 
 def _from_weights(name_or_path: str) -> nn.Module:
@@ -242,11 +262,12 @@ def _from_weights(name_or_path: str) -> nn.Module:
 
 
 def measure(name_or_path: str, side: int) -> Complexity:
-    """Complexity of a network named in :data:`NETWORKS`, of another model or backbone, of ``random:ALIAS``, or of a
-    weights file of ours, for one image of ``side`` x ``side`` pixels.
+    """Complexity of a network named in :data:`NETWORKS`, a backbone, or whatever :func:`load_network` takes (alias,
+    weights file, ``random:ALIAS``), for one image of ``side`` x ``side`` pixels.
 
-    No weights are read. Raises :class:`UnknownModel` for other names and :class:`UserError` for a network that is no
-    generator, a file that cannot be read, or a side that does not suit the network.
+    Weights are read only where nothing else tells the sizes: in files of other projects, which are fetched if they are
+    missing. Raises :class:`UnknownModel` for other names and :class:`UserError` for a network that is no generator, a
+    file that cannot be read, or a side that does not suit the network.
     """
     with torch.device("meta"):
         summary, network = _build(name_or_path)
@@ -256,9 +277,13 @@ def measure(name_or_path: str, side: int) -> Complexity:
 def _complexity(network: nn.Module, side: int, *, name: str, summary: str = "") -> Complexity:
     """Complexity of ``network``; the default device must be "meta", so that tables of a schedule stay there."""
     network.eval()
-    if isinstance(network, (OneStepLatentGenerator, ResidualShiftGenerator)):
+    if isinstance(network, Generator):
         _require_multiple(side, network.scale * network.lr_multiple, name)
-        stages = _generator_stages(network, side)
+        lr = torch.empty(1, 3, *[side // network.scale] * 2)
+        if isinstance(network, (OneStepLatentGenerator, ResidualShiftGenerator, SeeSRGenerator)):
+            stages = _latent_stages(network, lr)
+        else:
+            stages = [Stage(name="network", cost=count(network, lambda: network(lr))[1])]
     elif isinstance(network, NoiseAwareDiscriminator):
         factor = SD_FACTOR if isinstance(network.encoder, StableDiffusionUNetEncoder) else TINY_FACTOR
         _require_multiple(side, factor, name)
@@ -301,19 +326,22 @@ def _latent(channels: int, side: int) -> tuple[Tensor, Tensor]:
     return torch.empty(1, channels, side, side), torch.empty(1, dtype=torch.long)
 
 
-def _generator_stages(generator: OneStepLatentGenerator | ResidualShiftGenerator, side: int) -> list[Stage]:
+def _latent_stages(
+    generator: OneStepLatentGenerator | ResidualShiftGenerator | SeeSRGenerator, lr: Tensor
+) -> list[Stage]:
     """Encoding, every UNet evaluation and decoding. Bicubic enlargement and the formulas around the UNet count nothing:
     they have no matrix products."""
-    z, encode = count(generator, lambda: generator.encode(torch.empty(1, 3, side, side)))
-    if isinstance(generator, OneStepLatentGenerator):
-        steps, (z, unet) = 1, count(generator, lambda: generator.step(z))
+    z, encode = count(generator, lambda: generator.encode(generator.enlarge(lr)))
+    if isinstance(generator, ResidualShiftGenerator):
+        z, unet = count(generator, lambda: generator.unet(z, torch.empty(1, dtype=torch.long), lr))
+    elif isinstance(generator, SeeSRGenerator):
+        z, unet = count(generator, lambda: generator.predict(z, 0, generator.condition(lr, None)))
     else:
-        t, lr = torch.empty(1, dtype=torch.long), torch.empty(1, 3, *[side // generator.scale] * 2)
-        steps, (z, unet) = generator.schedule.steps, count(generator, lambda: generator.unet(z, t, lr))
+        z, unet = count(generator, lambda: generator.step(z))
     _, decode = count(generator, lambda: generator.decode(z))
     return [
         Stage(name="encode", cost=encode),
-        Stage(name="unet", cost=unet, times=steps),
+        Stage(name="unet", cost=unet, times=generator.steps),
         Stage(name="decode", cost=decode),
     ]
 

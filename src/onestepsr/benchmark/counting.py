@@ -27,8 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from onestepsr.inference.devices import without_compiling
-from onestepsr.models.generators import LatentGenerator
-from onestepsr.models.resshift.generator import ResidualShiftGenerator
+from onestepsr.models.generators import LatentGenerator, OneStepLatentGenerator
 
 T = TypeVar("T")
 Method = Callable[..., Any]
@@ -130,7 +129,7 @@ def stages_of(generator: nn.Module) -> dict[str, str]:
     sampler are ``steps``."""
     if not isinstance(generator, LatentGenerator):
         return {}
-    middle = {"sample": "steps"} if isinstance(generator, ResidualShiftGenerator) else {"step": "unet"}
+    middle = {"step": "unet"} if isinstance(generator, OneStepLatentGenerator) else {"sample": "steps"}
     return {"encode": "encode", **middle, "decode": "decode"}
 
 

@@ -38,7 +38,6 @@ from onestepsr.inference.tiled import LoadedGenerator
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler, enlarge
 from onestepsr.models.generators import Generator, pad_to_multiple
 from onestepsr.models.loading import load_generator
-from onestepsr.models.resshift.generator import ResidualShiftGenerator
 
 logger = logging.getLogger(__name__)
 
@@ -119,11 +118,10 @@ def measure_speed(
         product, baseline, *_ = *(_path_speed(*each, config) for each in zip(paths, runs, strict=True)), {}
         memory = _memory(model, sources[0], config, steps, announce) if config.memory else None
     rows, columns, _ = runs[0][0].pixels[0].shape
-    network: nn.Module = upscaler.generator
     images, tflops = config.batch / product["whole"]["median"], product["tflops"]
     return {
         "model": model,
-        "steps": network.schedule.steps if isinstance(network, ResidualShiftGenerator) else 1,
+        "steps": upscaler.generator.steps,
         "output": [columns, rows],
         "batch": config.batch,
         "images_per_second": images,

@@ -94,6 +94,8 @@ class Generator(nn.Module):
     """Tokens of RAM's image encoder that follow a text's in its prompt embedding; 0 where it takes the text alone."""
     added_prompt: str = ""
     """Words that belong behind an image's tags."""
+    steps: int = 1
+    """Evaluations of the diffusion network for one image."""
     stages: tuple[Stage, ...] = ()
     """Stages that can be run one by one; empty for a generator that has only :meth:`forward`."""
 

@@ -122,15 +122,18 @@ def load_network(name_or_path: str | Path) -> nn.Module:
     """
     name_or_path = at_home(Path(name_or_path)) if str(name_or_path).startswith("~") else name_or_path
     require_upscaler(name_or_path)
-    name = str(name_or_path)
-    family = next((family for family, names in ALIASES.items() if name in names), "native")
-    if is_random(name_or_path) or Path(name_or_path).is_file():
-        family = "random" if is_random(name_or_path) else "native"
-        if looks_like_realesrgan(Path(name_or_path)):
-            family = "realesrgan"
-        elif family == "native" and is_foreign(Path(name_or_path)):
-            family = "community"
-    return LOADERS[family](name).eval()
+    return LOADERS[family_of(str(name_or_path))](str(name_or_path)).eval()
+
+
+def family_of(name: str) -> str:
+    """Key in :data:`LOADERS` for an alias, a weights file or ``random:ALIAS``; "native" for a name that is unknown."""
+    if is_random(name):
+        return "random"
+    if looks_like_realesrgan(Path(name)):
+        return "realesrgan"
+    if Path(name).is_file():
+        return "community" if is_foreign(Path(name)) else "native"
+    return next((family for family, names in ALIASES.items() if name in names), "native")
 
 
 # ---- a generator for inference ----

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError
-from onestepsr.models.realesrgan.networks import RealESRGANConfig, RealESRGANGenerator
+from onestepsr.models.realesrgan.networks import PUBLISHED, RealESRGANConfig, RealESRGANGenerator
 from onestepsr.weights.files import canonical_keys, check_tensors, foreign_weights, load_pickle, read_tensors, reading
 
 FLOAT16, FLOAT32 = 0x01306B47, 0
 """ncnn's flags of how a layer's weights are stored."""
 MAX_BYTES = 2**28
-GROUPS = (23, 6)
-"""Sizes that are published: x4plus, and x4plus for drawings."""
 NCNN_SUFFIX = ".bin"
 OFFICIAL_FIRST_KEY = "body.0.rdb1.conv1.weight"
 
@@ -80,17 +78,17 @@ def read_ncnn(path: Path) -> dict[str, Tensor]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    for groups in GROUPS:
-        state = _parse(content, groups)
+    for config in PUBLISHED.values():
+        state = _parse(content, config)
         if state is not None:
             return state
     raise UserError(f"{path}: {len(content)} bytes that are no x4plus network of Real-ESRGAN in ncnn's format")
 
 
-def _parse(content: bytes, groups: int) -> dict[str, Tensor] | None:
-    """State dict of a network of so many groups, or None if the bytes do not add up to it."""
+def _parse(content: bytes, config: RealESRGANConfig) -> dict[str, Tensor] | None:
+    """State dict of a network of these sizes, or None if the bytes do not add up to it."""
     with torch.device("meta"):
-        network = RealESRGANGenerator(RealESRGANConfig(blocks=groups))
+        network = RealESRGANGenerator(config)
     state: dict[str, Tensor] = {}
     place = 0
     for name, module in network.named_modules():  # in the order of evaluation

@@ -29,7 +29,7 @@ class RealESRGANConfig:
     """Sizes of the network; the defaults are those of x4plus."""
 
     blocks: int = 23
-    """Groups of three dense blocks; 6 in the model for drawings."""
+    """Groups of three dense blocks."""
     width: int = 64
     """Channels between the blocks."""
     growth: int = 32
@@ -38,6 +38,10 @@ class RealESRGANConfig:
     def __post_init__(self) -> None:
         if min(self.blocks, self.width, self.growth) < 1:
             raise ValueError(f"blocks, width and growth must be at least 1, got {self}")
+
+
+PUBLISHED = {"realesrgan-x4plus": RealESRGANConfig(), "realesrgan-x4plus-anime": RealESRGANConfig(blocks=6)}
+"""Sizes of the published networks by alias."""
 
 
 class DenseBlock(nn.Module):

@@ -51,6 +51,7 @@ class ResidualShiftGenerator(LatentGenerator):
         """Run the networks by another schedule, number of steps or sampler."""
         self.config = config
         self.schedule = config.sampling_schedule()
+        self.steps = self.schedule.steps
         self.sampler = config.sampler
 
     def choose_sampling(self, steps: int | None = None, sampler: str | None = None) -> None:

@@ -82,7 +82,7 @@ class SeeSRGenerator(LatentGenerator):
     def __init__(self, autoencoder: LatentAutoencoder, unet: SeeSRUNet, config: SeeSRConfig) -> None:
         super().__init__(autoencoder, unet, config.scale)
         self.config = config
-        self.schedule = DiffusionSchedule(config.schedule)
+        self.schedule, self.steps = DiffusionSchedule(config.schedule), config.steps
         self.prompt_width = config.unet.cross_attention_dim
         self.image_tokens, self.added_prompt = config.image_tokens, ADDED_PROMPT
         # of the empty text and of the negative prompt; a file has them from where it was converted
@@ -128,18 +128,18 @@ class SeeSRGenerator(LatentGenerator):
 
     def sample(self, z_y: Tensor, condition: SeeSRCondition, noise: Noise) -> Tensor:
         """An estimate of z_0 (N, C, h, w), float32, by all steps from the latent ``z_y`` of the enlarged LR image."""
-        steps, schedule = self.config.steps, self.schedule
+        steps, schedule = self.steps, self.schedule
         z = schedule.add_noise(z_y, noise(0, z_y), self.config.timestep)
         if steps == 1:
-            return schedule.x0_from_eps(z, self._eps(z, self.config.timestep, condition), self.config.timestep)
+            return schedule.x0_from_eps(z, self.predict(z, self.config.timestep, condition), self.config.timestep)
         stride = schedule.steps // steps
         for count, step in enumerate(range((steps - 1) * stride + FIRST_STEP, -1, -stride), start=1):
-            x0 = schedule.x0_from_eps(z, self._eps(z, step, condition), step)
+            x0 = schedule.x0_from_eps(z, self.predict(z, step, condition), step)
             z = schedule.ancestral_step(z, x0, step, step - stride, noise(count, z))
         return z
 
-    def _eps(self, z: Tensor, step: int, condition: SeeSRCondition) -> Tensor:
-        """Predicted noise, guided; one evaluation for both texts."""
+    def predict(self, z: Tensor, step: int, condition: SeeSRCondition) -> Tensor:
+        """Noise (N, C, h, w), float32, in the latent ``z`` at ``step``, guided; one evaluation for both texts."""
         dtype, count = self.prompt.dtype, len(z)
         control, text, image = (part.to(dtype) for part in condition)
         t = torch.full((count,), step, device=z.device)
