@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from onestepsr.diffusion.schedule import DiffusionSchedule
 from onestepsr.models.generators import Generator, OneStepLatentGenerator
 from onestepsr.models.resshift.config import MICRO, RANDOM_RESIDUAL, ResidualShiftGeneratorConfig
 from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
@@ -27,6 +28,12 @@ def small_generator(**changes: Any) -> OneStepLatentGenerator:
     generator = tiny_generator(TinyGeneratorConfig(model=SMALL, **changes)).eval()
     torch.nn.init.normal_(generator.unet.conv_out.weight, std=0.1)
     return generator.requires_grad_(False)
+
+
+def added_noise(schedule: DiffusionSchedule, z_t: Tensor, z_0: Tensor, t: Tensor | int) -> Tensor:
+    """The noise that makes ``z_0`` into ``z_t``: Eq. 1 solved for eps."""
+    signal, sigma = schedule.coefficients(t, z_t)
+    return (z_t - signal * z_0) / sigma
 
 
 class Nearest(Generator):

@@ -706,7 +706,6 @@ class AnimationSink(Sink):
         while (record := work / f"{PART.format(len(self.durations))}.json").exists():
             self.durations.append(int(json.loads(read_text(record, 1000, "record of a frame"))))
         self.done = len(self.durations)
-        self._last = 0
 
     def write(self, index: int, image: LoadedImage, frame: Frame) -> None:
         """Keep one frame."""

@@ -70,8 +70,8 @@ def test_wavelet_looks_no_further_than_it_says() -> None:
     changed[..., 50, 50] += 100.0
     moved = (color.low_frequencies(changed - content) - color.low_frequencies(style - content)).abs() > 0
     rows = moved[0, 0].any(dim=1).nonzero()
-    assert int(rows.min()) == 50 - color.WAVELET_REACH
-    assert int(rows.max()) == 50 + color.WAVELET_REACH
+    assert int(rows.min()) == 50 - sum(color.WAVELET_RADII)
+    assert int(rows.max()) == 50 + sum(color.WAVELET_RADII)
 
 
 def test_luma_of_known_colours() -> None:

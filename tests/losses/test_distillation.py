@@ -15,6 +15,7 @@ from onestepsr.losses.distillation import (
     residual_shift_weight,
     sds_gradient,
 )
+from small import added_noise
 
 pytestmark = pytest.mark.numeric
 
@@ -44,7 +45,8 @@ def test_weights_turn_estimates_into_noises() -> None:
     """omega_2 / omega is what a difference of estimates of z_0 becomes when Eq. 1 is solved for the noise."""
     setting = Setting()
     z_t, others = setting.noised(setting.z_student), (setting.z_student, setting.z_teacher)
-    first, second = (setting.schedule.noise_of(z_t, z_0, setting.z_y, setting.t) for z_0 in others)
+    eta, kappa = setting.schedule.eta[setting.t].reshape(-1, 1, 1, 1).float(), setting.schedule.config.kappa
+    first, second = ((z_t - z_0 - eta * (setting.z_y - z_0)) / (kappa * eta.sqrt()) for z_0 in others)
     expected = setting.weight.reshape(-1, 1, 1, 1) * (setting.z_teacher - setting.z_student)
     torch.testing.assert_close(first - second, expected, rtol=1e-4, atol=1e-4)
     eta = setting.schedule.eta[1].item()
@@ -55,7 +57,7 @@ def test_weights_of_stable_diffusion_likewise() -> None:
     schedule, t = DiffusionSchedule(), torch.tensor([0, 180, 999])
     rng = torch.Generator().manual_seed(0)
     z_t, first, second = (torch.randn(SHAPE, generator=rng, dtype=torch.float64) for _ in range(3))
-    difference = schedule.eps_from_x0(z_t, first, t) - schedule.eps_from_x0(z_t, second, t)
+    difference = added_noise(schedule, z_t, first, t) - added_noise(schedule, z_t, second, t)
     expected = diffusion_weight(schedule, t).reshape(-1, 1, 1, 1) * (second - first)
     torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-4)
 

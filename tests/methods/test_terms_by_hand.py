@@ -33,7 +33,7 @@ from onestepsr.models.lora import LoraConfig
 from onestepsr.models.osediff.generator import OSEDiffGenerator
 from onestepsr.models.tiny.generator import TinyGeneratorConfig
 from onestepsr.weights import files
-from small import SMALL, small_generator
+from small import SMALL, added_noise, small_generator
 
 SCHEDULE = DiffusionSchedule()
 
@@ -192,7 +192,7 @@ def test_regularizer_is_taught_the_noise_that_was_added() -> None:
 
     def informed(z_t: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
         assert t.min() >= 400
-        return generator.schedule.eps_from_x0(z_t, z, t)
+        return added_noise(generator.schedule, z_t, z, t)
 
     def even(z_t: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
         return torch.full_like(z_t, 3.0)
@@ -212,7 +212,7 @@ def test_distillation_term_pushes_the_latent_from_the_regularizers_estimate_to_t
     z = torch.zeros(2, 4, 4, 4, requires_grad=True)
 
     def believing(estimate: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return lambda z_t, t, prompt: generator.schedule.eps_from_x0(z_t, torch.full_like(z_t, estimate), t)
+        return lambda z_t, t, prompt: added_noise(generator.schedule, z_t, torch.full_like(z_t, estimate), t)
 
     networks = {"teacher": believing(1.0), "regularizer": believing(3.0)}
     loss = term.generator_loss(networks, GeneratorOutput(sr=z, z_sr=z), random_of())

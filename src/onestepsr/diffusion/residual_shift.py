@@ -192,11 +192,6 @@ class ResidualShiftSchedule:
         sigma = self._at(self.config.kappa * self.sqrt_eta, t, z_0)
         return z_0 + self._at(self.eta, t, z_0) * (z_y - z_0) + sigma * noise
 
-    def noise_of(self, z_t: Tensor, z_0: Tensor, z_y: Tensor, t: Tensor | int) -> Tensor:
-        """The noise that makes ``z_0`` into ``z_t``: Eq. 1 solved for it."""
-        sigma = self._at(self.config.kappa * self.sqrt_eta, t, z_0)
-        return (z_t - z_0 - self._at(self.eta, t, z_0) * (z_y - z_0)) / sigma
-
     def prior(self, z_y: Tensor, noise: Tensor) -> Tensor:
         """z_T = z_y + kappa sqrt(eta_T) noise, where sampling starts; the share 1 - eta_T of z_0 is left out."""
         return z_y + self._at(self.config.kappa * self.sqrt_eta, self.steps - 1, z_y) * noise

@@ -73,11 +73,6 @@ class DiffusionSchedule:
         signal, sigma = self.coefficients(t, z_t)
         return (z_t - sigma * eps) / signal
 
-    def eps_from_x0(self, z_t: Tensor, x0: Tensor, t: Tensor | int) -> Tensor:
-        """The noise that makes ``x0`` into ``z_t``: Eq. 1 solved for eps."""
-        signal, sigma = self.coefficients(t, z_t)
-        return (z_t - signal * x0) / sigma
-
     def ancestral_step(self, z_t: Tensor, x0: Tensor, t: int, following: int, noise: Tensor) -> Tensor:
         """A sample of step ``following`` < ``t`` from ``z_t`` and its estimate ``x0`` (Ho et al., NeurIPS 2020, Eq.
         6-7, over the steps from ``following`` to ``t`` at once); ``x0`` itself where ``following`` is below 0."""

@@ -17,8 +17,6 @@ from torch.nn import functional
 
 WAVELET_RADII = (1, 2, 4, 8, 16)
 """Dilations of the successive blurs of the wavelet correction."""
-WAVELET_REACH = sum(WAVELET_RADII)
-"""Reach of the wavelet correction in pixels of its input: what lies further away has no influence."""
 
 _VARIANCE_FLOOR = 1e-5
 _LUMA_STUDIO = (65.481, 128.553, 24.966)
@@ -68,7 +66,7 @@ def wavelet(content: Tensor, style: Tensor) -> Tensor:
     """High frequencies of ``content`` with the low frequencies of ``style``, clamped to [0, 1].
 
     ``high(content) + low(style)`` equals ``content + low(style - content)``, since the five blurs are linear: one set
-    of blurs instead of two. The result at a pixel depends on the :data:`WAVELET_REACH` pixels around it only.
+    of blurs instead of two. What lies further from a pixel than the sum of :data:`WAVELET_RADII` has no influence.
     """
     # On a CPU channel by channel: what the blurs read and write then stays in its cache.
     width = 1 if content.device.type == "cpu" else content.shape[1]

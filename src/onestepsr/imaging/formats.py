@@ -132,20 +132,6 @@ def kept_format(read: str | None) -> str:
     return read if read is not None and FORMATS[read].write_bits else "png"
 
 
-def format_table() -> str:
-    """The formats as a table in Markdown, for the documentation."""
-    rows = [
-        "| format | endings | bits read | bits written | alpha | profile | metadata written |",
-        "|---|" + "---|" * 6,
-    ]
-    for entry in FORMATS.values():
-        name = entry.name + (" (extra `formats`)" if entry.package else "")
-        holds = ["yes" if each else "no" for each in (entry.alpha, entry.profile)] if entry.write_bits else ["", ""]
-        written = [entry.write_bits or "not written", *holds, entry.metadata if entry.write_bits else ""]
-        rows.append(f"| {' | '.join([name, ' '.join(entry.endings), entry.read_bits, *written])} |")
-    return "\n".join(rows) + "\n"
-
-
 # ---- Recognition ----
 
 _RAW = "camera raw"
