@@ -10,7 +10,10 @@ SOURCES := $(shell find src -type f -not -path '*/__pycache__/*' -not -path '*.e
 INSTALLED := .venv/.installed
 EDITABLE := .venv/.editable
 
-.PHONY: demo serve test lint clean
+# One process per core, each with one thread: most tests are too small for two. Many cores take no more memory than four.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
+
+.PHONY: demo serve test test-slow lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/onestepsr upscale examples/ -o outputs/demo --overwrite
@@ -25,8 +28,11 @@ serve: | $(BIN)/pip
 
 # The second run is as on a processor with AVX2 only.
 test: lint
-	$(BIN)/pytest
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest -m "numeric and not slow"
+	$(PYTEST) -m "not slow"
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "numeric and not slow"
+
+test-slow: $(EDITABLE)
+	$(PYTEST) -m slow
 
 lint: $(EDITABLE)
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ def write_backbone(path: Path) -> None:
     torch.manual_seed(0)
     weights = tiny_generator(config).state_dict()
     save_model(path, architecture="tiny-latent-diffusion", config=to_mapping(config), state_dict=weights)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def heard_interrupts() -> None:
+    """Processes of pytest-xdist ignore Ctrl-C, as would all that they start; here it is what it is for a user."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -464,6 +464,7 @@ def test_an_object_store_in_and_out(expected: Path, bucket: Any, capsys: pytest.
     assert "s3://absent" in errors[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("ONESTEPSR_TEST_RAY" not in os.environ, reason="starts a cluster: takes a minute and more")
 def test_an_object_store_in_and_out_by_a_cluster(expected: Path, bucket: Any) -> None:
     pytest.importorskip("ray")
@@ -486,7 +487,6 @@ def test_an_object_store_in_and_out_by_a_cluster(expected: Path, bucket: Any) ->
     assert [row["input"] for row in rows if row["status"] == "failed"] == ["s3://photos/in/broken.png"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("running", [False, True])
 def test_a_cluster_of_this_job_ends_with_it_and_no_other(
     running: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -513,6 +513,7 @@ def test_a_cluster_of_this_job_ends_with_it_and_no_other(
     assert calls == ([] if running else ["init", "shutdown"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("ONESTEPSR_TEST_RAY" not in os.environ, reason="starts a cluster: takes a minute and more")
 def test_a_local_cluster_whose_actor_and_driver_are_killed(expected: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")

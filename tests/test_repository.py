@@ -77,6 +77,15 @@ def test_every_pin_belongs_to_an_accepted_version() -> None:
             assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement
 
 
+def test_every_file_beside_the_sources_is_packaged() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["onestepsr"]
+    packaged = {path for pattern in patterns for path in SOURCES.glob(pattern)}
+    files = {path for path in SOURCES.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert len(files) > 20
+    assert sorted(files - packaged) == []
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_packaged_recipes_parse(name: str) -> None:
     method = name.partition("-")[0]

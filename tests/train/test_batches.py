@@ -27,8 +27,10 @@ class Failing:
         return {"hr": torch.zeros(3, 8, 8)}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("error", [UserError("photos/a.png: cannot be decoded"), RuntimeError("a defect")])
+MISTAKE, DEFECT = UserError("photos/a.png: cannot be decoded"), RuntimeError("a defect")
+
+
+@pytest.mark.parametrize(("workers", "error"), [(0, MISTAKE), (0, DEFECT), (1, DEFECT), (2, MISTAKE)])
 def test_an_error_in_the_data_ends_the_workers_and_says_what_it_was(workers, error):
     config = TrainConfig(steps=10, batch_size=2, num_workers=workers)
     batches = micro_batches(Failing(error), config, Share(), 0, CPU)

@@ -44,7 +44,6 @@ def test_names_and_shapes_are_the_published_ones(golden):
     assert sum(parameter.numel() for parameter in network.parameters()) == 55_322_782
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_numbers_equal_published_code(golden):
     network = VQAutoencoder().to(memory_format=torch.channels_last).eval()
