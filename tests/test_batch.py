@@ -127,6 +127,9 @@ def test_a_stopped_job_goes_on(expected: Path, tmp_path: Path) -> None:
 def test_outputs_without_a_row_are_found(expected: Path, tmp_path: Path) -> None:
     """As after a kill, which leaves images whose rows were not written yet."""
     list(BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE, upscale=UPSCALE).run())
+    (tmp_path / MANIFEST).write_bytes(b"PAR1 half of it")
+    with pytest.raises(UserError, match=r"manifest.parquet: cannot be read as a manifest .* delete it"):
+        BatchJob(source=str(expected / "in"), output=str(tmp_path), cluster=HERE, upscale=UPSCALE).plan()
     (tmp_path / MANIFEST).unlink()
     (tmp_path / "a" / "001.png").unlink()
     rows = {
@@ -485,7 +488,10 @@ def test_an_object_store_in_and_out_by_a_cluster(expected: Path, bucket: Any) ->
         stream.write(b"no image")
     words = [f"s3://photos/in?{query}", f"s3://photos/large?{query}", "--images-per-task", "3"]
     first = subprocess.run(
-        [sys.executable, "-m", "onestepsr", "batch", *words], env=ENVIRONMENT, check=False, timeout=900
+        [sys.executable, "-m", "onestepsr", "batch", *words],
+        env={**ENVIRONMENT, **os.environ},
+        check=False,
+        timeout=900,
     )
     assert first.returncode == 1
     for name, wanted in content(expected / "out").items():

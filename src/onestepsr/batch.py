@@ -588,7 +588,12 @@ class Manifest:
     def _recorded(self, parts: Sequence[str]) -> Iterator[Row]:
         """Rows of some parts, in the order of writing."""
         for part in parts:
-            yield from parquet.read_table(pa.BufferReader(read_bytes(part, self.queries))).to_pylist()
+            content = read_bytes(part, self.queries)
+            try:
+                yield from parquet.read_table(pa.BufferReader(content)).to_pylist()
+            except pa.ArrowException as error:
+                why = f"cannot be read as a manifest ({first_line(error)}); delete it, the outputs are found again"
+                raise UserError(f"{part}: {why}") from error
 
     def _write(self, uri: str, rows: Sequence[Row]) -> None:
         sink = pa.BufferOutputStream()
