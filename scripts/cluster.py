@@ -58,10 +58,11 @@ def outputs(folder: Path) -> dict[str, Path]:
 
 @dataclass(kw_only=True)
 class Run:
-    """One command: its time, and the memory of all its processes in MB at times since its start."""
+    """One command: its time in all, and the memory of all its processes, in MB, at seconds since its start."""
 
     seconds: float = 0.0
     memory: list[tuple[float, float]] = field(default_factory=list)
+    """From the first output to the last."""
     rate: float = 0.0
     """Images per second between the first and the last output."""
 
@@ -77,14 +78,14 @@ class Run:
 def timed(words: list[str], out: Path, *, threads: int | None, look: Callable[[int], None] = lambda count: None) -> Run:
     """Run a command of onestepsr to its end; ``look`` is called with the number of outputs again and again."""
     environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
-    started, run = time.monotonic(), Run()
+    started, run, total = time.monotonic(), Run(), len(outputs(out.parent / "in"))
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "onestepsr", *words], env=environment, stdout=log, stderr=subprocess.STDOUT
         )
         while process.poll() is None:
             count = len(outputs(out))
-            if count:
+            if count > 0 and (count < total or not run.memory):  # afterwards Ray's processes end one by one
                 run.memory.append((time.monotonic() - started, used(process.pid)))
             look(count)
             time.sleep(EVERY_S)
