@@ -32,7 +32,8 @@ from onestepsr.core.errors import UserError
 from onestepsr.inference.options import SCALE_RANGE, UpscaleOptions
 from onestepsr.serve.app import _zipped
 from onestepsr.serve.jobs import MOST_MODELS, Worker
-from onestepsr.serve.service import Options, Service, Settings, display_name
+from onestepsr.serve.service import Options, Service, Settings, display_name, models_here
+from onestepsr.weights.catalog import ModelSpec
 
 
 @pytest.fixture(scope="module")
@@ -633,3 +634,11 @@ def test_uploads_in_memory_are_bounded_in_every_dialect(
     ):
         assert reason(answer)[:2] == (503, "busy")
     assert service._held == 0
+
+
+def test_only_models_that_need_no_text_are_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelSpec, "is_here", True)  # everything has been downloaded
+    offered = models_here()
+    assert offered[0] == "d3sr-tiny"
+    assert "realesrgan-x4plus" in offered
+    assert "seesr" not in offered

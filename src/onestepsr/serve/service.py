@@ -429,8 +429,8 @@ def described(name: str, path: str) -> dict[str, Any]:
 
 
 def models_here() -> list[str]:
-    """Upscalers whose weights are on this machine, the default one first."""
-    specs = [spec for spec in list_models("upscaler") if spec.id != BICUBIC]
+    """Upscalers whose weights are on this machine and that need no text about the image, the default one first."""
+    specs = [spec for spec in list_models("upscaler") if spec.id != BICUBIC and not spec.needs_prompt]
     here = [spec.id for spec in specs if spec.bundled or (len(spec.files) == 1 and spec.is_here)]
     return sorted(here, key=lambda name: name != DEFAULT_MODEL)
 

@@ -43,6 +43,8 @@ class ModelSpec:
     """Family of published weights with a loader of its own: ``osediff``; empty for all others."""
     use: str = ""
     """The command or setting that reads the model; of an upscaler only where ``--model`` alone is not enough."""
+    needs_prompt: bool = False
+    """True if it restores badly without a text about the image."""
     bundled: str = ""
     """File name of the weights inside the package; empty for a model without weights of that kind."""
     sha256: str = ""
