@@ -332,6 +332,7 @@ def test_offline_asks_nobody(server, monkeypatch, caplog, path):
         download_file(download_of(server, path, notice="licence"))
     assert server.asked == []
     assert caplog.records == []
+    assert not download_of(server, path).path.parent.exists(), "nothing is left behind where nothing can come"
     monkeypatch.setenv(download.OFFLINE, "0")
     assert download_file(download_of(server, path)).read_bytes() == BODY
 

@@ -162,6 +162,8 @@ def download_file(download: Download, *, replace: bool = False) -> Path:
     path = download.path
     try:
         if not _is_cached(download, replace):
+            if not _places(download):
+                _fetch(download)  # says so, and leaves no folder behind
             path.parent.mkdir(parents=True, exist_ok=True)
             waiting = f"{download.model}: another process is downloading it; waiting"
             with locked(path.with_name(f".{download.file}.lock"), wait=True, waiting=waiting):
