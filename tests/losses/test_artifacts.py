@@ -1,5 +1,6 @@
 """The map of likely artefacts."""
 
+import pytest
 import torch
 
 from onestepsr.losses.perceptual import artifact_map
@@ -23,3 +24,13 @@ def test_an_exact_image_has_no_artefacts() -> None:
     weights = artifact_map(hr, hr)
     assert weights.shape == (2, 1, 16, 16)
     assert weights.abs().max() == 0
+
+
+def test_value_of_one_wrong_pixel() -> None:
+    """0.6 in one of 64 pixels: (48 / 49) 0.36 / 49 where the window holds it, and 0.36 / 64 in the whole image."""
+    hr = torch.full((1, 3, 8, 8), 0.5)
+    sr = hr.clone()
+    sr[..., 4, 4] += 0.2
+    weights = artifact_map(sr, hr)
+    assert weights[0, 0, 4, 4].item() == pytest.approx(48 / 49 * 0.36 / 49 * (0.36 / 64) ** 0.2, rel=1e-4)
+    assert weights[0, 0, 0, 0].item() == pytest.approx(0, abs=1e-7)

@@ -27,3 +27,12 @@ def test_value_of_a_known_grid():
     sr = hr.clone()
     sr[..., ::4, ::4] = 1.0  # one of 16 positions: deviations 15/16 once and -1/16 fifteen times
     assert lattice_loss(sr, hr).item() == pytest.approx((15 / 16) ** 2 / 16 + 15 / 16 * (1 / 16) ** 2)
+
+
+@pytest.mark.parametrize(("window", "rows", "share"), [(4, 6, 1 / 4), (2, 3, 1 / 2)])
+def test_windows_overlap_by_half(window, rows, share):
+    """An error of 1 in the first latent row at one of 4 positions: two windows, of which one holds it."""
+    sr = torch.zeros(1, 1, 2 * rows, 2 * window)
+    sr[..., 0, ::2] = 1.0
+    by_hand = ((3 / 4 * share) ** 2 + 3 * (share / 4) ** 2) / (4 * 2)
+    assert lattice_loss(sr, torch.zeros_like(sr), factor=2, window=window).item() == pytest.approx(by_hand)

@@ -7,7 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists, ea_lpips, sobel_magnitude
+from onestepsr.core.errors import UserError
+from onestepsr.losses.perceptual import (
+    DISTS,
+    LPIPS,
+    ea_dists,
+    ea_lpips,
+    read_dists_weights,
+    read_lpips_weights,
+    sobel_magnitude,
+)
 from onestepsr.models.perceptual_features import HannPool, OrientedFeatures, VGG16Features, oriented_filters
 from weights_by_name import fill_by_name
 
@@ -109,7 +118,7 @@ def test_edges_per_channel_see_colour_edges_that_the_mean_hides():
     assert sobel_magnitude(x, per_channel=True)[:, :2].max() > 3.9
 
 
-@pytest.mark.parametrize("kind", ["dists", "ea_dists", "lpips"])
+@pytest.mark.parametrize("kind", ["dists", "ea_dists", "lpips", "ea_lpips"])
 def test_gradients_are_those_of_finite_differences(kind):
     """DISTS has a backward pass of its own."""
     rng = torch.Generator().manual_seed(0)
@@ -123,6 +132,7 @@ def test_gradients_are_those_of_finite_differences(kind):
         "dists": lambda image: dists(features, image, y),
         "ea_dists": lambda image: ea_dists(dists, features, image, y),
         "lpips": lambda image: lpips(features, image, y),
+        "ea_lpips": lambda image: ea_lpips(lpips, features, image, y, per_channel=True),
     }
     assert torch.autograd.gradcheck(distances[kind], x.requires_grad_(), eps=1e-7, atol=1e-5)
 
@@ -137,6 +147,48 @@ def test_weights_add_up_to_one():
     for dists, texture in ((given, 0.75), (shared, 0.1)):
         assert dists.double().compare([x], [y]).item() == pytest.approx(texture * (1 - 0.2 / 0.29), abs=1e-5)
     assert DISTS((2, 4)).alpha.tolist() == pytest.approx([0.125] * 2 + [0.0625] * 4)
+
+
+def test_maps_need_not_be_square():
+    """Rows of 0 and 1 beside themselves: variances and covariance of 1/4."""
+    rows = torch.tensor([[0.0] * 4, [1.0] * 4]).reshape(1, 1, 2, 4)
+    assert DISTS((1,)).compare([rows], [rows]).item() == pytest.approx(0, abs=1e-6)
+    assert DISTS((1,)).compare([rows], [1 - rows]).item() == pytest.approx(0.5 + 0.5, abs=1e-5), "structure of -1"
+
+
+def test_weights_are_no_part_of_what_is_saved():
+    assert not DISTS((3,)).state_dict()
+    assert not LPIPS((3,)).state_dict()
+
+
+def test_averaged_lpips_is_the_mean_over_the_layers():
+    """Unit vectors at right angles differ by 2 in sum: over two layers of 2 and 4 channels 2/2 and 2/4, halved."""
+    first, second = torch.eye(4).reshape(4, 1, 4, 1, 1)[:2]
+    x, y = ([None, one[:, :2], one] for one in (first, second))
+    x[0] = y[0] = first
+    assert LPIPS.averaged((2, 4)).compare(x, y).item() == pytest.approx((2 + 2) / 2)
+
+
+def test_short_vectors_of_lpips_stay_short_and_its_targets_are_constants():
+    """1 over the root of 1 + 0.5 squared, against 0."""
+    x, y = (torch.full((1, 1, 1, 1), value, requires_grad=True) for value in (1.0, 0.0))
+    distance = LPIPS((1,), epsilon=0.5).compare([x, x], [y, y])
+    assert distance.item() == pytest.approx(1 / 1.25)
+    distance.sum().backward()
+    assert x.grad.item() != 0
+    assert y.grad is None
+
+
+def test_published_weights_are_read_by_their_names():
+    tensors = {f"lin{k}.model.1.weight": torch.full((1, k + 1, 1, 1), k + 0.5, dtype=torch.float64) for k in range(5)}
+    assert [weight.tolist() for weight in read_lpips_weights(tensors)] == [[k + 0.5] * (k + 1) for k in range(5)]
+    del tensors["lin3.model.1.weight"]
+    with pytest.raises(UserError, match=r"tensor 'lin3\.model\.1\.weight' is missing"):
+        read_lpips_weights(tensors)
+    alpha, beta = read_dists_weights({"alpha": torch.ones(1, 2, 1, 1), "beta": torch.zeros(1, 2, 1, 1)})
+    assert (alpha.tolist(), beta.tolist()) == ([1, 1], [0, 0])
+    with pytest.raises(UserError, match="expected tensors 'alpha' and 'beta'"):
+        read_dists_weights({"alpha": alpha})
 
 
 def test_weights_must_fit_the_features():
