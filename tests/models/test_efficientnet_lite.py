@@ -9,31 +9,9 @@ from torch import Tensor
 
 from onestepsr.core.errors import UserError
 from onestepsr.models.efficientnet_lite import GROUPS, EfficientNetFeatures, EfficientNetLite0, SameConv, folded
-from weights_by_name import values_by_name
+from weights_by_name import published_efficientnet
 
 PARAMETERS_WITH_NORMS = 4_652_008
-
-
-def published() -> dict[str, Tensor]:
-    """A state dict with the keys and shapes of the published file."""
-    shapes: dict[str, tuple[int, ...]] = {"_conv_stem.weight": (32, 3, 3, 3), "_conv_head.weight": (1280, 320, 1, 1)}
-    norms = {"_bn0": 32, "_bn1": 1280}
-    number, width = 0, 32
-    for count, kernel, _, expansion, out in GROUPS:
-        for _ in range(count):
-            inner, block = width * expansion, f"_blocks.{number}"
-            if expansion > 1:
-                shapes[f"{block}._expand_conv.weight"] = (inner, width, 1, 1)
-                norms[f"{block}._bn0"] = inner
-            shapes[f"{block}._depthwise_conv.weight"] = (inner, 1, kernel, kernel)
-            shapes[f"{block}._project_conv.weight"] = (out, inner, 1, 1)
-            norms |= {f"{block}._bn1": inner, f"{block}._bn2": out}
-            number, width = number + 1, out
-    shapes |= {"_fc.weight": (1000, 1280), "_fc.bias": (1000,)}
-    for norm, count in norms.items():
-        shapes |= {f"{norm}.{part}": (count,) for part in ("weight", "bias", "running_mean", "running_var")}
-    state = {key: torch.from_numpy(values_by_name(key, shape)) for key, shape in shapes.items()}
-    return {key: value.abs() + 0.1 if key.endswith("running_var") else value for key, value in state.items()}
 
 
 def by_layers(state: dict[str, Tensor], image: Tensor) -> list[Tensor]:
@@ -67,7 +45,7 @@ def by_layers(state: dict[str, Tensor], image: Tensor) -> list[Tensor]:
 
 
 def test_maps_are_those_of_the_layers(tmp_path: Path) -> None:
-    state = published()
+    state = published_efficientnet()
     assert sum(value.numel() for key, value in state.items() if "running" not in key) == PARAMETERS_WITH_NORMS
     torch.save(state, tmp_path / "weights.pth")
     network = EfficientNetLite0.from_file(tmp_path / "weights.pth").double()
