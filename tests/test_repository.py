@@ -201,3 +201,11 @@ def test_documents_name_files_and_code_that_exist(page: Path) -> None:
         if not module or any(not re.search(rf"\b{part}\b", source) for part in parts[module:]):
             missing.append(name)
     assert missing == []
+
+
+def test_the_tests_that_the_audit_names_exist() -> None:
+    files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    named = set(re.findall(r"`(test_\w+(?:\.py)?)`", (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")))
+    known = {*files, *re.findall(r"def (test_\w+)", "".join(files.values()))}
+    assert len(named) > 80
+    assert named <= known, named - known
