@@ -246,6 +246,7 @@ def test_bad_settings_are_refused(values):
 def test_a_window_of_the_plane_of_noise_is_cut_from_its_blocks():
     like = torch.zeros(2, 3, 5, 4, dtype=torch.float64)
     cut = NoisePlane(7, (2 * NOISE_BLOCK - 2, NOISE_BLOCK - 1))(1, like)
+    assert cut.shape == like.shape
     for sample in range(2):
         blocks = [
             [torch.randn(3, 64, 64, generator=seeded(7, "noise", 1, sample, row, column)) for column in (0, 1)]
