@@ -358,8 +358,7 @@ def collect(files: list[str], use: Callable[[Any, Plugin], None]) -> None:
 def first_failure(session: Any, names: list[str]) -> str:
     """Run tests in this order until one fails; its name, or nothing."""
     items = {item.nodeid: item for item in session.items}
-    following = [items[name] for name in names[1:]] + [None]
-    for name, after in zip(names, following, strict=True):
+    for name, after in zip(names, [*(items[name] for name in names[1:]), None], strict=False):
         if any(report.failed for report in runtestprotocol(items[name], log=False, nextitem=after)):
             return name
     return ""
@@ -499,9 +498,11 @@ class Run:
                         function.__code__ = code
             if failure := first_failure(session, names):
                 return failure
+            if mutant is None:
+                return ""
             for item in session.items:  # a test file may have called the function when it was imported
                 sys.modules.pop(item.module.__name__, None)
-            return collected_failure(names)
+            return collected_failure([test.name for test in self.tests if mutant.file in test.lines])
 
         gc.freeze()  # what the forks share is not copied by their garbage collectors
         for mutant in self.mutants:
@@ -512,12 +513,13 @@ class Run:
         """Run the tests that execute the line, those first that noticed other changes of the function, then short
         ones, and keep the outcome."""
         began, place = time.monotonic(), (mutant.file, mutant.function)
-        tests = [test for test in self.tests if mutant.line in test.lines.get(mutant.file, []) or not mutant.function]
-        tests = [test for test in tests if mutant.file in test.lines and self.sound.get(test.name, True)]
+        tests = [test for test in self.tests if mutant.file in test.lines and self.sound.get(test.name, True)]
+        limit = 20 + 4 * sum(test.seconds for test in tests)
+        tests = [test for test in tests if mutant.line in test.lines[mutant.file] or not mutant.function]
         tests.sort(key=lambda test: (-self.kills[*place, test.name], test.seconds))
-        names, limit = [test.name for test in tests], 20 + 4 * sum(test.seconds for test in tests)
-        outcome, test = forked(lambda: run(mutant, names), limit) if names else ("survived", "no test executes it")
-        if test in names and test not in self.sound:
+        names = [test.name for test in tests]
+        outcome, test = forked(lambda: run(mutant, names), limit)
+        if "::" in test and test not in self.sound:
             self.sound[test] = forked(lambda: run(None, [test]), limit)[0] == "survived"
             if not self.sound[test]:
                 print(f"left out, fails alone without a change: {test}", flush=True)
