@@ -370,11 +370,12 @@ def collected_failure(names: list[str]) -> str:
 
     def use(session: Any, _: Plugin) -> None:
         nonlocal failure
-        own = {item.nodeid for item in session.items}
-        failure = first_failure(session, [name for name in names if name in own])
+        failure = "import"  # also where a file cannot be collected any more
+        if {item.nodeid for item in session.items} >= set(own):
+            failure = first_failure(session, own)
 
     for file in dict.fromkeys(name.partition("::")[0] for name in names):
-        failure = "import"
+        own, failure = [name for name in names if name.startswith(f"{file}::")], "import"
         collect([file], use)
         if failure:
             break

@@ -27,8 +27,9 @@ from weights_by_name import published_efficientnet
 DRY = sorted(
     {text.partition(" #")[0].strip() for _, text in COMMANDS if re.match(r"train .*--recipe|ablate [\w-]+ ", text)}
 )
-DRY += [f"train {recipes.read_recipe(name)['method']} --recipe {name}" for name in recipes.recipe_names()]
-"""Recipes without a command of their own are among their pages' "extends"."""
+TINY = [name for name in recipes.recipe_names() if "-tiny" in name]
+DRY += [f"train {recipes.read_recipe(name)['method']} --recipe {name}" for name in TINY]
+"""Recipes at the papers' scale have a test of their own, ``test_published_settings``."""
 QUICK_RECIPES = (
     "autoencoder-tiny",
     "diffusion-tiny",
@@ -42,8 +43,7 @@ FOLDERS = ("PHOTOS", "photos", "data/LSDIR", "data/FFHQ", "data/own", "ImageNet/
 FOLDERS += ("Flickr2K", "LSDIR", "FFHQ")
 TEXTS = ("TAGS", "texts", "texts/tags", "texts/captions", "texts/held-out-tags", "texts/held-out-captions")
 STAND_INS = (
-    (r"\b(backbone|teacher|model): (sd21-base|sdxl-base|resshift-[a-z][\w-]*)\b", r'\1: "random:\2"'),
-    (r"teacher: seesr\.safetensors", 'teacher: "random:seesr"'),
+    (r"\b(backbone|teacher|model): (sd21-base|sdxl-base|seesr|resshift-[a-z][\w-]*)\b", r'\1: "random:\2"'),
     (r"tagger: dape", "tagger: random"),
     (r"features: vgg16", "features: oriented"),
     (r"model: realesrgan-x4plus", "model: bicubic"),

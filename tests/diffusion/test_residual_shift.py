@@ -215,6 +215,7 @@ def test_strength_of_the_noise_enters_squared():
     schedule = ResidualShiftSchedule(ResidualShiftConfig(steps=2, kappa=3.0, min_noise=0.3, sqrt_eta_end=0.9))
     assert schedule.sqrt_eta.tolist() == pytest.approx([0.1, 0.9])
     assert schedule.posterior_variance.tolist() == pytest.approx([0, 9 * 0.01 / 0.81 * 0.8])
+    assert schedule.posterior_log_variance.exp().tolist() == pytest.approx([9 * 0.01 / 0.81 * 0.8] * 2)
     assert schedule.input_scale.tolist() == pytest.approx([1.09**0.5, (1 + 9 * 0.81) ** 0.5])
     assert schedule.respaced(1).posterior_log_variance.exp().item() == pytest.approx(9 * 0.81)
     z = torch.zeros(1, 1, 1, 1)

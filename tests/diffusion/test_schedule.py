@@ -66,7 +66,13 @@ def test_a_sampled_step_is_the_papers():
     """alpha_bar 0.5 after 0.8, so that 0.625 of the signal is kept; the variance is 0.2 / 0.5 * 0.375."""
     schedule = DiffusionSchedule()
     schedule.alpha_bar = torch.tensor([0.8, 0.5], dtype=torch.float64)
-    z_t, x0, noise = (torch.full((1, 1, 1, 1), value, dtype=torch.float64) for value in (3.0, 2.0, -1.0))
+    z_t, x0, noise = (torch.full((1, 1, 1, 1), value, dtype=torch.float64) for value in (3.0, 2.0, -2.0))
     mean = (0.8**0.5 * 0.375 * 2 + 0.625**0.5 * 0.2 * 3) / 0.5
-    assert schedule.ancestral_step(z_t, x0, 1, 0, noise).item() == pytest.approx(mean - 0.15**0.5)
+    assert schedule.ancestral_step(z_t, x0, 1, 0, noise).item() == pytest.approx(mean - 2 * 0.15**0.5)
     assert schedule.ancestral_step(z_t, x0, 0, -1, noise) is x0
+
+
+def test_the_longest_schedule():
+    assert DiffusionScheduleConfig(steps=100_000).steps == 100_000
+    with pytest.raises(ValueError, match="1 to 100,000, got 100,001"):
+        DiffusionScheduleConfig(steps=100_001)

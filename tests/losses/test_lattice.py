@@ -29,6 +29,11 @@ def test_value_of_a_known_grid():
     assert lattice_loss(sr, hr).item() == pytest.approx((15 / 16) ** 2 / 16 + 15 / 16 * (1 / 16) ** 2)
 
 
+def test_defaults_are_four_pixels_and_four_positions():
+    sr, hr = torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert lattice_loss(sr, hr) == lattice_loss(sr, hr, factor=4, window=4)
+
+
 @pytest.mark.parametrize(("window", "rows", "share"), [(4, 6, 1 / 4), (2, 3, 1 / 2)])
 def test_windows_overlap_by_half(window, rows, share):
     """An error of 1 in the first latent row at one of 4 positions: two windows, of which one holds it."""

@@ -177,6 +177,8 @@ def test_short_vectors_of_lpips_stay_short_and_its_targets_are_constants():
     distance.sum().backward()
     assert x.grad.item() != 0
     assert y.grad is None
+    x, y = (torch.full((1, 1, 1, 1), value) for value in (1e-10, 0.0))
+    assert LPIPS((1,)).compare([x, x], [y, y]).item() == pytest.approx(1 / 2), "as long as the published epsilon"
 
 
 def test_published_weights_are_read_by_their_names():
