@@ -27,7 +27,7 @@ import psutil
 from PIL import Image
 from pyarrow import parquet
 
-from onestepsr.batch import MANIFEST, PARTS
+from onestepsr.batch.manifest import MANIFEST, PARTS
 from onestepsr.data.photos import find_images
 
 UPSCALE = ("upscale", "--engine", "torch")

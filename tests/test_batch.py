@@ -30,17 +30,11 @@ from onestepsr.inference.upscaler import Upscaler
 pa = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402
 
-from onestepsr import batch  # noqa: E402
-from onestepsr.batch import (  # noqa: E402
-    MANIFEST,
-    PARTS,
-    BatchJob,
-    Cluster,
-    UpscaleImages,
-    list_inputs,
-    located,
-    split_query,
-)
+from onestepsr.batch import UpscaleImages  # noqa: E402
+from onestepsr.batch.files import located, split_query  # noqa: E402
+from onestepsr.batch.inputs import list_inputs  # noqa: E402
+from onestepsr.batch.job import BatchJob, Cluster  # noqa: E402
+from onestepsr.batch.manifest import MANIFEST, PARTS  # noqa: E402
 
 HERE = Cluster(address="none")
 UPSCALE = UpscaleImages()  # loads its model once for all tests
@@ -346,7 +340,7 @@ def test_a_full_disk_is_a_row_and_the_rest_goes_on(expected: Path, tmp_path: Pat
 
 
 def test_a_disk_too_full_for_the_manifest_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "FLUSH_S", 0.0)
+    monkeypatch.setattr("onestepsr.batch.job.FLUSH_S", 0.0)
     put(tmp_path / "in", 4)
     job = {"source": str(tmp_path / "in"), "output": str(tmp_path / "out"), "cluster": HERE, "upscale": UPSCALE}
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]

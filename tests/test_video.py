@@ -20,7 +20,9 @@ from small import Nearest
 
 av = pytest.importorskip("av")
 
-from onestepsr.video import CODECS, FilmSource, VideoJob, VideoOptions, default_target, open_source, pixel_format  # noqa: E402
+from onestepsr.video.job import VideoJob, default_target  # noqa: E402
+from onestepsr.video.sinks import CODECS, VideoOptions  # noqa: E402
+from onestepsr.video.sources import FilmSource, open_source, pixel_format  # noqa: E402
 
 WIDTH, HEIGHT, FRAMES = 32, 24, 25
 TICK = Fraction(1, 12800)

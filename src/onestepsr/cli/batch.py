@@ -17,7 +17,7 @@ from onestepsr.core.errors import error_context
 from onestepsr.core.progress import progress
 
 if TYPE_CHECKING:
-    from onestepsr.batch import Cluster
+    from onestepsr.batch.job import Cluster
 
 LINE_S = 10.0
 """Seconds between lines about progress where stderr is no terminal."""
@@ -45,7 +45,7 @@ class ClusterOptions:
 
     def checked(self) -> Cluster:
         """The cluster of a job; UserError for values out of range, and without the extra."""
-        from onestepsr.batch import Cluster
+        from onestepsr.batch.job import Cluster
 
         return Cluster(
             address=self.address,
@@ -104,7 +104,8 @@ def batch(
     for each image: sizes, seconds, status, error. The same command goes on where an earlier one was stopped or killed.
     Exit code: 0 all made, 1 some failed (the others are done), 2 wrong usage.
     """
-    from onestepsr.batch import BatchJob, UpscaleImages
+    from onestepsr.batch import UpscaleImages
+    from onestepsr.batch.job import BatchJob
     from onestepsr.imaging.formats import MAX_PIXELS, format_named
 
     if verbose:

@@ -17,7 +17,7 @@ from onestepsr.core.errors import UserError
 from onestepsr.core.progress import progress
 
 if TYPE_CHECKING:
-    from onestepsr.video import VideoOptions
+    from onestepsr.video.sinks import VideoOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class EncodingOptions:
         """Options for the job; UserError for values out of range."""
         from fractions import Fraction
 
-        from onestepsr.video import VideoOptions
+        from onestepsr.video.sinks import VideoOptions
 
         try:
             fps = Fraction(self.fps)
@@ -86,7 +86,7 @@ def video(
     with length. A run that was stopped or killed goes on where it was when the same command is given again. Exit code:
     0 done, 1 done but the input was damaged, 2 wrong usage or nothing could be made.
     """
-    from onestepsr.video import VideoJob, default_target
+    from onestepsr.video.job import VideoJob, default_target
 
     if verbose:
         logging.getLogger("onestepsr").setLevel(logging.INFO)

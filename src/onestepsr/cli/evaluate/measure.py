@@ -15,7 +15,7 @@ from onestepsr.core.errors import UserError, join_names
 from onestepsr.core.progress import progress
 
 if TYPE_CHECKING:
-    from onestepsr.batch import Cluster
+    from onestepsr.batch.job import Cluster
     from onestepsr.evaluate.pairing import Case, CaseSet
     from onestepsr.evaluate.result import EvaluationResult
     from onestepsr.evaluate.run import Degrader, EvaluatedModel, Score, Scorer, Scores
@@ -216,7 +216,7 @@ def measure_images(
     label = options.label or sr.resolve().stem or str(sr)
     spread: Callable[[Sequence[Case]], Scores] | None = None
     if cluster is not None:
-        from onestepsr.batch import measure_files
+        from onestepsr.batch.job import measure_files
 
         make_scorer = partial(options.scorer, with_reference=hr is not None)
         spread = partial(measure_files, make_scorer=make_scorer, cluster=cluster)
