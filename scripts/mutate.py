@@ -428,7 +428,7 @@ def forked(work: Callable[[], str], seconds: float) -> Outcome:
     child = os.fork()
     if child == 0:
         os.close(inlet)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 1))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), resource.RLIM_INFINITY))
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
         signal.alarm(int(60 + 30 * seconds))
         quiet = os.open(os.devnull, os.O_WRONLY)
@@ -501,9 +501,12 @@ class Run:
                 return failure
             if mutant is None:
                 return ""
+            every = [test for test in self.tests if mutant.file in test.lines]
+            seconds = int(time.process_time() + 20 + 4 * sum(test.seconds for test in every))
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
             for item in session.items:  # a test file may have called the function when it was imported
                 sys.modules.pop(item.module.__name__, None)
-            return collected_failure([test.name for test in self.tests if mutant.file in test.lines])
+            return collected_failure([test.name for test in every])
 
         gc.freeze()  # what the forks share is not copied by their garbage collectors
         for mutant in self.mutants:
@@ -515,8 +518,8 @@ class Run:
         ones, and keep the outcome."""
         began, place = time.monotonic(), (mutant.file, mutant.function)
         tests = [test for test in self.tests if mutant.file in test.lines and self.sound.get(test.name, True)]
-        limit = 20 + 4 * sum(test.seconds for test in tests)
         tests = [test for test in tests if mutant.line in test.lines[mutant.file] or not mutant.function]
+        limit = 20 + 4 * sum(test.seconds for test in tests)
         tests.sort(key=lambda test: (-self.kills[*place, test.name], test.seconds))
         names = [test.name for test in tests]
         outcome, test = forked(lambda: run(mutant, names), limit)
