@@ -20,7 +20,7 @@ from onestepsr.benchmark.speed_report import comparison_table, step_ratios
 from onestepsr.core.errors import OneStepSRError, UnknownModel, UserError
 from onestepsr.imaging.read import LoadedImage
 from onestepsr.inference.upscaler import UpscaleOptions, Upscaler
-from onestepsr.models.generators import LatentGenerator
+from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.loading import load_generator
 
 QUICK = {"width": 20, "height": 12, "device": "cpu", "repeats": 2, "warmup": 0, "memory": False, "ceiling_seconds": 0.0}
@@ -219,7 +219,7 @@ class Clock:
         return self.now
 
 
-class Timed(LatentGenerator):
+class Timed(OneStepLatentGenerator):
     """Stages that take 1, 2 and 4 seconds, and half a second around them."""
 
     scale = 1

@@ -77,6 +77,7 @@ def test_missing_weights_say_which_command_brings_them(tmp_path: Path, monkeypat
         spec = METRICS[name]
         with pytest.raises(UserError, match=f"^needs weights that are not here: 'onestepsr models download {aliases}'"):
             (spec.of_sets or spec.load)()
+    (tmp_path / "alexnet").mkdir()
     (tmp_path / "alexnet" / "alexnet-owt-7be5be79.pth").write_bytes(b"half a file")
     with pytest.raises(UserError, match="11 bytes instead of 244,408,911"):
         METRICS["lpips"].load()

@@ -196,7 +196,8 @@ def test_info_shows_licence_and_every_file_and_downloads_nothing(alias, tmp_path
     document = json.loads(run(app, ["models", "info", alias, "--json"]).stdout)
     assert "non-commercial" in document["notice"]
     assert "S-Lab" in document["licence"]
-    assert document["state"].startswith("not downloaded")
+    unlinked = alias.startswith("tadsr")
+    assert document["state"].startswith("its file is yours to bring" if unlinked else "not downloaded")
     assert len(document["files"]) == 2
     addresses = [[*file["sources"], file.get("named_at", "")][0] for file in document["files"]]
     assert all(address.startswith("https://github.com/") for address in addresses)
