@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from onestepsr.cli.main import main
@@ -63,6 +65,15 @@ def content(folder: Path) -> dict[str, bytes]:
 def manifest(folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = parquet.read_table(folder / MANIFEST).to_pylist()
     return rows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many as an actor has: in float32 the order of sums, and with it a level here and there, follows the threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
