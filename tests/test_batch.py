@@ -69,7 +69,7 @@ def manifest(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """As many as an actor has: in float32 the order of sums, and with it a level here and there, follows the threads."""
+    """As many as an actor has: in float32 the order of sums, and with it a level here and there, follows them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
