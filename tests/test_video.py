@@ -369,6 +369,15 @@ def test_other_options_of_the_model_begin_anew(tmp_path: Path, upscaler: Upscale
     assert not VideoJob(str(source), str(target), upscaler, loading={"fidelity": None}).goes_on
 
 
+def test_another_engine_begins_anew(tmp_path: Path, upscaler: Upscaler, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = make_film(tmp_path / "in.mp4", frames=3), tmp_path / "out.mp4"
+    with closing(VideoJob(str(source), str(target), upscaler).run()) as states:
+        next(states)
+    assert VideoJob(str(source), str(target), upscaler).goes_on
+    monkeypatch.setattr(upscaler, "engine", "openvino")  # what "auto" becomes once doctor has measured it
+    assert not VideoJob(str(source), str(target), upscaler).goes_on
+
+
 def test_a_refused_option_leaves_segments_alone(tmp_path: Path, upscaler: Upscaler) -> None:
     source, target = make_film(tmp_path / "in.mp4", frames=6), tmp_path / "out.mp4"
     with closing(VideoJob(str(source), str(target), upscaler, None, VideoOptions(segment=2)).run()) as states:

@@ -204,7 +204,7 @@ class VideoJob:
             "files": [
                 [str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats, strict=True)
             ],
-            "model": [self.upscaler.name, str(self.upscaler.dtype), str(self.upscaler.device)],
+            "model": [self.upscaler.name, str(self.upscaler.dtype), str(self.upscaler.device), self.upscaler.engine],
             "loading": self._loading,
             "options": options,
             "video": {**asdict(self.video), "fps": str(self.video.fps)},
