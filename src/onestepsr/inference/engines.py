@@ -208,10 +208,11 @@ def measured_engine(name: str | Path) -> tuple[Engine, str] | None:
     return (engine, graph) if engine in ENGINES[2:] else None
 
 
-def in_measured_engine(generator: Generator, choice: tuple[Engine, str], name: str) -> Generator | None:
+def in_measured_engine(generator: Generator, choice: tuple[Engine, str]) -> Generator | None:
     """``generator`` in the engine of ``choice``; None where its weights are not those that were measured."""
+    engine, graph = choice
     path = _graph_path(generator)
-    return in_engine(generator, choice[0], name) if path.name == choice[1] and path.is_file() else None
+    return EngineGenerator(generator, _RUNNERS[engine](path)) if path.name == graph and path.is_file() else None
 
 
 def _circumstances(name: str) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class Upscaler:
             usual = dtype == "auto" and not compiled and (steps, sampler, fidelity) == (None, None, None)
             choice = measured_engine(name) if usual and resolve_device(device).type == "cpu" else None
             if choice is not None:
-                measured = in_measured_engine(load(faster=False), choice, name)
+                measured = in_measured_engine(load(faster=False), choice)
                 if measured is not None:
                     return cls(measured, "cpu", "float32", name, engine=choice[0])
         elif engine != "torch":
