@@ -585,6 +585,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="leave out the tests of other folders")
     parser.add_argument("--list", action="store_true", help="print the mutants with their outcomes and run none")
     arguments = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # what asks a model hub by mistake fails at once
     mutants = list(chosen(arguments.targets))
     if arguments.count is not None and arguments.count < len(mutants):
         drawn = sorted(random.Random(arguments.seed).sample(range(len(mutants)), arguments.count))

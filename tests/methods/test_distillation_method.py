@@ -129,6 +129,23 @@ def test_a_live_teacher_is_asked_for_every_batch(backbone: Path) -> None:
     torch.testing.assert_close(terms["l1_taught"].detach(), 0.5 * (sr - samples[TAUGHT]).abs().mean())
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_without_a_part_for_the_teacher_it_is_never_asked(backbone: Path, live: bool) -> None:
+    photo = {"pixel_photo": 1.0, "perceptual_photo": 1.0, "lattice_weight": 2.0}
+    method = distillation.build(config_for(backbone, teacher=TeacherConfig(model="bicubic", live=live), **photo))
+    assert method.targets is None
+    assert distillation.TEACHER not in method.frozen
+    samples = batch()
+    del samples[TAUGHT]
+    assert set(losses(method, 0, samples)) == {"l1_photo", "lattice", "lpips_photo", "dists_photo"}
+    for change in (
+        {"pixel_photo": 0.5},
+        {"perceptual_photo": 0.5},
+        {"discriminators": DiscriminatorsConfig(real="taught")},
+    ):
+        assert config_for(backbone, **photo | change).taught
+
+
 def test_discriminators_join_at_their_start_and_learn_before(backbone: Path) -> None:
     settings = DiscriminatorsConfig(
         projected_weight=0.1, projected_maps=2, unet_weight=0.2, unet_widths=(4, 8), start=3, lead=2

@@ -133,6 +133,13 @@ class DistillationConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be 0..1, got {getattr(self, name)}")
 
+    @property
+    def taught(self) -> bool:
+        """Whether any term looks at the teacher's images; without one they are not made."""
+        perceptual = self.lpips_weight + self.dists_weight
+        terms = self.pixel_weight * (1 - self.pixel_photo) + perceptual * (1 - self.perceptual_photo)
+        return bool(terms) or self.discriminators.real == "taught" or bool(self.lattice_weight * (1 - self.pixel_photo))
+
 
 @register("distillation", DistillationConfig)
 def build(config: DistillationConfig) -> Method:
@@ -141,7 +148,7 @@ def build(config: DistillationConfig) -> Method:
     frozen = _perceptual_networks(config)
     networks: dict[str, nn.Module] = {"generator": TrainableGenerator(generator)} | _discriminators(config, frozen)
     teacher = Teacher(config.teacher.model, config.teacher.dtype)
-    if config.teacher.live:
+    if config.teacher.live and config.taught:
         frozen[TEACHER] = load_generator(config.teacher.model, faster=False)
 
     def targets(source: Any, data: DataConfig, seed: int) -> Any:
@@ -154,7 +161,7 @@ def build(config: DistillationConfig) -> Method:
         ema=("generator",),
         preview=partial(_preview, generator.scale),
         export=_export,
-        targets=None if config.teacher.live else targets,
+        targets=targets if config.taught and not config.teacher.live else None,
         scale=generator.scale,
         hr_multiple=generator.scale * generator.lr_multiple,
     )
@@ -222,10 +229,12 @@ class StudentLoss:
         """Weighted terms, those against photo and teacher as ``TERM_photo`` and ``TERM_taught``."""
         config = self.config
         sr = networks["generator"](batch["lr"])[0]
-        if TAUGHT not in batch:
-            with torch.no_grad():
-                batch[TAUGHT] = networks[TEACHER](batch["lr"]).clamp(0, 1)
-        targets = {"photo": batch["hr"], "taught": batch[TAUGHT]}
+        targets = {"photo": batch["hr"]}
+        if config.taught:
+            if TAUGHT not in batch:
+                with torch.no_grad():
+                    batch[TAUGHT] = networks[TEACHER](batch["lr"]).clamp(0, 1)
+            targets["taught"] = batch[TAUGHT]
         terms: dict[str, Tensor] = {}
         for name, share in _shares(config.pixel_weight, config.pixel_photo).items():
             terms[f"l1_{name}"] = share * (sr - targets[name]).abs().mean()
@@ -233,7 +242,9 @@ class StudentLoss:
             weights = artifact_map(sr, batch["hr"])
             terms["artifacts"] = config.artifact_weight * (weights * (sr - batch["hr"]).abs()).mean()
         if config.lattice_weight:
-            mixed = config.pixel_photo * batch["hr"] + (1 - config.pixel_photo) * batch[TAUGHT]
+            mixed = batch["hr"]
+            if config.pixel_photo < 1:
+                mixed = config.pixel_photo * mixed + (1 - config.pixel_photo) * batch[TAUGHT]
             terms["lattice"] = config.lattice_weight * 4 * lattice_loss(sr, mixed)
         # Feature networks and discriminators have strides: at one place, they would teach patterns that follow those.
         seen_sr, *cut = shifted([sr, *targets.values()], random)
