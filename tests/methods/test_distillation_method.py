@@ -9,14 +9,17 @@ from PIL import Image
 from torch import Tensor
 
 from onestepsr.core.config import to_mapping
+from onestepsr.core.errors import UserError
 from onestepsr.data.datasets import DataConfig, build_dataset
 from onestepsr.imaging.resize import bicubic
+from onestepsr.losses.perceptual import DISTS, LPIPS
 from onestepsr.methods import distillation
 from onestepsr.methods.base import SampleRandom
-from onestepsr.methods.distillation import DiscriminatorsConfig, DistillationConfig, TeacherConfig
+from onestepsr.methods.distillation import DiscriminatorsConfig, DistillationConfig, StudentLoss, TeacherConfig
 from onestepsr.methods.shared.image_loss import PerceptualConfig
 from onestepsr.methods.shared.taught import TAUGHT, TaughtPool, Teacher, taught
-from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
+from onestepsr.models.generators import BicubicGenerator
+from onestepsr.models.tiny.generator import Depth, TinyGeneratorConfig, tiny_generator
 from onestepsr.models.tiny.networks import TinyConfig
 from onestepsr.weights.files import save_model
 
@@ -179,3 +182,245 @@ def test_bad_weights_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"weight|photo"):
             DistillationConfig(backbone="x", **changes)
+
+
+# ---- Terms with numbers worked out by hand ---------------------------------------------------------------------------
+
+
+class Ladder(torch.nn.Module):
+    """Features that can be worked out by hand: the image, then twice, three, four and five times it."""
+
+    channels = (3, 3, 3, 3, 3)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [number * x for number in range(1, 6)]
+
+
+def logits_of(*maps: Tensor) -> tuple[Tensor, ...]:
+    """A projected discriminator whose logits are the means of its maps."""
+    return tuple(one.mean(dim=(1, 2, 3), keepdim=True) for one in maps)
+
+
+def five_means(x: Tensor) -> Tensor:
+    """A U-Net whose one logit is five times the mean of the image."""
+    return 5 * x.mean(dim=(1, 2, 3), keepdim=True)
+
+
+def plane(value: float, samples: int = 2, side: int = 40) -> Tensor:
+    return torch.full((samples, 3, side, side), value)
+
+
+def by_hand(
+    config: DistillationConfig, samples: dict[str, Tensor], sr: Tensor, **networks: object
+) -> dict[str, Tensor]:
+    """Terms of a student that answers ``sr``."""
+    frozen: dict[str, torch.nn.Module] = {}
+    if config.lpips_weight + config.dists_weight:
+        frozen = {"features": Ladder(), "lpips": LPIPS(Ladder.channels[1:]), "dists": DISTS(Ladder.channels)}
+    known = {"generator": lambda lr: (sr, torch.zeros(1)), **frozen, **networks}
+    loss = StudentLoss(config, frozen, tuple(name for name in ("projected", "unet") if name in networks))
+    return loss(known, samples, SampleRandom("test", samples=range(len(sr))))
+
+
+PIXELS_ALONE = {"lpips_weight": 0.0, "dists_weight": 0.0}
+
+
+def test_artifact_term_weighs_pixel_errors_with_a_map_that_has_no_gradient(backbone: Path) -> None:
+    """Residuals of 0 and 0.4 in turn: 24 of the 49 places around a pixel, or 25, have the other value, so the local
+    variance of the sum over colours is 1.2^2 24 25 / 49^2, and that of the whole image 0.36 1600 / 1599."""
+    rows = torch.arange(40)
+    board = ((rows[:, None] + rows) % 2).float().expand(2, 3, 40, 40)
+    sr = (0.25 + 0.4 * board).requires_grad_()
+    config = config_for(backbone, pixel_photo=1.0, artifact_weight=0.5, **PIXELS_ALONE)
+    terms = by_hand(config, {"hr": plane(0.25), "lr": plane(0.0, side=10)}, sr)
+    weight = 1.44 * 24 * 25 / 49**2 * (0.36 * 1600 / 1599) ** 0.2
+    assert terms["artifacts"].item() == pytest.approx(0.5 * weight * 0.2, rel=1e-4)
+    (gradient,) = torch.autograd.grad(terms["artifacts"], sr)
+    torch.testing.assert_close(gradient[board > 0], torch.full((4800,), 0.5 * weight / 9600), rtol=1e-4, atol=0)
+    assert not gradient[board == 0].any()
+
+
+def test_lattice_term_is_measured_to_the_mixture_of_photo_and_teacher(backbone: Path) -> None:
+    """One of 16 places differs: 0.9 where the mixture has 0.25 0.8 + 0.75 0.4 = 0.5, so e = 0.4. Less the error that
+    all places share, e^2 (15/256) is left; 4, as images in [-1, 1] are meant."""
+    place = torch.zeros(40, 40)
+    place[::4, ::4] = 1
+    sr = (0.9 * place.expand(2, 3, 40, 40)).requires_grad_()
+    samples = {"hr": 0.8 * place.expand(2, 3, 40, 40), TAUGHT: 0.4 * place.expand(2, 3, 40, 40), "lr": plane(0.0)}
+    config = config_for(backbone, pixel_photo=0.25, lattice_weight=0.5, **PIXELS_ALONE)
+    terms = by_hand(config, samples, sr)
+    assert terms["lattice"].item() == pytest.approx(0.5 * 4 * 0.16 * 15 / 256, rel=1e-4)
+    (gradient,) = torch.autograd.grad(terms["lattice"], sr)
+    assert gradient[:, :, ::4, ::4].sum() > 0
+    torch.testing.assert_close(gradient.sum(), torch.tensor(0.0), rtol=0, atol=1e-6)
+
+
+def test_a_live_teachers_image_is_clamped_and_has_no_graph(backbone: Path) -> None:
+    gain = torch.ones(1, requires_grad=True)
+    answer = torch.cat([plane(value, samples=1) for value in (-0.5, 0.5, 1.5)])
+    samples = {"hr": plane(0.0, 3), "lr": plane(0.0, 3, 10)}
+    config = config_for(backbone, pixel_photo=0.0, **PIXELS_ALONE)
+    terms = by_hand(config, samples, plane(0.25, 3), teacher=lambda lr: gain * answer)
+    assert samples[TAUGHT][:, 0, 0, 0].tolist() == [0.0, 0.5, 1.0]
+    assert not samples[TAUGHT].requires_grad
+    assert terms["l1_taught"].item() == pytest.approx((0.25 + 0.25 + 0.75) / 3)
+
+
+def test_a_live_teacher_keeps_the_layers_that_were_trained(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for inference on a CPU would stand in the way of mixed precision."""
+    replaced: list[torch.nn.Module] = []
+    monkeypatch.setattr(BicubicGenerator, "speed_up", replaced.append)
+    method = distillation.build(config_for(backbone, teacher=TeacherConfig(model="bicubic", live=True)))
+    assert isinstance(method.frozen["teacher"], BicubicGenerator)
+    assert not replaced
+
+
+@pytest.mark.parametrize(("real", "value"), [("photo", 0.5), ("taught", 0.8)])
+def test_judges_see_the_finest_maps_with_their_weights(backbone: Path, real: str, value: float) -> None:
+    """An image of 0.2: the maps after it are 0.4 and 0.6, so -0.1 (0.4 + 0.6) / 2, and the U-Net's logit is 1."""
+    settings = DiscriminatorsConfig(real=real, projected_weight=0.1, projected_maps=2, unet_weight=0.3)
+    samples = {"hr": plane(0.5), "lr": plane(0.0, side=10), TAUGHT: plane(0.8)}
+    sr = plane(0.2).requires_grad_()
+    config = config_for(backbone, discriminators=settings)
+    terms = by_hand(config, samples, sr, projected=logits_of, unet=five_means)
+    assert terms["adversarial_projected"].item() == pytest.approx(-0.1 * 0.5)
+    assert terms["adversarial_unet"].item() == pytest.approx(-0.3)
+    for name, share in (("adversarial_projected", 0.1 * 2.5), ("adversarial_unet", 0.3 * 5)):
+        (gradient,) = torch.autograd.grad(terms[name], sr, retain_graph=True)
+        assert gradient.sum().item() == pytest.approx(-share, rel=1e-4)
+    left = {name: image for name, image in samples.items() if name not in ("hr", "lr", TAUGHT)}
+    expected = {"seen_sr": 0.2, "seen_sr1": 0.4, "seen_sr2": 0.6}
+    expected |= {"seen_real": value, "seen_real1": 2 * value, "seen_real2": 3 * value}
+    assert {name: image.mean().item() for name, image in left.items()} == pytest.approx(expected, rel=1e-5)
+    assert not any(image.requires_grad for image in left.values())
+
+
+def test_features_of_what_is_real_are_left_where_no_distance_looks_at_it(backbone: Path) -> None:
+    settings = DiscriminatorsConfig(projected_weight=0.1, projected_maps=1)
+    samples = {"hr": plane(0.5), "lr": plane(0.0, side=10), TAUGHT: plane(0.8)}
+    config = config_for(backbone, discriminators=settings, pixel_photo=0.0, perceptual_photo=0.0)
+    assert set(by_hand(config, samples, plane(0.2))) == {"l1_taught", "lpips_taught", "dists_taught"}
+    assert samples["seen_real1"].mean().item() == pytest.approx(1.0)
+
+
+def test_without_a_projected_discriminator_no_features_are_kept(backbone: Path) -> None:
+    samples = batch()
+    by_hand(config_for(backbone), samples, plane(0.2))
+    assert set(samples) == {"hr", "lr", TAUGHT, "seen_sr", "seen_real"}
+
+
+def test_both_discriminators_learn_by_the_hinge(backbone: Path) -> None:
+    """The projected one: (1 + 0.25) + (1 - 0.5), and (1 + 0) + (1 + 0.5), in the mean; the U-Net, whose
+    logits on restored images are 1, -0.5 and -2: (2 + 0.5 + 0) / 3 + 0.5."""
+    settings = DiscriminatorsConfig(projected_weight=0.1, projected_maps=2, unet_weight=0.2)
+    _, projected, unet = distillation.build(config_for(backbone, discriminators=settings)).phases
+    samples = {"seen_real1": plane(0.5), "seen_real2": plane(-0.5), "seen_sr1": plane(0.25), "seen_sr2": plane(0.0)}
+    samples |= {
+        "seen_real": plane(0.1, 3),
+        "seen_sr": -0.1 * torch.tensor([-2.0, 1, 4])[:, None, None, None] * plane(1.0, 3),
+    }
+    random = SampleRandom("test", samples=range(3))
+    terms = projected.loss({"projected": logits_of}, samples, random)
+    terms |= unet.loss({"unet": five_means}, samples, random)
+    expected = {"projected": (1.75 + 2.5) / 2, "unet": (2 + 0.5 + 0) / 3 + 0.5}
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected)
+
+
+def test_every_term_teaches_the_student(backbone: Path) -> None:
+    settings = DiscriminatorsConfig(projected_weight=0.1, projected_maps=2, unet_weight=0.2, unet_widths=(4, 8))
+    torch.manual_seed(0)
+    method = distillation.build(config_for(backbone, artifact_weight=0.5, lattice_weight=0.5, discriminators=settings))
+    student = method.networks["generator"]
+    terms = losses(method, 0, batch())
+    assert len(terms) == 10
+    for name, term in terms.items():
+        student.zero_grad()
+        term.backward(retain_graph=True)
+        assert any(p.grad is not None and p.grad.any() for p in student.generator.unet.parameters()), name
+
+
+# ---- What is built ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "taught"),
+    [
+        ({"pixel_weight": 0.2}, True),
+        ({"pixel_weight": 0.0, "dists_weight": 0.0}, True),
+        ({"pixel_photo": 1.0, "dists_weight": 0.0}, True),
+        ({"pixel_weight": 0.0, "perceptual_photo": 1.0, "lattice_weight": 0.1}, True),
+        ({"pixel_weight": 0.0, "perceptual_photo": 1.0}, False),
+        ({"pixel_photo": 1.0, **PIXELS_ALONE}, False),
+    ],
+)
+def test_the_teacher_is_asked_where_a_weight_remains_for_it(
+    backbone: Path, changes: dict[str, float], taught: bool
+) -> None:
+    assert config_for(backbone, **changes).taught == taught
+    assert (distillation.build(config_for(backbone, **changes)).targets is not None) == taught
+
+
+@pytest.mark.parametrize(("lpips", "dists"), [(0.1, 0.0), (0.0, 0.1), (0.2, 0.1)])
+def test_one_distance_alone_can_be_used(backbone: Path, lpips: float, dists: float) -> None:
+    method = distillation.build(
+        config_for(backbone, lpips_weight=lpips, dists_weight=dists, pixel_photo=1.0, perceptual_photo=1.0)
+    )
+    expected = {"l1_photo"} | ({"lpips_photo"} if lpips else set()) | ({"dists_photo"} if dists else set())
+    assert set(losses(method, 0, batch())) == expected
+
+
+def test_targets_are_the_pool_of_the_configured_teacher(backbone: Path, data: DataConfig) -> None:
+    method = distillation.build(config_for(backbone, teacher=TeacherConfig(model="bicubic", dtype="bfloat16")))
+    assert method.targets is not None
+    pool = method.targets(build_dataset(data, 5), data, 5)
+    assert isinstance(pool, TaughtPool)
+    assert pool.folder == taught(build_dataset(data, 5), Teacher("bicubic", "bfloat16"), data, 5).folder
+
+
+def test_a_student_is_changed_only_as_asked(backbone: Path) -> None:
+    plain = distillation.build(config_for(backbone)).networks["generator"].generator
+    assert (plain.config.model.even_contrast, plain.config.model.decoder_blocks) == (False, SMALL.decoder_blocks)
+    assert plain.timestep == 399
+    changes = {"deepen": Depth(decoder_blocks=SMALL.decoder_blocks + 1), "even_contrast": True, "timestep": 250}
+    changed = distillation.build(config_for(backbone, **changes)).networks["generator"].generator
+    assert (changed.config.model.even_contrast, changed.config.model.decoder_blocks) == (True, SMALL.decoder_blocks + 1)
+    assert changed.timestep == 250
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_the_encoder_is_trained_only_on_request(backbone: Path, encoder: bool) -> None:
+    method = distillation.build(config_for(backbone, train_encoder=encoder))
+    trained = {name for name, p in method.networks["generator"].generator.named_parameters() if p.requires_grad}
+    assert any(name.startswith("autoencoder.decoder") for name in trained)
+    assert any(name.startswith("unet.") for name in trained)
+    assert any(name.startswith("autoencoder.encoder") for name in trained) == encoder
+    assert (method.scale, method.hr_multiple) == (4, 8)
+
+
+def test_a_projected_discriminator_has_a_head_for_each_of_its_maps(backbone: Path) -> None:
+    for count in (1, 3, 4):
+        settings = DiscriminatorsConfig(projected_weight=0.1, projected_maps=count)
+        method = distillation.build(config_for(backbone, discriminators=settings))
+        assert len(method.networks["projected"].heads) == count
+    settings = DiscriminatorsConfig(projected_weight=0.1, projected_maps=5)
+    with pytest.raises(UserError, match="projected_maps: 5, but 'oriented' has 4 maps"):
+        distillation.build(config_for(backbone, discriminators=settings))
+    with pytest.raises(UserError, match="needs features"):
+        distillation.build(config_for(backbone, discriminators=settings, **PIXELS_ALONE))
+
+
+def test_the_preview_shows_the_teacher_where_there_is_one(backbone: Path) -> None:
+    method = distillation.build(config_for(backbone))
+    assert method.preview is not None
+    samples = batch()
+    samples["lr"] = samples["lr"].round()  # black and white: bicubic enlargement goes beyond both
+    sr = torch.cat([plane(-0.5, 1), plane(1.5, 1)])
+    networks = {"generator": lambda lr: (sr, torch.zeros(2, 4, 10, 10))}
+    shown = method.preview(networks, samples)
+    assert list(shown) == ["LR (bicubic)", "SR", "teacher", "HR"]
+    torch.testing.assert_close(shown["LR (bicubic)"], bicubic(samples["lr"], 4).clamp(0, 1))
+    torch.testing.assert_close(shown["SR"], torch.cat([plane(0.0, 1), plane(1.0, 1)]))
+    assert torch.equal(shown["teacher"], samples[TAUGHT])
+    assert torch.equal(shown["HR"], samples["hr"])
+    del samples[TAUGHT]
+    assert list(method.preview(networks, samples)) == ["LR (bicubic)", "SR", "HR"]

@@ -136,9 +136,9 @@ class DistillationConfig:
     @property
     def taught(self) -> bool:
         """Whether any term looks at the teacher's images; without one they are not made."""
-        perceptual = self.lpips_weight + self.dists_weight
-        terms = self.pixel_weight * (1 - self.pixel_photo) + perceptual * (1 - self.perceptual_photo)
-        return bool(terms) or self.discriminators.real == "taught" or bool(self.lattice_weight * (1 - self.pixel_photo))
+        pixel = (self.pixel_weight + self.lattice_weight) * (1 - self.pixel_photo)
+        perceptual = (self.lpips_weight + self.dists_weight) * (1 - self.perceptual_photo)
+        return pixel + perceptual > 0 or self.discriminators.real == "taught"
 
 
 @register("distillation", DistillationConfig)
@@ -175,8 +175,13 @@ def _discriminators(config: DistillationConfig, frozen: Mapping[str, nn.Module])
             raise UserError(
                 "config.discriminators.projected_weight: needs features, so an lpips_weight or dists_weight"
             )
-        channels = cast(Sequence[int], frozen[FEATURES].channels)[1 : settings.projected_maps + 1]
-        networks[PROJECTED] = ProjectedDiscriminator(channels)
+        channels = cast(Sequence[int], frozen[FEATURES].channels)[1:]
+        if settings.projected_maps > len(channels):
+            raise UserError(
+                f"config.discriminators.projected_maps: {settings.projected_maps}, but '{config.perceptual.features}' "
+                f"has {len(channels)} maps"
+            )
+        networks[PROJECTED] = ProjectedDiscriminator(channels[: settings.projected_maps])
     if settings.unet_weight:
         networks[UNET] = UNetDiscriminator(settings.unet_widths)
     return networks
@@ -270,7 +275,7 @@ class StudentLoss:
             wanted = name == settings.real and settings.projected_weight
             if not wanted and name not in {*by_lpips, *by_dists}:
                 continue
-            goal = [one.detach() for one in features(target)]
+            goal = features(target)  # without a graph, as neither photos nor the frozen features have one
             if name in by_lpips:
                 terms[f"lpips_{name}"] = by_lpips[name] * lpips.compare(maps, goal).mean()
             if name in by_dists:
