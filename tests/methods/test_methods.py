@@ -9,12 +9,12 @@ import torch
 from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.methods import d3sr, pretraining
-from onestepsr.methods.base import Phase, SampleRandom, get_method, method_names, register
+from onestepsr.methods.base import Phase, SampleRandom, get_method, method_names, preview_columns, register
 from onestepsr.methods.shared import adversarial
 from onestepsr.methods.shared.image_loss import PerceptualConfig
 from onestepsr.models import loading
 from onestepsr.models.lora import LoraConfig
-from onestepsr.models.tiny.generator import TinyGeneratorConfig, tiny_generator
+from onestepsr.models.tiny.generator import Depth, TinyGeneratorConfig, tiny_generator
 from onestepsr.models.tiny.networks import TinyConfig
 from onestepsr.train.recipes import load_methods
 from onestepsr.weights import files
@@ -76,8 +76,23 @@ def test_every_method_is_registered():
 
 
 def test_phases_start_stop_and_skip():
-    phase = Phase(network="x", loss=lambda *_: {}, every=2, start=3, stop=8)
-    assert [step for step in range(12) if phase.runs_at(step)] == [3, 5, 7]
+    phase = Phase(network="x", loss=lambda *_: {}, every=3, start=4, stop=11)
+    assert [step for step in range(15) if phase.runs_at(step)] == [4, 7, 10]
+    assert [step for step in range(3) if Phase(network="x", loss=lambda *_: {}).runs_at(step)] == [0, 1, 2]
+
+
+def test_preview_shows_lr_enlarged_beside_sr_and_hr():
+    """Between 0 and 1, a cubic of a = -0.75 gives 29/128 and 99/128 at a quarter of a pixel from the middle; its
+    overshoot and undershoot beside them are clamped."""
+    lr = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(1, 3, 4, 4)
+    sr = torch.tensor([-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]).expand(1, 3, 8, 8)
+    hr = torch.rand(1, 3, 8, 8)
+    shown = preview_columns(sr, {"lr": lr, "hr": hr}, 2)
+    assert list(shown) == ["LR (bicubic)", "SR", "HR"]
+    enlarged = torch.tensor([0.0, 0.0, 0.0, 29 / 128, 99 / 128, 1.0, 1.0, 1.0])
+    torch.testing.assert_close(shown["LR (bicubic)"], enlarged.expand(1, 3, 8, 8))
+    assert shown["SR"][0, 0, 0].tolist() == [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert torch.equal(shown["HR"], hr)
 
 
 def test_a_sample_draws_the_same_numbers_in_whatever_company():
@@ -286,6 +301,19 @@ def test_decoder_trains_only_on_request(backbone):
     assert all(".decoder" in name for name in names)
 
 
+def test_d3srs_generator_is_changed_only_as_asked(backbone):
+    plain = d3sr.build(d3sr.D3SRConfig(backbone=backbone, adversarial_weight=0.0))
+    model = plain.networks["generator"].generator.config.model
+    assert (model.even_contrast, model.decoder_blocks) == (False, SMALL.decoder_blocks)
+    assert (plain.scale, plain.hr_multiple) == (4, 8)
+    extras = d3sr.ExtrasConfig(deepen=Depth(decoder_blocks=SMALL.decoder_blocks + 1), even_contrast=True)
+    changed = d3sr.build(d3sr.D3SRConfig(backbone=backbone, adversarial_weight=0.0, extras=extras))
+    model = changed.networks["generator"].generator.config.model
+    assert (model.even_contrast, model.decoder_blocks) == (True, SMALL.decoder_blocks + 1)
+    with pytest.raises(UserError, match="gradient_checkpointing: a TinyUNet is too small to offer it"):
+        d3sr.build(d3sr.D3SRConfig(backbone=backbone, gradient_checkpointing=True))
+
+
 def test_exported_generator_equals_the_trained_one_with_adapters_merged(backbone, tmp_path):
     torch.manual_seed(0)
     method = d3sr.build(d3sr.D3SRConfig(backbone=backbone, timestep=250, lora=LoraConfig(rank=2, alpha=2.0)))
@@ -301,7 +329,9 @@ def test_exported_generator_equals_the_trained_one_with_adapters_merged(backbone
         assert torch.allclose(loaded(lr), method.networks["generator"].eval()(lr)[0], atol=1e-4)
     assert loaded.timestep == 250
     assert method.preview is not None
-    assert set(method.preview(all_networks(method), pair())) == {"LR (bicubic)", "SR", "HR"}
+    shown = method.preview(all_networks(method), pair())
+    assert set(shown) == {"LR (bicubic)", "SR", "HR"}
+    assert torch.allclose(shown["SR"], loaded(lr).clamp(0, 1), atol=1e-4)
 
 
 def test_what_is_missing_or_wrong_is_said(backbone, tmp_path):

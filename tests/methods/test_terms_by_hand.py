@@ -156,6 +156,15 @@ def test_weights_of_d3srs_spatial_loss_multiply_their_terms(backbone: str) -> No
     assert {name: (more[name] / once[name]).item() for name in once} == pytest.approx(dict.fromkeys(once, 3), rel=1e-4)
 
 
+def test_every_term_of_d3sr_teaches_the_generator(backbone: str) -> None:
+    torch.manual_seed(0)
+    extras = d3sr.ExtrasConfig(lattice_weight=0.5, critic=CriticConfig(weight=0.1))
+    method = d3sr.build(d3sr.D3SRConfig(backbone=backbone, tuning="full", extras=extras))
+    terms = generator_terms(method)
+    assert set(terms) == {"mse", "ea_dists", "lattice", "adversarial", "critic_adversarial"}
+    assert all(reaches(term, method.networks["generator"]) for term in terms.values())
+
+
 # ---- Critic of images ------------------------------------------------------------------------------------------------
 
 

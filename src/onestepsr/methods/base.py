@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestepsr.core.errors import UserError, did_you_mean
 from onestepsr.core.rng import generator
+from onestepsr.imaging.resize import bicubic
 from onestepsr.models.architectures import describe
 from onestepsr.models.generators import OneStepLatentGenerator
 from onestepsr.models.lora import merged_state_dict
@@ -145,8 +145,7 @@ class Exported:
 
 def preview_columns(sr: Tensor, batch: Batch, scale: int) -> dict[str, Tensor]:
     """Columns of :attr:`Method.preview` for a restored batch: LR enlarged ``scale`` times, SR and HR, (N, 3, H, W)."""
-    enlarged = F.interpolate(batch["lr"], scale_factor=float(scale), mode="bicubic", align_corners=False)
-    return {"LR (bicubic)": enlarged.clamp(0, 1), "SR": sr.clamp(0, 1), "HR": batch["hr"]}
+    return {"LR (bicubic)": bicubic(batch["lr"], scale).clamp(0, 1), "SR": sr.clamp(0, 1), "HR": batch["hr"]}
 
 
 # ---- Registry --------------------------------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def _phases(config: DistillationConfig, frozen: Mapping[str, nn.Module], judges:
 
 
 def _prepare_student(config: DistillationConfig) -> OneStepLatentGenerator:
-    generator = load_backbone(config.backbone)
+    generator = load_backbone(config.backbone, for_training=True)
     check_timestep(config.timestep, generator, config.backbone)
     generator = deepened(generator, config.deepen) if config.deepen else generator
     generator = equalize_subpixel_contrast(generator) if config.even_contrast else generator

@@ -7,12 +7,11 @@ from small_diffusion import AUTOENCODER, UNET, XL, diffusers_unet, diffusers_vae
 
 from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
-from onestepsr.methods.base import get_method
+from onestepsr.methods import d3sr, distillation, osediff, tadsr
 from onestepsr.models.backbones import LEAST_CORRELATION, load_backbone, load_discriminator_backbone, noise_correlation
 from onestepsr.models.convert import convert
 from onestepsr.models.stable_diffusion import checkpoints
 from onestepsr.models.stable_diffusion.config import SD21_BASE, SDXL_BASE
-from onestepsr.train.recipes import load_methods
 
 
 @pytest.fixture(autouse=True)
@@ -108,20 +107,20 @@ def test_a_unet_that_predicts_something_else_is_reported(tmp_path, caplog, monke
 
 
 @pytest.mark.parametrize(
-    ("method", "key", "config"),
+    ("build", "kind", "config"),
     [
-        ("osediff", "backbone", {}),
-        ("d3sr", "backbone", {"perceptual": {"features": "oriented"}}),
-        ("tadsr", "teacher", {"family": "latent_diffusion"}),
+        (osediff.build, osediff.OSEDiffConfig, {}),
+        (d3sr.build, d3sr.D3SRConfig, {"perceptual": {"features": "oriented"}}),
+        (distillation.build, distillation.DistillationConfig, {}),
+        (tadsr.build, tadsr.TADSRConfig, {"family": "latent_diffusion"}),
     ],
 )
-def test_training_refuses_a_file_that_does_not_predict_noise(tmp_path, method, key, config):
+def test_training_refuses_a_file_that_does_not_predict_noise(tmp_path, build, kind, config):
     path = tmp_path / "model.safetensors"
     write_single_file(path, diffusers_unet(), diffusers_vae())  # random, which is as far from noise as velocity
-    load_methods()
-    entry = get_method(method)
+    key = "teacher" if kind is tadsr.TADSRConfig else "backbone"
     with pytest.raises(UserError, match=r"prediction type is not 'epsilon'") as error:
-        entry.build(from_mapping(entry.config, {key: str(path), **config}))
+        build(from_mapping(kind, {key: str(path), **config}))
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"prediction type is not 'epsilon'"):
         convert(path, tmp_path / "ours.safetensors")  # whose file could not say what it predicts either
