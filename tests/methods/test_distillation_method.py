@@ -255,6 +255,17 @@ def test_lattice_term_is_measured_to_the_mixture_of_photo_and_teacher(backbone: 
     torch.testing.assert_close(gradient.sum(), torch.tensor(0.0), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["l1_photo", "l1_taught", "lattice", "lpips_photo", "lpips_taught", "dists_photo"])
+def test_gradients_of_the_terms_are_their_slopes(backbone: Path, name: str) -> None:
+    config = config_for(backbone, lattice_weight=0.5)
+    rng = torch.Generator().manual_seed(1)
+    samples = {key: image.double() for key, image in batch().items()}
+    sr, direction = (torch.rand(2, 3, 40, 40, generator=rng, dtype=torch.float64) for _ in range(2))
+    (gradient,) = torch.autograd.grad(by_hand(config, dict(samples), sr.requires_grad_())[name], sr)
+    ahead, behind = (by_hand(config, dict(samples), sr + step * direction)[name].item() for step in (1e-6, -1e-6))
+    assert (gradient * direction).sum().item() == pytest.approx((ahead - behind) / 2e-6, rel=1e-4)
+
+
 def test_a_live_teachers_image_is_clamped_and_has_no_graph(backbone: Path) -> None:
     gain = torch.ones(1, requires_grad=True)
     answer = torch.cat([plane(value, samples=1) for value in (-0.5, 0.5, 1.5)])
@@ -301,6 +312,18 @@ def test_features_of_what_is_real_are_left_where_no_distance_looks_at_it(backbon
     config = config_for(backbone, discriminators=settings, pixel_photo=0.0, perceptual_photo=0.0)
     assert set(by_hand(config, samples, plane(0.2))) == {"l1_taught", "lpips_taught", "dists_taught"}
     assert samples["seen_real1"].mean().item() == pytest.approx(1.0)
+
+
+def test_defaults_leave_every_addition_out() -> None:
+    config = DistillationConfig(backbone="x")
+    assert (config.teacher.model, config.teacher.dtype, config.teacher.live) == ("realesrgan-x4plus", "auto", False)
+    assert (config.timestep, config.deepen, config.even_contrast, config.train_encoder) == (399, None, False, False)
+    assert (config.pixel_weight, config.lpips_weight, config.dists_weight) == (1.0, 0.1, 0.1)
+    assert (config.pixel_photo, config.perceptual_photo) == (0.5, 0.5)
+    assert (config.lattice_weight, config.artifact_weight) == (0.0, 0.0)
+    settings = config.discriminators
+    assert (settings.projected_weight, settings.projected_maps, settings.unet_weight) == (0.0, 4, 0.0)
+    assert (settings.unet_widths, settings.start, settings.lead) == ((32, 64, 96), 0, 0)
 
 
 def test_without_a_projected_discriminator_no_features_are_kept(backbone: Path) -> None:

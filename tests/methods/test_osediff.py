@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -21,12 +22,19 @@ from onestepsr.models import loading
 from onestepsr.models.convert import convert_to_published
 from onestepsr.models.lora import copy_sharing_weights
 from onestepsr.models.osediff.checkpoints import collect, write_published
-from onestepsr.models.stable_diffusion.config import AutoencoderConfig, StableDiffusionGeneratorConfig, UNetConfig
+from onestepsr.models.stable_diffusion.config import (
+    AutoencoderConfig,
+    PromptConfig,
+    StableDiffusionGeneratorConfig,
+    UNetConfig,
+)
 from onestepsr.models.stable_diffusion.networks import stable_diffusion_generator
 from onestepsr.prompts.embedder import EmbeddingCache
+from onestepsr.prompts.hub import NotHere
 from onestepsr.train.recipes import load_run
 from onestepsr.train.run import prepare, write_exported
 from onestepsr.weights import files
+from small import small_generator
 
 WIDTH = 16
 FULL = {"tuning": "full", "vsd": VariationalConfig(tuning="full")}
@@ -261,6 +269,62 @@ def test_texts_are_embedded_once_before_training(backbone, monkeypatch):
     assert planned.networks["generator"].generator.prompt.shape == (1, 77, 1024)
 
 
+def test_a_prompt_starts_as_its_kind_says():
+    start = PromptConfig(tokens=5, std=0.5)
+    assert ConditionConfig(kind="learnable", start=start).initial == start
+    assert ConditionConfig(start=start).initial.std == 0, "no text: zeros"
+
+
+class Recorded:
+    """An embedder that tells how it was asked for."""
+
+    width = WIDTH
+    made: ClassVar[list[tuple[str, EmbeddingCache | None, bool]]] = []
+    checked: ClassVar[list[list[str]]] = []
+
+    def __init__(self, name_or_path: str, cache: EmbeddingCache | None, fetch: bool) -> None:
+        self.made.append((name_or_path, cache, fetch))
+        if name_or_path == "elsewhere":
+            raise NotHere("elsewhere is not on this machine")
+
+    def check(self, texts: list[str]) -> None:
+        self.checked.append(texts)
+
+
+def test_texts_of_photos_are_checked_without_fetching_and_embedded_with(backbone, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr("onestepsr.prompts.embedder.PromptEmbedder", Recorded)
+    Recorded.made.clear()
+    Recorded.checked.clear()
+    cache = EmbeddingCache(tmp_path)
+    method = osediff.build(OSEDiffConfig(backbone=backbone, regularization="none", **FULL))
+    assert method.check_texts is not None
+    assert method.embedder is not None
+    method.check_texts(("a photo", "another"), cache)
+    assert Recorded.checked == [["a photo", "another"]]
+    assert isinstance(method.embedder(cache), Recorded)
+    assert Recorded.made == [("sd21-base", cache, False), ("sd21-base", cache, True)]
+    assert not caplog.messages
+    absent = ConditionConfig(text_encoder="elsewhere")
+    osediff.build(OSEDiffConfig(backbone=backbone, regularization="none", prompt=absent, **FULL)).check_texts([], cache)
+    message = "config.prompt.text_encoder: elsewhere is not on this machine; training begins by fetching it"
+    assert caplog.messages == [message]
+    learnt = OSEDiffConfig(backbone=backbone, regularization="none", prompt=ConditionConfig(kind="learnable"), **FULL)
+    method = osediff.build(learnt)
+    assert (method.embedder, method.check_texts) == (None, None)
+
+
+def test_a_dry_run_checks_its_own_texts(monkeypatch):
+    monkeypatch.setattr("onestepsr.prompts.embedder.PromptEmbedder", Recorded)
+    monkeypatch.setattr(Recorded, "width", 64)
+    Recorded.checked.clear()
+    generator = small_generator()
+    condition = ConditionConfig(kind="text", text="a photo", negative="blurred")
+    with torch.device("meta"):
+        negative = condition.put_on(generator)
+    assert Recorded.checked == [["a photo", "blurred"]]
+    assert generator.prompt.shape == negative.shape == (1, 77, 64)
+
+
 def test_prompts_are_fixed_learnt_or_of_each_image(backbone):
     null = built(OSEDiffConfig(backbone=backbone, regularization="none", **FULL)).networks["generator"].generator
     assert not null.prompt.requires_grad
@@ -278,7 +342,9 @@ def test_prompts_are_fixed_learnt_or_of_each_image(backbone):
     assert method.preview is not None
     with torch.no_grad():
         shown = [method.preview(every(method), columns)["SR"] for columns in (batch, pair())]
+        expected = method.networks["generator"](batch["lr"], batch["prompt"])[0]
     assert not torch.equal(*shown)
+    assert torch.equal(shown[0], expected.clamp(0, 1))
 
 
 @pytest.mark.parametrize(
@@ -299,6 +365,48 @@ def test_every_kind_of_regularization_trains(backbone, kind, tuning):
     assert all(moved.values())
     assert ("encoder" in method.frozen) == (kind in ("vsd_image", "gan"))
     assert (tuning == "full") == any("resnets.0.norm1" in key for key in moved["generator"])
+
+
+@pytest.mark.parametrize(("tuning", "share"), [("lora", True), ("lora", False), ("full", True)])
+@pytest.mark.parametrize(("kind", "name"), [("vsd", "teacher"), ("vsd_image", "encoder")])
+def test_only_layers_that_no_one_trains_are_shared(backbone, tuning, share, kind, name):
+    """Sharing saves memory; what the generator trains must not be the frozen networks' too."""
+    config = OSEDiffConfig(backbone=backbone, tuning=tuning, share_frozen=share, regularization=kind)
+    method = osediff.build(config)
+    generator = method.networks["generator"]
+    own = {id(parameter) for parameter in generator.parameters()}
+    shared = [p for p in method.frozen[name].parameters() if id(p) in own]
+    assert bool(shared) == (share and tuning == "lora")
+    assert not any(parameter.requires_grad for parameter in shared)
+
+
+@pytest.mark.parametrize("kind", ["vsd", "vsd_image", "gan"])
+def test_before_its_start_a_regularization_costs_nothing(backbone, kind):
+    settings = osediff.DiscriminatorConfig(start=3, tuning="full")
+    vsd = VariationalConfig(start=3, tuning="full")
+    config = OSEDiffConfig(
+        backbone=backbone, tuning="full", regularization=kind, vsd=vsd, discriminator=settings, adversarial_weight=0.25
+    )
+    method = built(config)
+    assert [(phase.start, phase.stop) for phase in method.phases] == [(0, 3), (3, None), (3, None)]
+    asked = []
+    for network in method.frozen.values():
+        if network is not method.frozen.get("features") and network is not method.frozen.get("distance"):
+            network.register_forward_hook(lambda *_: asked.append(1))
+    batch = pair()
+    assert set(iterate(method, batch, 2)[0]) == {"generator.mse", "generator.lpips"}
+    assert not asked
+    assert set(batch) == {"hr", "lr"}
+
+
+@pytest.mark.parametrize("kind", ["vsd", "vsd_image", "gan"])
+def test_what_a_judge_learns_from_has_no_graph(backbone, kind):
+    settings = osediff.DiscriminatorConfig(tuning="full")
+    method = built(OSEDiffConfig(backbone=backbone, regularization=kind, discriminator=settings, **FULL))
+    batch = pair()
+    method.phases[0].loss(every(method), batch, SampleRandom("x", samples=range(2)))
+    assert set(batch) == {"hr", "lr", "z_sr"} | ({"z_hr"} if kind == "gan" else set())
+    assert not any(image.requires_grad for image in batch.values())
 
 
 @pytest.mark.parametrize("kind", ["gan", "none"])
@@ -331,6 +439,21 @@ def test_parts_carry_adapters_as_asked(backbone, parts, tuning):
         for key in names
     }
     assert found == set(parts)
+
+
+def test_adapters_can_be_put_on_named_layers_alone(backbone):
+    config = OSEDiffConfig(
+        backbone=backbone,
+        regularization="none",
+        parts=("encoder", "unet"),
+        lora=AdapterConfig(targets=r".*\.to_q"),
+        autoencoder_lora=AdapterConfig(targets=r"vae\.encoder\.conv_out"),
+    )
+    names = {key for key in trainable(built(config).networks["generator"]) if "lora_" in key}
+    assert {key.partition(".lora_")[0].rpartition(".")[2] for key in names if "unet" in key} == {"to_q"}
+    assert {key.partition(".lora_")[0] for key in names if "autoencoder" in key} == {
+        "generator.autoencoder.vae.encoder.conv_out"
+    }
 
 
 @pytest.mark.parametrize("changes", [{"parts": ("unet", "decoder")}, {"tuning": "full"}])
@@ -387,6 +510,9 @@ def test_faces_keep_their_size(backbone):
         ({"vsd": {"t_max": 1000}}, "config.vsd: steps up to 1000, the last one is 999"),
         ({"vsd": {"t_min": 9, "t_max": 3}}, "need 0 <= t_min <= t_max, got 9 and 3"),
         ({"vsd": {"weight": -1}}, "must not be negative"),
+        ({"scale": 0}, "scale is 0: expected 1 to 16"),
+        ({"scale": 17}, "scale is 17: expected 1 to 16"),
+        ({"backbone": "random:d3sr-tiny", "gradient_checkpointing": True}, "a TinyUNet is too small to offer it"),
         ({"parts": []}, r"parts is \[\]: expected one or more"),
         ({"parts": ["unet", "unet"]}, "each once"),
         ({"parts": ["text"]}, "'text' is not one of 'encoder', 'unet', 'decoder'"),

@@ -365,8 +365,7 @@ def _generator_loss(
         if terms:
             batch["z_sr"] = z_sr.detach()
         if terms and config.regularization == "gan":
-            with torch.no_grad():
-                batch["z_hr"] = networks[ENCODER](batch["hr"])
+            batch["z_hr"] = networks[ENCODER](batch["hr"])  # frozen, so without a graph
         return spatial(sr, batch["hr"]) | {term.name: term.generator_loss(networks, output, random) for term in terms}
 
     return loss
