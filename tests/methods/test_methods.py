@@ -9,7 +9,15 @@ import torch
 from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.methods import d3sr, pretraining
-from onestepsr.methods.base import Phase, SampleRandom, get_method, method_names, preview_columns, register
+from onestepsr.methods.base import (
+    Phase,
+    SampleRandom,
+    check_timestep,
+    get_method,
+    method_names,
+    preview_columns,
+    register,
+)
 from onestepsr.methods.shared import adversarial
 from onestepsr.methods.shared.image_loss import PerceptualConfig
 from onestepsr.models import loading
@@ -99,7 +107,12 @@ def test_a_sample_draws_the_same_numbers_in_whatever_company():
     whole = SampleRandom(3, "loss", samples=range(4))
     parts = [SampleRandom(3, "loss", samples=range(start, start + 2)) for start in (0, 2)]
     z = torch.zeros(4, 2, 3)
-    for draw in (lambda random, like: random.normal(like), lambda random, _: random.integers(0, 1000)):
+    for draw in (
+        lambda random, like: random.normal(like),
+        lambda random, like: random.uniform_noise(like),
+        lambda random, _: random.integers(0, 1000),
+        lambda random, _: random.uniform(),
+    ):
         halves = [draw(random, half) for random, half in zip(parts, z.chunk(2), strict=True)]
         assert torch.equal(draw(whole, z), torch.cat(halves))
     later = SampleRandom(3, "loss", samples=[7]).integers(5, 900)
@@ -107,6 +120,19 @@ def test_a_sample_draws_the_same_numbers_in_whatever_company():
     noise = SampleRandom(0, samples=range(2)).normal(torch.zeros(2, 50_000))
     assert noise.mean().abs() < 0.02
     assert abs(float(noise.std()) - 1) < 0.02
+    even = SampleRandom(0, samples=range(2)).uniform_noise(torch.zeros(2, 50_000, dtype=torch.float64))
+    assert even.dtype == torch.float64
+    assert (even.min() >= 0, even.max() < 1) == (True, True)
+    assert abs(float(even.mean()) - 0.5) < 0.01
+
+
+def test_a_step_that_the_diffusion_does_not_have_is_refused():
+    generator = tiny_generator(TinyGeneratorConfig(model=SMALL))
+    for step in (0, 999):
+        check_timestep(step, generator, "x")
+    for step in (-1, 1000):
+        with pytest.raises(UserError, match=f"config.timestep: {step}, but x has steps from 0 to 999"):
+            check_timestep(step, generator, "x")
 
 
 def test_autoencoder_trains_all_of_itself():
