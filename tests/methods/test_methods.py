@@ -121,7 +121,7 @@ def test_a_sample_draws_the_same_numbers_in_whatever_company():
     assert noise.mean().abs() < 0.02
     assert abs(float(noise.std()) - 1) < 0.02
     even = SampleRandom(0, samples=range(2)).uniform_noise(torch.zeros(2, 50_000, dtype=torch.float64))
-    assert even.dtype == torch.float64
+    assert (even.shape, even.dtype) == ((2, 50_000), torch.float64)
     assert (even.min() >= 0, even.max() < 1) == (True, True)
     assert abs(float(even.mean()) - 0.5) < 0.01
 

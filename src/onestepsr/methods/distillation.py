@@ -135,7 +135,7 @@ class DistillationConfig:
 
     @property
     def taught(self) -> bool:
-        """Whether any term looks at the teacher's images; without one they are not made."""
+        """True if any term looks at the teacher's images; without one they are not made."""
         pixel = (self.pixel_weight + self.lattice_weight) * (1 - self.pixel_photo)
         perceptual = (self.lpips_weight + self.dists_weight) * (1 - self.perceptual_photo)
         return pixel + perceptual > 0 or self.discriminators.real == "taught"
