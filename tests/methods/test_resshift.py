@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from residual_pairs import MICRO, filled, networks_of, pair, run_phase, saved, with_gradient
+from residual_pairs import MICRO, evaluations_of, filled, networks_of, pair, run_phase, saved, with_gradient
 
 from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
@@ -70,6 +70,7 @@ def test_perceptual_term_is_the_distance_of_the_clamped_decoded_estimate_and_car
     assert decoded.abs().max() > 1, "there is something to clamp"
     sr = decoded.clamp(-1, 1) / 2 + 0.5
     expected = method.frozen["distance"](method.frozen["features"], sr, batch["hr"]).mean()
+    assert set(terms) == {"lpips"}
     assert terms["lpips"].item() == pytest.approx(10 * expected.item(), rel=1e-5)
     assert with_gradient(method.networks["denoiser"])
 
@@ -152,12 +153,21 @@ def test_from_scratch_keeps_everything_but_the_denoiser():
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    gradients = []
+    gradients, evaluated = [], []
     for again in (False, True):
         method = filled(build(ResShiftConfig(model=MICRO, gradient_checkpointing=again)))
+        count = evaluations_of(method.networks["denoiser"])
         run_phase(method, pair())
         gradients.append({name: p.grad for name, p in method.networks["denoiser"].named_parameters()})
+        evaluated.append(len(count))
+    assert evaluated == [1, 2], "in the backward pass again, where asked for"
     assert all(torch.allclose(value, gradients[1][name], atol=1e-6) for name, value in gradients[0].items())
+
+
+def test_defaults_are_the_loss_of_versions_one_and_two():
+    config = ResShiftConfig(model=MICRO)
+    assert (config.mse_weight, config.perceptual_weight, config.steps, config.sampler) == (1.0, 0.0, None, "ancestral")
+    assert (config.from_scratch, config.gradient_checkpointing) == (False, False)
 
 
 def test_what_does_not_fit_is_one_line(autoencoder):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from residual_pairs import MICRO, filled, networks_of, pair, run_phase, saved, with_gradient
+from residual_pairs import MICRO, evaluations_of, filled, networks_of, pair, run_phase, saved, with_gradient
 
 from onestepsr.core.config import from_mapping
 from onestepsr.core.errors import UserError
@@ -83,6 +83,27 @@ def test_student_learns_and_teacher_does_not():
         assert not any(module.training for module in network.modules())
         assert not any(p.requires_grad or p.grad is not None for p in network.parameters())
         assert all(torch.equal(value, before[name][key]) for key, value in network.state_dict().items())
+
+
+def test_gradient_checkpointing_changes_no_gradient_of_the_student():
+    """Three of its four evaluations have a gradient: not the one that assigns a start to the real latent."""
+    gradients, evaluated = [], []
+    for again in (False, True):
+        method = filled(build(SinSRConfig(teacher=MICRO, gradient_checkpointing=again)))
+        counts = [evaluations_of(network) for network in (method.networks["denoiser"], method.frozen["teacher"])]
+        run_phase(method, pair())
+        gradients.append({name: p.grad for name, p in method.networks["denoiser"].named_parameters()})
+        evaluated.append([len(count) for count in counts])
+    assert evaluated == [[4, 4], [4 + 3, 4]]
+    assert all(torch.allclose(value, gradients[1][name], atol=1e-6) for name, value in gradients[0].items())
+
+
+def test_defaults_are_the_published_ones():
+    config = SinSRConfig(teacher=MICRO)
+    assert [getattr(config, f"{name}_weight") for name in TERMS] == [1.0, 1.0, 1.0]
+    assert (config.published_slips, config.gradient_checkpointing, config.teacher_steps) == (False, False, None)
+    method = build(config)
+    assert (method.scale, method.hr_multiple) == (4, 64), "latents of 16 x 16 positions, 4 pixels each"
 
 
 def test_student_starts_as_a_copy_that_shares_nothing():

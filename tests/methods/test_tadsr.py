@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from residual_pairs import MICRO, filled, networks_of, pair, saved, with_gradient
+from residual_pairs import MICRO, evaluations_of, filled, networks_of, pair, saved, with_gradient
 from torch import Tensor
 
 from onestepsr.core.errors import UserError
@@ -111,6 +111,59 @@ def test_adversarial_term_reaches_the_student_through_the_teachers_features() ->
     assert with_gradient(student)
 
 
+@pytest.mark.parametrize("score", ["hsd", "sds"])
+def test_every_term_teaches_the_student_by_itself(score: str) -> None:
+    method, batch = filled(method_of(score={"kind": score})), pair()
+    student = method.networks["student"]
+    with torch.no_grad():
+        student.out[2].weight.mul_(1.5)  # a student that has moved away from its teacher
+    _, phase = method.phases
+    run(method, batch)
+    terms = phase.loss(networks_of(method), batch, SampleRandom("again", samples=range(2)))
+    assert list(terms) == ["distillation", score, "adversarial"]
+    for name, term in terms.items():
+        student.zero_grad()
+        term.backward(retain_graph=True)
+        assert "out.2.weight" in with_gradient(student), name
+
+
+def test_discriminators_phase_asks_no_gradient_of_the_student() -> None:
+    """Though its parameters would take one here."""
+    method, batch = filled(method_of()), pair()
+    phase, _ = method.phases
+    phase.loss(networks_of(method), batch, SampleRandom("test", samples=range(2)))["hinge"].backward()
+    assert with_gradient(method.networks["discriminator"])
+    assert all(p.requires_grad and p.grad is None for p in method.networks["student"].parameters())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("count", [1, 3])
+def test_discriminator_judges_as_many_real_as_restored_latents(architecture: str, count: int) -> None:
+    method = filled(method_of(judge={"architecture": architecture}))
+    batch = {name: image[:1].repeat(count, 1, 1, 1) for name, image in pair().items()}
+    networks, seen = spied(method)
+    terms = run(method, batch, networks)
+    assert [len(found[0]) for found in seen["features"]] == [2 * count, count]
+    judged = [len(found[0]) for found in seen["discriminator"]]
+    assert judged == ([count, count, count] if architecture == "official" else [2 * count, count])
+    assert torch.isfinite(terms["discriminator"]["hinge"])
+
+
+def test_gradient_checkpointing_changes_no_number_of_student_and_features() -> None:
+    """The teacher's encoder passes the gradient of the adversarial term on to the student."""
+    found, evaluated = [], []
+    for again in (False, True):
+        method = filled(method_of(gradient_checkpointing=again))
+        counts = [evaluations_of(network) for network in (method.networks["student"], method.frozen["teacher"])]
+        terms = run(method, pair())["student"]
+        gradients = {name: p.grad for name, p in method.networks["student"].named_parameters() if p.grad is not None}
+        found.append({name: term.detach() for name, term in terms.items()} | gradients)
+        evaluated.append([len(count) for count in counts])
+    assert evaluated == [[2, 4 + 2 + 2], [2 + 1, 4 + 2 + 2 + 1]]
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, msg=name, rtol=1e-4, atol=1e-6)
+
+
 def spied(method: Method) -> tuple[dict[str, Any], dict[str, list[tuple[Tensor, ...]]]]:
     """Networks that note what they are shown."""
     seen: dict[str, list[tuple[Tensor, ...]]] = {}
@@ -184,6 +237,18 @@ def test_weights_multiply_their_terms() -> None:
     assert more["hsd"].item() == pytest.approx(3 * once["hsd"].item())
     assert more["adversarial"].item() == pytest.approx(3 * once["adversarial"].item(), rel=1e-5)
     assert more["distillation"].item() == once["distillation"].item()
+    thrice = run(filled(method_of(distillation_weight=3.0)), pair())["student"]
+    assert thrice["distillation"].item() == pytest.approx(3 * once["distillation"].item())
+
+
+def test_defaults_are_the_published_ones_for_photographs() -> None:
+    config = TADSRConfig(teacher=MICRO)
+    assert (config.distillation_weight, config.score_weight, config.adversarial_weight) == (1.0, 1.0, 0.02)
+    assert (config.published_slips, config.gradient_checkpointing) == (False, False)
+    assert (config.score.t_min, config.score.t_max, config.score.stride) == (0, None, 1)
+    method = method_of()
+    assert (method.scale, method.hr_multiple) == (4, 64), "latents of 16 x 16 positions, 4 pixels each"
+    assert method.embedder is None
 
 
 def test_checkpoints_hold_no_teacher() -> None:
@@ -229,6 +294,27 @@ def test_default_steps_of_a_teacher_with_fifteen() -> None:
     assert {min(judged), max(judged)} == {0, 13}, "discriminator: all but the last"
 
 
+def test_a_diffusion_of_two_steps_is_judged_at_the_first() -> None:
+    """The last step alone is left out, and the first would be the only one where the next is the last."""
+    own = {"family": "latent_diffusion", "latent_diffusion": LatentDiffusionConfig(start=1), "teacher_steps": 1}
+    method = method_of(TINY, score={"kind": "none"}, **own)
+    batch = {name: image[:1].repeat(20, 1, 1, 1) for name, image in pair(4).items()}
+    run(method, batch)
+    assert set(batch["t"].tolist()) == {0}
+
+
+@pytest.mark.parametrize("part", ["score", "judge"])
+def test_all_steps_of_the_teacher_may_be_drawn_and_no_others(part: str) -> None:
+    last: dict[str, Any] = {part: {"t_min": 3, "t_max": 3}}
+    networks, seen = spied(method := filled(method_of(**last)))
+    run(method, pair(), networks)
+    assert seen["teacher" if part == "score" else "features"][-1][1].tolist() == [3, 3]
+    name = {"score": "score", "judge": "discriminator"}[part]
+    beyond: dict[str, Any] = {part: {"t_max": 4}}
+    with pytest.raises(UserError, match=rf"config\.{name}\.t_max: 4, but the steps of this teacher run from 0 to 3"):
+        method_of(**beyond)
+
+
 def test_score_distillation_uses_steps_of_its_range() -> None:
     method = filled(method_of(score={"t_min": 1, "t_max": 2}, judge={"kind": "none"}))
     networks, seen = spied(method)
@@ -248,15 +334,14 @@ def test_fresh_noise_is_shared_by_both_phases_and_is_not_that_of_the_start() -> 
     assert len(seen["discriminator"]) == 3, "real, fake, and the student's: a power iteration each"
 
 
-def test_published_slips_change_noise_scaling_and_the_first_step() -> None:
+def test_published_slips_change_noise_and_the_first_step() -> None:
     found = {}
     for slips in (False, True):
         method = filled(method_of(judge={"architecture": "official", "noise": "fresh"}, published_slips=slips))
         batch = pair()
-        networks, seen = spied(method)
-        run(method, batch, networks)
-        found[slips] = batch, seen["teacher"][-2][0]
-    clean, published = (found[slips][0]["judged_noise"] for slips in (False, True))
+        run(method, batch)
+        found[slips] = batch["judged_noise"]
+    clean, published = found[False], found[True]
     assert clean.min() < -1
     assert 0 <= published.min() < published.max() < 1, "uniform"
     generator = loading.load_generator(MICRO)
@@ -270,6 +355,23 @@ def test_published_slips_change_noise_scaling_and_the_first_step() -> None:
     assert untouched.schedule.sqrt_eta[0] == pytest.approx(0.02), "15 steps start below the cap"
     with pytest.raises(ValueError, match="published_slips: the published code for Stable Diffusion has none"):
         TADSRConfig(teacher=TINY, family="latent_diffusion", published_slips=True)
+
+
+@pytest.mark.parametrize("slips", [False, True])
+def test_published_slips_scale_what_score_distillation_shows_the_teacher_twice(slips: bool) -> None:
+    """A student's result of 0 at the last step, where sqrt(eta) is 0.99: z_t = 0.99^2 z_y + 2 * 0.99 noise."""
+    score = {"kind": "sds", "t_min": 3, "t_max": 3}
+    method, batch = method_of(score=score, judge={"kind": "none"}, published_slips=slips), pair()
+    networks, seen = spied(method)
+    networks["student"] = lambda x, t, lq: torch.zeros_like(x)
+    (phase,) = method.phases
+    phase.loss(networks, batch, SampleRandom("test", samples=range(2)))
+    random, z_y = SampleRandom("test", samples=range(2)), batch["z_y"]
+    random.normal(z_y)
+    random.integers(0, 1)
+    z_t = 0.99**2 * z_y + 2 * 0.99 * (random.uniform_noise(z_y) if slips else random.normal(z_y))
+    deviation = (1 + 4 * 0.99**2) ** 0.5
+    torch.testing.assert_close(seen["teacher"][-1][0], z_t / deviation ** (2 if slips else 1))
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
@@ -301,6 +403,23 @@ def test_exported_student_takes_one_step(tmp_path: Path) -> None:
         torch.testing.assert_close(generator(batch["lr"]).clamp(0, 1), columns["SR"], rtol=1e-3, atol=1e-3)
     assert list(columns) == ["LR (bicubic)", "SR", "teacher", "HR"]
     assert not torch.allclose(columns["SR"], columns["teacher"], atol=1e-3)
+
+
+def test_preview_shows_what_all_deterministic_steps_of_the_teacher_make_of_the_same_noise() -> None:
+    method, batch = filled(method_of()), pair()
+    generator = loading.load_residual_generator(MICRO)
+    generator.unet.load_state_dict(method.frozen["teacher"].state_dict())
+    generator.autoencoder.load_state_dict(method.frozen["autoencoder"].get_submodule("autoencoder").state_dict())
+    generator.configure(replace(generator.config, steps=None, sampler="deterministic"))
+    assert method.preview is not None
+    with torch.no_grad():
+        columns = method.preview(networks_of(method), batch)
+        made, enlarged = generator(batch["lr"]), generator.enlarge(batch["lr"])
+    assert made.min() < -0.1, "there is something to clamp"
+    assert made.max() > 1.1
+    torch.testing.assert_close(columns["teacher"], made.clamp(0, 1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(columns["LR (bicubic)"], enlarged.clamp(0, 1))
+    assert torch.equal(columns["HR"], batch["hr"])
 
 
 def test_recipes_have_the_papers_weights_and_steps() -> None:
@@ -360,8 +479,6 @@ def test_mistakes_are_named() -> None:
         method_of(judge={"architecture": "official", "official": OfficialHeadConfig(norm_groups=5)})
     with pytest.raises(UserError, match=r"features of 1x1 are too small to judge; take larger crops"):
         run(method_of(TINY, judge={"architecture": "official"}, family="latent_diffusion", teacher_steps=1), pair(4))
-    with pytest.raises(UserError, match=r"config\.discriminator\.t_max: 4, but the steps of this teacher run"):
-        method_of(judge={"t_max": 4})
     with pytest.raises(ValueError, match=r"score_weight must be above 0; score\.kind: none leaves the term out"):
         TADSRConfig(teacher=MICRO, score_weight=0.0)
     with pytest.raises(ValueError, match=r"adversarial_weight must be above 0; discriminator\.kind"):

@@ -23,6 +23,7 @@ from onestepsr.methods.tadsr import TADSRConfig, build
 from onestepsr.models.loading import load_generator
 from onestepsr.models.seesr.generator import SeeSRGenerator
 from onestepsr.models.seesr.networks import SeeSRCondition
+from onestepsr.prompts.embedder import EmbeddingCache
 from onestepsr.prompts.ram import tagger_pixels
 from onestepsr.train.recipes import OptimizerConfig, load_run
 from onestepsr.weights.files import save_model
@@ -165,6 +166,24 @@ def test_half_of_the_texts_are_left_empty(teacher: Path) -> None:
         control, _, tokens = loaded.sees(batch, judging=True)
         assert torch.equal(tokens, batch[key])
         assert torch.equal(control, batch["hr"]) is (judge == "hr")
+
+
+def test_tags_are_embedded_by_the_text_encoder_of_the_recipe_and_cut_off(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[Any, ...]] = []
+
+    def embedder(name: str, *, cache: EmbeddingCache, truncate: bool) -> None:
+        made.append((name, cache, truncate))
+
+    monkeypatch.setattr("onestepsr.prompts.embedder.PromptEmbedder", embedder)
+    method, cache = (
+        method_on(teacher, seesr={"tagger": "random", "text_encoder": "some/encoder"}),
+        EmbeddingCache(tmp_path),
+    )
+    assert method.embedder is not None
+    method.embedder(cache)
+    assert made == [("some/encoder", cache, True)]
 
 
 def test_the_student_is_exported_as_one_step_without_guidance(teacher: Path, tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ def _twice(y: Any) -> Any:
 def _discriminator_phase(teacher: Teacher, config: TADSRConfig) -> LossFn:
     """Eq. 12 on the real latent and the student's, both noised to one step with the same noise."""
     settings = config.discriminator
-    steps = step_range(settings, max(teacher.steps - 2, 0), teacher.steps - 1, "discriminator")
+    steps = step_range(settings, teacher.steps - 2, teacher.steps - 1, "discriminator")
 
     def loss(networks: Networks, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         _begin(teacher, networks, batch, random)
