@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def photos(count: int, height: int = 16, width: int = 24) -> Tensor:
 def test_autoencoders_terms_are_the_mean_error_and_the_divergence_from_a_standard_normal() -> None:
     """Pixels of 0.75 are 0.5 in [-1, 1]. Per channel the divergence is (mean^2 + exp(v) - 1 - v) / 2."""
     method = build_autoencoder(AutoencoderConfig(model=TWO_CHANNELS, kl_weight=0.25))
-    (phase,), seen = method.phases, []
+    (phase,) = method.phases
+    seen: list[Tensor] = []
     mean = torch.tensor([1.0, 2.0])[:, None, None].expand(3, 2, 4, 6)
     log_variance = torch.tensor([0.0, math.log(3)])
 
@@ -54,7 +56,8 @@ def test_autoencoders_terms_are_the_mean_error_and_the_divergence_from_a_standar
 
 
 def test_autoencoders_preview_is_the_clamped_reconstruction_without_noise() -> None:
-    method, seen = build_autoencoder(AutoencoderConfig(model=TWO_CHANNELS)), []
+    method = build_autoencoder(AutoencoderConfig(model=TWO_CHANNELS))
+    seen: list[Tensor] = []
     values = torch.tensor([-3.0, -0.5, 0.25, 3.0])
 
     def network(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +84,7 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def diffusion_on(autoencoder: Path, **changes: int | DiffusionScheduleConfig) -> Method:
+def diffusion_on(autoencoder: Path, **changes: Any) -> Method:
     torch.manual_seed(0)
     return build_diffusion(
         DiffusionConfig(autoencoder=autoencoder, backbone=TinyGeneratorConfig(model=SMALL, **changes))
