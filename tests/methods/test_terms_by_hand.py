@@ -302,6 +302,8 @@ def test_defaults_are_the_papers() -> None:
     assert (theirs.lora, theirs.autoencoder_lora, theirs.vsd.lora) == (AdapterConfig(rank=4, alpha=8.0),) * 3
     assert (theirs.vsd.weight, theirs.vsd.regularizer_weight, theirs.vsd.regularizer_t_min) == (1.0, 1.0, 0)
     assert (theirs.vsd.start, theirs.lattice_weight, theirs.regularization) == (0, 0.0, "vsd")
+    assert (theirs.adversarial_weight, theirs.clamp_output, theirs.share_frozen) == (0.5, True, True)
+    assert (ours.gradient_checkpointing, theirs.gradient_checkpointing) == (False, False)
     student = tadsr.TADSRConfig(teacher="x")
     assert (student.score_weight, student.adversarial_weight, student.teacher_steps) == (1.0, 0.02, None)
     assert (student.score.kind, student.discriminator.kind, student.tuning) == ("hsd", "time_aware", "full")
