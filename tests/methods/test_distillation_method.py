@@ -93,7 +93,11 @@ def test_a_larger_pool_goes_on_where_a_smaller_one_ends(data: DataConfig) -> Non
     torch.testing.assert_close(pool.entry(3), small.entry(3), rtol=0, atol=0)
     with pytest.raises(AssertionError, match="asked again"):
         pool.entry(4)
-    torch.testing.assert_close(small.entry(3), pool.entry(3), rtol=0, atol=0)  # never shortened
+    sizes = {path.name: path.stat().st_size for path in pool.folder.iterdir()}
+    assert sizes["hr.bin"] == 6 * 3 * 32 * 32
+    again = taught(build_dataset(data, 5), Silent("bicubic", "float32"), data, 5)
+    torch.testing.assert_close(again.entry(3), pool.entry(3), rtol=0, atol=0)
+    assert {path.name: path.stat().st_size for path in pool.folder.iterdir()} == sizes, "never shortened"
     other = taught(build_dataset(data, 5), Teacher("bicubic", "bfloat16"), data, 5)
     assert other.folder != small.folder
 

@@ -210,7 +210,14 @@ def test_d3sr_phases_touch_only_what_they_train(backbone, tuning):
     assert with_gradient(generator) <= names
     assert set(run_phase(method, discriminator_phase, batch)) == {"discriminator"}
     assert not with_gradient(generator)
-    assert with_gradient(method.networks["discriminator"])
+    judge = method.networks["discriminator"]
+    assert with_gradient(judge)
+    encoder = {name for name in trainable(judge) if name.startswith("encoder.")}
+    assert encoder == {
+        name
+        for name, _ in judge.named_parameters()
+        if name.startswith("encoder.") and (tuning == "full" or "lora" in name)
+    }
 
 
 def test_discriminator_joins_when_it_is_told_to(backbone):

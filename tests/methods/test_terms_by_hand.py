@@ -94,12 +94,17 @@ def test_generators_adversarial_term_judges_noised_latents_with_weight_lambda_1(
 
 
 def test_discriminator_calls_photos_real_and_restored_images_fake() -> None:
-    """softplus(fake) + softplus(-real) with real logits of 1 and fake ones of -2."""
+    """softplus(fake) + softplus(-real) with real logits of 1 and fake ones of -2, all raised by a trained number."""
     noise = LatentNoise.of(SCHEDULE, NoiseConfig(kind="vanilla"))
     term = latent_discriminator_term(noise, 0.25, 0)
-    batch = {"z_hr": torch.ones(2, 1, 2, 2), "z_sr": torch.full((2, 1, 2, 2), -2.0)}
-    loss = term.discriminator_loss({DISCRIMINATOR: mean_logit}, batch, random_of())["discriminator"]
+    raised = torch.zeros((), requires_grad=True)
+    batch = {"z_hr": torch.ones(3, 1, 2, 2), "z_sr": torch.full((3, 1, 2, 2), -2.0)}
+    networks = {DISCRIMINATOR: lambda z, t: mean_logit(z, t) + raised}
+    loss = term.discriminator_loss(networks, batch, random_of(3))["discriminator"]
+    loss.backward()
     assert loss.item() == pytest.approx(softplus(-2) + softplus(-1))
+    assert raised.grad is not None
+    assert raised.grad.item() == pytest.approx(1 / (1 + math.exp(2)) - 1 / (1 + math.exp(1)))
 
 
 def test_real_and_fake_latents_have_draws_of_their_own() -> None:
@@ -294,13 +299,22 @@ def test_defaults_are_the_papers() -> None:
     assert (judge.tuning, judge.lora, judge.backbone) == ("lora", LoraConfig(rank=16, alpha=16.0), None)
     extras = ours.extras
     assert (extras.deepen, extras.even_contrast, extras.train_decoder, extras.lattice_weight) == (None, False, False, 0)
-    assert (extras.critic.weight, extras.critic.start, extras.critic.matching) == (0, 0, 0)
+    critic = extras.critic
+    assert (critic.weight, critic.start, critic.matching, critic.widths) == (0, 0, 0, (48, 96, 128))
+    assert (critic.conditional, critic.lattice, critic.contrast_floor) == (False, False, None)
     adaptive = judge.adaptive
     assert (adaptive.t_initial, adaptive.target, adaptive.clean_share, adaptive.prior) == (5, 0.6, 0.5, "priority")
+    assert adaptive.images == 100_000
     theirs = OSEDiffConfig(backbone="x")
     assert (theirs.timestep, theirs.scale, theirs.parts, theirs.tuning) == (999, 4, ("encoder", "unet"), "lora")
     assert (theirs.lora, theirs.autoencoder_lora, theirs.vsd.lora) == (AdapterConfig(rank=4, alpha=8.0),) * 3
     assert (theirs.vsd.weight, theirs.vsd.regularizer_weight, theirs.vsd.regularizer_t_min) == (1.0, 1.0, 0)
+    assert (theirs.vsd.t_min, theirs.vsd.t_max, theirs.vsd.guidance, theirs.vsd.regularizer_t_max) == (
+        20,
+        979,
+        7.5,
+        999,
+    )
     assert (theirs.vsd.start, theirs.lattice_weight, theirs.regularization) == (0, 0.0, "vsd")
     assert (theirs.adversarial_weight, theirs.clamp_output, theirs.share_frozen) == (0.5, True, True)
     assert (ours.gradient_checkpointing, theirs.gradient_checkpointing) == (False, False)

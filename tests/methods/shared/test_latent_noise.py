@@ -58,10 +58,26 @@ def test_adaptive_noise_grows_while_the_discriminator_is_too_sure_and_shrinks_ag
     noise.update(unsure)
     noise.step()
     assert float(noise.largest) == pytest.approx(10 + 16 / 100 * 989)
+    noise.update(torch.tensor([1.0, 1.0, 1.0, -1.0]).reshape(4, 1, 1, 1))  # a half is below the target too
+    noise.step()
+    assert float(noise.largest) == pytest.approx(10 + 12 / 100 * 989)
     for _ in range(100):
         noise.update(unsure)
     noise.step()
     assert float(noise.largest) == 10
+
+
+def test_one_real_latent_moves_the_largest_step():
+    noise = adaptive()
+    noise.update(torch.ones(1, 1, 2, 2))
+    noise.step()
+    assert float(noise.largest) == pytest.approx(10 + 1 / 100 * 989)
+
+
+def test_observing_logits_keeps_nothing_of_their_graph():
+    noise = adaptive()
+    noise.update(torch.ones(2, 1, 2, 2, requires_grad=True))
+    assert not noise.observed.requires_grad
 
 
 def test_adaptive_strength_does_not_depend_on_micro_batches():
@@ -89,6 +105,31 @@ def test_adaptive_draws_have_a_clean_share_and_prefer_strong_noise():
     even = adaptive(clean_share=0.0, prior="uniform")
     even.largest.fill_(400.0)
     assert float(even(z, random_of(4000))[1].double().mean()) == pytest.approx(200, rel=0.04)
+
+
+class Drawn(SampleRandom):
+    """Draws these numbers, the same for every sample."""
+
+    def __init__(self, *numbers: float) -> None:
+        super().__init__(samples=range(2))
+        self.numbers = list(numbers)
+
+    def uniform(self) -> torch.Tensor:
+        return torch.full((2,), self.numbers.pop(0))
+
+
+@pytest.mark.parametrize(("prior", "steps"), [("priority", 200), ("uniform", 100)])
+def test_a_clean_share_of_nothing_leaves_no_sample_clean(prior, steps):
+    noise = adaptive(clean_share=0.0, prior=prior)
+    noise.largest.fill_(400.0)
+    assert noise.draw(Drawn(0.0, 0.25)).tolist() == [steps, steps]
+
+
+def test_clean_samples_pass_the_gradient_on():
+    z = torch.ones(2, 1, 2, 2, requires_grad=True)
+    z_t, _ = adaptive(clean_share=1.0)(z, random_of(2))
+    z_t.sum().backward()
+    assert torch.equal(z.grad, torch.ones_like(z))
 
 
 def test_adaptive_state_travels_in_the_state_dict():

@@ -143,7 +143,7 @@ class LatentNoise(nn.Module):
         """The noise that ``config`` describes."""
         return (AdaptiveNoise if config.kind == "diffusion_gan" else LatentNoise)(schedule, config, gain)
 
-    def __init__(self, schedule: DiffusionSchedule, config: NoiseConfig, gain: float = 1.0) -> None:
+    def __init__(self, schedule: DiffusionSchedule, config: NoiseConfig, gain: float) -> None:
         """``gain`` multiplies the latents first, for a discriminator that expects them on another scale."""
         super().__init__()
         if config.t_max >= schedule.steps:
@@ -152,7 +152,7 @@ class LatentNoise(nn.Module):
 
     def forward(self, z: Tensor, random: SampleRandom) -> tuple[Tensor, Tensor]:
         """Noised latents, shaped like ``z`` (N, C, h, w), and their steps (N,) on the same device."""
-        z = z if self.gain == 1.0 else self.gain * z
+        z = self.gain * z
         if self.config.kind == "vanilla":
             return z, torch.zeros(len(z), dtype=torch.long, device=z.device)
         t = self.draw(random)
@@ -182,7 +182,7 @@ class AdaptiveNoise(LatentNoise):
     largest: Tensor
     observed: Tensor
 
-    def __init__(self, schedule: DiffusionSchedule, config: NoiseConfig, gain: float = 1.0) -> None:
+    def __init__(self, schedule: DiffusionSchedule, config: NoiseConfig, gain: float) -> None:
         super().__init__(schedule, config, gain)
         self.register_buffer("largest", torch.tensor(float(config.adaptive.t_initial)))
         self.register_buffer("observed", torch.zeros(2))  # sum of signs, number of samples
@@ -203,18 +203,17 @@ class AdaptiveNoise(LatentNoise):
 
         At once, not in :meth:`step`: a checkpoint in between holds the buffers of one process for all.
         """
-        signs = real_logits.detach().float().sign().mean(dim=(1, 2, 3))
+        signs = real_logits.float().sign().mean(dim=(1, 2, 3))
         seen = torch.stack([signs.sum(), torch.full_like(signs[0], len(signs))])
         if is_one_of_several():
             dist.all_reduce(seen)
         self.observed += seen
 
-    @torch.no_grad()
     def step(self) -> None:
         """Move the largest step by the images seen, up when r_d is above the target and down when below."""
         settings = self.config.adaptive
         signs, images = self.observed.clone()
-        direction = (signs / images.clamp(min=1) - settings.target).sign() * (images > 0)
+        direction = (signs / images.clamp(min=1) - settings.target).sign()
         change = direction * images / settings.images * (self.config.t_max - settings.t_initial)
         self.largest.add_(change).clamp_(settings.t_initial, self.config.t_max)
         self.observed.zero_()
@@ -247,17 +246,17 @@ class DiscriminatorConfig(NoiseConfig):
 
 
 def build_discriminator(
-    generator: OneStepLatentGenerator, settings: DiscriminatorConfig, *, name: str, checkpointing: bool = False
+    generator: OneStepLatentGenerator, settings: DiscriminatorConfig, *, name: str, checkpointing: bool
 ) -> tuple[NoiseAwareDiscriminator, LatentNoise]:
     """Down and middle blocks of a diffusion backbone under an MLP, and the noise on its input.
 
     Without a backbone of its own it copies ``generator``'s, whose UNet must not have adapters yet; ``name`` is its
     name in messages.
     """
-    if settings.backbone is None:
-        encoder, prompt = unet_encoder_of(generator), generator.prompt.detach()
-    else:
+    if settings.backbone is not None:
         encoder, prompt = load_discriminator_backbone(settings.backbone, sdxl=settings.sdxl)
+    else:
+        encoder, prompt = unet_encoder_of(generator), generator.prompt
     known = cast(DiffusionEncoder, encoder)
     if known.latent_channels != generator.latent_channels:
         raise UserError(
@@ -390,7 +389,7 @@ def shifted(images: Sequence[Tensor], random: SampleRandom) -> list[Tensor]:
     """Parts (N, C, H - 8, W - 8) of images (N, C, H, W): every sample is cut at an offset of its own, the same in
     each of ``images``."""
     rows, columns = (random.integers(0, LARGEST_SHIFT + 1).tolist() for _ in range(2))
-    height, width = (side - LARGEST_SHIFT for side in images[0].shape[-2:])
+    height, width = (side - LARGEST_SHIFT for side in images[0].shape[2:])
     offsets = list(zip(rows, columns, strict=True))
     return [torch.stack([x[n, :, y : y + height, i : i + width] for n, (y, i) in enumerate(offsets)]) for x in images]
 

@@ -109,7 +109,7 @@ def build_perceptual(config: PerceptualConfig) -> tuple[nn.Module, DISTS | LPIPS
     """Feature network, frozen, and distance of a configuration; missing weights are reported in one line."""
     lpips = config.distance in ("lpips", "ea_lpips")
     if config.features == "oriented":
-        oriented = OrientedFeatures().requires_grad_(False)
+        oriented = OrientedFeatures()  # has no parameters
         if lpips:
             return oriented, LPIPS(oriented.channels[1:], epsilon=ORIENTED_LPIPS_EPSILON)
         return oriented, DISTS(oriented.channels, texture_share=config.texture_share)

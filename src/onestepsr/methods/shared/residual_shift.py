@@ -62,8 +62,8 @@ def whole_schedule(generator: ResidualShiftGenerator, *, capped: bool = False) -
     ``capped`` limits sqrt(eta) of step 0 to :data:`SQRT_ETA_CAP`, which changes the schedule of 4 steps alone.
     """
     process = generator.schedule.config
-    if capped and process.sqrt_eta_start > SQRT_ETA_CAP:
-        process = replace(process, min_noise=max(process.kappa, 1.0) * SQRT_ETA_CAP)
+    if capped:
+        process = replace(process, min_noise=min(process.min_noise, max(process.kappa, 1.0) * SQRT_ETA_CAP))
     return ResidualShiftSchedule(process)
 
 

@@ -117,7 +117,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def sample(self, network: Network, z_T: Tensor, z_y: Tensor, y: Any) -> Tensor:
-        """F(z_T, T, y), the estimate of z_0 by all deterministic steps."""
+        """F(z_T, T, y), the estimate of z_0 by all deterministic steps; without a graph."""
 
     @abstractmethod
     def student_generator(self, student: nn.Module) -> nn.Module:
@@ -177,6 +177,7 @@ class ResidualShiftTeacher(Teacher):
         """The network's own prediction."""
         return cast(Tensor, self.evaluate(network, z_t, t, y))
 
+    @torch.no_grad()
     def sample(self, network: Network, z_T: Tensor, z_y: Tensor, y: Any) -> Tensor:
         """Eq. 3 from T on."""
         return self._sampling.sample_deterministic(conditioned(network, y), z_y, z_T)
@@ -229,6 +230,7 @@ class LatentDiffusionTeacher(Teacher):
         """z_0 by the predicted noise."""
         return self.schedule.x0_from_eps(z_t, cast(Tensor, network(z_t, t)), t)
 
+    @torch.no_grad()
     def sample(self, network: Network, z_T: Tensor, z_y: Tensor, y: Any) -> Tensor:
         """From T down: z_s = sqrt(alpha_bar_s) z_0 + sqrt(1 - alpha_bar_s) eps for each next step s."""
         z = z_T
