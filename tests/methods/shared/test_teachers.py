@@ -52,8 +52,8 @@ def seesr(monkeypatch: pytest.MonkeyPatch) -> SeeSRTeacher:
     return seesr_of(monkeypatch)
 
 
-def seesr_of(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> SeeSRTeacher:
-    generator = small_seesr(replace(CONFIG, image_tokens=10))
+def seesr_of(monkeypatch: pytest.MonkeyPatch, *, tokens: int = 10, **settings: Any) -> SeeSRTeacher:
+    generator = small_seesr(replace(CONFIG, image_tokens=tokens))
     monkeypatch.setattr(teachers, "load_network", lambda name: generator)
     return SeeSRTeacher("seesr", SeeSRTeacherConfig(**{"tagger": "random", **settings}))
 
@@ -140,6 +140,15 @@ def test_a_backbone_is_one_to_train_from(monkeypatch: pytest.MonkeyPatch) -> Non
     assert latent_diffusion().steps == 400
 
 
+def test_student_of_residual_shifting_takes_the_last_step_alone() -> None:
+    teacher = ResidualShiftTeacher(MICRO, None)
+    student = teacher.student()
+    generator = teacher.student_generator(student)
+    assert generator.unet is student
+    assert generator.autoencoder is teacher.generator.autoencoder
+    assert (generator.schedule.kept, generator.sampler) == ([3], "deterministic")
+
+
 def test_sampling_builds_no_graph() -> None:
     factor = torch.tensor(0.3, requires_grad=True)
     for teacher in (ResidualShiftTeacher(MICRO, None), latent_diffusion()):
@@ -188,11 +197,16 @@ def test_seesr_looks_at_clamped_images_and_leaves_texts_out_below_the_share(monk
                 assert torch.equal(found, wanted)
 
 
-def test_untrained_stand_in_for_ram_is_small_and_gives_as_many_tokens_as_seesr_reads(seesr: SeeSRTeacher) -> None:
-    ram = seesr.frozen[RAM]
-    assert ram(torch.rand(2, 3, 24, 24)).shape == (2, 10, 12)
-    assert seesr.side == 24, "8 pixels for each of 3 x 3 places"
-    assert sum(p.numel() for p in ram.parameters()) == 6495
+@pytest.mark.parametrize(("tokens", "side", "parameters"), [(2, 8, 6447), (10, 24, 6495)])
+def test_untrained_stand_in_for_ram_is_small_and_gives_as_many_tokens_as_seesr_reads(
+    tokens: int, side: int, parameters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean and a square of places, of 8 pixels each."""
+    teacher = seesr_of(monkeypatch, tokens=tokens)
+    ram = teacher.frozen[RAM]
+    assert ram(torch.rand(2, 3, side, side)).shape == (2, tokens, 12)
+    assert teacher.side == side
+    assert sum(p.numel() for p in ram.parameters()) == parameters
     assert not any(p.requires_grad for p in ram.parameters())
 
 
@@ -237,6 +251,21 @@ def test_residual_shifting_starts_without_the_real_latent_and_samples_with_as_ma
         assert torch.equal(teacher.sample(network, z_T, z_y, lr), torch.zeros_like(z_T))
         assert len(told) == (steps or 4)
         assert told[0] == 3, "the last step of the schedule, whatever their number"
+
+
+def test_two_steps_of_residual_shifting_are_the_papers() -> None:
+    """Eq. 3 with an estimate of 0: z_0 = m z_T + j z_y, where sqrt(eta) is 0.99 at first and 0.1 then."""
+    teacher, seen = ResidualShiftTeacher(MICRO, 2), list[Tensor]()
+
+    def network(x: Tensor, t: Tensor, lq: Tensor) -> Tensor:
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    z_T, z_y = noise(0, 1, 3, 16, 16), noise(1, 1, 3, 16, 16)
+    teacher.sample(network, z_T, z_y, torch.rand(1, 3, 16, 16))
+    torch.testing.assert_close(seen[0], z_T / (1 + 4 * 0.99**2) ** 0.5)
+    z = 0.1 / 0.99 * z_T + (0.1**2 - 0.1 * 0.99) * z_y
+    torch.testing.assert_close(seen[1], z / (1 + 4 * 0.1**2) ** 0.5)
 
 
 def test_ddim_of_a_network_that_knows_the_answer_gives_the_answer() -> None:

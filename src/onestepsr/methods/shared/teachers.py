@@ -386,4 +386,4 @@ def _random_ram(generator: SeeSRGenerator) -> RamNetwork:
         return RamNetwork(RamConfig())
     side = round((tokens - 1) ** 0.5)
     small = RamConfig(side=8 * side, width=8, depths=(1, 1), heads=(1, 1), window=side, text_width=config.image_width)
-    return RamNetwork(replace(small, tags=2, head_width=8, head_heads=1, head_layers=1))
+    return RamNetwork(replace(small, tags=2, head_width=8, head_layers=1))
