@@ -204,8 +204,9 @@ def test_documents_name_files_and_code_that_exist(page: Path) -> None:
 
 
 def test_the_tests_that_the_audit_names_exist() -> None:
-    files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    files = list((ROOT / "tests").rglob("test_*.py"))
     named = set(re.findall(r"`(test_\w+(?:\.py)?)`", (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")))
-    known = {*files, *re.findall(r"def (test_\w+)", "".join(files.values()))}
+    tests = "".join(path.read_text(encoding="utf-8") for path in files)
+    known = {*(path.name for path in files), *re.findall(r"def (test_\w+)", tests)}
     assert len(named) > 80
     assert named <= known, named - known
