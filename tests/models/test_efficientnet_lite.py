@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 against its layers written out with batch normalisation and TensorFlow's padding."""
+"""EfficientNet-Lite0 and -Lite1 against their layers written out with batch normalisation and TensorFlow's padding."""
 
 from pathlib import Path
 
@@ -8,13 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onestepsr.core.errors import UserError
-from onestepsr.models.efficientnet_lite import GROUPS, EfficientNetFeatures, EfficientNetLite0, SameConv, folded
+from onestepsr.models.efficientnet_lite import (
+    GROUPS,
+    LITE0,
+    LITE1,
+    EfficientNetFeatures,
+    EfficientNetLite,
+    SameConv,
+    folded,
+)
 from weights_by_name import published_efficientnet
 
-PARAMETERS_WITH_NORMS = 4_652_008
+PARAMETERS_WITH_NORMS = {LITE0: 4_652_008, LITE1: 5_416_680}
 
 
-def by_layers(state: dict[str, Tensor], image: Tensor) -> list[Tensor]:
+def by_layers(state: dict[str, Tensor], image: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
     """Outputs of all blocks, layer by layer as the published code has them."""
 
     def layer(x: Tensor, conv: str, norm: str, stride: int = 1, *, depthwise: bool = False) -> Tensor:
@@ -30,7 +38,7 @@ def by_layers(state: dict[str, Tensor], image: Tensor) -> list[Tensor]:
 
     h = F.relu6(layer((image * 255 - 127) / 128, "_conv_stem", "_bn0", 2))
     outputs, number = [], 0
-    for count, _, stride, expansion, _ in GROUPS:
+    for count, (_, stride, expansion, _) in zip(counts, GROUPS, strict=True):
         for repeat in range(count):
             block, before = f"_blocks.{number}", h
             if expansion > 1:
@@ -44,20 +52,21 @@ def by_layers(state: dict[str, Tensor], image: Tensor) -> list[Tensor]:
     return outputs
 
 
-def test_maps_are_those_of_the_layers(tmp_path: Path) -> None:
-    state = published_efficientnet()
-    assert sum(value.numel() for key, value in state.items() if "running" not in key) == PARAMETERS_WITH_NORMS
+@pytest.mark.parametrize(("counts", "ends"), [(LITE0, (0, 2, 4, 10, 15)), (LITE1, (0, 3, 6, 14, 20))])
+def test_maps_are_those_of_the_layers(tmp_path: Path, counts: tuple[int, ...], ends: tuple[int, ...]) -> None:
+    state = published_efficientnet(counts)
+    assert sum(value.numel() for key, value in state.items() if "running" not in key) == PARAMETERS_WITH_NORMS[counts]
     torch.save(state, tmp_path / "weights.pth")
-    network = EfficientNetLite0.from_file(tmp_path / "weights.pth").double()
+    network = EfficientNetLite.from_file(tmp_path / "weights.pth", counts).double()
     state = {key: value.double() for key, value in state.items()}
     network.load_state_dict(folded(state))  # random weights amplify what float32 rounds
     image = torch.rand(1, 3, 45, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    outputs = by_layers(state, image)
+    outputs = by_layers(state, image, counts)
     with torch.no_grad():
         maps = network.maps(image)
         fewer = EfficientNetFeatures(network, 2)(image)
     assert [tuple(one.shape[1:]) for one in maps] == [(16, 23, 32), (24, 12, 16), (40, 6, 8), (112, 3, 4), (320, 2, 2)]
-    for one, number in zip(maps, (0, 2, 4, 10, 15), strict=True):
+    for one, number in zip(maps, ends, strict=True):
         expected = outputs[number]
         assert (one - expected).abs().max() < 1e-9 * expected.abs().max()
     assert len(fewer) == 3
@@ -75,8 +84,18 @@ def test_odd_padding_goes_to_the_end(side: int, kernel: int, stride: int, before
     torch.testing.assert_close(conv(x), expected)
 
 
-def test_other_weights_are_refused_in_one_line(tmp_path: Path) -> None:
-    torch.save({"_conv_stem.weight": torch.zeros(3)}, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match="not EfficientNet-Lite0 weights") as error:
-        EfficientNetLite0.from_file(tmp_path / "weights.pth")
+@pytest.mark.parametrize(
+    ("state", "counts", "name"),
+    [
+        ({"_conv_stem.weight": torch.zeros(3)}, LITE0, "Lite0"),
+        (published_efficientnet(LITE1), LITE0, "Lite0"),
+        (published_efficientnet(LITE0), LITE1, "Lite1"),
+    ],
+)
+def test_other_weights_are_refused_in_one_line(
+    tmp_path: Path, state: dict[str, Tensor], counts: tuple[int, ...], name: str
+) -> None:
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=f"not EfficientNet-{name} weights") as error:
+        EfficientNetLite.from_file(tmp_path / "weights.pth", counts)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, trained on ImageNet: features for perceptual distances and for discriminators.
+"""EfficientNet-Lite0 and -Lite1, trained on ImageNet: features for perceptual distances and for discriminators.
 
 Inverted bottlenecks with depthwise convolutions, ReLU6 and no squeeze-and-excitation (Tan and Le, "EfficientNet", 2019,
 in the form for mobile devices). Batch normalisation, which is frozen, is folded into the convolutions when weights are
@@ -7,6 +7,7 @@ read; strided convolutions are padded as TensorFlow does it ("SAME"), which is h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,22 +21,16 @@ from onestepsr.weights.files import read_tensors
 MAX_BYTES = 2**27
 """Limit on weight files; the published one has 18 MiB."""
 STEM_WIDTH = 32
-GROUPS = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
-)
-"""Blocks, kernel, stride of the first, expansion and channels of each group of blocks."""
+GROUPS = ((3, 1, 1, 16), (3, 2, 6, 24), (5, 2, 6, 40), (3, 2, 6, 80), (5, 1, 6, 112), (5, 2, 6, 192), (3, 1, 6, 320))
+"""Kernel, stride of the first block, expansion and channels of each group of blocks."""
+LITE0, LITE1 = (1, 2, 2, 3, 3, 4, 1), (1, 3, 3, 4, 4, 5, 1)
+"""Blocks in each group."""
 HEAD_WIDTH = 1280
 CLASSES = 1000
 BATCH_NORM_EPSILON = 1e-3
 MEAN, SCALE = 127 / 255, 255 / 128
 """Mean that is subtracted from an image in [0, 1], and factor that it is then multiplied with."""
-KIND = "EfficientNet-Lite0 weights"
+KINDS = {LITE0: "EfficientNet-Lite0 weights", LITE1: "EfficientNet-Lite1 weights"}
 
 
 class SameConv(nn.Conv2d):
@@ -72,19 +67,19 @@ class InvertedBottleneck(nn.Module):
         return torch.as_tensor(x + h if self.residual else h)
 
 
-class EfficientNetLite0(nn.Module):
+class EfficientNetLite(nn.Module):
     """Classifier and, in :meth:`maps`, features: the last map at each of the five resolutions."""
 
     channels = (16, 24, 40, 112, 320)
     """Channels of the maps at 1/2, 1/4, 1/8, 1/16 and 1/32 of the image's sides."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: tuple[int, ...] = LITE0) -> None:
         super().__init__()
         self.stem = SameConv(3, STEM_WIDTH, 3, 2)
         blocks: list[nn.Module] = []
         ends: list[int] = []
         width = STEM_WIDTH
-        for count, kernel, stride, expansion, out in GROUPS:
+        for count, (kernel, stride, expansion, out) in zip(counts, GROUPS, strict=True):
             if stride > 1:
                 ends.append(len(blocks) - 1)
             for number in range(count):
@@ -97,13 +92,13 @@ class EfficientNetLite0(nn.Module):
         self.classifier = nn.Linear(HEAD_WIDTH, CLASSES)
 
     @classmethod
-    def from_file(cls, path: Path) -> EfficientNetLite0:
+    def from_file(cls, path: Path, counts: tuple[int, ...] = LITE0) -> EfficientNetLite:
         """The network with the published weights, in eval mode; :class:`UserError` in one line for any other file."""
-        network = cls()
+        network = cls(counts)
         try:
             network.load_state_dict(folded(read_tensors(path, limit=MAX_BYTES)))
         except (KeyError, RuntimeError) as error:
-            raise UserError(f"{path}: not {KIND} ({str(error).splitlines()[-1].strip()})") from error
+            raise UserError(f"{path}: not {KINDS[counts]} ({str(error).splitlines()[-1].strip()})") from error
         return network.eval()
 
     def maps(self, x: Tensor, stages: int = 5) -> list[Tensor]:
@@ -131,12 +126,12 @@ class EfficientNetFeatures(nn.Module):
     """Distances are small differences of its features; training leaves it in float32 when it keeps backbones in 16
     bits."""
 
-    def __init__(self, network: EfficientNetLite0, stages: int = 5) -> None:
+    def __init__(self, network: EfficientNetLite, stages: int = 5) -> None:
         super().__init__()
-        if not 1 <= stages <= len(EfficientNetLite0.channels):
-            raise UserError(f"EfficientNet-Lite0: {stages} stages, accepted: 1 to {len(EfficientNetLite0.channels)}")
+        if not 1 <= stages <= len(EfficientNetLite.channels):
+            raise UserError(f"EfficientNet-Lite: {stages} stages, accepted: 1 to {len(EfficientNetLite.channels)}")
         self.network, self.stages = network, stages
-        self.channels = (3, *EfficientNetLite0.channels[:stages])
+        self.channels = (3, *EfficientNetLite.channels[:stages])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """``stages`` + 1 maps for ``x`` (N, 3, H, W) in [0, 1]."""
@@ -144,7 +139,7 @@ class EfficientNetFeatures(nn.Module):
 
 
 def folded(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of :class:`EfficientNetLite0` from the published one, batch normalisation folded into convolutions."""
+    """State dict of :class:`EfficientNetLite` from the published one, batch normalisation folded into convolutions."""
     state: dict[str, Tensor] = {}
 
     def fold(own: str, convolution: str, norm: str) -> None:
@@ -157,7 +152,8 @@ def folded(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state[f"{own}.bias"] = shift.to(dtype)
 
     fold("stem", "_conv_stem", "_bn0")
-    for number in range(sum(count for count, *_ in GROUPS)):
+    blocks = sum(re.fullmatch(r"_blocks\.\d+\._depthwise_conv\.weight", key) is not None for key in published)
+    for number in range(blocks):
         theirs, own = f"_blocks.{number}", f"blocks.{number}"
         if f"{theirs}._expand_conv.weight" in published:
             fold(f"{own}.expand", f"{theirs}._expand_conv", f"{theirs}._bn0")

@@ -17,7 +17,7 @@ from onestepsr.evaluate.metrics.niqe import NiqeParameters, niqe
 from onestepsr.evaluate.metrics.perceptual import LearnedDistance
 from onestepsr.imaging.read import read_image, samples_to_tensor
 from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists
-from onestepsr.models.efficientnet_lite import EfficientNetFeatures, EfficientNetLite0
+from onestepsr.models.efficientnet_lite import EfficientNetFeatures, EfficientNetLite
 from onestepsr.models.perceptual_features import AlexNetFeatures, OrientedFeatures, VGG16Features
 from weights_by_name import fill_by_name
 
@@ -39,7 +39,7 @@ def alexnet() -> AlexNetFeatures:
 @cache
 def efficientnet() -> EfficientNetFeatures:
     torch.manual_seed(0)
-    network = EfficientNetLite0()
+    network = EfficientNetLite()
     fill_by_name(network)  # at their usual start, features would vanish
     return EfficientNetFeatures(network)
 

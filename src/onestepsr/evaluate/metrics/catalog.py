@@ -134,6 +134,18 @@ METRICS = {
             "EfficientNet-Lite0, image and five maps, no channel weights, no resize",
             perceptual.load_efficientnet_dists,
         ),
+        _distance(
+            "lpips-efficientnet1",
+            "LPIPS (EfficientNet-Lite1)",
+            "EfficientNet-Lite1, five maps, no channel weights, mean",
+            partial(perceptual.load_efficientnet_lpips, "efficientnet-lite1"),
+        ),
+        _distance(
+            "dists-efficientnet1",
+            "DISTS (EfficientNet-Lite1)",
+            "EfficientNet-Lite1, image and five maps, no channel weights, no resize",
+            partial(perceptual.load_efficientnet_dists, "efficientnet-lite1"),
+        ),
         _distance("ea_dists", "EA-DISTS", "VGG-16, no resize, edges of the channel mean", perceptual.load_ea_dists),
         MetricSpec(
             name="fid", title="FID", variant="clean-fid", higher_is_better=False, network=True, of_sets=fid.load_fid

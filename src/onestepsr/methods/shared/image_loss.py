@@ -22,7 +22,7 @@ from onestepsr.losses.perceptual import (
     read_dists_weights,
     read_lpips_weights,
 )
-from onestepsr.models.efficientnet_lite import EfficientNetFeatures, EfficientNetLite0
+from onestepsr.models.efficientnet_lite import EfficientNetFeatures, EfficientNetLite
 from onestepsr.models.perceptual_features import OrientedFeatures, VGG16Features
 from onestepsr.weights.catalog import resolve
 from onestepsr.weights.files import SMALL_WEIGHTS, read_tensors
@@ -114,7 +114,7 @@ def build_perceptual(config: PerceptualConfig) -> tuple[nn.Module, DISTS | LPIPS
             return oriented, LPIPS(oriented.channels[1:], epsilon=ORIENTED_LPIPS_EPSILON)
         return oriented, DISTS(oriented.channels, texture_share=config.texture_share)
     if config.features == "efficientnet-lite0":
-        network = EfficientNetLite0.from_file(resolve(config.efficientnet_weights)).requires_grad_(False)
+        network = EfficientNetLite.from_file(resolve(config.efficientnet_weights)).requires_grad_(False)
         efficientnet = EfficientNetFeatures(network, config.efficientnet_stages)
         if lpips:
             return efficientnet, LPIPS.averaged(efficientnet.channels[1:])
