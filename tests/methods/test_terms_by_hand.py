@@ -252,17 +252,18 @@ def test_regularization_of_osediff_teaches_the_generator(backbone: str, kind: st
 
 @pytest.mark.parametrize("clamped", [True, False])
 def test_osediff_clamps_its_output_before_the_losses_as_published(backbone: str, clamped: bool) -> None:
-    """Against 0.25 everywhere, one image of 1.0 costs 4 * 0.75^2, and one of -0.5 the same, or 4 * 0.25^2 clamped."""
+    """Against 0.25 everywhere, an image of 1.5 costs 4 * 1.25^2, or 4 * 0.75^2 clamped, and one of -0.5 4 * 0.75^2, or
+    4 * 0.25^2 clamped."""
     config = OSEDiffConfig(
         backbone=backbone, tuning="full", regularization="none", perceptual_weight=0, clamp_output=clamped
     )
     method = osediff.build(config)
     low = torch.full((1, 3, 32, 32), -0.5, requires_grad=True)
-    sr = torch.cat([torch.ones(1, 3, 32, 32), low])
+    sr = torch.cat([torch.full((1, 3, 32, 32), 1.5), low])
     batch = {"hr": torch.full((2, 3, 32, 32), 0.25), "lr": torch.zeros(2, 3, 8, 8)}
     (phase,) = method.phases
     terms = phase.loss({"generator": lambda lr, prompt, noise: (sr, sr)}, batch, random_of())
-    expected = (4 * 0.75**2 + 4 * (0.25 if clamped else 0.75) ** 2) / 2
+    expected = (4 * (0.75 if clamped else 1.25) ** 2 + 4 * (0.25 if clamped else 0.75) ** 2) / 2
     assert terms["mse"].item() == pytest.approx(expected)
     (gradient,) = torch.autograd.grad(terms["mse"], low)
     assert gradient.sum().item() == pytest.approx(0.0 if clamped else 4 * 2 * -0.75 / 2)
