@@ -10,6 +10,7 @@ from onestepsr.core.config import to_mapping
 from onestepsr.core.errors import UserError
 from onestepsr.methods import d3sr, pretraining
 from onestepsr.methods.base import (
+    Method,
     Phase,
     SampleRandom,
     check_timestep,
@@ -77,10 +78,17 @@ def run_phase(method, phase, batch):
 def test_every_method_is_registered():
     load_methods()
     assert {"autoencoder", "diffusion", "d3sr"} <= set(method_names())
+    needs_lr = {name: get_method(name).needs_lr for name in method_names()}
+    assert {name for name, needed in needs_lr.items() if not needed} == {"autoencoder", "diffusion"}
     with pytest.raises(UserError, match="did you mean 'd3sr'"):
         get_method("d3rs")
     with pytest.raises(ValueError, match="registered twice"):
         register("d3sr", d3sr.D3SRConfig)(d3sr.build)
+
+
+def test_a_method_takes_photos_of_any_size_unless_it_says_otherwise():
+    method = Method(networks={}, phases=())
+    assert (method.scale, method.hr_multiple) == (None, 1)
 
 
 def test_phases_start_stop_and_skip():
