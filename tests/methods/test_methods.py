@@ -86,15 +86,15 @@ def test_every_method_is_registered():
         register("d3sr", d3sr.D3SRConfig)(d3sr.build)
 
 
-def test_a_method_takes_photos_of_any_size_unless_it_says_otherwise():
-    method = Method(networks={}, phases=())
-    assert (method.scale, method.hr_multiple) == (None, 1)
-
-
 def test_phases_start_stop_and_skip():
     phase = Phase(network="x", loss=lambda *_: {}, every=3, start=4, stop=11)
     assert [step for step in range(15) if phase.runs_at(step)] == [4, 7, 10]
-    assert [step for step in range(3) if Phase(network="x", loss=lambda *_: {}).runs_at(step)] == [0, 1, 2]
+
+
+def test_without_settings_a_phase_always_runs_and_a_method_takes_photos_of_any_size():
+    method = Method(networks={}, phases=(Phase(network="x", loss=lambda *_: {}),))
+    assert all(method.phases[0].runs_at(step) for step in range(3))
+    assert (method.scale, method.hr_multiple) == (None, 1)
 
 
 def test_preview_shows_lr_enlarged_beside_sr_and_hr():
@@ -362,6 +362,7 @@ def test_exported_generator_equals_the_trained_one_with_adapters_merged(backbone
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     exported = method.export(method.networks)
+    assert exported.beside == {}
     path = tmp_path / "model.safetensors"
     files.save_model(path, architecture=exported.architecture, config=exported.config, state_dict=exported.state_dict)
     lr = pair()["lr"]
