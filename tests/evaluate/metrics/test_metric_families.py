@@ -17,7 +17,7 @@ from onestepsr.evaluate.metrics.niqe import NiqeParameters, niqe
 from onestepsr.evaluate.metrics.perceptual import LearnedDistance
 from onestepsr.imaging.read import read_image, samples_to_tensor
 from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists
-from onestepsr.models.efficientnet_lite import EfficientNetFeatures, EfficientNetLite
+from onestepsr.models.efficientnet_lite import LITE0, LITE1, EfficientNetFeatures, EfficientNetLite
 from onestepsr.models.perceptual_features import AlexNetFeatures, OrientedFeatures, VGG16Features
 from weights_by_name import fill_by_name
 
@@ -37,9 +37,9 @@ def alexnet() -> AlexNetFeatures:
 
 
 @cache
-def efficientnet() -> EfficientNetFeatures:
+def efficientnet(counts: tuple[int, ...] = LITE0) -> EfficientNetFeatures:
     torch.manual_seed(0)
-    network = EfficientNetLite()
+    network = EfficientNetLite(counts)
     fill_by_name(network)  # at their usual start, features would vanish
     return EfficientNetFeatures(network)
 
@@ -63,8 +63,11 @@ MEASURES: dict[str, Measure] = {
     "ea_dists": dists_of(OrientedFeatures(), edges=True),
     "lpips-efficientnet": LearnedDistance(efficientnet(), LPIPS.averaged(efficientnet().channels[1:])),
     "dists-efficientnet": LearnedDistance(efficientnet(), DISTS(efficientnet().channels)),
+    "lpips-efficientnet1": LearnedDistance(efficientnet(LITE1), LPIPS.averaged(efficientnet().channels[1:])),
+    "dists-efficientnet1": LearnedDistance(efficientnet(LITE1), DISTS(efficientnet().channels)),
 }
-LEARNED = ("lpips", "dists", "ea_dists", "lpips-efficientnet", "dists-efficientnet")
+OF_LITE0 = ("lpips-efficientnet", "dists-efficientnet")
+LEARNED = ("lpips", "dists", "ea_dists", *OF_LITE0, *(f"{name}1" for name in OF_LITE0))
 IDENTITY = {"psnr": 80.0, "psnr_rgb": 80.0, "overshoot": 0.0, **dict.fromkeys(LEARNED, 0.0)}
 ASYMMETRIC = ("overshoot",)
 BLIND_TO_BLUR = ("overshoot",)
@@ -129,8 +132,9 @@ def test_single_precision_is_enough(name: str) -> None:
     try:
         torch.set_default_dtype(torch.float64)
         measure: Measure = LearnedDistance(alexnet().double(), LPIPS(alexnet().channels[1:]))
-        if name.endswith("efficientnet"):
-            features = efficientnet().double()
+        counts = LITE1 if name.endswith("1") else LITE0
+        if "efficientnet" in name:
+            features = efficientnet(counts).double()
             channels = features.channels
             distance = LPIPS.averaged(channels[1:]) if name.startswith("lpips") else DISTS(channels)
             measure = LearnedDistance(features, distance)
@@ -140,7 +144,7 @@ def test_single_precision_is_enough(name: str) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
         alexnet().float()
-        efficientnet().float()
+        efficientnet(counts).float()
     assert double == pytest.approx(single, rel=1e-4)
 
 
