@@ -40,11 +40,12 @@ QUICK_RECIPES = (
 )
 QUICK = {f"train {recipe.split('-')[0]} --recipe {recipe}" for recipe in QUICK_RECIPES}
 FOLDERS = ("PHOTOS", "photos", "data/LSDIR", "data/FFHQ", "data/own", "ImageNet/train", "FFHQ256", "FFHQ512", "DIV2K")
-FOLDERS += ("Flickr2K", "LSDIR", "FFHQ")
+FOLDERS += ("Flickr2K", "LSDIR", "FFHQ", "BSDS500", "IMAGENET_SAMPLE", "BSDS500_TEST")
 TEXTS = ("TAGS", "texts", "texts/tags", "texts/captions", "texts/held-out-tags", "texts/held-out-captions")
 STAND_INS = (
     (r"\b(backbone|teacher|model): (sd21-base|sdxl-base|seesr|resshift-[a-z][\w-]*)\b", r'\1: "random:\2"'),
     (r"tagger: dape", "tagger: random"),
+    (r"first: \[0, 10000\]", "first: []"),
     (r"features: vgg16", "features: oriented"),
     (r"model: realesrgan-x4plus", "model: bicubic"),
     (r"(\n  lpips_weight: 0\.5)", r"\1\n  perceptual: {features: efficientnet-lite0, efficientnet_weights: lite0.pth}"),

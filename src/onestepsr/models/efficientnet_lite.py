@@ -30,7 +30,7 @@ CLASSES = 1000
 BATCH_NORM_EPSILON = 1e-3
 MEAN, SCALE = 127 / 255, 255 / 128
 """Mean that is subtracted from an image in [0, 1], and factor that it is then multiplied with."""
-KINDS = {LITE0: "EfficientNet-Lite0 weights", LITE1: "EfficientNet-Lite1 weights"}
+KINDS: Mapping[tuple[int, ...], str] = {LITE0: "EfficientNet-Lite0 weights", LITE1: "EfficientNet-Lite1 weights"}
 
 
 class SameConv(nn.Conv2d):
