@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw
 from onestepsr import Upscaler
 
 GAP, TITLE = 4, 14
+PLAIN = ("bicubic", "realesrgan-x4plus")
+"""Models whose colours are taken as they come."""
 
 
 def main() -> None:
@@ -27,6 +29,7 @@ def main() -> None:
     parser.add_argument("--references", type=Path, help="folder of HR images with the same names: a last column")
     parser.add_argument("--names", nargs="+", help="these images instead of drawn ones")
     parser.add_argument("--count", type=int, default=6)
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many of the drawn images: for a second sheet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--crop", type=int, default=280, help="side of the shown part, in output pixels")
     arguments = parser.parse_args()
@@ -35,11 +38,9 @@ def main() -> None:
         paths = [arguments.folder / name for name in arguments.names]
     else:
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(arguments.seed))
-        paths = [paths[i] for i in order[: arguments.count].tolist()]
+        paths = [paths[i] for i in order[arguments.skip : arguments.skip + arguments.count].tolist()]
     columns = {
-        name: [
-            Upscaler.from_pretrained(name)(path, color_fix="none" if name == "bicubic" else "wavelet") for path in paths
-        ]
+        name: [Upscaler.from_pretrained(name)(path, color_fix="none" if name in PLAIN else "wavelet") for path in paths]
         for name in arguments.models
     }
     if arguments.references:

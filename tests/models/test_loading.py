@@ -130,6 +130,7 @@ def test_every_alias_says_what_it_is_and_where_it_comes_from():
         "dists",
         "lpips-vgg",
         "efficientnet-lite0",
+        "efficientnet-lite1",
         "alexnet",
         "lpips-alex",
         "inception-fid",
