@@ -76,7 +76,7 @@ class DISTS(nn.Module):
         self.register_buffer("beta", beta / total, persistent=False)
 
     def compare(self, x_maps: Sequence[Tensor], y_maps: Sequence[Tensor]) -> Tensor:
-        """Distance (N,) of two lists of feature maps (N, C_k, H_k, W_k)."""
+        """Distance (N,) of two lists of feature maps (N, C_k, H_k, W_k); ``y_maps`` are constants without a graph."""
         similarity = torch.zeros(x_maps[0].shape[0], device=x_maps[0].device, dtype=x_maps[0].dtype)
         alphas, betas = (torch.split(weights, list(self.channels)) for weights in (self.alpha, self.beta))
         for x, y, alpha, beta in zip(x_maps, y_maps, alphas, betas, strict=True):
@@ -92,7 +92,7 @@ class DISTS(nn.Module):
     def forward(self, features: Features, x: Tensor, y: Tensor) -> Tensor:
         """Distance (N,) of images (N, 3, H, W) in [0, 1]; gradients flow to ``x`` only."""
         with torch.no_grad():
-            target = features(y)
+            target = features(y.detach())  # the first map is the image itself
         return self.compare(features(x), target)
 
 
