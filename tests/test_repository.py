@@ -203,6 +203,11 @@ def test_documents_name_files_and_code_that_exist(page: Path) -> None:
     assert missing == []
 
 
+def test_no_two_test_files_have_one_name() -> None:
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]  # pytest imports them as top-level modules
+    assert len(names) == len(set(names)), {name for name in names if names.count(name) > 1}
+
+
 def test_the_tests_that_the_audit_names_exist() -> None:
     files = list((ROOT / "tests").rglob("test_*.py"))
     named = set(re.findall(r"`(test_\w+(?:\.py)?)`", (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")))
