@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from onestepsr.models.efficientnet_lite import GROUPS, LITE0
+from onestepsr.models.efficientnet_lite import BLOCKS, GROUPS
 
 BUILT_BY_THE_NETWORK = ("relative_position_index", "attn_mask")
 
@@ -31,12 +31,12 @@ def values_by_name(key: str, shape: tuple[int, ...]) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def published_efficientnet(counts: tuple[int, ...] = LITE0) -> dict[str, torch.Tensor]:
-    """A state dict with the keys and shapes of the published file of EfficientNet-Lite0, or of another depth."""
+def published_efficientnet(name: str = "EfficientNet-Lite0") -> dict[str, torch.Tensor]:
+    """A state dict with the keys and shapes of a published file."""
     shapes: dict[str, tuple[int, ...]] = {"_conv_stem.weight": (32, 3, 3, 3), "_conv_head.weight": (1280, 320, 1, 1)}
     norms = {"_bn0": 32, "_bn1": 1280}
     number, width = 0, 32
-    for count, (kernel, _, expansion, out) in zip(counts, GROUPS, strict=True):
+    for count, (kernel, _, expansion, out) in zip(BLOCKS[name], GROUPS, strict=True):
         for _ in range(count):
             inner, block = width * expansion, f"_blocks.{number}"
             if expansion > 1:

@@ -8,21 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onestepsr.core.errors import UserError
-from onestepsr.models.efficientnet_lite import (
-    GROUPS,
-    LITE0,
-    LITE1,
-    EfficientNetFeatures,
-    EfficientNetLite,
-    SameConv,
-    folded,
-)
+from onestepsr.models.efficientnet_lite import BLOCKS, GROUPS, EfficientNetFeatures, EfficientNetLite, SameConv, folded
 from weights_by_name import published_efficientnet
 
+LITE0, LITE1 = BLOCKS
 PARAMETERS_WITH_NORMS = {LITE0: 4_652_008, LITE1: 5_416_680}
 
 
-def by_layers(state: dict[str, Tensor], image: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
+def by_layers(state: dict[str, Tensor], image: Tensor, name: str) -> list[Tensor]:
     """Outputs of all blocks, layer by layer as the published code has them."""
 
     def layer(x: Tensor, conv: str, norm: str, stride: int = 1, *, depthwise: bool = False) -> Tensor:
@@ -38,7 +31,7 @@ def by_layers(state: dict[str, Tensor], image: Tensor, counts: tuple[int, ...]) 
 
     h = F.relu6(layer((image * 255 - 127) / 128, "_conv_stem", "_bn0", 2))
     outputs, number = [], 0
-    for count, (_, stride, expansion, _) in zip(counts, GROUPS, strict=True):
+    for count, (_, stride, expansion, _) in zip(BLOCKS[name], GROUPS, strict=True):
         for repeat in range(count):
             block, before = f"_blocks.{number}", h
             if expansion > 1:
@@ -52,16 +45,16 @@ def by_layers(state: dict[str, Tensor], image: Tensor, counts: tuple[int, ...]) 
     return outputs
 
 
-@pytest.mark.parametrize(("counts", "ends"), [(LITE0, (0, 2, 4, 10, 15)), (LITE1, (0, 3, 6, 14, 20))])
-def test_maps_are_those_of_the_layers(tmp_path: Path, counts: tuple[int, ...], ends: tuple[int, ...]) -> None:
-    state = published_efficientnet(counts)
-    assert sum(value.numel() for key, value in state.items() if "running" not in key) == PARAMETERS_WITH_NORMS[counts]
+@pytest.mark.parametrize(("name", "ends"), [(LITE0, (0, 2, 4, 10, 15)), (LITE1, (0, 3, 6, 14, 20))])
+def test_maps_are_those_of_the_layers(tmp_path: Path, name: str, ends: tuple[int, ...]) -> None:
+    state = published_efficientnet(name)
+    assert sum(value.numel() for key, value in state.items() if "running" not in key) == PARAMETERS_WITH_NORMS[name]
     torch.save(state, tmp_path / "weights.pth")
-    network = EfficientNetLite.from_file(tmp_path / "weights.pth", counts).double()
+    network = EfficientNetLite.from_file(tmp_path / "weights.pth", name).double()
     state = {key: value.double() for key, value in state.items()}
     network.load_state_dict(folded(state))  # random weights amplify what float32 rounds
     image = torch.rand(1, 3, 45, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    outputs = by_layers(state, image, counts)
+    outputs = by_layers(state, image, name)
     with torch.no_grad():
         maps = network.maps(image)
         fewer = EfficientNetFeatures(network, 2)(image)
@@ -85,17 +78,15 @@ def test_odd_padding_goes_to_the_end(side: int, kernel: int, stride: int, before
 
 
 @pytest.mark.parametrize(
-    ("state", "counts", "name"),
+    ("state", "name"),
     [
-        ({"_conv_stem.weight": torch.zeros(3)}, LITE0, "Lite0"),
-        (published_efficientnet(LITE1), LITE0, "Lite0"),
-        (published_efficientnet(LITE0), LITE1, "Lite1"),
+        ({"_conv_stem.weight": torch.zeros(3)}, LITE0),
+        (published_efficientnet(LITE1), LITE0),
+        (published_efficientnet(LITE0), LITE1),
     ],
 )
-def test_other_weights_are_refused_in_one_line(
-    tmp_path: Path, state: dict[str, Tensor], counts: tuple[int, ...], name: str
-) -> None:
+def test_other_weights_are_refused_in_one_line(tmp_path: Path, state: dict[str, Tensor], name: str) -> None:
     torch.save(state, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=f"not EfficientNet-{name} weights") as error:
-        EfficientNetLite.from_file(tmp_path / "weights.pth", counts)
+    with pytest.raises(UserError, match=f"not {name} weights") as error:
+        EfficientNetLite.from_file(tmp_path / "weights.pth", name)
     assert "\n" not in str(error.value)

@@ -7,7 +7,6 @@ read; strided convolutions are padded as TensorFlow does it ("SAME"), which is h
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,18 +18,17 @@ from onestepsr.core.errors import UserError
 from onestepsr.weights.files import read_tensors
 
 MAX_BYTES = 2**27
-"""Limit on weight files; the published one has 18 MiB."""
+"""Limit on weight files; the published ones have 18 and 21 MiB."""
 STEM_WIDTH = 32
 GROUPS = ((3, 1, 1, 16), (3, 2, 6, 24), (5, 2, 6, 40), (3, 2, 6, 80), (5, 1, 6, 112), (5, 2, 6, 192), (3, 1, 6, 320))
 """Kernel, stride of the first block, expansion and channels of each group of blocks."""
-LITE0, LITE1 = (1, 2, 2, 3, 3, 4, 1), (1, 3, 3, 4, 4, 5, 1)
-"""Blocks in each group."""
+BLOCKS = {"EfficientNet-Lite0": (1, 2, 2, 3, 3, 4, 1), "EfficientNet-Lite1": (1, 3, 3, 4, 4, 5, 1)}
+"""Blocks in each group of the published networks."""
 HEAD_WIDTH = 1280
 CLASSES = 1000
 BATCH_NORM_EPSILON = 1e-3
 MEAN, SCALE = 127 / 255, 255 / 128
 """Mean that is subtracted from an image in [0, 1], and factor that it is then multiplied with."""
-KINDS: Mapping[tuple[int, ...], str] = {LITE0: "EfficientNet-Lite0 weights", LITE1: "EfficientNet-Lite1 weights"}
 
 
 class SameConv(nn.Conv2d):
@@ -73,13 +71,14 @@ class EfficientNetLite(nn.Module):
     channels = (16, 24, 40, 112, 320)
     """Channels of the maps at 1/2, 1/4, 1/8, 1/16 and 1/32 of the image's sides."""
 
-    def __init__(self, counts: tuple[int, ...] = LITE0) -> None:
+    def __init__(self, name: str = "EfficientNet-Lite0") -> None:
+        """``name`` is one of :data:`BLOCKS`."""
         super().__init__()
         self.stem = SameConv(3, STEM_WIDTH, 3, 2)
         blocks: list[nn.Module] = []
         ends: list[int] = []
         width = STEM_WIDTH
-        for count, (kernel, stride, expansion, out) in zip(counts, GROUPS, strict=True):
+        for count, (kernel, stride, expansion, out) in zip(BLOCKS[name], GROUPS, strict=True):
             if stride > 1:
                 ends.append(len(blocks) - 1)
             for number in range(count):
@@ -92,13 +91,13 @@ class EfficientNetLite(nn.Module):
         self.classifier = nn.Linear(HEAD_WIDTH, CLASSES)
 
     @classmethod
-    def from_file(cls, path: Path, counts: tuple[int, ...] = LITE0) -> EfficientNetLite:
+    def from_file(cls, path: Path, name: str = "EfficientNet-Lite0") -> EfficientNetLite:
         """The network with the published weights, in eval mode; :class:`UserError` in one line for any other file."""
-        network = cls(counts)
+        network = cls(name)
         try:
             network.load_state_dict(folded(read_tensors(path, limit=MAX_BYTES)))
         except (KeyError, RuntimeError) as error:
-            raise UserError(f"{path}: not {KINDS[counts]} ({str(error).splitlines()[-1].strip()})") from error
+            raise UserError(f"{path}: not {name} weights ({str(error).splitlines()[-1].strip()})") from error
         return network.eval()
 
     def maps(self, x: Tensor, stages: int = 5) -> list[Tensor]:
@@ -152,8 +151,7 @@ def folded(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state[f"{own}.bias"] = shift.to(dtype)
 
     fold("stem", "_conv_stem", "_bn0")
-    blocks = sum(re.fullmatch(r"_blocks\.\d+\._depthwise_conv\.weight", key) is not None for key in published)
-    for number in range(blocks):
+    for number in range(sum(key.endswith("._depthwise_conv.weight") for key in published)):
         theirs, own = f"_blocks.{number}", f"blocks.{number}"
         if f"{theirs}._expand_conv.weight" in published:
             fold(f"{own}.expand", f"{theirs}._expand_conv", f"{theirs}._bn0")

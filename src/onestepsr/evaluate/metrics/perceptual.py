@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from onestepsr.core.errors import MissingExtra, UserError, first_line
 from onestepsr.evaluate.metrics.fidelity import Metric, check_image
 from onestepsr.losses.perceptual import DISTS, LPIPS, ea_dists, read_dists_weights, read_lpips_weights
-from onestepsr.models.efficientnet_lite import LITE0, LITE1, EfficientNetFeatures, EfficientNetLite
+from onestepsr.models.efficientnet_lite import EfficientNetFeatures, EfficientNetLite
 from onestepsr.models.perceptual_features import AlexNetFeatures, VGG16Features
 from onestepsr.weights.catalog import get_model, resolve
 from onestepsr.weights.download import without_downloads
@@ -82,22 +82,22 @@ def load_ea_dists() -> Metric:
     return LearnedDistance(features, distance, lambda sr, hr: ea_dists(distance, features, sr, hr))
 
 
-def load_efficientnet_lpips(network: str = "efficientnet-lite0") -> Metric:
+def load_efficientnet_lpips(name: str) -> Metric:
     """LPIPS over the five maps of EfficientNet-Lite0 or -Lite1, channels and maps alike: the mean over the maps, in
     [0, 4]."""
-    features = _efficientnet(network)
+    features = _efficientnet(name)
     return LearnedDistance(features, LPIPS.averaged(features.channels[1:]))
 
 
-def load_efficientnet_dists(network: str = "efficientnet-lite0") -> Metric:
-    """DISTS over the image and the five maps of such a network, every channel of a map and every map alike."""
-    features = _efficientnet(network)
+def load_efficientnet_dists(name: str) -> Metric:
+    """DISTS over the image and the same maps, every channel of a map and every map alike."""
+    features = _efficientnet(name)
     return LearnedDistance(features, DISTS(features.channels))
 
 
-def _efficientnet(network: str) -> EfficientNetFeatures:
-    (path,) = weights(network)
-    return EfficientNetFeatures(EfficientNetLite.from_file(path, LITE1 if network == "efficientnet-lite1" else LITE0))
+def _efficientnet(name: str) -> EfficientNetFeatures:
+    (path,) = weights(name.lower())
+    return EfficientNetFeatures(EfficientNetLite.from_file(path, name))
 
 
 def weights(*aliases: str) -> list[Path]:
