@@ -247,9 +247,7 @@ class StudentLoss:
             weights = artifact_map(sr, batch["hr"])
             terms["artifacts"] = config.artifact_weight * (weights * (sr - batch["hr"]).abs()).mean()
         if config.lattice_weight:
-            mixed = batch["hr"]
-            if config.pixel_photo < 1:
-                mixed = config.pixel_photo * mixed + (1 - config.pixel_photo) * batch[TAUGHT]
+            mixed = config.pixel_photo * batch["hr"] + (1 - config.pixel_photo) * targets.get("taught", batch["hr"])
             terms["lattice"] = config.lattice_weight * 4 * lattice_loss(sr, mixed)
         # Feature networks and discriminators have strides: at one place, they would teach patterns that follow those.
         seen_sr, *cut = shifted([sr, *targets.values()], random)
