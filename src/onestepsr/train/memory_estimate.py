@@ -100,19 +100,20 @@ def estimate(method: Method, config: TrainConfig, images: Shapes, processes: int
 def _network_memory(method: Method, config: TrainConfig, processes: int) -> Iterator[NetworkMemory]:
     counted: set[int] = set()
     for name, network in {**method.networks, **method.frozen}.items():
-        trained = [parameter.numel() for parameter in trainable_parameters(network).values()]
+        parameters = trainable_parameters(network).values()
+        trained = sum(parameter.numel() for parameter in parameters)
         storages = [tensor.untyped_storage() for tensor in (*network.parameters(), *network.buffers())]
         own = {storage._cdata: storage.nbytes() for storage in storages if storage._cdata not in counted}
         counted |= own.keys()
         yield NetworkMemory(
             name=name,
-            trainable=sum(trained),
-            frozen=sum(parameter.numel() for parameter in network.parameters()) - sum(trained),
+            trainable=trained,
+            frozen=sum(parameter.numel() for parameter in network.parameters()) - trained,
             weights=sum(own.values()),
-            gradients=4 * sum(trained),
-            optimizer=sum(optimizer_bytes(config.optimizer_of(name), count) for count in trained),
-            average=4 * sum(trained) if name in method.ema else 0,
-            buckets=4 * sum(trained) if processes > 1 else 0,
+            gradients=4 * trained,
+            optimizer=sum(optimizer_bytes(config.optimizer_of(name), parameter.shape) for parameter in parameters),
+            average=4 * trained if name in method.ema else 0,
+            buckets=4 * trained if processes > 1 else 0,
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from onestepsr.core.errors import MissingExtra, UserError
 from onestepsr.methods.base import Method, Networks
 from onestepsr.train.checkpoint import Checkpoint
+from onestepsr.train.muon import Muon
 from onestepsr.train.recipes import OptimizerConfig, TrainConfig
 
 # ---- Optimiser, learning rate, moving average ------------------------------------------------------------------------
@@ -45,6 +46,8 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerCon
     trained = list(parameters.values())
     if config.kind == "adamw":  # the fused kernel does the whole step in one pass over memory
         return torch.optim.AdamW(trained, fused=True, **settings)
+    if config.kind == "muon":
+        return Muon(trained, momentum=config.momentum, **settings)
     for parameter in trained:  # its kernels count values in memory order, which must not change under them
         parameter.data = parameter.data.contiguous()
     optimizer: torch.optim.Optimizer = _eight_bit_adamw()(trained, **settings)
@@ -57,8 +60,11 @@ def require_optimizer(config: OptimizerConfig) -> None:
         _eight_bit_adamw()
 
 
-def optimizer_bytes(config: OptimizerConfig, values: int) -> int:
-    """Memory of the optimiser's state for a parameter tensor of so many values."""
+def optimizer_bytes(config: OptimizerConfig, shape: torch.Size) -> int:
+    """Memory of the optimiser's state for a parameter tensor of that shape."""
+    values = shape.numel()
+    if config.kind == "muon":
+        return 4 * values if len(shape) == 4 else 8 * values
     if config.kind == "adamw" or values < EIGHT_BIT_FROM:
         return 8 * values
     return 2 * values + 8 * math.ceil(values / EIGHT_BIT_BLOCK)

@@ -20,11 +20,13 @@ from onestepsr.methods.base import get_method
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW on one network (Loshchilov & Hutter, "Decoupled Weight Decay Regularization")."""
+    """AdamW on one network (Loshchilov & Hutter, "Decoupled Weight Decay Regularization"), or Muon."""
 
-    kind: Literal["adamw", "adamw8bit"] = "adamw"
-    """``adamw8bit`` keeps the two running means in 8 bits per value, in blocks with a scale each (Dettmers et al.,
-    "8-bit Optimizers via Block-wise Quantization"): 2 bytes per parameter instead of 8. Needs bitsandbytes."""
+    kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """``muon`` orthogonalises the updates of convolution kernels (Jordan et al., "Muon: An optimizer for hidden layers
+    in neural networks") and leaves the rest to AdamW; the learning rate of one suits the other. ``adamw8bit`` keeps the
+    two running means in 8 bits per value, in blocks with a scale each (Dettmers et al., "8-bit Optimizers via
+    Block-wise Quantization"): 2 bytes per parameter instead of 8. Needs bitsandbytes."""
     lr: float = 1e-4
     """Peak learning rate, scaled by the schedule."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -33,6 +35,8 @@ class OptimizerConfig:
     """Decoupled weight decay, multiplied by the learning rate in each step."""
     eps: float = 1e-8
     """Added to the denominator."""
+    momentum: float = 0.95
+    """Decay of ``muon``'s running sum of gradients."""
     warmup_steps: int | None = None
     """Steps of this network's warm-up; null is the schedule's. TAD-SR's discriminator has none."""
     clipped: bool = True
@@ -43,6 +47,8 @@ class OptimizerConfig:
             raise ValueError(f"need lr > 0 and betas in [0, 1), got lr={self.lr} betas={self.betas}")
         if self.weight_decay < 0.0 or self.eps <= 0.0:
             raise ValueError(f"need weight_decay >= 0 and eps > 0, got {self.weight_decay} and {self.eps}")
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"need momentum in [0, 1), got {self.momentum}")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ValueError(f"need warmup_steps >= 0, got {self.warmup_steps}")
 
