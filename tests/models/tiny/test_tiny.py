@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from onestepsr.models.loading import load_network
-from onestepsr.models.tiny.networks import TinyAutoencoder, TinyConfig, TinyUNet, block_dct, timestep_embedding
+from onestepsr.models.tiny.networks import (
+    ResidualBlock,
+    TinyAutoencoder,
+    TinyConfig,
+    TinyUNet,
+    block_dct,
+    timestep_embedding,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -165,3 +172,22 @@ def test_pure_colours_stay_images(name: str, pattern: str) -> None:
     beyond = 2 if name == "d3sr-tiny" else 6
     assert sr.min() > -beyond
     assert sr.max() < 1 + beyond
+
+
+def test_training_meets_no_denormal_numbers() -> None:
+    """Far below zero silu's derivative times a gradient is near 1e-40; processors multiply such numbers very slowly."""
+    torch.manual_seed(0)
+    block = ResidualBlock(4)
+    with torch.no_grad():
+        block.conv1.bias.copy_(torch.tensor([-30.0, -80.0, -86.0, -150.0]))  # type: ignore[union-attr]
+    x = torch.randn(1, 4, 6, 6, requires_grad=True)
+    inner: list[torch.Tensor] = []
+    block.conv2.register_forward_hook(lambda module, inputs, output: inner.append(inputs[0]))
+    block.conv1.register_full_backward_hook(lambda module, into, out: inner.append(out[0]))
+    trained = block(x)
+    (1e-4 * trained).sum().backward()
+    assert len(inner) == 2
+    for values in inner:
+        assert not ((values != 0) & (values.abs() < torch.finfo(torch.float32).tiny)).any()
+    with torch.no_grad():
+        assert torch.equal(block(x), trained), "the same image as without gradients"
