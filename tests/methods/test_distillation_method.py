@@ -148,9 +148,13 @@ def test_without_a_part_for_the_teacher_it_is_never_asked(backbone: Path, live: 
     for change in (
         {"pixel_photo": 0.5},
         {"perceptual_photo": 0.5},
-        {"discriminators": DiscriminatorsConfig(real="taught")},
+        {"discriminators": DiscriminatorsConfig(real="taught", unet_weight=0.1)},
+        {"discriminators": DiscriminatorsConfig(real="taught", projected_weight=0.1)},
     ):
         assert config_for(backbone, **photo | change).taught
+    unused = config_for(backbone, **photo, discriminators=DiscriminatorsConfig(real="taught"))
+    assert set(losses(distillation.build(unused), 0, samples)) == {"l1_photo", "lattice", "lpips_photo", "dists_photo"}
+    assert samples.keys() == {"lr", "hr"}
 
 
 def test_discriminators_join_at_their_start_and_learn_before(backbone: Path) -> None:
@@ -330,10 +334,13 @@ def test_defaults_leave_every_addition_out() -> None:
     assert (settings.unet_widths, settings.start, settings.lead) == ((32, 64, 96), 0, 0)
 
 
-def test_without_a_projected_discriminator_no_features_are_kept(backbone: Path) -> None:
+def test_what_no_discriminator_will_see_is_not_kept(backbone: Path) -> None:
     samples = batch()
     by_hand(config_for(backbone), samples, plane(0.2))
-    assert set(samples) == {"hr", "lr", TAUGHT, "seen_sr", "seen_real"}
+    assert set(samples) == {"hr", "lr", TAUGHT}
+    settings = DiscriminatorsConfig(unet_weight=0.1)
+    by_hand(config_for(backbone, discriminators=settings), samples, plane(0.2), unet=five_means)
+    assert set(samples) == {"hr", "lr", TAUGHT, "seen_sr", "seen_real"}, "no maps without a projected one"
 
 
 def test_both_discriminators_learn_by_the_hinge(backbone: Path) -> None:

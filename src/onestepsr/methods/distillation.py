@@ -88,6 +88,11 @@ class DiscriminatorsConfig:
         if self.projected_maps < 1 or not self.unet_widths:
             raise ValueError(f"need at least one map and one width, got {self}")
 
+    @property
+    def used(self) -> bool:
+        """True if there is any."""
+        return self.projected_weight + self.unet_weight > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
@@ -138,7 +143,7 @@ class DistillationConfig:
         """True if any term looks at the teacher's images; without one they are not made."""
         pixel = (self.pixel_weight + self.lattice_weight) * (1 - self.pixel_photo)
         perceptual = (self.lpips_weight + self.dists_weight) * (1 - self.perceptual_photo)
-        return pixel + perceptual > 0 or self.discriminators.real == "taught"
+        return pixel + perceptual > 0 or (self.discriminators.used and self.discriminators.real == "taught")
 
 
 @register("distillation", DistillationConfig)
@@ -252,7 +257,8 @@ class StudentLoss:
         # Feature networks and discriminators have strides: at one place, they would teach patterns that follow those.
         seen_sr, *cut = shifted([sr, *targets.values()], random)
         seen = dict(zip(targets, cut, strict=True))
-        batch |= {SEEN_SR: seen_sr.detach(), SEEN_REAL: seen[config.discriminators.real]}
+        if config.discriminators.used:
+            batch |= {SEEN_SR: seen_sr.detach(), SEEN_REAL: seen[config.discriminators.real]}
         maps: list[Tensor] = []
         if FEATURES in self.frozen:
             maps = cast(Callable[[Tensor], list[Tensor]], networks[FEATURES])(seen_sr)  # once for all that look at them
