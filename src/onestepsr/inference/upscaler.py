@@ -36,6 +36,7 @@ from onestepsr.imaging.resize import fill_transparent, resize
 from onestepsr.imaging.write import check_size, check_writable, format_of, write_image
 from onestepsr.inference.devices import (
     DTYPES,
+    HELD,
     compile_networks,
     compiler_errors_named,
     is_out_of_memory,
@@ -65,7 +66,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-LARGE_WORK = 100_000_000
+LARGE_WORK = HELD
 """Peak bytes of a tile on a CPU from which on freed memory is kept while the image is enlarged; smaller work lives on
 memory that the C library keeps by itself, and would only pay for handing it back."""
 IMAGES_AT_ONCE = 16

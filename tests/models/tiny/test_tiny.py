@@ -1,5 +1,6 @@
 """The tiny backbone: the DCT start, shapes, statistics, and gradients everywhere."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -191,3 +192,20 @@ def test_training_meets_no_denormal_numbers() -> None:
         assert not ((values != 0) & (values.abs() < torch.finfo(torch.float32).tiny)).any()
     with torch.no_grad():
         assert torch.equal(block(x), trained), "the same image as without gradients"
+
+
+def test_without_gradients_the_image_is_the_same_and_the_inputs_stay() -> None:
+    """There, activations and sums overwrite what is not needed any more."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, decoder_blocks=1, refine_width=4, refine_blocks=1)
+    autoencoder, unet = TinyAutoencoder(config).eval(), TinyUNet(config).eval()
+    for network in (autoencoder, unet):
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    z, step, prompt = torch.randn(1, 20, 8, 8), torch.tensor([399]), torch.randn(1, 8, 8)
+    kept = z.clone()
+    noise, image = unet(z, step, prompt), autoencoder.decode(z)
+    with torch.no_grad():
+        assert torch.equal(unet(z, step, prompt), noise)
+        assert torch.equal(autoencoder.decode(z), image)
+    assert torch.equal(z, kept)

@@ -58,11 +58,17 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """Map (N, C, H, W) to the same shape; ``emb`` is the activated time embedding (N, time_width)."""
         h = self.conv1(x)
-        if self.time is not None and emb is not None:
-            h = h + self.time(emb)[:, :, None, None]
+        shift = None if self.time is None or emb is None else self.time(emb)[:, :, None, None]
         if torch.is_grad_enabled():
+            h = h if shift is None else h + shift
             return x + torch.as_tensor(self.conv2(F.silu(h.clamp_min(LEAST_ACTIVATED))))
-        return torch.as_tensor(self.conv2(F.silu(h, inplace=True))).add_(x)  # the same bits in fewer new pages
+        h = h if shift is None else h.add_(shift)  # in place: the same bits in fewer new pages
+        return torch.as_tensor(self.conv2(F.silu(h, inplace=True))).add_(x)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x), in place where no gradient is asked for."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class TinyDecoder(nn.Module):
@@ -91,9 +97,9 @@ class TinyDecoder(nn.Module):
 
     def forward(self, z: Tensor, linear: Tensor) -> Tensor:
         """Correct the image (N, 3, 4h, 4w) that the linear path makes of the latent ``z`` (N, C, h, w)."""
-        h = self.block(F.silu(self.conv_in(z)))
-        h = F.silu(F.pixel_shuffle(self.up(h), 2))
-        h = self.half_blocks(h + F.silu(self.conv_half(h)))
+        h = self.block(silu(self.conv_in(z)))
+        h = silu(F.pixel_shuffle(self.up(h), 2))
+        h = self.half_blocks(h + silu(self.conv_half(h)))
         image = linear + F.pixel_shuffle(self.conv_out(h), 2)
         image = image if self.refine is None else torch.as_tensor(self.refine(image, h))
         return image if self.even is None else torch.as_tensor(self.even(image))
@@ -113,7 +119,7 @@ class Refinement(nn.Module):
     def forward(self, image: Tensor, half: Tensor) -> Tensor:
         """Image (N, 3, H, W), corrected; ``half`` is (N, C, H/2, W/2)."""
         features = F.pixel_shuffle(self.up(half), 2)
-        features = self.blocks(F.silu(self.conv1(torch.cat([image, features], dim=1))))
+        features = self.blocks(silu(self.conv1(torch.cat([image, features], dim=1))))
         return image + torch.as_tensor(self.conv2(features))
 
 
