@@ -40,7 +40,7 @@ QUICK_RECIPES = (
 )
 QUICK = {f"train {recipe.split('-')[0]} --recipe {recipe}" for recipe in QUICK_RECIPES}
 FOLDERS = ("PHOTOS", "photos", "data/LSDIR", "data/FFHQ", "data/own", "ImageNet/train", "FFHQ256", "FFHQ512", "DIV2K")
-FOLDERS += ("Flickr2K", "LSDIR", "FFHQ", "BSDS500", "IMAGENET_SAMPLE", "BSDS500_TEST")
+FOLDERS += ("Flickr2K", "LSDIR", "FFHQ", "BSDS500", "IMAGENET_SAMPLE", "BSDS500_TEST", "DRAWINGS")
 TEXTS = ("TAGS", "texts", "texts/tags", "texts/captions", "texts/held-out-tags", "texts/held-out-captions")
 STAND_INS = (
     (r"\b(backbone|teacher|model): (sd21-base|sdxl-base|seesr|resshift-[a-z][\w-]*)\b", r'\1: "random:\2"'),
