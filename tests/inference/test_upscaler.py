@@ -418,7 +418,7 @@ for _ in range(4):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told what to keep")
 def test_one_image_lives_on_the_memory_of_the_one_before() -> None:
-    """A fifth of the time of small images went into new pages for memory that had just been handed back."""
+    """A tenth to a sixth of the time of small images went into new pages for memory that had just been handed back."""
     done = subprocess.run([sys.executable, "-c", NEW_PAGES], capture_output=True, text=True, check=True, timeout=600)
     first, *_, last = map(int, done.stdout.split())
     assert last < first / 4

@@ -130,7 +130,7 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 """Parameters of mallopt, from malloc.h."""
 HELD = 256 << 20
 """Bytes of freed memory that stay with the process from one image to the next: about twice what the bundled model takes
-for one of 128 x 128 pixels. New pages each time took a tenth to a fifth of the time."""
+for one of 128 x 128 pixels. New pages each time took a tenth to a sixth of the time."""
 USUAL = {MMAP_MAX: 65_536, MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: HELD}
 """Values that glibc arrives at by itself in a process that has used large blocks, but for the last, 64 MB there."""
 SEPARATE = {MMAP_MAX: 65_536, MMAP_THRESHOLD: 128 << 10}
