@@ -1,6 +1,7 @@
 """EfficientNet-Lite0 and -Lite1 against their layers written out with batch normalisation and TensorFlow's padding."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -8,7 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onestepsr.core.errors import UserError
-from onestepsr.models.efficientnet_lite import BLOCKS, GROUPS, EfficientNetFeatures, EfficientNetLite, SameConv, folded
+from onestepsr.models.efficientnet_lite import (
+    BLOCKS,
+    GROUPS,
+    EfficientNetFeatures,
+    EfficientNetLite,
+    InvertedBottleneck,
+    SameConv,
+    StridedDepthwise,
+    folded,
+    same_convolution,
+)
 from weights_by_name import published_efficientnet
 
 LITE0, LITE1 = BLOCKS
@@ -75,6 +86,48 @@ def test_odd_padding_goes_to_the_end(side: int, kernel: int, stride: int, before
     x = torch.randn(1, 2, side, side, generator=torch.Generator().manual_seed(0))
     expected = F.conv2d(F.pad(x, (before, after, before, after)), conv.weight, conv.bias, stride)
     torch.testing.assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 6), (7, 10), (9, 9)])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 2), (5, 3)])
+def test_the_other_way_back_through_a_strided_depthwise_convolution_is_exact(
+    height: int, width: int, kernel: int, stride: int
+) -> None:
+    numbers = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, height, width, generator=numbers, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 1, kernel, kernel, generator=numbers, dtype=torch.float64)
+    bias = torch.randn(3, generator=numbers, dtype=torch.float64)
+    expected = same_convolution(x, weight, bias, stride, 3)
+    ours = StridedDepthwise.apply(x, weight, bias, stride)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    toward = torch.randn(expected.shape, generator=numbers, dtype=torch.float64)
+    (wanted,) = torch.autograd.grad(expected, x, toward)
+    (gradient,) = torch.autograd.grad(ours, x, toward)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_features_in_bf16_pass_gradients_through_frozen_and_trained_weights_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    network = EfficientNetLite().requires_grad_(False)
+    image = torch.rand(1, 3, 40, 40, requires_grad=True)
+    used = []
+    original = StridedDepthwise.apply
+    monkeypatch.setattr(StridedDepthwise, "apply", lambda *given: used.append(given[3]) or original(*given))
+
+    def gradient() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = network.maps(image)
+        return torch.autograd.grad(sum(one.float().square().sum() for one in outputs), image)[0]
+
+    frozen = gradient()
+    assert used == [2, 2, 2, 2]
+    for block in network.blocks:
+        cast(InvertedBottleneck, block).depthwise.requires_grad_(True)
+    trained = gradient()
+    assert used == [2, 2, 2, 2]
+    assert (frozen - trained).norm() < 0.02 * trained.norm()
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from onestepsr.core.errors import UserError
 from onestepsr.weights.files import read_tensors
@@ -36,14 +38,62 @@ class SameConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C', ceil(H / stride), ceil(W / stride))."""
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        height, width = (max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:])
-        if height == width == kernel - 1 and height % 2 == 0:  # even on all sides: without a padded copy
-            padding = height // 2
-        else:
-            x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
-            padding = 0
-        return F.conv2d(x, self.weight, self.bias, stride, padding, 1, self.groups)
+        stride = self.stride[0]
+        if self._is_slow_backwards(x):
+            dtype = torch.get_autocast_dtype("cpu")
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return cast(Tensor, StridedDepthwise.apply(x.to(dtype), self.weight.to(dtype), bias, stride))  # type: ignore[no-untyped-call]
+        return same_convolution(x, self.weight, self.bias, stride, self.groups)
+
+    def _is_slow_backwards(self, x: Tensor) -> bool:
+        strided_depthwise = self.stride[0] > 1 and self.groups == self.in_channels
+        needed = torch.is_grad_enabled() and x.requires_grad and not self.weight.requires_grad
+        return strided_depthwise and needed and x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+
+
+def same_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int) -> Tensor:
+    """Convolution of (N, C, H, W) padded to ceil(side / stride) outputs."""
+    kernel = weight.shape[-1]
+    height, width = (total_padding(side, kernel, stride) for side in x.shape[-2:])
+    if height == width == kernel - 1 and height % 2 == 0:  # even on all sides: without a padded copy
+        padding = height // 2
+    else:
+        x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+        padding = 0
+    return F.conv2d(x, weight, bias, stride, padding, 1, groups)
+
+
+def total_padding(side: int, kernel: int, stride: int) -> int:
+    """Values added along a side, before and after it together; before it is the smaller half."""
+    return max((-(-side // stride) - 1) * stride + kernel - side, 0)
+
+
+class StridedDepthwise(torch.autograd.Function):
+    """:func:`same_convolution` of every channel by its own kernel, with frozen weights and another way back.
+
+    Its gradient is the stride-1 convolution of the output's gradient, spread out to the input's positions, with the
+    turned kernel. PyTorch's own takes ten times as long in bf16 on a CPU with AMX, a seventh of a training step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+        """(N, C, H, W) to (N, C, ceil(H / stride), ceil(W / stride)); ``weight`` is (C, 1, K, K)."""
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.stride = x.shape, stride
+        return same_convolution(x, weight, bias, stride, x.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of ``x`` alone."""
+        (weight,) = ctx.saved_tensors
+        kernel, stride = weight.shape[-1], ctx.stride
+        spread = torch.empty(ctx.shape, dtype=gradient.dtype, memory_format=torch.channels_last).zero_()
+        spread[..., ::stride, ::stride] = gradient
+        # Output o saw inputs from o * stride - before on, so the turned kernel begins kernel - 1 - before to the left.
+        top, left = (kernel - 1 - total_padding(side, kernel, stride) // 2 for side in ctx.shape[-2:])
+        spread = F.pad(spread, (left, kernel - 1 - left, top, kernel - 1 - top))
+        return F.conv2d(spread, weight.flip(2, 3), None, groups=weight.shape[0]), None, None, None
 
 
 class InvertedBottleneck(nn.Module):

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from onestepsr.core.machine import is_one_of_several
 from onestepsr.models.generators import LatentAutoencoder, LatentUNet, NetworkCost
@@ -61,9 +63,30 @@ class ResidualBlock(nn.Module):
         shift = None if self.time is None or emb is None else self.time(emb)[:, :, None, None]
         if torch.is_grad_enabled():
             h = h if shift is None else h + shift
-            return x + torch.as_tensor(self.conv2(F.silu(h.clamp_min(LEAST_ACTIVATED))))
+            return x + torch.as_tensor(self.conv2(ClampedSilu.apply(h)))  # type: ignore[no-untyped-call]
         h = h if shift is None else h.add_(shift)  # in place: the same bits in fewer new pages
         return torch.as_tensor(self.conv2(F.silu(h, inplace=True))).add_(x)
+
+
+class ClampedSilu(torch.autograd.Function):
+    """silu of what is at least :data:`LEAST_ACTIVATED`, in training.
+
+    Values below have its derivative there, which is as good as zero, instead of none at all: that saves a mask, and a
+    tenth of the generator's time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """A tensor of any shape to the same shape."""
+        ctx.save_for_backward(x)
+        return F.silu(x.clamp_min(LEAST_ACTIVATED), inplace=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Gradient of ``x``."""
+        (x,) = ctx.saved_tensors
+        return torch.as_tensor(torch.ops.aten.silu_backward(gradient, x.clamp_min(LEAST_ACTIVATED)))
 
 
 def silu(x: Tensor) -> Tensor:
