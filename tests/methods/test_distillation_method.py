@@ -16,6 +16,7 @@ from onestepsr.losses.perceptual import DISTS, LPIPS
 from onestepsr.methods import distillation
 from onestepsr.methods.base import SampleRandom
 from onestepsr.methods.distillation import DiscriminatorsConfig, DistillationConfig, StudentLoss, TeacherConfig
+from onestepsr.methods.shared.adversarial import shifted, warped
 from onestepsr.methods.shared.image_loss import PerceptualConfig
 from onestepsr.methods.shared.taught import TAUGHT, TaughtPool, Teacher, taught
 from onestepsr.models.generators import BicubicGenerator
@@ -121,6 +122,21 @@ def test_a_student_that_equals_its_teacher_has_no_loss(backbone: Path) -> None:
     terms = losses(method, 0, samples)
     assert set(terms) == {"l1_taught", "lpips_taught", "dists_taught"}
     assert all(value.abs().item() < 1e-5 for value in terms.values())
+
+
+def test_the_distances_see_a_part_of_the_images_warped(backbone: Path) -> None:
+    config = config_for(backbone, pixel_photo=1.0, perceptual_photo=1.0, perceptual_warped=1.0)
+    method = distillation.build(config)
+    samples = batch()
+    terms = losses(method, 0, samples)
+    with torch.no_grad():
+        sr = method.networks["generator"](samples["lr"])[0]
+        random = SampleRandom("test", samples=range(2))
+        seen = warped(shifted([sr, samples["hr"]], random), random, 1.0)
+        features, lpips = method.frozen[distillation.FEATURES], method.frozen[distillation.LPIPS_NETWORK]
+        expected = config.lpips_weight * lpips(features, *seen).mean()
+    torch.testing.assert_close(terms["l1_photo"].detach(), (sr - samples["hr"]).abs().mean())
+    torch.testing.assert_close(terms["lpips_photo"].detach(), expected)
 
 
 def test_a_live_teacher_is_asked_for_every_batch(backbone: Path) -> None:

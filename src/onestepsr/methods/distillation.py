@@ -32,7 +32,7 @@ from onestepsr.methods.base import (
     exported,
     register,
 )
-from onestepsr.methods.shared.adversarial import shifted
+from onestepsr.methods.shared.adversarial import shifted, warped
 from onestepsr.methods.shared.image_loss import PerceptualConfig, build_perceptual
 from onestepsr.methods.shared.taught import Teacher, taught
 from onestepsr.models.backbones import load_backbone
@@ -122,6 +122,9 @@ class DistillationConfig:
     """Features of both distances."""
     perceptual_photo: float = 0.5
     """Part of both distances which is measured to the photo; the rest is to the teacher's image."""
+    perceptual_warped: float = 0.0
+    """Part of the samples that the features see turned and enlarged by chance, so that no pattern of single pixels can
+    flatter them (:func:`onestepsr.methods.shared.adversarial.warped`); 0.5 bears a ``dists_weight`` of 5."""
     lattice_weight: float = 0.0
     """Weight of the penalty on patterns locked to the latent grid, in [-1, 1]."""
     artifact_weight: float = 0.0
@@ -134,7 +137,7 @@ class DistillationConfig:
         weights = (self.pixel_weight, self.lpips_weight, self.dists_weight, self.lattice_weight, self.artifact_weight)
         if min(weights) < 0 or not sum(weights[:3]):
             raise ValueError("loss weights must not be negative, and one of pixel, LPIPS and DISTS must be positive")
-        for name in ("pixel_photo", "perceptual_photo"):
+        for name in ("pixel_photo", "perceptual_photo", "perceptual_warped"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be 0..1, got {getattr(self, name)}")
 
@@ -255,7 +258,8 @@ class StudentLoss:
             mixed = config.pixel_photo * batch["hr"] + (1 - config.pixel_photo) * targets.get("taught", batch["hr"])
             terms["lattice"] = config.lattice_weight * 4 * lattice_loss(sr, mixed)
         # Feature networks and discriminators have strides: at one place, they would teach patterns that follow those.
-        seen_sr, *cut = shifted([sr, *targets.values()], random)
+        views = shifted([sr, *targets.values()], random)
+        seen_sr, *cut = warped(views, random, config.perceptual_warped) if config.perceptual_warped else views
         seen = dict(zip(targets, cut, strict=True))
         if config.discriminators.used:
             batch |= {SEEN_SR: seen_sr.detach(), SEEN_REAL: seen[config.discriminators.real]}

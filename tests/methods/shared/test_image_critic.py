@@ -18,6 +18,7 @@ from onestepsr.methods.shared.adversarial import (
     ImageCritic,
     lattice_planes,
     shifted,
+    warped,
 )
 
 
@@ -55,6 +56,31 @@ def test_images_are_moved_by_up_to_eight_pixels_along_both_axes() -> None:
     rows, columns = (parts[:, 0, 0, 0] // 10).tolist(), (parts[:, 0, 0, 0] % 10).tolist()
     assert set(rows) == set(columns) == set(range(9))
     assert rows != columns
+
+
+def test_images_are_turned_and_enlarged_within_their_frame() -> None:
+    """Images of columns and of rows show where each pixel of a warped image comes from."""
+    count, side = 300, 33
+    rows, columns = torch.meshgrid(torch.arange(33.0), torch.arange(33.0), indexing="ij")
+    x, y = (plane.expand(count, 1, -1, -1) for plane in (columns, rows))
+    from_x, from_y = (one[:, 0] for one in warped([x, y], SampleRandom("warp", samples=range(count)), 0.5))
+    far = side - 5  # over many pixels: this bicubic interpolation bends straight lines a little between them
+    right = torch.stack([one[:, 16, far] - one[:, 16, 4] for one in (from_x, from_y)], dim=1) / (far - 4)
+    down = torch.stack([one[:, far, 16] - one[:, 4, 16] for one in (from_x, from_y)], dim=1) / (far - 4)
+    kept = (from_x == columns).flatten(1).all(dim=1) & (from_y == rows).flatten(1).all(dim=1)
+    assert 120 < kept.sum() < 180, "half of the samples stay"
+    right, down = right[~kept], down[~kept]
+    torch.testing.assert_close(down, torch.stack([-right[:, 1], right[:, 0]], dim=1), rtol=0, atol=0.01)
+    angle = torch.atan2(right[:, 1], right[:, 0])
+    assert -15.5 < angle.rad2deg().min() < -14
+    assert 14 < angle.rad2deg().max() < 15.5
+    zoom = 1 / (angle.cos() + angle.sin().abs()) / right.norm(dim=1)
+    assert 0.99 < zoom.min() < 1.03
+    assert 1.47 < zoom.max() < 1.51
+    assert (from_x[:, 16, 16] - 16).abs().max() < 1e-3, "around the middle"
+    corners = torch.stack([one[:, i, j] for one in (from_x, from_y) for i in (1, -2) for j in (1, -2)])
+    assert corners.min() > 0, "nothing from beyond the frame"
+    assert corners.max() < side - 1
 
 
 @pytest.mark.parametrize(("conditional", "lattice"), [(True, False), (False, True), (True, True)])

@@ -5,6 +5,7 @@ A term pairs a network that judges with its part in the generator's loss; any of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
@@ -29,6 +30,8 @@ from onestepsr.models.stable_diffusion.config import SDXLConditioning
 DISCRIMINATOR, CRITIC = "discriminator", "critic"
 """Names of the judging networks in :class:`onestepsr.methods.base.Method`."""
 Tuning = Literal["lora", "full"]
+LARGEST_ZOOM, LARGEST_TURN = 1.5, 15.0
+"""Factor and degrees of :func:`warped`."""
 LARGEST_SHIFT = 8
 """Pixels by which images are moved before a critic sees them: the critic's strides and the generator's latent positions
 would else share one grid, and the critic would teach patterns that follow it."""
@@ -392,6 +395,24 @@ def shifted(images: Sequence[Tensor], random: SampleRandom) -> list[Tensor]:
     height, width = (side - LARGEST_SHIFT for side in images[0].shape[2:])
     offsets = list(zip(rows, columns, strict=True))
     return [torch.stack([x[n, :, y : y + height, i : i + width] for n, (y, i) in enumerate(offsets)]) for x in images]
+
+
+def warped(images: Sequence[Tensor], random: SampleRandom, share: float) -> list[Tensor]:
+    """Images (N, C, S, S), of which about the part ``share`` is turned by up to 15 degrees and enlarged by 1 to 1.5
+    times what fills the frame again, each sample in its own way and alike in all of ``images``.
+
+    A pattern of single pixels that flatters a feature network at one scale does not at another (Kettunen et al.,
+    "E-LPIPS: Robust Perceptual Image Similarity via Random Transformation Ensembles", 2019).
+    """
+    chosen, zoom, turn = (random.uniform() for _ in range(3))
+    angle = (2 * turn - 1) * math.radians(LARGEST_TURN)
+    inverse = 1 / ((1 + (LARGEST_ZOOM - 1) * zoom) * (angle.cos() + angle.sin().abs()))
+    cos, sin, zero = angle.cos() * inverse, angle.sin() * inverse, torch.zeros_like(angle)
+    rows = torch.stack([torch.stack([cos, -sin, zero], dim=1), torch.stack([sin, cos, zero], dim=1)], dim=1)
+    first = images[0]
+    grid = F.affine_grid(rows, list(first.shape), align_corners=False).to(first.device, first.dtype)
+    taken = (chosen < share).to(first.device)[:, None, None, None]
+    return [torch.where(taken, F.grid_sample(x, grid, "bicubic", "reflection", align_corners=False), x) for x in images]
 
 
 def lattice_planes(like: Tensor, scale: int) -> Tensor:
