@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 RECORD = "degradation.json"
 SCHEMA = 1
 RECIPE_HELP = (
-    "real_esrgan, resshift, camera, bicubic, mixed, face_resshift, face_osediff, or a YAML/JSON file with settings."
+    "real_esrgan, resshift, camera, web, bicubic, mixed, face_resshift, face_osediff, "
+    "or a YAML/JSON file with settings."
 )
 
 

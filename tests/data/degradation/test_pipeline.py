@@ -121,6 +121,19 @@ def test_presets_order_by_damage():
     assert 0 < damage["camera"] < 0.6 * damage["real_esrgan"]
 
 
+def test_web_leaves_compression_blocks_in_the_lr_image():
+    """Steps between columns are larger where blocks of 8 meet."""
+    hr = photo(256)
+
+    def blocks(name: str) -> float:
+        steps = torch.stack([degrade(hr, get_preset(name), generator(i)).diff(dim=-1).abs() for i in range(12)])
+        at_borders = torch.arange(steps.shape[-1]) % 8 == 7
+        return float(steps[..., at_borders].mean() / steps[..., ~at_borders].mean())
+
+    assert blocks("bicubic") < 1.1
+    assert blocks("web") > 1.2 * max(blocks("camera"), blocks("real_esrgan"))
+
+
 def test_published_settings():
     real, resshift = PRESETS["real_esrgan"](), PRESETS["resshift"]()
     assert real.first.kernels.sizes == tuple(range(7, 22, 2)) == real.final_sinc_sizes

@@ -70,6 +70,37 @@ def camera() -> DegradationConfig:
     )
 
 
+def web() -> DegradationConfig:
+    """Images that the web has passed on (our own settings): compressed twice and strongly, JPEG 10 to 60, with little
+    blur and noise. The last blocks lie on the LR image's pixels in most images and are resized with it in the others.
+    """
+    first = StageConfig(
+        blur_probability=0.3,
+        kernels=KernelConfig(sigma=(0.2, 1.5)),
+        resize_weights=(0.1, 0.7, 0.2),
+        resize_range=(0.25, 1.2),
+        gaussian_sigma=(0.0, 8.0),
+        poisson_scale=(0.0, 0.5),
+    )
+    second = StageConfig(
+        blur_probability=0.3,
+        kernels=KernelConfig(sigma=(0.2, 1.0)),
+        resize_weights=(0.3, 0.3, 0.4),
+        resize_range=(0.6, 1.3),
+        gaussian_sigma=(0.0, 4.0),
+        poisson_scale=(0.0, 0.3),
+    )
+    return DegradationConfig(
+        first=first,
+        first_jpeg=(10.0, 60.0),
+        second=second,
+        final_jpeg=(10.0, 60.0),
+        final_sinc_probability=0.2,
+        final_resize_first_probability=0.7,
+        antialias=True,
+    )
+
+
 def bicubic() -> DegradationConfig:
     """Antialiased bicubic shrinking and nothing else: the classical benchmark setting."""
     none = StageConfig(probability=0.0)
@@ -106,6 +137,7 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "real_esrgan": real_esrgan,
     "resshift": resshift,
     "camera": camera,
+    "web": web,
     "bicubic": bicubic,
     "face_resshift": face_resshift,
     "face_osediff": face_osediff,
