@@ -16,8 +16,6 @@ from PIL import Image, ImageDraw
 from onestepsr import Upscaler
 
 GAP, TITLE = 4, 14
-PLAIN = ("bicubic", "realesrgan-x4plus")
-"""Models whose colours are taken as they come."""
 
 
 def main() -> None:
@@ -39,10 +37,7 @@ def main() -> None:
     else:
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(arguments.seed))
         paths = [paths[i] for i in order[arguments.skip : arguments.skip + arguments.count].tolist()]
-    columns = {
-        name: [Upscaler.from_pretrained(name)(path, color_fix="none" if name in PLAIN else "wavelet") for path in paths]
-        for name in arguments.models
-    }
+    columns = {name: [Upscaler.from_pretrained(name)(path) for path in paths] for name in arguments.models}
     if arguments.references:
         columns["reference"] = [Image.open(arguments.references / path.name) for path in paths]
     draw(columns, arguments.crop).save(arguments.out)

@@ -24,7 +24,7 @@ class OneStepSRUpscale:
             "scale": ("FLOAT", {"default": 4.0, "min": 1.0, "max": 8.0, "step": 0.25}),
             "fidelity": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.05}),
             "tile": ("INT", {"default": 0, "min": 0, "max": 4096, "step": 16}),
-            "color_fix": (list(COLOR_FIXES), {"default": "wavelet"}),
+            "color_fix": (list(COLOR_FIXES), {"default": "auto"}),
             "seed": ("INT", {"default": 0, "min": 0, "max": 2**31 - 1}),
         }
         return {

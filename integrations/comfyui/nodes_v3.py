@@ -24,9 +24,7 @@ class OneStepSRUpscale(io.ComfyNode):
                 io.Float.Input("scale", default=4.0, min=1.0, max=8.0, step=0.25, tooltip=TOOLTIPS["scale"]),
                 io.Float.Input("fidelity", default=0.0, min=0.0, max=1.0, step=0.05, tooltip=TOOLTIPS["fidelity"]),
                 io.Int.Input("tile", default=0, min=0, max=4096, step=16, tooltip=TOOLTIPS["tile"]),
-                io.Combo.Input(
-                    "color_fix", options=list(COLOR_FIXES), default="wavelet", tooltip=TOOLTIPS["color_fix"]
-                ),
+                io.Combo.Input("color_fix", options=list(COLOR_FIXES), default="auto", tooltip=TOOLTIPS["color_fix"]),
                 io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip=TOOLTIPS["seed"]),
             ],
             outputs=[io.Image.Output()],

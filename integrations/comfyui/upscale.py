@@ -11,14 +11,15 @@ import torch
 FOLDER = "onestepsr"
 """Name of the folder of weights below ComfyUI/models."""
 SUFFIXES = (".safetensors", ".pth")
-COLOR_FIXES = ("wavelet", "adain", "none")
+COLOR_FIXES = ("auto", "wavelet", "drift", "adain", "none")
 TOOLTIPS = {
     "image": "Image or batch to enlarge.",
     "model": f"A model of onestepsr (downloaded at first use) or a file in models/{FOLDER}.",
     "scale": "Output side / input side.",
     "fidelity": "For d3sr-tiny: 0 is crisp, 1 is faithful (fewer details drawn). Other models ignore it.",
     "tile": "Tile side in input pixels; 0 follows the free memory.",
-    "color_fix": "Colours from the input: wavelet (low frequencies), adain (mean and deviation) or none.",
+    "color_fix": "Colours from the input: auto (what suits the model), wavelet (low frequencies), "
+    "drift (these where the model's differ by more than 8 levels), adain (mean and deviation) or none.",
     "seed": "For models that draw noise, such as ResShift.",
 }
 _loaded: dict[tuple[str, float | None, str], Any] = {}

@@ -74,6 +74,17 @@ def test_wavelet_looks_no_further_than_it_says() -> None:
     assert int(rows.max()) == 50 + sum(color.WAVELET_RADII)
 
 
+def test_with_a_tolerance_small_differences_stay() -> None:
+    """Of a whole image that is too bright, what goes beyond the tolerance is taken back; fine detail stays."""
+    style = torch.full((1, 3, 40, 40), 0.5)
+    detail = torch.zeros_like(style)
+    detail[..., ::2] = 0.1
+    detail -= color.low_frequencies(detail)
+    for shift, left in ((0.02, 0.02), (-0.03, -0.03), (0.2, 0.03), (-0.2, -0.03)):
+        corrected = color.wavelet(style + detail + shift, style, tolerance=0.03)
+        torch.testing.assert_close(corrected, style + detail + left, atol=5e-3, rtol=0)
+
+
 def test_luma_of_known_colours() -> None:
     white, black, red = (
         torch.tensor(c).reshape(1, 3, 1, 1) for c in ([1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0])

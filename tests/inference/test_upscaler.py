@@ -165,6 +165,44 @@ def test_colour_fix_removes_a_tint(color_fix: str) -> None:
     assert np.abs(np.asarray(tinted(samples, color_fix=color_fix)).astype(int) - plain).max() <= 3
 
 
+def test_drift_takes_back_what_a_tint_has_beyond_eight_levels() -> None:
+    samples = photo(40, 56)
+    plain = np.asarray(Upscaler(Bicubic(), "cpu", "float32")(samples, color_fix="none")).astype(int)
+    faint, strong = (Upscaler(Bicubic(tint), "cpu", "float32") for tint in (0.02, 0.06))
+    assert np.array_equal(faint(samples, color_fix="drift"), faint(samples, color_fix="none"))
+    left = np.asarray(strong(samples, color_fix="drift")).astype(int) - plain
+    red, _, blue = np.median(left, axis=(0, 1))
+    assert 6 <= red <= 8
+    assert -8 <= blue <= -6
+    tinted = np.asarray(strong(samples, color_fix="none")).astype(int) - plain
+    assert np.median(tinted[..., 0]) >= 14
+
+
+def test_colours_are_corrected_as_the_model_asks() -> None:
+    samples = photo(40, 56)
+    upscaler = Upscaler(Bicubic(0.06), "cpu", "float32")
+    images = [LoadedImage(pixels=samples)] * 2
+    for wanted in ("none", "wavelet", "drift", "adain"):
+        upscaler.generator.color_fix = wanted  # type: ignore[assignment]
+        expected = np.asarray(upscaler(samples, color_fix=wanted))  # type: ignore[arg-type]
+        assert np.array_equal(upscaler(samples), expected)
+        for image in upscaler.upscale_images(images, UpscaleOptions(tile_batch=2)):
+            assert np.array_equal(image.pixels, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("bicubic", "drift"),
+        ("d3sr-tiny", "drift"),
+        ("d3sr-tiny-fidelity", "drift"),
+        ("random:resshift-micro", "wavelet"),
+    ],
+)
+def test_models_know_the_correction_that_suits_them(name: str, wanted: str) -> None:
+    assert Upscaler.from_pretrained(name, "cpu", "float32").resolved(None).color_fix == wanted
+
+
 def test_scale_one_gives_the_image_back() -> None:
     samples = photo(40, 56)
     back = np.asarray(Upscaler(Bicubic(), "cpu", "float32")(samples, scale=1))
@@ -176,9 +214,11 @@ def test_wide_gamut_keeps_its_space_and_colours(upscaler: Upscaler) -> None:
     saturated[:] = (10, 250, 20)  # outside sRGB
     for dtype, step in ((np.uint8, 1), (np.uint16, 257)):
         image = LoadedImage(pixels=saturated.astype(dtype) * dtype(step), icc=matrix_icc(DISPLAY_P3, SRGB_CURVE))
-        result = Upscaler(Bicubic(), "cpu", "float32").upscale_image(image)
-        assert result.icc == image.icc
-        assert np.abs(result.pixels.astype(int) - image.pixels[0, 0].astype(int)).max() <= step
+        for color_fix, levels in (("wavelet", 1), ("auto", 9)):  # eight levels of drift stay
+            options = UpscaleOptions(color_fix=color_fix)  # type: ignore[arg-type]
+            result = Upscaler(Bicubic(), "cpu", "float32").upscale_image(image, options)
+            assert result.icc == image.icc
+            assert np.abs(result.pixels.astype(int) - image.pixels[0, 0].astype(int)).max() <= levels * step
 
 
 def test_profiles_of_tables_work_as_those_of_a_matrix(upscaler: Upscaler) -> None:

@@ -126,7 +126,7 @@ def as_input(photo: Image.Image, copies: int = 1) -> torch.Tensor:
     return torch.from_numpy(np.asarray(photo, np.float32) / 255.0)[None].repeat(copies, 1, 1, 1)
 
 
-VALUES = {"model": "d3sr-tiny", "scale": 2.0, "fidelity": 0.0, "tile": 0, "color_fix": "wavelet", "seed": 0}
+VALUES = {"model": "d3sr-tiny", "scale": 2.0, "fidelity": 0.0, "tile": 0, "color_fix": "auto", "seed": 0}
 
 
 def test_the_present_interface_gives_the_upscalers_image(

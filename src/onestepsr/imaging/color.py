@@ -2,21 +2,28 @@
 
 A network may shift colours slightly. Two corrections are in use with one-step diffusion (OSEDiff follows StableSR
 here): AdaIN gives each channel the mean and deviation of the input, and the wavelet correction gives the image the
-low frequencies of the input. Both take tensors (N, C, H, W) in [0, 1] of equal shape: ``content``, the output of the
-network, and ``style``, the input enlarged to the same size.
+low frequencies of the input. These hold the blocks of a strong JPEG compression too: with a tolerance, small
+differences are left to a network that removes them. All take tensors (N, C, H, W) in [0, 1] of equal shape:
+``content``, the output of the network, and ``style``, the input enlarged to the same size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+ColorTransfer = Literal["wavelet", "drift", "adain", "none"]
+"""Corrections by name; "drift" is the wavelet correction with :data:`DRIFT_TOLERANCE`."""
 WAVELET_RADII = (1, 2, 4, 8, 16)
 """Dilations of the successive blurs of the wavelet correction."""
+DRIFT_TOLERANCE = 8 / 255
+"""Differences of low frequencies up to this are left as they are: more than compression blocks differ, and less than
+the bundled model drifts from pure colours, by up to 55 levels of 255."""
 
 _VARIANCE_FLOOR = 1e-5
 _LUMA_STUDIO = (65.481, 128.553, 24.966)
@@ -62,8 +69,10 @@ def adain(content: Tensor, style: Tensor) -> Tensor:
     return match_statistics(content, statistics([content]), statistics([style]))
 
 
-def wavelet(content: Tensor, style: Tensor) -> Tensor:
+def wavelet(content: Tensor, style: Tensor, tolerance: float = 0.0) -> Tensor:
     """High frequencies of ``content`` with the low frequencies of ``style``, clamped to [0, 1].
+
+    Only what their low frequencies differ by beyond ``tolerance`` is taken over.
 
     ``high(content) + low(style)`` equals ``content + low(style - content)``, since the five blurs are linear: one set
     of blurs instead of two. What lies further from a pixel than the sum of :data:`WAVELET_RADII` has no influence.
@@ -71,7 +80,12 @@ def wavelet(content: Tensor, style: Tensor) -> Tensor:
     # On a CPU channel by channel: what the blurs read and write then stays in its cache.
     width = 1 if content.device.type == "cpu" else content.shape[1]
     pairs = zip(torch.split(content, width, dim=1), torch.split(style, width, dim=1), strict=True)
-    return torch.cat([low_frequencies(low - high).add_(high).clamp_(0.0, 1.0) for high, low in pairs], dim=1)
+    corrected = []
+    for high, low in pairs:
+        missing = low_frequencies(low - high)
+        missing = functional.softshrink(missing, tolerance) if tolerance else missing
+        corrected.append(missing.add_(high).clamp_(0.0, 1.0))
+    return torch.cat(corrected, dim=1)
 
 
 def low_frequencies(values: Tensor) -> Tensor:

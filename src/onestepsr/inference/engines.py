@@ -50,6 +50,7 @@ class EngineGenerator(Generator):
         super().__init__()
         self.scale, self.lr_multiple = source.scale, source.lr_multiple
         self.takes_batches, self.largest_tile = source.takes_batches, source.largest_tile
+        self.color_fix = source.color_fix
         self._run, self._cost = run, source.memory_cost(torch.float32)
 
     def memory_cost(self, dtype: torch.dtype) -> MemoryCost:

@@ -10,10 +10,11 @@ from typing import Literal, cast, get_args
 from torch import Tensor
 
 from onestepsr.core.errors import UserError
+from onestepsr.imaging.color import ColorTransfer
 from onestepsr.inference.tiling import OVERLAP, TileBlend
 
 TileNorms = Literal["image", "tile"]
-ColorFix = Literal["wavelet", "adain", "none"]
+ColorFix = Literal["auto", ColorTransfer]
 Alpha = Literal["bicubic", "network"]
 Tile = int | Literal["auto", "off"]
 SCALE_RANGE = (1, 8)
@@ -49,8 +50,10 @@ class UpscaleOptions:
     """Statistics of an autoencoder's group norms: those of the whole "image", so that its tiles equal the whole, at the
     price of a reduced copy that goes through the network first; or those of each "tile", as with
     ``tile_blend`` "average" and in a compiled network."""
-    color_fix: ColorFix = "wavelet"
-    """Colour statistics of the input that the output is given; "none" leaves the network's colours."""
+    color_fix: ColorFix = "auto"
+    """Colours that the output takes from the input: its low frequencies ("wavelet"), these where the network's differ
+    by more than eight levels ("drift"), mean and deviation of each channel ("adain"), or none; "auto" is what suits the
+    model."""
     alpha: Alpha = "bicubic"
     """The way transparency is enlarged: "bicubic" is smooth and adds nothing; "network" draws it as the colours are, as
     a gray image, which gives hard masks sharp edges and takes as long as the image itself."""

@@ -177,7 +177,7 @@ class Upscaler:
         tile: int | Literal["auto", "off"] = "auto",
         tile_blend: TileBlend = "smooth",
         memory: float | None = None,
-        color_fix: ColorFix = "wavelet",
+        color_fix: ColorFix = "auto",
         alpha: Alpha = "bicubic",
         seed: int | None = None,
         prompt_embedding: Tensor | None = None,
@@ -230,7 +230,7 @@ class Upscaler:
         the network as sRGB and returns to its own space before the colour fix, which takes low frequencies from the
         unclipped input.
         """
-        options = options or UpscaleOptions()
+        options = self.resolved(options)
         width, height = target_size(image.width, image.height, options)
         if options.prompt_embedding is not None:
             self.require_prompt_width(options.prompt_embedding.shape[-1])
@@ -251,7 +251,7 @@ class Upscaler:
         together. Kernels may add up in another order then: see ``docs/batch.md`` for what differs. If that fails, one
         goes after the other.
         """
-        options, first = options or UpscaleOptions(), images[0]
+        options, first = self.resolved(options), images[0]
         if len(images) > 1 and first.alpha is None and options.color_fix != "adain":
             plan = self._plan(_size_of(first), options, len(images))
             if plan.batch > 1 and plan.tiles == 1 and plan.stages is None:
@@ -260,6 +260,11 @@ class Upscaler:
                 except (MemoryError, RuntimeError, NonFiniteError) as error:
                     logger.info("%s: %d images one by one (%s)", self.name, len(images), error)
         return [self.upscale_image(image, options) for image in images]
+
+    def resolved(self, options: UpscaleOptions | None) -> UpscaleOptions:
+        """``options``, or the default ones, with the model's colour correction where they leave it open."""
+        options = options or UpscaleOptions()
+        return replace(options, color_fix=self.generator.color_fix) if options.color_fix == "auto" else options
 
     def images_at_once(self, options: UpscaleOptions) -> int:
         """Images that are worth giving to :meth:`upscale_images` together: 1 on a CPU unless ``tile_batch`` says so."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from onestepsr.core.machine import multiplies_bfloat16
 from onestepsr.diffusion.residual_shift import Noise, NoisePlane
 from onestepsr.diffusion.schedule import DiffusionSchedule, DiffusionScheduleConfig
+from onestepsr.imaging.color import ColorTransfer
 from onestepsr.imaging.resize import bicubic
 from onestepsr.models.cpu_kernels import use_cpu_kernels
 
@@ -94,6 +95,9 @@ class Generator(nn.Module):
     """Tokens of RAM's image encoder that follow a text's in its prompt embedding; 0 where it takes the text alone."""
     added_prompt: str = ""
     """Words that belong behind an image's tags."""
+    color_fix: ColorTransfer = "drift"
+    """The colour correction that suits its images. Colours of a wide-gamut image beyond sRGB, which no network sees,
+    come back by "drift" too, but not by "none"."""
     steps: int = 1
     """Evaluations of the diffusion network for one image."""
     stages: tuple[Stage, ...] = ()
@@ -223,6 +227,7 @@ class LatentGenerator(Generator):
     here."""
 
     stages = STAGES
+    color_fix: ColorTransfer = "wavelet"
     noise_stage: Stage | None = None
     """The stage that draws noise, if any."""
 

@@ -84,7 +84,9 @@ class Options(BaseModel):
         default="auto", description="Tile side in input pixels."
     )
     tile_blend: Literal["smooth", "average"] = "smooth"
-    color_fix: Literal["wavelet", "adain", "none"] = Field(default="wavelet", description="Colours from the input.")
+    color_fix: Literal["auto", "wavelet", "drift", "adain", "none"] = Field(
+        default="auto", description="Colours from the input; auto is what suits the model."
+    )
     alpha: Literal["bicubic", "network"] = Field(default="bicubic", description="Enlargement of transparency.")
     seed: int | None = Field(default=None, ge=0, lt=2**32, description="For models that draw noise.")
     fidelity: float | None = Field(default=None, ge=0, le=1, description="0 (crisp) to 1 (faithful), where offered.")

@@ -94,7 +94,7 @@ class ModelOptions:
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the images of --model in this folder.")] = None
     tile: Annotated[str, typer.Option(help="For --model: tile side in input pixels, auto or off.")] = "auto"
     dtype: Annotated[str, typer.Option(help="For --model: auto, float32, bfloat16 or float16.")] = "auto"
-    color_fix: Annotated[str, typer.Option(help="For --model: wavelet, adain or none.")] = "wavelet"
+    color_fix: Annotated[str, typer.Option(help="For --model: auto, wavelet, drift, adain or none.")] = "auto"
     steps: Annotated[int | None, typer.Option(help="For --model of ResShift's family: network evaluations.")] = None
     sampler: Annotated[
         str | None, typer.Option(help="For --model of ResShift's family: ancestral or deterministic.")
@@ -141,7 +141,7 @@ class ModelOptions:
             "device": str(upscaler.device),
             "dtype": str(upscaler.dtype).removeprefix("torch."),
             "tile": self.tile,
-            "color_fix": self.color_fix,
+            "color_fix": upscaler.resolved(options).color_fix,
             "seed": self.seed,
             "steps": self.steps,
             "sampler": self.sampler,

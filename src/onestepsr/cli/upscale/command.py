@@ -138,7 +138,9 @@ class ImageOptions:
             "come on top, about 0.3 GB. Default: 0.6 of what is free."
         ),
     ] = None
-    color_fix: Annotated[str, typer.Option(help="Colours from the input: wavelet, adain or none.")] = "wavelet"
+    color_fix: Annotated[str, typer.Option(help="Colours from the input: auto, wavelet, drift, adain or none.")] = (
+        "auto"
+    )
     alpha: Annotated[
         str, typer.Option(help="Transparency: bicubic (smooth), or network (edges of hard masks as sharp as colours).")
     ] = "bicubic"

@@ -32,7 +32,9 @@ def tiny_generator(config: TinyGeneratorConfig) -> OneStepLatentGenerator:
     prompt = torch.empty(shape)  # on the default device
     if not prompt.is_meta:
         prompt = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(prompt.device)
-    return one_step_generator(TinyAutoencoder(config.model), TinyUNet(config.model), prompt, config)
+    generator = one_step_generator(TinyAutoencoder(config.model), TinyUNet(config.model), prompt, config)
+    generator.color_fix = "drift"
+    return generator
 
 
 def _tiny_config(generator: nn.Module, message: str) -> TinyGeneratorConfig:
