@@ -30,7 +30,7 @@ from onestepsr.benchmark.counting import Call, Method, count_stages, stages_of, 
 from onestepsr.benchmark.probes import measure_ceiling, measure_memory, wait
 from onestepsr.core.errors import UserError
 from onestepsr.core.machine import free_memory, resident_memory
-from onestepsr.imaging.color import wavelet
+from onestepsr.imaging.color import TOLERANCES, wavelet
 from onestepsr.imaging.read import LoadedImage, read_image, samples_to_tensor, tensor_to_samples
 from onestepsr.imaging.write import write_image
 from onestepsr.inference.devices import compiler_errors_named
@@ -183,7 +183,7 @@ class ProductPath:
 
 @dataclass(frozen=True)
 class BatchPath:
-    """All images at once and whole through the network, then the wavelet colour fix."""
+    """All images at once and whole through the network, then its colour correction."""
 
     generator: Generator
     device: torch.device
@@ -201,7 +201,9 @@ class BatchPath:
             lr = pad_to_multiple(lr, self.generator.lr_multiple)
             rgb = lr.to(loaded.input_dtype).contiguous(memory_format=self.memory_format)
             sr = self.generator(rgb, **extra)
-            fixed = wavelet(sr.float().clamp(0.0, 1.0), enlarge(lr, scale))
+            fixed = sr.float().clamp(0.0, 1.0)
+            if self.generator.color_fix in TOLERANCES:
+                fixed = wavelet(fixed, enlarge(lr, scale), TOLERANCES[self.generator.color_fix])
         height, width = images[0].height * scale, images[0].width * scale
         return [tensor_to_samples(values[:, :height, :width], np.uint8) for values in fixed]
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional
 
 ColorTransfer = Literal["wavelet", "drift", "adain", "none"]
-"""Corrections by name; "drift" is the wavelet correction with :data:`DRIFT_TOLERANCE`."""
+"""Corrections by name."""
 WAVELET_RADII = (1, 2, 4, 8, 16)
 """Dilations of the successive blurs of the wavelet correction."""
-DRIFT_TOLERANCE = 8 / 255
-"""Differences of low frequencies up to this are left as they are: more than compression blocks differ, and less than
-the bundled model drifts from pure colours, by up to 55 levels of 255."""
+TOLERANCES: dict[str, float] = {"wavelet": 0.0, "drift": 8 / 255}
+"""Differences of low frequencies that :func:`wavelet` leaves as they are, by correction: "drift" leaves most of the
+blocks of a strong compression to the network, and corrects what drifts further, such as a network's pure colours."""
 
 _VARIANCE_FLOOR = 1e-5
 _LUMA_STUDIO = (65.481, 128.553, 24.966)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from onestepsr.core.errors import OneStepSRError
-from onestepsr.imaging.color import DRIFT_TOLERANCE, gray, wavelet
+from onestepsr.imaging.color import TOLERANCES, gray, wavelet
 from onestepsr.imaging.icc import ColorProfile
 from onestepsr.imaging.read import samples_to_tensor
 from onestepsr.imaging.resize import bicubic
@@ -351,9 +351,8 @@ class TiledRun:
             output = self.profile.from_srgb(output)
         if lr.shape[1] == 1:
             output = gray(output)
-        if self.options.color_fix in ("wavelet", "drift"):
-            tolerance = DRIFT_TOLERANCE if self.options.color_fix == "drift" else 0.0
-            output = wavelet(output, enlarge(lr, self.scale), tolerance)
+        if self.options.color_fix in TOLERANCES:
+            output = wavelet(output, enlarge(lr, self.scale), TOLERANCES[self.options.color_fix])
         return output
 
     def _require_finite(self, extremes: Arrival) -> None:
