@@ -88,11 +88,12 @@ class StridedDepthwise(torch.autograd.Function):
         """Gradient of ``x`` alone."""
         (weight,) = ctx.saved_tensors
         kernel, stride = weight.shape[-1], ctx.stride
-        spread = torch.empty(ctx.shape, dtype=gradient.dtype, memory_format=torch.channels_last).zero_()
-        spread[..., ::stride, ::stride] = gradient
         # Output o saw inputs from o * stride - before on, so the turned kernel begins kernel - 1 - before to the left.
         top, left = (kernel - 1 - total_padding(side, kernel, stride) // 2 for side in ctx.shape[-2:])
-        spread = F.pad(spread, (left, kernel - 1 - left, top, kernel - 1 - top))
+        images, channels, height, width = ctx.shape
+        padded = (images, channels, height + kernel - 1, width + kernel - 1)
+        spread = torch.empty(padded, dtype=gradient.dtype, memory_format=torch.channels_last).zero_()
+        spread[..., top : top + height : stride, left : left + width : stride] = gradient
         return F.conv2d(spread, weight.flip(2, 3), None, groups=weight.shape[0]), None, None, None
 
 
