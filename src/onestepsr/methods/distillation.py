@@ -124,7 +124,7 @@ class DistillationConfig:
     """Part of both distances which is measured to the photo; the rest is to the teacher's image."""
     perceptual_warped: float = 0.0
     """Part of the samples that the features see turned and enlarged by chance, so that no pattern of single pixels can
-    flatter them (:func:`onestepsr.methods.shared.adversarial.warped`); 0.5 bears a ``dists_weight`` of 5."""
+    flatter them (:func:`onestepsr.methods.shared.adversarial.warped`)."""
     lattice_weight: float = 0.0
     """Weight of the penalty on patterns locked to the latent grid, in [-1, 1]."""
     artifact_weight: float = 0.0
